@@ -1,0 +1,1 @@
+"""Stage 2: nuclei in tissue regions, by a network (HoverFast) or by the hematoxylin stain alone."""
