@@ -1,0 +1,257 @@
+"""Typed configuration: Hydra composes ``conf/`` with ``key=value`` overrides, pydantic validates the result.
+
+Nothing here imports torch or Ray, so a wrong key, type or value is told within a second.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+EXIT_OK, EXIT_BAD_CONFIG, EXIT_FAILURES = 0, 2, 3
+
+
+class ConfigError(ValueError):
+    """Something the user gave is wrong; the message is one line that says what, what was expected and how to mend it."""
+
+
+class Frozen(BaseModel):
+    """Base of every config: immutable, and a key that is not a field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+C = TypeVar("C", bound=Frozen)
+
+
+# --- curate -----------------------------------------------------------------------------------------------------------
+
+
+class HematoxylinConfig(Frozen):
+    """Classical segmentation by colour deconvolution and watershed; needs no weights."""
+
+    name: Literal["hematoxylin"]
+    min_area_um2: float = Field(12.0, gt=0, description="smaller objects are dropped")
+
+
+class HoverFastConfig(Frozen):
+    """HoverFast's network; the published checkpoint is a file that the user downloads."""
+
+    name: Literal["hoverfast"]
+    checkpoint: str = Field(description="path of a HoverFast checkpoint (.pth)")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    batch: int = Field(4, ge=1, description="regions a forward pass")
+    min_area_um2: float = Field(5.0, gt=0, description="smaller nuclei are dropped")
+
+
+SegmenterConfig = Annotated[HematoxylinConfig | HoverFastConfig, Field(discriminator="name")]
+
+
+class TissueConfig(Frozen):
+    """Which part of a slide is searched for nuclei."""
+
+    masks: str | None = Field(None, description="folder of <slide_id>.png masks (non-zero is tissue) to use instead")
+    min_share: float = Field(0.01, ge=0, le=1, description="a region with a smaller share of tissue is skipped")
+    require_he: bool = Field(True, description="reject slides whose colours are not those of H&E")
+
+
+class WorkersConfig(Frozen):
+    """Resources of the slide actors; one actor works on one slide at a time."""
+
+    actors: int | None = Field(None, ge=1, description="actors in the pool; null: as many as the cluster's CPUs allow")
+    cpus: int = Field(2, ge=1, description="CPUs of an actor: processes for instances and crops")
+    gpus: float = Field(0.0, ge=0, description="GPUs of an actor; a share is allowed")
+    readers: int = Field(2, ge=1, description="threads that read regions")
+
+
+class CurateConfig(Frozen):
+    """``jobs/curate.py``: slides -> nuclei -> cells."""
+
+    slides: str | list[str] = Field(description="glob, folder, slide file, or a CSV/Parquet cohort")
+    output: str = Field(description="folder or s3:// prefix of the tables cells/ and slides/")
+    segmenter: SegmenterConfig
+    cells_per_slide: int | None = Field(1000, ge=1, description="cells of lowest rank kept of a slide; null keeps all")
+    default_mpp: float = Field(0.25, gt=0, description="um/px assumed where a slide states none")
+    max_mpp: float = Field(0.75, gt=0, description="coarser slides fail: their nuclei cannot be resolved")
+    region_px: int = Field(1024, ge=256, multiple_of=8, description="side of a region at 0.25 um/px")
+    overlap_px: int = Field(128, ge=80, multiple_of=2, description="overlap of neighbouring regions")
+    tissue: TissueConfig = TissueConfig()
+    workers: WorkersConfig = WorkersConfig()
+    geojson: bool = Field(False, description="also write geojson/<slide>.geojson.gz for QuPath")
+    retry: list[Literal["failed", "partial"]] = Field(["failed"], description="rows of an earlier run that are redone")
+    max_attempts: int = Field(3, ge=1, description="crashes of a worker on one slide before it is given up")
+    max_failed_share: float = Field(0.1, ge=0, le=1, description="share of failed slides above which the exit code is 3")
+    max_failed_region_share: float = Field(0.5, ge=0, le=1, description="share of unreadable regions that fails a slide")
+    overwrite: bool = Field(False, description="discard what an earlier run with other settings left in output")
+
+    @model_validator(mode="after")
+    def _overlap_fits(self) -> CurateConfig:
+        if self.overlap_px * 2 > self.region_px:
+            raise ValueError(f"overlap_px={self.overlap_px} exceeds half of region_px={self.region_px}")
+        return self
+
+    def result_settings(self) -> dict[str, Any]:
+        """The settings that change the rows of the tables: what the fingerprint is taken of."""
+        kept = {"segmenter", "cells_per_slide", "default_mpp", "max_mpp", "region_px", "overlap_px", "tissue"}
+        settings = self.model_dump(include=kept)
+        for speed_only in ("device", "batch"):
+            settings["segmenter"].pop(speed_only, None)
+        return settings
+
+
+# --- composing and validating -----------------------------------------------------------------------------------------
+
+
+def conf_dir() -> Path:
+    """The folder of YAML files: beside the package in a checkout, inside it in a wheel."""
+    package = Path(__file__).resolve().parent
+    for candidate in (package.parent / "conf", package / "conf"):
+        if candidate.is_dir():
+            return candidate
+    raise ConfigError(f"conf/ not found beside {package}: reinstall the package or run from a checkout")
+
+
+def load(stage: str, overrides: Sequence[str], model: type[C]) -> C:
+    """Compose ``conf/<stage>/<variant>.yaml`` with overrides and validate it.
+
+    ``variant=smoke`` among the overrides selects ``conf/<stage>/smoke.yaml``. Raises ConfigError, one line a fault.
+    """
+    variant, overrides = _split_variant(stage, overrides)
+    return validate(_compose(f"{stage}/{variant}", overrides), model)
+
+
+def validate(values: Any, model: type[C]) -> C:
+    """Validate plain values; raises ConfigError whose lines read ``key: got value; expected ...``."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(dict.fromkeys(_explain(fault, model) for fault in error.errors()))) from None
+
+
+def run_job(stage: str, model: type[C], main: Callable[[C], int], argv: Sequence[str] | None = None) -> int:
+    """The frame of every job: read the config, call ``main(config)``, turn ConfigError into one line and exit code 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if any(word in ("-h", "--help") for word in argv):
+        print(describe(stage, model))
+        return EXIT_OK
+    try:
+        return main(load(stage, argv, model))
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            print(f"{stage}: {line}", file=sys.stderr)
+        return EXIT_BAD_CONFIG
+    except KeyboardInterrupt:
+        print(f"{stage}: interrupted; the same command again goes on where it stopped", file=sys.stderr)
+        return 130
+
+
+def describe(stage: str, model: type[Frozen]) -> str:
+    """The help text: every key with its type, default and meaning."""
+    variants = ", ".join(sorted(path.stem for path in (conf_dir() / stage).glob("*.yaml")))
+    lines = [f"usage: python jobs/{stage}.py key=value ...", f"variants (variant=NAME): {variants}", ""]
+    lines += _describe_fields(model, prefix="")
+    for group in sorted(path for path in conf_dir().iterdir() if path.is_dir() and path.name in model.model_fields):
+        lines.append(f"  {group.name}=NAME: {', '.join(sorted(choice.stem for choice in group.glob('*.yaml')))}")
+    return "\n".join(lines)
+
+
+def _describe_fields(model: type[BaseModel], *, prefix: str) -> list[str]:
+    lines = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            lines += _describe_fields(kind, prefix=f"{prefix}{name}.")
+            continue
+        default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
+        lines.append(f"  {prefix + name:<28} {default:<24} {field.description or ''}".rstrip())
+    return lines
+
+
+def _split_variant(stage: str, overrides: Sequence[str]) -> tuple[str, list[str]]:
+    chosen = [word.split("=", 1)[1] for word in overrides if word.startswith("variant=")]
+    variant = chosen[-1] if chosen else "default"
+    known = sorted(path.stem for path in (conf_dir() / stage).glob("*.yaml"))
+    if variant not in known:
+        raise ConfigError(f"variant: got {variant!r}; expected one of {', '.join(known)}")
+    return variant, [word for word in overrides if not word.startswith("variant=")]
+
+
+def _compose(name: str, overrides: Sequence[str]) -> Any:
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        try:
+            base = compose(name)
+            parsed = [_readable(word) for word in overrides]
+            for word in parsed:
+                _check_group(word)
+            # Unknown keys are pydantic's to report, in one form with the others: hence "++", add or override.
+            words = [word if _is_group(word) else f"++{word.lstrip('+')}" for word in parsed]
+            return OmegaConf.to_container(compose(name, overrides=words) if words else base, resolve=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(" ".join(str(error).split())) from None
+
+
+def _readable(word: str) -> str:
+    """Quote a value that Hydra's grammar cannot read (spaces, parentheses, equal signs in a path)."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    key, equals, value = word.partition("=")
+    if not equals or not key.strip("+"):
+        raise ConfigError(f"{word!r}: expected key=value; --help lists the keys")
+    try:
+        OverridesParser.create().parse_override(word)
+        return word
+    except HydraException:
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"{key}='{escaped}'"
+
+
+def _is_group(word: str) -> bool:
+    key = word.partition("=")[0].lstrip("+")
+    return (conf_dir() / key).is_dir()
+
+
+def _check_group(word: str) -> None:
+    key, _, choice = word.partition("=")
+    folder = conf_dir() / key.lstrip("+")
+    known = sorted(path.stem for path in folder.glob("*.yaml")) if folder.is_dir() else []
+    if known and choice not in known:
+        raise ConfigError(f"{key}: got {choice!r}; expected one of {', '.join(known)}")
+
+
+def _explain(fault: Any, model: type[BaseModel]) -> str:
+    """One line for one pydantic fault: the key, what was got, what is expected."""
+    # Discriminated unions put the chosen tag into the location; it is no key of the user's.
+    tags = {"hematoxylin", "hoverfast", "str", "list[str]"}
+    parts = [str(part) for part in fault["loc"] if str(part) not in tags]
+    key = ".".join(parts) or "config"
+    if fault["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(parts[-1], _field_names(model), n=1, cutoff=0.6)
+        return f"{key}: unknown key{f'; did you mean {close[0]}?' if close else '; --help lists the keys'}"
+    if fault["type"] == "missing" or (fault["type"] == "string_type" and fault["input"] == "???"):
+        return f"{key}: missing; give {key}=..."
+    message = fault["msg"].removeprefix("Value error, ")
+    expected = message.removeprefix("Input should be ").removeprefix("a valid ")
+    if expected == message:
+        return f"{key}: {message}"
+    return f"{key}: got {fault['input']!r}; expected {expected}"
+
+
+def _field_names(model: type[BaseModel]) -> list[str]:
+    names = []
+    for name, field in model.model_fields.items():
+        names.append(name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names += _field_names(field.annotation)
+    return names

@@ -1,0 +1,105 @@
+"""Arrow schemas of every table on disk. The only place that spells their columns; units are in the names."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+
+CROP_PX = 60
+"""Side of a stored crop. A 40 px view needs 40 * sqrt(2) = 56.6 px to turn freely without a black corner."""
+
+CROP_MPP = 0.25
+"""Micrometres per pixel of regions and crops, whatever the slide's own resolution."""
+
+CROP_BYTES = CROP_PX * CROP_PX * 3
+
+_IMAGE_METADATA = {"shape": json.dumps([CROP_PX, CROP_PX, 3]), "dtype": "uint8", "um_per_px": str(CROP_MPP)}
+
+SLIDE_STATUSES = ("done", "partial", "failed")
+
+SLIDES = pa.schema(
+    [
+        pa.field("slide_id", pa.string(), nullable=False),
+        pa.field("path", pa.string(), nullable=False),
+        pa.field("patient_id", pa.string()),
+        pa.field("project", pa.string()),
+        pa.field("organ", pa.string()),
+        pa.field("site", pa.string()),
+        pa.field("mpp", pa.float64()),
+        pa.field("mpp_assumed", pa.bool_()),
+        pa.field("width_px", pa.int64()),
+        pa.field("height_px", pa.int64()),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("n_regions", pa.int64()),
+        pa.field("n_failed_regions", pa.int64()),
+        pa.field("n_nuclei", pa.int64()),
+        pa.field("n_cells", pa.int64()),
+        # Not in the first design: crops that reach over the slide's edge and were filled with white.
+        pa.field("n_edge_cells", pa.int64()),
+        pa.field("open_s", pa.float64()),
+        pa.field("read_s", pa.float64()),
+        pa.field("network_s", pa.float64()),
+        pa.field("instances_s", pa.float64()),
+        pa.field("write_s", pa.float64()),
+        pa.field("total_s", pa.float64()),
+        pa.field("error", pa.string()),
+        pa.field("config_fingerprint", pa.string(), nullable=False),
+        pa.field("code_version", pa.string(), nullable=False),
+    ]
+)
+"""The ledger: one row a slide, written last, so that a row means that the slide's cells are complete.
+
+``read_s``, ``network_s`` and ``instances_s`` are summed over threads and processes, so they may exceed ``total_s``.
+"""
+
+CELLS = pa.schema(
+    [
+        pa.field("cell_id", pa.string(), nullable=False),
+        pa.field("slide_id", pa.string(), nullable=False),
+        pa.field("patient_id", pa.string()),
+        pa.field("organ", pa.string()),
+        pa.field("site", pa.string()),
+        pa.field("x_level0_px", pa.float64(), nullable=False),
+        pa.field("y_level0_px", pa.float64(), nullable=False),
+        pa.field("mpp", pa.float64(), nullable=False),
+        pa.field("area_um2", pa.float32(), nullable=False),
+        pa.field("eccentricity", pa.float32(), nullable=False),
+        pa.field("solidity", pa.float32(), nullable=False),
+        pa.field("hematoxylin_od_mean", pa.float32(), nullable=False),
+        pa.field("polygon", pa.binary(), nullable=False),
+        pa.field("rank", pa.float64(), nullable=False),
+        pa.field("image", pa.binary(CROP_BYTES), nullable=False, metadata=_IMAGE_METADATA),
+    ]
+)
+"""One row a nucleus. ``mpp`` is the slide's own; ``polygon`` is WKB in level-0 px; ``rank`` is uniform in [0, 1)."""
+
+
+def embeddings(width: int, *, dtype: pa.DataType | None = None) -> pa.Schema:
+    """Schema of an embeddings table whose vectors have ``width`` values (float16 unless told otherwise)."""
+    return pa.schema(
+        [
+            pa.field("cell_id", pa.string(), nullable=False),
+            pa.field("slide_id", pa.string(), nullable=False),
+            pa.field("x_level0_px", pa.float64(), nullable=False),
+            pa.field("y_level0_px", pa.float64(), nullable=False),
+            pa.field("embedding", pa.list_(dtype or pa.float16(), width), nullable=False),
+            pa.field("model_fingerprint", pa.string(), nullable=False),
+        ]
+    )
+
+
+SCORES = pa.schema(
+    [
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("task", pa.string(), nullable=False),
+        pa.field("protocol", pa.string(), nullable=False),
+        pa.field("fold", pa.int32(), nullable=False),
+        pa.field("metric", pa.string(), nullable=False),
+        pa.field("value", pa.float64()),
+        pa.field("n", pa.int64()),
+        pa.field("seed", pa.int64()),
+        pa.field("model_fingerprint", pa.string()),
+        pa.field("data_fingerprint", pa.string()),
+    ]
+)
