@@ -1,0 +1,134 @@
+"""Which slides a job works on: a glob, a folder, a file, or a cohort table; TCGA barcodes are read where they parse."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+from lemon.config import ConfigError
+
+SUFFIXES = frozenset(".svs .tif .tiff .ndpi .mrxs .scn .vms .vmu .bif .svslide .dcm .czi".split())
+COHORT_COLUMNS = ("slide_id", "path", "patient_id", "project", "organ", "site")
+
+# TCGA-{TSS}-{patient}-{sample}{vial}-{portion}-{DX|TS|BS}{n}: https://docs.gdc.cancer.gov/Encyclopedia/pages/TCGA_Barcode
+_BARCODE = re.compile(r"^(?P<patient_id>TCGA-(?P<site>[A-Z0-9]{2})-[A-Z0-9]{4})-\d{2}[A-Z]-\d{2}-(DX|TS|BS)\w+", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Slide:
+    """A slide to work on; what is not known of it is None."""
+
+    slide_id: str
+    path: str
+    patient_id: str | None = None
+    project: str | None = None
+    organ: str | None = None
+    site: str | None = None
+
+
+def list_slides(source: str | list[str]) -> list[Slide]:
+    """The slides that ``source`` names, sorted by id.
+
+    Args:
+        source: one or several of: a glob, a folder (searched in depth), a slide file, a .csv or .parquet cohort with the
+            column path and, where known, slide_id, patient_id, project, organ, site.
+
+    Raises:
+        ConfigError: nothing is found, a cohort lacks a column, or two slides have the same id.
+    """
+    slides = [slide for word in ([source] if isinstance(source, str) else source) for slide in _expand(word)]
+    slides = list(dict.fromkeys(slides))
+    _check_ids(slides)
+    return sorted((with_barcode(slide) for slide in slides), key=lambda slide: slide.slide_id)
+
+
+def with_barcode(slide: Slide) -> Slide:
+    """Fill patient, site (tissue source site) and project from a TCGA barcode; what the cohort says has precedence.
+
+    A barcode does not tell which TCGA study it is of, so project becomes "TCGA" unless the cohort names one.
+    """
+    match = _BARCODE.match(slide.slide_id)
+    if match is None:
+        return slide
+    return replace(
+        slide,
+        patient_id=slide.patient_id or match["patient_id"],
+        site=slide.site or match["site"],
+        project=slide.project or "TCGA",
+    )
+
+
+def _expand(word: str) -> list[Slide]:
+    path = Path(word).expanduser()
+    if path.suffix.lower() in (".csv", ".parquet"):
+        return _read_cohort(path)
+    if path.is_dir():
+        files: Iterable[Path] = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    elif path.exists():
+        files = [path]
+    else:
+        files = (Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+    found = [Slide(slide_id=file.stem, path=str(file.absolute())) for file in sorted(files)]
+    if not found:
+        raise ConfigError(f"slides: got {word!r}, which matches no file; expected a glob, folder, slide or cohort table")
+    return found
+
+
+def _read_cohort(path: Path) -> list[Slide]:
+    table = _cohort_table(path)
+    if "path" not in table.column_names:
+        raise ConfigError(f"slides: cohort {path} has columns {', '.join(table.column_names)}; expected path among them")
+    known = table.select([name for name in COHORT_COLUMNS if name in table.column_names])
+    slides = []
+    for number, row in enumerate(known.to_pylist(), start=1):
+        values = {name: str(value) for name, value in row.items() if value not in (None, "")}
+        if "path" not in values:
+            raise ConfigError(f"slides: cohort {path}, row {number}: path is empty")
+        values["path"] = _beside(path, values["path"])
+        slides.append(Slide(**{"slide_id": Path(values["path"]).stem, **values}))
+    if not slides:
+        raise ConfigError(f"slides: cohort {path} has no rows")
+    return slides
+
+
+def _cohort_table(path: Path) -> pa.Table:
+    if not path.is_file():
+        raise ConfigError(f"slides: cohort {path} not found")
+    try:
+        if path.suffix.lower() == ".parquet":
+            return pq.read_table(path)
+        with path.open(encoding="utf-8-sig") as stream:
+            header = stream.readline().rstrip("\n").replace('"', "").split(",")
+        # Ids are text also where they look like numbers (leading zeros).
+        options = pa_csv.ConvertOptions(column_types={name.strip(): pa.string() for name in header})
+        return pa_csv.read_csv(path, convert_options=options)
+    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+        raise ConfigError(f"slides: cohort {path} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _beside(cohort: Path, name: str) -> str:
+    """A relative path in a cohort is meant from the cohort's folder, or from the working directory."""
+    if "://" in name:
+        return name
+    file = Path(name).expanduser()
+    beside = cohort.parent / file
+    return str((beside if beside.exists() else file).absolute())
+
+
+def _check_ids(slides: list[Slide]) -> None:
+    counts = Counter(slide.slide_id for slide in slides)
+    for slide_id, count in counts.items():
+        if count > 1:
+            paths = [slide.path for slide in slides if slide.slide_id == slide_id]
+            raise ConfigError(
+                f"slides: slide_id {slide_id!r} names {count} files ({paths[0]}, {paths[1]}); "
+                "give them different ids in a cohort table"
+            )
