@@ -17,7 +17,7 @@ EXIT_OK, EXIT_BAD_CONFIG, EXIT_FAILURES = 0, 2, 3
 
 
 class ConfigError(ValueError):
-    """Something the user gave is wrong; the message is one line that says what, what was expected and how to mend it."""
+    """Something the user gave is wrong; the message is one line: what it was, what is expected, how to mend it."""
 
 
 class Frozen(BaseModel):
@@ -86,8 +86,12 @@ class CurateConfig(Frozen):
     geojson: bool = Field(False, description="also write geojson/<slide>.geojson.gz for QuPath")
     retry: list[Literal["failed", "partial"]] = Field(["failed"], description="rows of an earlier run that are redone")
     max_attempts: int = Field(3, ge=1, description="crashes of a worker on one slide before it is given up")
-    max_failed_share: float = Field(0.1, ge=0, le=1, description="share of failed slides above which the exit code is 3")
-    max_failed_region_share: float = Field(0.5, ge=0, le=1, description="share of unreadable regions that fails a slide")
+    max_failed_share: float = Field(
+        0.1, ge=0, le=1, description="share of failed slides above which the exit code is 3"
+    )
+    max_failed_region_share: float = Field(
+        0.5, ge=0, le=1, description="share of unreadable regions that fails a slide"
+    )
     overwrite: bool = Field(False, description="discard what an earlier run with other settings left in output")
 
     @model_validator(mode="after")
@@ -135,7 +139,7 @@ def validate(values: Any, model: type[C]) -> C:
 
 
 def run_job(stage: str, model: type[C], main: Callable[[C], int], argv: Sequence[str] | None = None) -> int:
-    """The frame of every job: read the config, call ``main(config)``, turn ConfigError into one line and exit code 2."""
+    """The frame of every job: read the config, call ``main(config)``; a ConfigError is one line and exit code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if any(word in ("-h", "--help") for word in argv):
         print(describe(stage, model))

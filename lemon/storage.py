@@ -148,7 +148,7 @@ def fingerprint(value: Any) -> str:
 
 def file_fingerprint(path: str | os.PathLike[str]) -> str:
     """16 hexadecimal digits of a file's content."""
-    with open(path, "rb") as stream:
+    with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 
 

@@ -103,7 +103,7 @@ def cut_crops(image: np.ndarray, corner_px: np.ndarray) -> np.ndarray:
 
 
 def measure(image: np.ndarray, nuclei: Sequence[Nucleus]) -> dict[str, np.ndarray]:
-    """Area (um2), eccentricity, solidity and mean hematoxylin density of nuclei in one image [H, W, 3]: float32 [N] each.
+    """Area (um2), eccentricity, solidity and mean hematoxylin density of nuclei in an image [H, W, 3]: float32 [N].
 
     Eccentricity is that of the ellipse with the polygon's second moments; solidity is area over that of the convex
     hull; density is the hematoxylin part of -log10(value / 255) after Ruifrok and Johnston, meaned over the polygon.

@@ -38,7 +38,9 @@ class GeoJsonWriter:
         self._gzip.write(b'{"type":"FeatureCollection","features":[\n')
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is None:
             self._gzip.write(b"\n]}\n")
         self._gzip.close()

@@ -15,11 +15,15 @@ import pyarrow.parquet as pq
 
 from lemon.config import ConfigError
 
-SUFFIXES = frozenset(".svs .tif .tiff .ndpi .mrxs .scn .vms .vmu .bif .svslide .dcm .czi".split())
+SUFFIXES = frozenset(
+    [".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm", ".czi"]
+)
 COHORT_COLUMNS = ("slide_id", "path", "patient_id", "project", "organ", "site")
 
 # TCGA-{TSS}-{patient}-{sample}{vial}-{portion}-{DX|TS|BS}{n}: https://docs.gdc.cancer.gov/Encyclopedia/pages/TCGA_Barcode
-_BARCODE = re.compile(r"^(?P<patient_id>TCGA-(?P<site>[A-Z0-9]{2})-[A-Z0-9]{4})-\d{2}[A-Z]-\d{2}-(DX|TS|BS)\w+", re.ASCII)
+_BARCODE = re.compile(
+    r"^(?P<patient_id>TCGA-(?P<site>[A-Z0-9]{2})-[A-Z0-9]{4})-\d{2}[A-Z]-\d{2}-(DX|TS|BS)\w+", re.ASCII
+)
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,8 @@ def list_slides(source: str | list[str]) -> list[Slide]:
     """The slides that ``source`` names, sorted by id.
 
     Args:
-        source: one or several of: a glob, a folder (searched in depth), a slide file, a .csv or .parquet cohort with the
-            column path and, where known, slide_id, patient_id, project, organ, site.
+        source: one or several of: a glob, a folder (searched in depth), a slide file, a .csv or .parquet cohort with
+            the column path and, where known, slide_id, patient_id, project, organ, site.
 
     Raises:
         ConfigError: nothing is found, a cohort lacks a column, or two slides have the same id.
@@ -75,17 +79,21 @@ def _expand(word: str) -> list[Slide]:
     elif path.exists():
         files = [path]
     else:
-        files = (Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+        files = (Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())  # noqa: PTH207
     found = [Slide(slide_id=file.stem, path=str(file.absolute())) for file in sorted(files)]
     if not found:
-        raise ConfigError(f"slides: got {word!r}, which matches no file; expected a glob, folder, slide or cohort table")
+        raise ConfigError(
+            f"slides: got {word!r}, which matches no file; expected a glob, folder, slide or cohort table"
+        )
     return found
 
 
 def _read_cohort(path: Path) -> list[Slide]:
     table = _cohort_table(path)
     if "path" not in table.column_names:
-        raise ConfigError(f"slides: cohort {path} has columns {', '.join(table.column_names)}; expected path among them")
+        raise ConfigError(
+            f"slides: cohort {path} has columns {', '.join(table.column_names)}; expected path among them"
+        )
     known = table.select([name for name in COHORT_COLUMNS if name in table.column_names])
     slides = []
     for number, row in enumerate(known.to_pylist(), start=1):

@@ -102,9 +102,7 @@ class SlideReader:
         strip_px = max(1, (32 << 20) // max(1, int(width)))
         for top in range(0, int(height), strip_px):
             high = min(strip_px, int(height) - top)
-            strip = self._read_level(
-                round(x), round(y) + top, level=level, width_px=max(1, int(width)), height_px=high
-            )
+            strip = self._read_level(round(x), round(y) + top, level=level, width_px=max(1, int(width)), height_px=high)
             rows_px = max(1, round((top + high) * size[1] / int(height)) - round(top * size[1] / int(height)))
             rows.append(cv2.resize(strip, (size[0], rows_px), interpolation=cv2.INTER_AREA))
         picture = np.concatenate(rows) if rows else np.full((size[1], size[0], 3), 255, np.uint8)
@@ -200,9 +198,7 @@ def _on_white(rgba: np.ndarray) -> np.ndarray:
     return ((rgba[..., :3] * weight + 255 * (255 - weight) + 127) // 255).astype(np.uint8)
 
 
-def _resample(
-    pixels: np.ndarray, *, left: float, top: float, step: float, width_px: int, height_px: int
-) -> np.ndarray:
+def _resample(pixels: np.ndarray, *, left: float, top: float, step: float, width_px: int, height_px: int) -> np.ndarray:
     """Cubic resampling at ``left + i * step``; a Gaussian against aliasing first when it shrinks."""
     if step > 1.05:
         # Standard deviation that makes a Gaussian of 0.5 px of the source one of 0.5 px of the target.

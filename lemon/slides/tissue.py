@@ -67,7 +67,9 @@ def reason_not_he(overview: np.ndarray, mask: np.ndarray) -> str | None:
         return None
     red, green, blue = np.median(optical_density(tissue), axis=0)
     if green < 0.9 * max(red, blue):
-        return f"not H&E: optical density of the tissue is {red:.2f}, {green:.2f}, {blue:.2f} (R, G, B), green not highest"
+        return (
+            f"not H&E: optical density of the tissue is {red:.2f}, {green:.2f}, {blue:.2f} (R, G, B), green not highest"
+        )
     return None
 
 

@@ -1,0 +1,40 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+VENV   ?= .venv
+PYTHON ?= python3
+RUN    := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+
+.PHONY: setup demo test test-quick check bench clean
+
+setup: $(STAMP)
+
+# One install into .venv. The versions of constraints.txt are those that were tested together; torch and torchvision
+# are the plain builds of the index, which run on CPU and GPU.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "LEMON needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(RUN) jobs/demo.py
+
+test: setup
+	$(RUN) -m pytest -m "not gpu"
+
+test-quick: setup
+	$(RUN) -m pytest -m "not gpu and not slow and not ray"
+
+check: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports --no-cache
+
+bench: setup
+	$(RUN) benchmarks/hoverfast.py
+	$(RUN) benchmarks/encoding.py
+	$(RUN) benchmarks/memory.py
+
+clean:
+	rm -rf demo .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,185 @@
+"""Slides -> nuclei -> cells on Ray Data: a slide a row, in a pool of actors that each commit what they finish."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import uuid
+from collections import Counter
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError, CurateConfig, HoverFastConfig
+from lemon.ledger import Ledger, open_ledger
+from lemon.slide import OutputError, build_segmenter, curate_slide, start_processes
+from lemon.slides.cohort import Slide, list_slides
+from lemon.storage import Store
+
+FATAL = "output"  # status of a row that stops the job; never written to the ledger
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Outcome of a job: the ledger's rows of the slides that were asked for."""
+
+    rows: list[dict[str, Any]]
+    n_skipped: int
+    exit_code: int
+
+
+def run(config: CurateConfig) -> Summary:
+    """Curate the slides of a config; returns what became of each.
+
+    Raises ConfigError for what the user must mend first; OutputError when the output cannot be written any more.
+    """
+    slides, ledger = _prepare(config)
+    wanted = {slide.slide_id for slide in slides}
+    finished = {row["slide_id"] for row in ledger.rows() if row["status"] not in config.retry}
+    pending = [slide for slide in slides if slide.slide_id not in finished]
+    if pending:
+        _run_on_ray(pending, config=config, ledger=ledger)
+    rows = [row for row in ledger.rows() if row["slide_id"] in wanted]
+    failed = sum(row["status"] == "failed" for row in rows)
+    code = EXIT_FAILURES if failed > config.max_failed_share * len(rows) else EXIT_OK
+    return Summary(rows=rows, n_skipped=len(slides) - len(pending), exit_code=code)
+
+
+def main(config: CurateConfig) -> int:
+    """``run`` with its outcome told; returns the exit code."""
+    try:
+        summary = run(config)
+    except OutputError as error:
+        print(
+            f"curate: cannot write to {config.output}: {error}; what is committed stays, rerun goes on", file=sys.stderr
+        )
+        return EXIT_FAILURES
+    for row in summary.rows:
+        if row["error"]:
+            print(f"  {row['slide_id']}: {row['status']}: {row['error']}")
+    counts = Counter(row["status"] for row in summary.rows)
+    told = ", ".join(f"{counts[status]} {status}" for status in ("done", "partial", "failed"))
+    total = {name: sum(row[name] or 0 for row in summary.rows) for name in ("n_nuclei", "n_cells")}
+    print(
+        f"curate: {len(summary.rows)} slides ({told}; {summary.n_skipped} of an earlier run), "
+        f"{total['n_nuclei']:,} nuclei, {total['n_cells']:,} cells in {config.output}"
+    )
+    return summary.exit_code
+
+
+class SlideActor:
+    """Works on one slide at a time; holds the segmenter and the worker processes."""
+
+    def __init__(self, config: CurateConfig, config_fingerprint: str, run_id: str) -> None:
+        self.config, self.run_id = config, run_id
+        self.ledger = Ledger(Store(config.output), config_fingerprint=config_fingerprint)
+        self.segmenter = build_segmenter(config.segmenter)
+        self.processes = start_processes(config.workers.cpus)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One slide in, its status out; nothing is raised, because Ray would drop or repeat the row."""
+        slide = Slide(**{name: value[0] for name, value in batch.items()})
+        try:
+            row = self._attempt(slide)
+        except (OutputError, OSError) as error:
+            row = {"slide_id": slide.slide_id, "status": FATAL, "n_cells": 0, "error": str(error)}
+        return {name: np.array([row[name]]) for name in ("slide_id", "status", "n_cells")} | {
+            "error": np.array([row["error"] or ""])
+        }
+
+    def _attempt(self, slide: Slide) -> dict[str, Any]:
+        """Curate and commit; a slide that keeps killing its workers is given up."""
+        while (crashes := self.ledger.begin(slide.slide_id, run_id=self.run_id)) < self.config.max_attempts:
+            try:
+                row = curate_slide(
+                    slide,
+                    config=self.config,
+                    segmenter=self.segmenter,
+                    processes=self.processes,
+                    store=self.ledger.store,
+                )
+                return self.ledger.commit(row)
+            except BrokenProcessPool:
+                self.processes = start_processes(self.config.workers.cpus)
+            except OutputError:
+                raise
+            except Exception as error:  # whatever a strange slide provokes becomes its row, and the job goes on
+                logger.exception("slide %s", slide.slide_id)
+                return self.ledger.commit(_failed(slide, f"unexpected {type(error).__name__}: {error}"))
+        return self.ledger.commit(_failed(slide, f"given up after {crashes} crashes of its worker"))
+
+
+def _failed(slide: Slide, reason: str) -> dict[str, Any]:
+    return asdict(slide) | {"status": "failed", "n_cells": 0, "error": " ".join(reason.split())}
+
+
+def _prepare(config: CurateConfig) -> tuple[list[Slide], Ledger]:
+    """Everything that can be wrong before work begins: raises ConfigError."""
+    slides = list_slides(config.slides)
+    if isinstance(config.segmenter, HoverFastConfig) and not Path(config.segmenter.checkpoint).is_file():
+        raise ConfigError(
+            f"segmenter.checkpoint: got {config.segmenter.checkpoint!r}, which is no file; expected a HoverFast "
+            "checkpoint, such as hoverfast_crosstissue_best_model.pth from HoverFast's repository"
+        )
+    if config.tissue.masks is not None and not Path(config.tissue.masks).is_dir():
+        raise ConfigError(f"tissue.masks: got {config.tissue.masks!r}; expected a folder of <slide_id>.png")
+    try:
+        store = Store(config.output)
+        store.check_writable()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"output: cannot write to {config.output!r}: {error}") from None
+    return slides, open_ledger(store, config)
+
+
+def _run_on_ray(slides: list[Slide], *, config: CurateConfig, ledger: Ledger) -> None:
+    import ray
+
+    start_ray()
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = False
+    context.execution_options.verbose_progress = False
+    context.execution_no_progress_timeout_s = -1  # a large slide may take hours
+    context.max_errored_blocks = 0
+    workers = config.workers
+    limit = workers.actors or max(1, int(ray.cluster_resources().get("CPU", 1)) // workers.cpus)
+    # Paths are made absolute here: actors run elsewhere.
+    located = config.model_copy(update={"output": ledger.store.uri})
+    statuses = ray.data.from_items([asdict(slide) for slide in slides], override_num_blocks=len(slides)).map_batches(
+        SlideActor,
+        fn_constructor_kwargs={
+            "config": located,
+            "config_fingerprint": ledger.config_fingerprint,
+            "run_id": uuid.uuid4().hex[:12],
+        },
+        batch_size=1,
+        num_cpus=workers.cpus,
+        num_gpus=workers.gpus,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(limit, len(slides))),
+    )
+    with tqdm(total=len(slides), unit="slide", desc="curate", disable=None) as bar:
+        cells = failed = 0
+        for row in statuses.iter_rows():
+            if row["status"] == FATAL:
+                raise OutputError(row["error"])
+            cells, failed = cells + int(row["n_cells"] or 0), failed + (row["status"] == "failed")
+            bar.set_postfix(cells=cells, failed=failed, refresh=False)
+            bar.update()
+
+
+def start_ray() -> None:
+    """Join the cluster that RAY_ADDRESS names, else start Ray on this machine."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    local: dict[str, Any] = {} if address else {"include_dashboard": False, "object_store_memory": 512 << 20}
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)

@@ -1,0 +1,308 @@
+"""One slide from file to committed cells: reading, network, instances, crops and writing overlap. No Ray in here."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import time
+import urllib.parse
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import cv2
+import numpy as np
+import pyarrow as pa
+
+from lemon import schema
+from lemon.cells.crop import Claims, Frame, claim_cells
+from lemon.cells.qupath import GeoJsonWriter
+from lemon.cells.shard import SlideShard
+from lemon.config import CurateConfig, HoverFastConfig, SegmenterConfig
+from lemon.nuclei.segmenter import Postprocess, Segmenter
+from lemon.slides.cohort import Slide
+from lemon.slides.reader import RegionError, SlideError, SlideReader
+from lemon.slides.tiles import Region, plan_regions, spread
+from lemon.slides.tissue import OVERVIEW_MPP, find_tissue, read_mask, reason_not_he
+from lemon.storage import Store
+
+CALIBRATION_REGIONS = 8  # enough that a slide's thresholds no longer move; read twice, so not more
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class OutputError(Exception):
+    """The output cannot be written (disk full, no permission): no other slide would fare better."""
+
+
+@dataclass
+class Tally:
+    """What happened to a slide so far; becomes its row in the ledger."""
+
+    n_regions: int = 0
+    n_failed_regions: int = 0
+    n_nuclei: int = 0
+    n_cells: int = 0
+    n_edge_cells: int = 0
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("open", "read", "network", "instances", "write"), 0.0)
+    )
+    notes: list[str] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def clock(self, stage: str) -> Iterator[None]:
+        """Add the time of a block to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - start
+
+
+def build_segmenter(config: SegmenterConfig) -> Segmenter:
+    """The segmenter that a config names."""
+    if isinstance(config, HoverFastConfig):
+        from lemon.nuclei.hoverfast import HoverFast  # imports torch
+
+        return HoverFast(
+            config.checkpoint,
+            device=config.device,
+            precision=config.precision,
+            batch=config.batch,
+            min_area_um2=config.min_area_um2,
+        )
+    from lemon.nuclei.hematoxylin import Hematoxylin
+
+    return Hematoxylin(min_area_um2=config.min_area_um2)
+
+
+def start_processes(count: int) -> ProcessPoolExecutor:
+    """Worker processes for instances and crops: started afresh (no fork), because threads and CUDA are about."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(count, mp_context=context, initializer=cv2.setNumThreads, initargs=(1,))
+
+
+def curate_slide(
+    slide: Slide, *, config: CurateConfig, segmenter: Segmenter, processes: Executor, store: Store
+) -> dict[str, Any]:
+    """Segment a slide and commit its cells; returns its row of the slides table (without provenance columns).
+
+    A slide that cannot be used gives a failed row with the reason. Raises OutputError when nothing can be written, and
+    BrokenProcessPool when a worker process died.
+    """
+    start, tally = time.perf_counter(), Tally()
+    row: dict[str, Any] = dict.fromkeys(schema.SLIDES.names)
+    row |= {key: getattr(slide, key) for key in ("slide_id", "path", "patient_id", "project", "organ", "site")}
+    try:
+        with contextlib.closing(SlideReader(slide.path, default_mpp=config.default_mpp)) as reader:
+            row |= {"mpp": reader.mpp, "mpp_assumed": reader.mpp_assumed}
+            row |= {"width_px": reader.width_px, "height_px": reader.height_px}
+            _curate_open(
+                reader, slide=slide, config=config, segmenter=segmenter, processes=processes, store=store, tally=tally
+            )
+        row["status"] = "partial" if tally.n_failed_regions else "done"
+    except SlideError as error:
+        row["status"] = "failed"
+        tally.notes.append(str(error))
+    row |= {
+        name: getattr(tally, name) for name in ("n_regions", "n_failed_regions", "n_nuclei", "n_cells", "n_edge_cells")
+    }
+    row |= {f"{stage}_s": round(seconds, 3) for stage, seconds in tally.seconds.items()}
+    return row | {"error": "; ".join(tally.notes) or None, "total_s": round(time.perf_counter() - start, 3)}
+
+
+def shard_name(slide_id: str) -> str:
+    """Name of a slide's file of cells."""
+    return f"cells/{file_stem(slide_id)}.parquet"
+
+
+def file_stem(slide_id: str) -> str:
+    """A slide id as a file name: what a file system or a URL would take amiss is percent-encoded."""
+    return urllib.parse.quote(slide_id, safe=" ()[],;@+=")
+
+
+def _curate_open(
+    reader: SlideReader,
+    *,
+    slide: Slide,
+    config: CurateConfig,
+    segmenter: Segmenter,
+    processes: Executor,
+    store: Store,
+    tally: Tally,
+) -> None:
+    with tally.clock("open"):
+        regions = _plan(reader, slide=slide, config=config, tally=tally)
+        calibration = _calibrate(reader, regions, segmenter=segmenter) if regions else None
+    tally.n_regions = len(regions)
+    frame = Frame(slide=slide, mpp=reader.mpp, scale=reader.scale, bounds_px=reader.bounds_base_px)
+    # One batch in the network, one behind it in the processes: what lies in memory does not depend on the slide.
+    batch = getattr(config.segmenter, "batch", 1)
+    with contextlib.closing(SlideShard(keep=config.cells_per_slide)) as shard, contextlib.ExitStack() as stack:
+        geojson = stack.enter_context(_geojson(store, slide, reader, wanted=config.geojson))
+        readers = stack.enter_context(ThreadPoolExecutor(config.workers.readers))
+        images = ordered_map(
+            readers, lambda region: _timed_read(reader, region), regions, ahead=config.workers.readers + batch
+        )
+        predicted = _predict(zip(regions, images, strict=True), segmenter=segmenter, batch=batch, tally=tally)
+        claims = ordered_map(
+            processes,
+            _postprocess_and_claim,
+            (
+                (segmenter.postprocess, image, prediction, calibration, region, frame, shard.rank_below)
+                for region, image, prediction in predicted
+            ),
+            ahead=config.workers.cpus + batch,
+        )
+        for claimed, seconds in claims:
+            tally.seconds["instances"] += seconds
+            with tally.clock("write"), _as_output_error():
+                held = shard.add(claimed)
+                if geojson is not None:
+                    geojson.write(held)
+        _check_regions(tally, config=config)
+        with tally.clock("write"), _as_output_error():
+            tally.n_cells, tally.n_edge_cells = shard.commit(store, shard_name(slide.slide_id))
+            stack.close()  # completes the GeoJSON, so that it is there before the slide's row
+        tally.n_nuclei = shard.n_nuclei
+
+
+def _plan(reader: SlideReader, *, slide: Slide, config: CurateConfig, tally: Tally) -> list[Region]:
+    """Regions with tissue; raises SlideError for a slide that must not be used."""
+    if reader.mpp_assumed:
+        tally.notes.append(f"um/px missing in the file: {reader.mpp:g} assumed")
+    if reader.mpp > config.max_mpp:
+        raise SlideError(
+            f"{reader.mpp:.3g} um/px is coarser than max_mpp={config.max_mpp:g}: nuclei cannot be resolved"
+        )
+    mask = None
+    try:
+        overview, overview_mpp = reader.overview(mpp=OVERVIEW_MPP)
+    except RegionError as error:
+        # Tissue then is everywhere: each region still gets its chance to be read.
+        tally.notes.append(f"overview unreadable, whole area searched ({error})")
+        overview = None
+    if overview is not None:
+        tissue = find_tissue(overview, mpp=overview_mpp)
+        reason = reason_not_he(overview, tissue.mask) if config.tissue.require_he else None
+        if reason:
+            raise SlideError(reason)
+        mask = tissue.mask
+    if config.tissue.masks is not None:
+        mask = read_mask(Path(config.tissue.masks) / f"{file_stem(slide.slide_id)}.png").mask
+    regions = plan_regions(
+        reader.bounds_base_px,
+        size_px=config.region_px,
+        overlap_px=config.overlap_px,
+        tissue=mask,
+        min_tissue_share=config.tissue.min_share,
+    )
+    if not regions:
+        tally.notes.append("no tissue found")
+    return regions
+
+
+def _calibrate(reader: SlideReader, regions: list[Region], *, segmenter: Segmenter) -> Any:
+    samples = []
+    for region in spread(regions, CALIBRATION_REGIONS):
+        with contextlib.suppress(RegionError):  # counted when its turn comes
+            samples.append(_read(reader, region))
+    return segmenter.calibrate(samples) if samples else None
+
+
+def _read(reader: SlideReader, region: Region) -> np.ndarray:
+    return reader.region(region.x_px, region.y_px, width_px=region.size_px, height_px=region.size_px)
+
+
+def _timed_read(reader: SlideReader, region: Region) -> tuple[np.ndarray | RegionError, float]:
+    start = time.perf_counter()
+    try:
+        image: np.ndarray | RegionError = _read(reader, region)
+    except RegionError as error:
+        image = error
+    return image, time.perf_counter() - start
+
+
+def _predict(
+    regions: Iterable[tuple[Region, tuple[np.ndarray | RegionError, float]]],
+    *,
+    segmenter: Segmenter,
+    batch: int,
+    tally: Tally,
+) -> Iterator[tuple[Region, np.ndarray, Any]]:
+    """Run the network over readable regions, a batch at a time; unreadable ones are counted."""
+
+    def readable() -> Iterator[tuple[Region, np.ndarray]]:
+        for region, (image, seconds) in regions:
+            tally.seconds["read"] += seconds
+            if isinstance(image, RegionError):
+                tally.n_failed_regions += 1
+                if tally.n_failed_regions == 1:
+                    tally.notes.append(f"first unreadable region: {image}")
+            else:
+                yield region, image
+
+    source = readable()
+    while group := list(itertools.islice(source, batch)):
+        with tally.clock("network"):
+            predictions = segmenter.predict(np.stack([image for _, image in group]))
+        for (region, image), prediction in zip(group, predictions, strict=True):
+            yield region, image, prediction
+
+
+def _postprocess_and_claim(
+    job: tuple[Postprocess, np.ndarray, Any, Any, Region, Frame, float],
+) -> tuple[Claims, float]:
+    """What a worker process does with a region; returns the claims and the seconds that they took."""
+    postprocess, image, prediction, calibration, region, frame, rank_below = job
+    start = time.perf_counter()
+    nuclei = postprocess(image, prediction, calibration)
+    claims = claim_cells(image, nuclei, region=region, frame=frame, rank_below=rank_below)
+    return claims, time.perf_counter() - start
+
+
+def _check_regions(tally: Tally, *, config: CurateConfig) -> None:
+    share = tally.n_failed_regions / max(1, tally.n_regions)
+    if share > config.max_failed_region_share:
+        raise SlideError(f"{tally.n_failed_regions} of {tally.n_regions} regions cannot be read")
+
+
+@contextlib.contextmanager
+def _geojson(store: Store, slide: Slide, reader: SlideReader, *, wanted: bool) -> Iterator[GeoJsonWriter | None]:
+    if not wanted:
+        yield None
+        return
+    name = f"geojson/{file_stem(slide.slide_id)}.geojson.gz"
+    with store.write(name) as stream, GeoJsonWriter(stream, origin_px=reader.bounds_px[:2]) as writer:
+        yield writer
+
+
+@contextlib.contextmanager
+def _as_output_error() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise OutputError(str(error)) from error
+
+
+def ordered_map(executor: Executor, function: Callable[[T], R], items: Iterable[T], *, ahead: int) -> Iterator[R]:
+    """``map`` on an executor with at most ``ahead`` items under way, results in the order of the items.
+
+    When the consumer stops early, what has not begun is cancelled.
+    """
+    pending: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            pending.append(executor.submit(function, item))
+            if len(pending) >= ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()

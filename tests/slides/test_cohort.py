@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lemon.config import ConfigError
+from lemon.slides.cohort import Slide, list_slides, with_barcode
+
+BARCODE = "TCGA-A2-A0SX-01Z-00-DX1.8B4F6C1A-1111-2222-3333-444455556666"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("a/one.svs", "a/b/two.TIFF", "a/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize("source", ["a", "a/**/*.[sT][vI]*", "a/one.svs"])
+def test_a_folder_a_glob_and_a_file_all_name_slides(folder: Path, source: str) -> None:
+    found = [slide.slide_id for slide in list_slides(str(folder / source))]
+    assert found == (["one"] if source == "a/one.svs" else ["one", "two"])
+
+
+def test_a_csv_cohort_may_name_ids_and_clinical_columns(folder: Path) -> None:
+    (folder / "c.csv").write_text("path,slide_id,organ,extra\na/one.svs,007,breast,x\na/b/two.TIFF,,lung,y\n")
+    seven, two = list_slides(str(folder / "c.csv"))
+    assert seven == Slide("007", str(folder / "a/one.svs"), organ="breast")
+    assert (two.slide_id, two.organ, two.site) == ("two", "lung", None)
+
+
+def test_a_parquet_cohort_says_the_same(folder: Path) -> None:
+    table = pa.table({"slide_id": ["x"], "path": ["a/one.svs"], "patient_id": ["p"], "site": ["s"]})
+    pq.write_table(table, folder / "c.parquet")
+    (slide,) = list_slides(str(folder / "c.parquet"))
+    assert slide == Slide("x", str(folder / "a/one.svs"), patient_id="p", site="s")
+
+
+def test_a_tcga_barcode_fills_patient_site_and_project_where_it_parses() -> None:
+    filled = with_barcode(Slide(BARCODE, "x.svs"))
+    assert (filled.patient_id, filled.site, filled.project) == ("TCGA-A2-A0SX", "A2", "TCGA")
+    named = with_barcode(Slide(BARCODE, "x.svs", project="TCGA-BRCA", site="Walter Reed"))
+    assert (named.project, named.site) == ("TCGA-BRCA", "Walter Reed")
+    for other in ("CMU-1", "TCGA-A2-A0SX", "TCGA-A2-A0SX-01A-11R-A084-07"):
+        assert with_barcode(Slide(other, "x.svs")).patient_id is None
+
+
+@pytest.mark.parametrize(
+    ("source", "part"),
+    [
+        ("nothing/*.svs", "matches no file"),
+        ("absent.csv", "not found"),
+        ("no_path.csv", "expected path"),
+        ("empty.csv", "no rows"),
+        ("hole.csv", "row 2: path is empty"),
+        ("twins.csv", "names 2 files"),
+    ],
+)
+def test_what_cannot_be_a_cohort_is_told_in_one_line(folder: Path, source: str, part: str) -> None:
+    (folder / "no_path.csv").write_text("slide_id,file\na,b\n")
+    (folder / "empty.csv").write_text("slide_id,path\n")
+    (folder / "hole.csv").write_text("slide_id,path\na,a/one.svs\nb,\n")
+    (folder / "twins.csv").write_text("slide_id,path\nz,a/one.svs\nz,a/b/two.TIFF\n")
+    with pytest.raises(ConfigError, match=part) as caught:
+        list_slides(str(folder / source))
+    assert "\n" not in str(caught.value)

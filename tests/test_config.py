@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lemon.config import EXIT_BAD_CONFIG, ConfigError, CurateConfig, conf_dir, load, run_job
+
+GOOD = ["slides=s.svs", "output=out"]
+
+
+def test_the_default_config_needs_only_slides_and_output() -> None:
+    config = load("curate", GOOD, CurateConfig)
+    assert config.segmenter.name == "hematoxylin"
+    assert config.cells_per_slide == 1000
+
+
+@pytest.mark.parametrize("variant", sorted(path.stem for path in (conf_dir() / "curate").glob("*.yaml")))
+@pytest.mark.parametrize("segmenter", ["segmenter=hematoxylin", "segmenter=hoverfast segmenter.checkpoint=x.pth"])
+def test_every_shipped_variant_composes_and_validates(variant: str, segmenter: str) -> None:
+    load("curate", [*GOOD, f"variant={variant}", *segmenter.split()], CurateConfig)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("cells_per_slide=many", ["cells_per_slide", "'many'", "integer"]),
+        ("cells_per_slide=0", ["cells_per_slide", "got 0", "greater than or equal to 1"]),
+        ("celsl_per_slide=3", ["celsl_per_slide", "unknown key", "did you mean cells_per_slide"]),
+        ("workers.gpu=1", ["workers.gpu", "unknown key", "gpus"]),
+        ("segmenter=hovernet", ["segmenter", "'hovernet'", "hematoxylin, hoverfast"]),
+        ("segmenter=hoverfast", ["segmenter.checkpoint", "missing"]),
+        ("segmenter.checkpoint=a.pth", ["segmenter.checkpoint", "unknown key"]),
+        ("variant=huge", ["variant", "'huge'", "default, smoke"]),
+        ("overlap_px=900", ["overlap_px=900", "region_px=1024"]),
+        ("verbose", ["'verbose'", "key=value"]),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_with_key_value_and_expectation(override: str, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("curate", [*GOOD, override], CurateConfig)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(part in message for part in parts), message
+
+
+def test_several_mistakes_give_a_line_each() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("curate", ["output=out", "region_px=a", "foo=1"], CurateConfig)
+    assert len(str(caught.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize("path", ["slides/**/*.svs", "a b (1)/x=3,y.svs", "it's/here.svs", "s3://bucket/a"])
+def test_a_path_is_taken_literally_whatever_characters_it_has(path: str) -> None:
+    assert load("curate", [f"slides={path}", "output=out"], CurateConfig).slides == path
+
+
+def test_settings_that_only_change_the_speed_do_not_change_the_fingerprinted_settings() -> None:
+    slow = load("curate", [*GOOD, "workers.cpus=1", "geojson=false"], CurateConfig)
+    fast = load("curate", [*GOOD, "workers.cpus=8", "geojson=true"], CurateConfig)
+    other = load("curate", [*GOOD, "region_px=512"], CurateConfig)
+    assert slow.result_settings() == fast.result_settings() != other.result_settings()
+
+
+def test_help_names_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_job("curate", CurateConfig, lambda config: 1, ["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in CurateConfig.model_fields)
+
+
+def test_a_job_with_a_bad_config_exits_with_2_and_one_line_before_torch_or_ray_are_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys; from lemon.config import CurateConfig, run_job;"
+        "code = run_job('curate', CurateConfig, lambda config: 0, ['slides=x', 'output=y', 'region_px=8']);"
+        "assert not {'torch', 'ray', 'mlflow'} & sys.modules.keys(); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == EXIT_BAD_CONFIG
+    assert done.stderr.strip() == "curate: region_px: got 8; expected greater than or equal to 256"
+
+
+def test_importing_lemon_is_light() -> None:
+    code = "import sys, lemon; assert not {'torch', 'ray', 'mlflow', 'numpy', 'hydra'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)

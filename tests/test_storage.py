@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from lemon.storage import Store, file_fingerprint, fingerprint
+
+
+def test_a_file_appears_only_when_its_writer_ends_well(tmp_path: Path) -> None:
+    store = Store(tmp_path / "out")
+    with store.write("a/b.bin") as stream:
+        stream.write(b"half")
+        assert not store.exists("a/b.bin")
+        assert store.list("a") == []
+    assert store.read_bytes("a/b.bin") == b"half"
+
+
+def test_a_writer_that_fails_leaves_the_earlier_file_and_no_temporary(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write_bytes("x", b"old")
+    with pytest.raises(RuntimeError), store.write("x") as stream:
+        stream.write(b"new")
+        raise RuntimeError
+    assert store.read_bytes("x") == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_leftovers_of_a_killed_writer_are_removed_for_that_name_only(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for name in (".tmp-00000000-slide1.parquet", ".tmp-00000000-slide2.parquet"):
+        (tmp_path / "cells").mkdir(exist_ok=True)
+        (tmp_path / "cells" / name).touch()
+    store.remove_temporaries("cells", "slide1")
+    assert [path.name for path in (tmp_path / "cells").iterdir()] == [".tmp-00000000-slide2.parquet"]
+
+
+def test_tables_and_json_make_the_round_trip(tmp_path: Path) -> None:
+    store = Store(f"file://{tmp_path}")
+    table = pa.table({"a": [1, 2]})
+    store.write_table("t.parquet", table)
+    store.write_json("j.json", {"b": [1]})
+    assert store.read_table("t.parquet") == table
+    assert store.read_json("j.json") == {"b": [1]}
+
+
+def test_an_absent_folder_lists_as_empty_and_deletes_in_silence(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert store.list("nowhere") == []
+    store.delete("nowhere")
+
+
+def test_an_unknown_scheme_is_refused_with_what_is_expected() -> None:
+    with pytest.raises(ValueError, match="expected a local path or s3://"):
+        Store("floppy://a")
+
+
+def test_a_fingerprint_depends_on_values_and_not_on_the_order_of_keys(tmp_path: Path) -> None:
+    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1}) != fingerprint({"a": 1, "b": [3]})
+    (tmp_path / "f").write_bytes(b"x")
+    first = file_fingerprint(tmp_path / "f")
+    (tmp_path / "f").write_bytes(b"y")
+    assert file_fingerprint(tmp_path / "f") != first
