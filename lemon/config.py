@@ -109,6 +109,16 @@ class CurateConfig(Frozen):
         return settings
 
 
+# --- demo ----------------------------------------------------------------------------------------------------------
+
+
+class DemoConfig(Frozen):
+    """``jobs/demo.py``: every stage on one slide."""
+
+    output: str = Field("demo", description="folder of all that the demo makes")
+    synthetic: bool = Field(False, description="use a made-up slide, as where pip reaches no package index")
+
+
 # --- composing and validating -----------------------------------------------------------------------------------------
 
 

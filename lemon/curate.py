@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -84,15 +85,16 @@ class SlideActor:
         self.processes = start_processes(config.workers.cpus)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One slide in, its status out; nothing is raised, because Ray would drop or repeat the row."""
-        slide = Slide(**{name: value[0] for name, value in batch.items()})
+        """One slide in, its status out, both as JSON: in a column of numbers a missing value would become NaN.
+
+        Nothing is raised, because Ray would drop or repeat the row.
+        """
+        slide = Slide(**json.loads(batch["slide"][0]))
         try:
             row = self._attempt(slide)
         except (OutputError, OSError) as error:
             row = {"slide_id": slide.slide_id, "status": FATAL, "n_cells": 0, "error": str(error)}
-        return {name: np.array([row[name]]) for name in ("slide_id", "status", "n_cells")} | {
-            "error": np.array([row["error"] or ""])
-        }
+        return {"row": np.array([json.dumps(row)])}
 
     def _attempt(self, slide: Slide) -> dict[str, Any]:
         """Curate and commit; a slide that keeps killing its workers is given up."""
@@ -143,7 +145,7 @@ def _run_on_ray(slides: list[Slide], *, config: CurateConfig, ledger: Ledger) ->
 
     start_ray()
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    context.enable_progress_bars = False  # our own bar counts slides and cells
     context.execution_options.preserve_order = False
     context.execution_options.verbose_progress = False
     context.execution_no_progress_timeout_s = -1  # a large slide may take hours
@@ -152,7 +154,9 @@ def _run_on_ray(slides: list[Slide], *, config: CurateConfig, ledger: Ledger) ->
     limit = workers.actors or max(1, int(ray.cluster_resources().get("CPU", 1)) // workers.cpus)
     # Paths are made absolute here: actors run elsewhere.
     located = config.model_copy(update={"output": ledger.store.uri})
-    statuses = ray.data.from_items([asdict(slide) for slide in slides], override_num_blocks=len(slides)).map_batches(
+    statuses = ray.data.from_items(
+        [{"slide": json.dumps(asdict(slide))} for slide in slides], override_num_blocks=len(slides)
+    ).map_batches(
         SlideActor,
         fn_constructor_kwargs={
             "config": located,
@@ -166,18 +170,24 @@ def _run_on_ray(slides: list[Slide], *, config: CurateConfig, ledger: Ledger) ->
     )
     with tqdm(total=len(slides), unit="slide", desc="curate", disable=None) as bar:
         cells = failed = 0
-        for row in statuses.iter_rows():
+        for item in statuses.iter_rows():
+            row = json.loads(item["row"])
             if row["status"] == FATAL:
                 raise OutputError(row["error"])
-            cells, failed = cells + int(row["n_cells"] or 0), failed + (row["status"] == "failed")
+            cells, failed = cells + (row["n_cells"] or 0), failed + (row["status"] == "failed")
             bar.set_postfix(cells=cells, failed=failed, refresh=False)
             bar.update()
 
 
 def start_ray() -> None:
-    """Join the cluster that RAY_ADDRESS names, else start Ray on this machine."""
+    """Join the cluster that RAY_ADDRESS names, else start Ray on this machine, quietly."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
+    import ray.data
 
+    for handler in logging.getLogger("ray.data").handlers:
+        if not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.ERROR)
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+# Before Ray is imported anywhere: no token file in the home folder, no call home.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
 SHARED = Path(os.environ.get("LEMON_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 

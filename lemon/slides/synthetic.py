@@ -41,7 +41,9 @@ def make_tissue(side_px: int, *, seed: int, mpp: float = 0.25, border_px: int = 
     inside = slice(border_px, side_px - border_px)
     texture = cv2.GaussianBlur(rng.normal(0, 1, (side_px, side_px)).astype(np.float32), (0, 0), 2 / mpp)
     ground[inside, inside] = 0.55 + 0.15 * (texture / max(texture.std(), 1e-6))[inside, inside]
-    density = nuclear[..., None] * _HEMATOXYLIN + np.clip(ground, 0, 1)[..., None] * _EOSIN * (1 - 0.7 * nuclear[..., None])
+    density = nuclear[..., None] * _HEMATOXYLIN + np.clip(ground, 0, 1)[..., None] * _EOSIN * (
+        1 - 0.7 * nuclear[..., None]
+    )
     noisy = 242 * 10.0**-density + rng.normal(0, 2, density.shape)
     return SyntheticTissue(np.clip(noisy, 0, 255).astype(np.uint8), centers, radii.mean(axis=1))
 
