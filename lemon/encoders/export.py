@@ -1,0 +1,134 @@
+"""Export in timm's layout: config.json and model.safetensors, which ``timm.create_model("local-dir:...")`` opens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+from timm.layers import LayerScale
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from lemon.storage import Store
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+STORED_PX = 60
+"""Side of a stored cell image at 0.25 um/px."""
+
+ARCHITECTURES = {192: "vit_tiny_patch16_224", 384: "vit_small_patch8_224", 768: "vit_base_patch8_224"}
+"""timm's entry point by width; every size is spelled out in model_args besides."""
+
+
+@dataclass(frozen=True)
+class CellInput:
+    """What an encoder expects: RGB / 255, centre crop, normalisation."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    um_per_px: float = 0.25
+    crop_px: int = 40
+
+
+def export_encoder(
+    encoder: VisionTransformer,
+    destination: str | Path,
+    *,
+    cell_input: CellInput,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Write an encoder so that timm opens it with the same output.
+
+    Args:
+        encoder: what ``encoders.vit.build_vit`` makes, trained or loaded.
+        destination: a folder or an s3:// prefix. config.json is written last: a folder that has it is whole.
+        cell_input: kept in config.json, for timm as ``pretrained_cfg``, and under ``lemon``.
+        facts: anything else to keep under ``lemon`` (name, run, fingerprint, licence); JSON values.
+
+    Raises:
+        ValueError: crop_px is not the encoder's.
+    """
+    if encoder.patch_embed.img_size != (cell_input.crop_px, cell_input.crop_px):
+        raise ValueError(
+            f"crop_px={cell_input.crop_px}: expected the encoder's input size, {encoder.patch_embed.img_size[0]}"
+        )
+    weights = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
+    store = Store(destination)
+    with store.write(WEIGHTS) as stream:
+        stream.write(safetensors.torch.save(weights, metadata={"format": "pt"}))
+    with store.write(CONFIG) as stream:
+        stream.write(json.dumps(timm_config(encoder, cell_input=cell_input, facts=facts or {}), indent=2).encode())
+
+
+def timm_config(encoder: VisionTransformer, *, cell_input: CellInput, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of config.json, in timm's layout, with LEMON's own keys under ``lemon``."""
+    px = cell_input.crop_px
+    return {
+        "architecture": ARCHITECTURES.get(encoder.embed_dim, "vit_base_patch8_224"),
+        "num_classes": 0,
+        "num_features": encoder.embed_dim,
+        "global_pool": "token",
+        "model_args": model_args(encoder),
+        "pretrained_cfg": {
+            "input_size": [3, px, px],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            # timm resizes to crop_px / crop_pct before its centre crop; for a stored image of 60 px nothing changes.
+            "crop_pct": px / STORED_PX,
+            "crop_mode": "center",
+            "mean": list(cell_input.mean),
+            "std": list(cell_input.std),
+            "num_classes": 0,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+        "lemon": {**facts, **asdict(cell_input)},
+    }
+
+
+def model_args(encoder: VisionTransformer) -> dict[str, Any]:
+    """The arguments that rebuild the encoder, read from its modules."""
+    block: Any = encoder.blocks[0]
+    args: dict[str, Any] = {
+        "img_size": encoder.patch_embed.img_size[0],
+        "patch_size": encoder.patch_embed.patch_size[0],
+        "embed_dim": encoder.embed_dim,
+        "depth": len(encoder.blocks),
+        "num_heads": block.attn.num_heads,
+        "mlp_ratio": block.mlp.fc1.out_features / encoder.embed_dim,
+        "num_classes": 0,
+        "global_pool": "token",
+    }
+    if isinstance(block.ls1, LayerScale):
+        args["init_values"] = 1e-5  # any number: it makes timm build LayerScale, and the weights overwrite it
+    return args
+
+
+def load_exported(directory: str | Path) -> tuple[nn.Module, CellInput]:
+    """Open an exported encoder: the timm model in evaluation mode, and what it expects.
+
+    Raises:
+        FileNotFoundError: the folder has no config.json or no weights.
+        ValueError: config.json has no ``lemon`` section, so scale and crop size are unknown.
+    """
+    folder = Path(directory)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name}: no such file; expected a folder written by lemon's export")
+    section = json.loads((folder / CONFIG).read_text()).get("lemon", {})
+    absent = [key for key in ("mean", "std", "um_per_px", "crop_px") if key not in section]
+    if absent:
+        raise ValueError(f"{folder / CONFIG}: got no lemon.{absent[0]}; expected a folder written by lemon's export")
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    mean, std = triple(section["mean"]), triple(section["std"])
+    return model.eval(), CellInput(mean=mean, std=std, um_per_px=section["um_per_px"], crop_px=section["crop_px"])
+
+
+def triple(values: Sequence[float]) -> tuple[float, float, float]:
+    """Three numbers as a tuple of fixed length."""
+    red, green, blue = values
+    return float(red), float(green), float(blue)

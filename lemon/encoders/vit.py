@@ -1,0 +1,219 @@
+"""Vision transformers for 40x40 crops: timm's VisionTransformer, two initialisations, and the released checkpoint.
+
+At 8 px a patch, a crop of 40 px is 5x5 patches and one class token: 26 tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from timm.layers import DropPath, LayerNorm
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from lemon.config import ConfigError, Frozen
+
+LEMON_MEAN = (0.5626308917999268, 0.3856308162212372, 0.5453570485115051)
+LEMON_STD = (0.1810322254896164, 0.16682660579681396, 0.13694559037685394)
+"""Normalisation of the released checkpoint (its mean_std.json): means over images of each image's mean and std."""
+
+LEMON_PREFIX = "module.base_encoder."
+
+
+class EncoderConfig(Frozen):
+    """Size of a vision transformer; the self-supervised method decides on positions and initialisation."""
+
+    name: str = Field(description="name in tables and exports")
+    dim: int = Field(ge=4, multiple_of=4, description="width of a token")
+    depth: int = Field(ge=1, description="transformer blocks")
+    heads: int = Field(ge=1, description="attention heads; DINOv2 sets its own (ssl.head_dim)")
+    patch_px: int = Field(8, ge=1, description="side of a patch")
+    crop_px: int = Field(40, ge=8, description="side of a crop at 0.25 um/px")
+
+
+VIT_S8 = EncoderConfig(name="vit_s8", dim=384, depth=12, heads=12)
+VIT_B8 = EncoderConfig(name="vit_b8", dim=768, depth=12, heads=12)
+VIT_TINY8 = EncoderConfig(name="vit_tiny8", dim=192, depth=6, heads=3)
+"""For laptops: 2.7 M parameters, an eighth of ViT-S/8."""
+
+
+def build_vit(
+    config: EncoderConfig,
+    *,
+    init: Literal["mocov3", "dinov2"] = "mocov3",
+    heads: int | None = None,
+    layer_scale: float | None = None,
+    drop_path: float = 0.0,
+    dynamic_size: bool = False,
+) -> VisionTransformer:
+    """A VisionTransformer without class head; its output is the class token after the last LayerNorm, [B, dim].
+
+    Args:
+        config: sizes.
+        init: ``mocov3``: xavier-like, fixed sin-cos positions; ``dinov2``: timm's truncated normal, learned positions.
+        heads: overrides ``config.heads``.
+        layer_scale: initial LayerScale; None: none.
+        drop_path: stochastic depth rate, the same in every block (DINOv2's uniform rate, not timm's linear rule).
+        dynamic_size: accept other crop sizes, by interpolated positions.
+
+    Raises:
+        ConfigError: sizes that do not divide.
+    """
+    heads = heads or config.heads
+    if config.dim % heads or config.crop_px % config.patch_px:
+        raise ConfigError(
+            f"encoder {config.name}: got dim={config.dim}, heads={heads}, crop_px={config.crop_px}, "
+            f"patch_px={config.patch_px}; expected heads to divide dim and patch_px to divide crop_px"
+        )
+    vit = VisionTransformer(
+        img_size=config.crop_px,
+        patch_size=config.patch_px,
+        num_classes=0,
+        embed_dim=config.dim,
+        depth=config.depth,
+        num_heads=heads,
+        init_values=layer_scale,
+        norm_layer=partial(LayerNorm, eps=1e-6),
+        dynamic_img_size=dynamic_size,
+        weight_init="moco" if init == "mocov3" else "",
+    )
+    for block in vit.blocks if drop_path else ():
+        block.drop_path1, block.drop_path2 = DropPath(drop_path), DropPath(drop_path)
+    if init == "mocov3":
+        _initialise_patches_and_positions(vit)
+    return vit
+
+
+@torch.no_grad()
+def _initialise_patches_and_positions(vit: VisionTransformer) -> None:
+    """The rest of MoCo v3's initialisation (arXiv 2104.02057, appendix A.2); timm's "moco" leaves the patches out."""
+    projection = vit.patch_embed.proj
+    limit = math.sqrt(6 / (projection.weight[0].numel() + vit.embed_dim))  # xavier of the patch as a linear layer
+    nn.init.uniform_(projection.weight, -limit, limit)
+    nn.init.zeros_(projection.bias)
+    assert vit.pos_embed is not None
+    vit.pos_embed.copy_(sincos_positions(vit.embed_dim, grid=vit.patch_embed.grid_size[0]))
+    vit.pos_embed.requires_grad_(False)
+
+
+def sincos_positions(dim: int, *, grid: int, temperature: float = 1e4) -> Tensor:
+    """Fixed 2-D sin-cos positions: [1, 1 + grid * grid, dim], zero for the class token.
+
+    Quarters of a vector: sin and cos of the row, sin and cos of the column (an "ij" meshgrid, as in MoCo v3), at
+    dim / 4 frequencies temperature ** (-i / (dim / 4)).
+    """
+    quarter = dim // 4
+    frequency = temperature ** (-torch.arange(quarter, dtype=torch.float64) / quarter)  # [dim / 4]
+    position = torch.arange(grid, dtype=torch.float64)
+    rows, columns = torch.meshgrid(position, position, indexing="ij")
+    angles = [axis.flatten()[:, None] * frequency for axis in (rows, columns)]  # [grid * grid, dim / 4] each
+    patches = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)  # [grid * grid, dim]
+    return torch.cat([patches.new_zeros(1, dim), patches])[None].float()
+
+
+def forward_tokens(
+    vit: VisionTransformer, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None
+) -> Tensor:
+    """All tokens after the last LayerNorm, class token first; masked patches are replaced by ``mask_token``.
+
+    Args:
+        vit: a timm VisionTransformer.
+        images: [B, 3, px, px].
+        mask: bool [B, P], or None.
+        mask_token: [1, dim].
+
+    Returns:
+        [B, 1 + P, dim].
+    """
+    if mask is None:
+        return vit.forward_features(images)
+    patches = vit.patch_embed(images)  # [B, P, dim], or [B, h, w, dim] with dynamic_size
+    assert mask_token is not None
+    masked = mask.reshape(*patches.shape[:-1], 1)
+    # timm has no entry point between the patches and the positions, hence the private call.
+    tokens = vit._pos_embed(torch.where(masked, mask_token.to(patches.dtype), patches))  # [B, 1 + P, dim]
+    return vit.norm(vit.blocks(vit.norm_pre(vit.patch_drop(tokens))))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw torch's random numbers on the CPU from ``seed`` inside the block, and leave the global state untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def load_lemon_checkpoint(
+    path: str | Path, *, mean_std: str | Path | None = None, encoder: EncoderConfig = VIT_S8
+) -> VisionTransformer:
+    """The encoder of a MoCo v3 checkpoint in the layout of the released ``lemon.pth.tar``, in evaluation mode.
+
+    Its ``pretrained_cfg`` (timm's convention) holds mean, std and input size.
+
+    Args:
+        path: a file whose ``state_dict`` has the encoder under ``module.base_encoder.``.
+        mean_std: ``mean_std.json`` beside it; None: the released values.
+        encoder: sizes; the released checkpoint is ViT-S/8 with 12 heads.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no ``state_dict``, or keys or shapes other than those of the encoder.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint; download lemon.pth.tar from the hub (aliceblondel/LEMON)")
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, Mapping) or "state_dict" not in content:
+        got = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
+        raise ValueError(f"{path}: got {got}; expected a checkpoint with the key state_dict")
+    head = f"{LEMON_PREFIX}head"
+    state = {
+        key.removeprefix(LEMON_PREFIX): value
+        for key, value in content["state_dict"].items()
+        if key.startswith(LEMON_PREFIX) and not key.startswith(head)
+    }
+    vit = build_vit(encoder)
+    load_strictly(vit, state, source=str(path))
+    mean, std = read_mean_std(mean_std) if mean_std else (LEMON_MEAN, LEMON_STD)
+    vit.pretrained_cfg = {"input_size": (3, encoder.crop_px, encoder.crop_px), "mean": mean, "std": std}  # type: ignore[assignment]
+    return vit.eval()
+
+
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Load a state dict whose keys and shapes must be exactly the model's; ValueError names the first five faults."""
+    own = model.state_dict()
+    shapes = [
+        f"{key} {list(state[key].shape)}, expected {list(own[key].shape)}"
+        for key in own
+        if key in state and own[key].shape != state[key].shape
+    ]
+    faults = {
+        "missing keys": [key for key in own if key not in state],
+        "unexpected keys": [key for key in state if key not in own],
+        "wrong shapes": shapes,
+    }
+    told = [f"{len(found)} {kind} ({', '.join(found[:5])})" for kind, found in faults.items() if found]
+    if told:
+        raise ValueError(f"{source}: {'; '.join(told)}; expected exactly the {len(own)} tensors of this encoder")
+    model.load_state_dict(state)
+
+
+def read_mean_std(path: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std per channel, in [0, 1], from a JSON object with the keys mean and std."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected the mean_std.json of the checkpoint")
+    values: Any = json.loads(Path(path).read_text())
+    try:
+        mean, std = (tuple(float(v) for v in values[key]) for key in ("mean", "std"))
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f'{path}: got {values!r}; expected {{"mean": [r, g, b], "std": [r, g, b]}}') from None
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"{path}: got mean={mean}, std={std}; expected three values each, std above 0")
+    return mean, std

@@ -1,0 +1,389 @@
+"""The losses against naive loops, the reference implementations' values, and themselves on several workers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor
+
+from lemon.pretrain import losses
+from tests.conftest import shared
+
+
+@cache
+def golden() -> dict[str, Tensor]:
+    with np.load(shared("golden/ssl_losses.npz")) as arrays:
+        return {key: torch.from_numpy(np.asarray(arrays[key])) for key in arrays.files}
+
+
+def leaf(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_()
+
+
+def assert_value(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want.to(got.dtype), rtol=1e-5, atol=0)
+
+
+def assert_gradient(got: Tensor | None, want: Tensor) -> None:
+    """Within 1e-4 of each element, and of the largest where an element is all but zero."""
+    assert got is not None
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6 * float(want.abs().max()))
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- MoCo v3 ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_moco_loss_and_gradient_are_those_of_the_reference() -> None:
+    g = golden()
+    q1, temperature = leaf(g["moco_q1"]), float(g["moco_temperature"])
+    loss = losses.moco_contrastive(q1, g["moco_k2"], temperature=temperature)
+    loss = loss + losses.moco_contrastive(g["moco_q2"], g["moco_k1"], temperature=temperature)
+    loss.backward()
+    assert_value(loss, g["moco_loss"])
+    assert_gradient(q1.grad, g["moco_grad_q1"])
+
+
+def test_the_moco_loss_equals_a_naive_loop() -> None:
+    q, k, temperature = random(5, 8), random(5, 8, seed=1), 0.3
+    rows = []
+    for i in range(5):
+        scores = [math.exp(F.cosine_similarity(q[i], k[j], dim=0).item() / temperature) for j in range(5)]
+        rows.append(-math.log(scores[i] / sum(scores)))
+    want = 2 * temperature * sum(rows) / 5
+    assert losses.moco_contrastive(q, k, temperature=temperature).item() == pytest.approx(want, rel=1e-5)
+
+
+def test_keys_get_no_gradient() -> None:
+    q, k = leaf(random(4, 8)), leaf(random(4, 8, seed=1))
+    losses.moco_contrastive(q, k, temperature=0.2).backward()
+    assert q.grad is not None
+    assert k.grad is None
+
+
+def test_losses_are_computed_in_float32_under_autocast() -> None:
+    q, k = random(64, 32), random(64, 32, seed=1)
+    logits, probs = random(64, 128), F.softmax(random(64, 128, seed=1), dim=-1)
+    cases: list[Callable[[], Tensor]] = [
+        lambda: losses.moco_contrastive(q, k, temperature=0.2),
+        lambda: losses.dino_cross_entropy(logits, probs, student_temperature=0.1),
+        lambda: losses.koleo(q),
+        lambda: losses.kde(q, kappa=5.0),
+        lambda: losses.chunked_cross_entropy(q, k, probs[:, :64], student_temperature=0.1),
+        lambda: losses.sinkhorn_knopp(logits, teacher_temperature=0.04),
+    ]
+    for case in cases:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = case()
+        assert inside.dtype == torch.float32
+        torch.testing.assert_close(inside, case(), rtol=0, atol=0)
+
+
+# --- DINO and iBOT ----------------------------------------------------------------------------------------------------
+
+
+def test_the_dino_loss_gradient_and_centre_are_those_of_the_reference() -> None:
+    g = golden()
+    s1, center, temperature = leaf(g["dino_s1"]), g["dino_center"][0], float(g["dino_teacher_temp"])
+    p1, p2 = (losses.softmax_center(g[t], center, teacher_temperature=temperature) for t in ("dino_t1", "dino_t2"))
+    torch.testing.assert_close(p1, g["dino_softmax_t1"], rtol=1e-5, atol=1e-12)
+    student_temperature = float(g["dino_student_temp"])
+    loss = losses.dino_cross_entropy(s1, p2, student_temperature=student_temperature)
+    loss = loss + losses.dino_cross_entropy(g["dino_s2"], p1, student_temperature=student_temperature)
+    loss.backward()
+    assert_value(loss, g["dino_loss_sum_of_two_terms"])
+    assert_gradient(s1.grad, g["dino_grad_s1"])
+    moved = losses.updated_center(center, torch.cat([g["dino_t1"], g["dino_t2"]]), momentum=0.9)
+    torch.testing.assert_close(moved, g["dino_center_after_update"][0], rtol=1e-5, atol=1e-7)
+
+
+def test_a_centre_stays_where_no_patch_is_masked() -> None:
+    center = random(16)
+    torch.testing.assert_close(losses.updated_center(center, torch.zeros(0, 16), momentum=0.9), center, rtol=0, atol=0)
+
+
+def test_the_ibot_loss_and_gradient_are_those_of_the_reference() -> None:
+    g = golden()
+    student = leaf(g["ibot_student"])
+    loss = losses.ibot_cross_entropy(student, g["ibot_teacher_probs"], g["ibot_mask"], student_temperature=0.1)
+    loss.backward()
+    assert_value(loss, g["ibot_loss"])
+    assert_gradient(student.grad, g["ibot_grad"])
+
+
+def test_the_chunked_form_on_masked_patches_equals_the_ibot_loss() -> None:
+    mask = random(6, 25, seed=3) > 0.5
+    mask[2] = False
+    features, prototypes = F.normalize(random(6, 25, 16), dim=-1), F.normalize(random(40, 16, seed=1), dim=-1)
+    probs = F.softmax(random(6, 25, 40, seed=2), dim=-1)
+    want = losses.ibot_cross_entropy(features @ prototypes.T, probs, mask, student_temperature=0.1)
+    weights = losses.mask_weights(mask)[mask] / 6
+    got = losses.chunked_cross_entropy(
+        features[mask], prototypes, probs[mask], student_temperature=0.1, weights=weights, chunk_rows=7
+    )
+    assert_value(got, want)
+
+
+def test_without_a_masked_patch_the_ibot_loss_and_its_gradient_are_zero() -> None:
+    student = leaf(random(3, 25, 8))
+    probs, mask = F.softmax(random(3, 25, 8, seed=1), dim=-1), torch.zeros(3, 25, dtype=torch.bool)
+    loss = losses.ibot_cross_entropy(student, probs, mask, student_temperature=0.1)
+    loss.backward()
+    assert loss.item() == 0
+    assert student.grad is not None
+    assert student.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("rows", [0, 1, 10])
+@pytest.mark.parametrize("chunk_rows", [3, 100])
+def test_chunked_cross_entropy_has_the_value_and_gradients_of_the_unchunked(rows: int, chunk_rows: int) -> None:
+    probs, weights = F.softmax(random(rows, 40, seed=2).double(), dim=-1), random(rows, seed=3).double().abs()
+    grads = []
+    for chunked in (True, False):
+        x, w = leaf(random(rows, 16).double()), leaf(random(40, 16, seed=1).double())
+        if chunked:
+            loss = losses.chunked_cross_entropy(
+                x, w, probs, student_temperature=0.1, weights=weights, chunk_rows=chunk_rows
+            )
+        else:
+            loss = -(weights[:, None] * probs * F.log_softmax(x @ w.T / 0.1, dim=-1)).sum()
+        loss.backward()
+        grads.append((loss.detach(), x.grad, w.grad))
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+# --- Sinkhorn-Knopp ---------------------------------------------------------------------------------------------------
+
+
+def naive_sinkhorn(logits: Tensor, *, temperature: float, iterations: int) -> Tensor:
+    q = torch.exp(logits.double() / temperature)
+    q = q / q.sum()
+    for _ in range(iterations):
+        q = q / q.sum(dim=0, keepdim=True) / q.shape[1]
+        q = q / q.sum(dim=1, keepdim=True) / q.shape[0]
+    return q * q.shape[0]
+
+
+def test_sinkhorn_is_that_of_the_reference() -> None:
+    g = golden()
+    got = losses.sinkhorn_knopp(g["ibot_raw_teacher_masked"], teacher_temperature=0.07)
+    # The reference's float32 has lost all digits below 1e-20.
+    torch.testing.assert_close(got, g["ibot_sinkhorn"], rtol=1e-5, atol=1e-20)
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 5])
+def test_sinkhorn_equals_a_naive_loop(iterations: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "SPLIT_ELEMENTS", 50)  # several parts, the last one short
+    logits = random(11, 17)
+    got = losses.sinkhorn_knopp(logits, teacher_temperature=0.1, iterations=iterations)
+    want = naive_sinkhorn(logits, temperature=0.1, iterations=iterations)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-12)
+
+
+def test_rows_of_sinkhorn_sum_to_one_and_prototypes_are_used_equally() -> None:
+    logits = random(64, 16)
+    probs = losses.sinkhorn_knopp(logits, teacher_temperature=0.5, iterations=50)
+    torch.testing.assert_close(probs.sum(dim=1), torch.ones(64))
+    torch.testing.assert_close(probs.sum(dim=0), torch.full((16,), 4.0), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("logits", [random(16, 32) * 1000, torch.zeros(4, 8), random(1, 8), random(0, 8)])
+def test_sinkhorn_is_finite_where_the_exponential_overflows_or_rows_are_few(logits: Tensor) -> None:
+    before = logits.clone()
+    probs = losses.sinkhorn_knopp(logits, teacher_temperature=0.04)
+    assert probs.shape == logits.shape
+    torch.testing.assert_close(probs.sum(dim=1), torch.ones(len(logits)))
+    assert torch.equal(logits, before)
+
+
+def test_sinkhorn_is_finite_where_the_reference_is_not() -> None:
+    g = golden()
+    assert g["dino_sinkhorn_t1"].isnan().all()
+    probs = losses.sinkhorn_knopp(g["dino_t1"], teacher_temperature=0.04)
+    want = naive_sinkhorn(g["dino_t1"], temperature=0.04, iterations=3)
+    torch.testing.assert_close(probs.double(), want, rtol=2e-5, atol=1e-12)
+
+
+def test_sinkhorn_without_an_iteration_is_refused() -> None:
+    with pytest.raises(ValueError, match="iterations=0"):
+        losses.sinkhorn_knopp(random(4, 8), teacher_temperature=0.04, iterations=0)
+
+
+# --- regularisers -----------------------------------------------------------------------------------------------------
+
+
+def test_koleo_and_its_gradient_are_those_of_the_reference() -> None:
+    g = golden()
+    z = leaf(g["koleo_z"])
+    loss = losses.koleo(z)
+    loss.backward()
+    assert_value(loss, g["koleo_loss"])
+    assert_gradient(z.grad, g["koleo_grad"])
+
+
+def test_koleo_of_duplicate_cells_has_bounded_gradients() -> None:
+    distinct = random(6, 32)
+    for noise in (0.0, 1e-9, 1e-6, 1e-4, 1e-2):
+        z = leaf(torch.cat([distinct, distinct + noise * random(6, 32, seed=1)]))
+        loss = losses.koleo(z, floor=1e-4)
+        loss.backward()
+        assert torch.isfinite(loss)
+        assert z.grad is not None
+        # A row is the neighbour of at most a few; 1 / (2 * floor) a pair, 12 rows, norms of about 5.
+        assert z.grad.norm(dim=1).max() < 3 * (1 / 2e-4) / 12
+
+
+def test_koleo_still_pushes_nearly_equal_rows_apart() -> None:
+    start = random(1, 32) + 1e-5 * random(8, 32, seed=1)  # DINOv2 at its initialisation
+    z = leaf(start)
+    losses.koleo(z).backward()
+    assert z.grad is not None
+
+    def nearest(x: Tensor) -> Tensor:
+        distances = torch.cdist(F.normalize(x.double(), dim=1), F.normalize(x.double(), dim=1))
+        return (distances + 10 * torch.eye(len(x))).amin(dim=1).mean()
+
+    assert nearest(z.detach() - 1e-7 * z.grad) > 1.01 * nearest(start)
+
+
+def test_kde_equals_a_naive_loop() -> None:
+    z, kappa = random(5, 8), 5.0
+    for exclude_self in (False, True):
+        rows = []
+        for i in range(5):
+            cosines = [F.cosine_similarity(z[i], z[j], dim=0).item() for j in range(5) if not (exclude_self and j == i)]
+            rows.append(math.log(sum(math.exp(kappa * c) for c in cosines)))
+        got = losses.kde(z, kappa=kappa, exclude_self=exclude_self)
+        assert got.item() == pytest.approx(sum(rows) / 5, rel=1e-5)
+
+
+def test_kde_scores_a_collapsed_batch_higher_than_a_uniform_one() -> None:
+    uniform = random(64, 32)
+    collapsed = random(1, 32) + 0.01 * uniform
+    assert losses.kde(collapsed, kappa=5.0) > losses.kde(uniform, kappa=5.0) + 1
+
+
+def test_a_step_down_the_kde_lowers_the_mean_cosine_of_a_collapsed_batch() -> None:
+    z = leaf(random(1, 32) + 0.1 * random(64, 32, seed=1))
+
+    def mean_cosine() -> float:
+        unit = F.normalize(z.detach(), dim=1)
+        return (unit @ unit.T).mean().item()
+
+    before = mean_cosine()
+    optimizer = torch.optim.SGD([z], lr=10.0)
+    losses.kde(z, kappa=5.0).backward()
+    optimizer.step()
+    assert mean_cosine() < before - 1e-4
+
+
+@pytest.mark.parametrize("loss", [losses.koleo, lambda z: losses.kde(z, kappa=5.0)])
+def test_regularisers_do_not_depend_on_the_scale_of_embeddings(loss: Callable[[Tensor], Tensor]) -> None:
+    z = random(16, 8)
+    torch.testing.assert_close(loss(z), loss(100 * z))
+
+
+def test_a_batch_of_one_cell_or_none_has_finite_losses_and_gradients() -> None:
+    cases: list[Callable[[Tensor], Tensor]] = [
+        losses.koleo,
+        lambda z: losses.kde(z, kappa=5.0),
+        lambda z: losses.kde(z, kappa=5.0, exclude_self=True),
+        lambda z: losses.moco_contrastive(z, z.detach(), temperature=0.2),
+    ]
+    for case in cases:
+        z = leaf(random(1, 8))
+        loss = case(z)
+        loss.backward()
+        assert torch.isfinite(loss)
+        assert z.grad is not None
+        assert z.grad.abs().max() < 1e-5
+    for case in cases[:3]:
+        assert case(leaf(random(0, 8))).item() == 0
+
+
+def test_feature_std_tells_collapse_from_spread() -> None:
+    assert losses.feature_std(random(512, 64)).item() == pytest.approx(1.0, abs=0.02)
+    assert losses.feature_std(random(1, 64).expand(512, -1)).item() == pytest.approx(0.0, abs=1e-5)
+
+
+# --- several workers --------------------------------------------------------------------------------------------------
+
+
+def run_workers(work: Callable[[int, Path], None], folder: Path, *, workers: int = 2) -> list[Any]:
+    """Run ``work(rank, folder)`` in ``workers`` gloo processes; returns what each saved as rank<i>.pt."""
+    mp.spawn(_join, args=(work, folder, workers), nprocs=workers)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(workers)]
+
+
+def _join(rank: int, work: Callable[[int, Path], None], folder: Path, workers: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=workers)
+    work(rank, folder)
+    dist.destroy_process_group()
+
+
+def assert_same_as_one_worker(whole: dict[str, Any], parts: list[dict[str, Any]], *, rtol: float = 1e-5) -> None:
+    """Mean over workers of each tensor (as DistributedDataParallel averages gradients) against one worker's."""
+    for key, want in whole.items():
+        mean = torch.stack([part[key] for part in parts]).mean(dim=0)
+        atol = rtol * float(want.abs().max()) + 1e-9
+        torch.testing.assert_close(mean, want, rtol=rtol, atol=atol, msg=lambda text, key=key: f"{key}: {text}")
+
+
+CELLS = 8
+OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "moco": lambda x, y: losses.moco_contrastive(x, y, temperature=0.2),
+    "koleo": lambda x, y: losses.koleo(x),
+    "kde": lambda x, y: losses.kde(x, kappa=5.0),
+    "kde without self": lambda x, y: losses.kde(x, kappa=5.0, exclude_self=True),
+    "dino with sinkhorn": lambda x, y: losses.dino_cross_entropy(
+        x, losses.sinkhorn_knopp(y, teacher_temperature=0.04), student_temperature=0.1
+    ),
+    "centre": lambda x, y: losses.updated_center(torch.ones(16), y, momentum=0.9).sum() + 0 * x.sum(),
+}
+
+
+def gradients_of_a_shared_layer(rows: slice) -> dict[str, Tensor]:
+    """Loss of every objective on these rows of a fixed batch, and its gradient in a layer that all workers share."""
+    results = {}
+    for name, objective in OBJECTIVES.items():
+        layer = leaf(random(16, 16, seed=5))
+        inputs, targets = random(CELLS, 16)[rows], random(CELLS, 16, seed=1)[rows]
+        loss = objective(inputs @ layer, targets)
+        loss.backward()
+        assert layer.grad is not None
+        results[name], results[f"{name}, gradient"] = loss.detach(), layer.grad
+    return results
+
+
+def work_on_half(rank: int, folder: Path) -> None:
+    half = CELLS // 2
+    results = gradients_of_a_shared_layer(slice(rank * half, (rank + 1) * half))
+    # Masked patches are split unevenly: 3 rows and none.
+    few = losses.sinkhorn_knopp(random(3, 16)[: 3 if rank == 0 else 0], teacher_temperature=0.04)
+    results["uneven"] = F.pad(few, (0, 0, 0, 3 - len(few))) * 2
+    none = losses.sinkhorn_knopp(random(0, 16), teacher_temperature=0.04)
+    results["none"] = none.sum()
+    torch.save(results, folder / f"rank{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_workers_have_the_loss_and_gradients_of_one_with_all_rows(tmp_path: Path) -> None:
+    whole = gradients_of_a_shared_layer(slice(0, CELLS))
+    whole["uneven"] = losses.sinkhorn_knopp(random(3, 16), teacher_temperature=0.04)
+    whole["none"] = torch.zeros(())
+    assert_same_as_one_worker(whole, run_workers(work_on_half, tmp_path))
