@@ -32,9 +32,9 @@ check: setup
 	$(VENV)/bin/lint-imports --no-cache
 
 bench: setup
-	$(RUN) benchmarks/hoverfast.py
-	$(RUN) benchmarks/encoding.py
-	$(RUN) benchmarks/memory.py
+	$(RUN) -m benchmarks.hoverfast
+	$(RUN) -m benchmarks.encoding
+	$(RUN) -m benchmarks.memory
 
 clean:
 	rm -rf demo .pytest_cache .mypy_cache .ruff_cache

@@ -10,9 +10,9 @@ from pathlib import Path
 import shapely
 
 from lemon import curate
+from lemon.cells.names import geojson_name, shard_name
 from lemon.config import EXIT_OK, CurateConfig, load
 from lemon.report.pictures import draw_curation
-from lemon.slide import file_stem, shard_name
 from lemon.slides.reader import SlideReader
 from lemon.slides.samples import fetch_real_slide, make_synthetic_slide
 from lemon.storage import Store
@@ -38,7 +38,7 @@ def _slide(folder: Path, *, synthetic: bool) -> Path:
 
 
 def _picture(path: Path, *, slide: Path, store: Store) -> Path:
-    with gzip.open(store.path(f"geojson/{file_stem(slide.stem)}.geojson.gz")) as stream:
+    with gzip.open(store.path(geojson_name(slide.stem))) as stream:
         features = json.load(stream)["features"]
     polygons = [shapely.Polygon(feature["geometry"]["coordinates"][0]) for feature in features]
     with contextlib.closing(SlideReader(slide)) as reader:

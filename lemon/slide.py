@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import multiprocessing
 import time
-import urllib.parse
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -20,6 +19,7 @@ import pyarrow as pa
 
 from lemon import schema
 from lemon.cells.crop import Claims, Frame, claim_cells
+from lemon.cells.names import file_stem, geojson_name, shard_name
 from lemon.cells.qupath import GeoJsonWriter
 from lemon.cells.shard import SlideShard
 from lemon.config import CurateConfig, HoverFastConfig, SegmenterConfig
@@ -114,16 +114,6 @@ def curate_slide(
     }
     row |= {f"{stage}_s": round(seconds, 3) for stage, seconds in tally.seconds.items()}
     return row | {"error": "; ".join(tally.notes) or None, "total_s": round(time.perf_counter() - start, 3)}
-
-
-def shard_name(slide_id: str) -> str:
-    """Name of a slide's file of cells."""
-    return f"cells/{file_stem(slide_id)}.parquet"
-
-
-def file_stem(slide_id: str) -> str:
-    """A slide id as a file name: what a file system or a URL would take amiss is percent-encoded."""
-    return urllib.parse.quote(slide_id, safe=" ()[],;@+=")
 
 
 def _curate_open(
@@ -277,8 +267,10 @@ def _geojson(store: Store, slide: Slide, reader: SlideReader, *, wanted: bool) -
     if not wanted:
         yield None
         return
-    name = f"geojson/{file_stem(slide.slide_id)}.geojson.gz"
-    with store.write(name) as stream, GeoJsonWriter(stream, origin_px=reader.bounds_px[:2]) as writer:
+    with (
+        store.write(geojson_name(slide.slide_id)) as stream,
+        GeoJsonWriter(stream, origin_px=reader.bounds_px[:2]) as writer,
+    ):
         yield writer
 
 

@@ -22,10 +22,11 @@ import pytest
 from scipy.spatial import cKDTree
 
 from lemon import curate, schema
+from lemon.cells.ledger import open_ledger, read_ledger
+from lemon.cells.names import shard_name
 from lemon.config import ConfigError, CurateConfig, load
-from lemon.ledger import open_ledger, read_ledger
 from lemon.nuclei.instances import Nucleus
-from lemon.slide import OutputError, build_segmenter, curate_slide, ordered_map, shard_name, start_processes
+from lemon.slide import OutputError, build_segmenter, curate_slide, ordered_map, start_processes
 from lemon.slides import reader as reader_module
 from lemon.slides.cohort import Slide, list_slides
 from lemon.slides.synthetic import SyntheticTissue, make_tissue, write_pyramid

@@ -71,7 +71,7 @@ def claim_cells(
     mine = np.flatnonzero(_within(centroid, _grown(region.inner_px, SEAM_PX)) & _within(centroid, slide_box))
     ids, first = np.unique(_cell_ids(frame, centroid[mine]), return_index=True)
     mine = mine[first]  # two polygons with one centroid are one nucleus
-    nuclei, centroid = [nuclei[index] for index in mine], centroid[mine]
+    nuclei, centroid = [nuclei[index] for index in mine.tolist()], centroid[mine]
     rank = rank_of(ids)
     kept = np.flatnonzero(rank < rank_below)
     corner = np.round(centroid - (CROP_PX - 1) / 2).astype(int)  # top left px of the crop, base px
@@ -199,4 +199,4 @@ def _grown(box_px: tuple[int, int, int, int], by_px: int) -> tuple[int, int, int
 def _within(points_px: np.ndarray, box_px: tuple[int, int, int, int]) -> np.ndarray:
     """Which of [N, 2] points lie in a half-open box: bool [N]."""
     x0, y0, x1, y1 = box_px
-    return ((points_px >= (x0, y0)) & (points_px < (x1, y1))).all(axis=1)
+    return np.all((points_px >= (x0, y0)) & (points_px < (x1, y1)), axis=1)

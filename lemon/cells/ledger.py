@@ -7,11 +7,9 @@ from typing import Any
 import pyarrow as pa
 
 from lemon import schema
+from lemon.cells.names import SETTINGS, file_stem, ledger_name
 from lemon.config import ConfigError, CurateConfig, HoverFastConfig
-from lemon.slide import file_stem
 from lemon.storage import Store, code_version, file_fingerprint, fingerprint
-
-SETTINGS = "curate.json"
 
 
 class Ledger:
@@ -28,7 +26,7 @@ class Ledger:
         """Write a slide's row and forget its attempts; returns the whole row."""
         row = row | {"config_fingerprint": self.config_fingerprint, "code_version": code_version()}
         stem = file_stem(row["slide_id"])
-        self.store.write_table(f"slides/{stem}.parquet", pa.Table.from_pylist([row], schema=schema.SLIDES))
+        self.store.write_table(ledger_name(row["slide_id"]), pa.Table.from_pylist([row], schema=schema.SLIDES))
         self.store.delete(f"attempts/{stem}")
         for folder in ("cells", "geojson", "slides"):
             self.store.remove_temporaries(folder, stem)
@@ -58,7 +56,7 @@ def open_ledger(store: Store, config: CurateConfig) -> Ledger:
     settings = config.result_settings()
     if isinstance(config.segmenter, HoverFastConfig):
         settings["segmenter"]["checkpoint"] = file_fingerprint(config.segmenter.checkpoint)
-    mark = {"settings": settings, "fingerprint": fingerprint(settings)}
+    mark: dict[str, Any] = {"settings": settings, "fingerprint": fingerprint(settings)}
     if config.overwrite:
         for name in ("slides", "cells", "geojson", "attempts", SETTINGS):
             store.delete(name)

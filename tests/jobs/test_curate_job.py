@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lemon.ledger import read_ledger
+from lemon.cells.ledger import read_ledger
 from lemon.slides.synthetic import make_tissue, write_pyramid
 from lemon.storage import Store
 
