@@ -1,0 +1,1 @@
+"""Pretraining: views of cells, stain augmentation, self-supervised losses, the training loop and its launch."""
