@@ -16,7 +16,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -129,19 +128,21 @@ class StainStatistics:
         return f"stain_{self.space}_gmm{self.components}.json"
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON, atomically."""
-        target = Path(path)
-        text = json.dumps(asdict(self) | {"fingerprint": self.fingerprint}, indent=1)
-        temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
-        temporary.write_text(text + "\n")
-        temporary.replace(target)
+        """Write JSON, atomically; ``path`` is local or s3://."""
+        from lemon.storage import Store
+
+        folder, _, name = str(path).rpartition("/")
+        Store(folder or ".").write_json(name, asdict(self) | {"fingerprint": self.fingerprint})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StainStatistics:
         """Read what ``save`` wrote. Raises ValueError, one line, for a missing, unreadable or altered file."""
+        from lemon.storage import Store
+
         remedy = "fit it with `python jobs/fit_stain.py cells=...`"
+        folder, _, name = str(path).rpartition("/")
         try:
-            fields = json.loads(Path(path).read_text())
+            fields = Store(folder or ".").read_json(name)
             fingerprint = fields.pop("fingerprint")
             statistics = cls(**fields)
         except FileNotFoundError:

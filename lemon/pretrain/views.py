@@ -62,11 +62,18 @@ def make_views(
             statistics are missing.
     """
     _check(images_u8, generator)
+    count, device, recipes = len(images_u8), images_u8.device, policy.recipes
+    # Stains are drawn last, so policies that differ in stain alone make otherwise equal views from the same seed.
+    drawn = [
+        draw_view_parameters(recipe, count=count, size_px=CROP_PX, generator=generator, device=device)
+        for recipe in recipes
+    ]
     cells = _stained(images_u8, stain=policy.stain, generator=generator, times=2)
-    options: dict[str, Any] = {"policy": policy, "size_px": CROP_PX, "reference": reference, "compiled": compiled}
     view_a, view_b = (
-        _draw_and_render(source, recipe=recipe, generator=generator, **options)
-        for source, recipe in zip(cells, policy.recipes, strict=True)
+        _render(
+            source, parameters, recipe=recipe, policy=policy, size_px=CROP_PX, reference=reference, compiled=compiled
+        )
+        for source, parameters, recipe in zip(cells, drawn, recipes, strict=True)
     )
     return view_a, view_b
 
@@ -99,39 +106,34 @@ def make_local_views(
         raise ValueError(f"size_px: got {size_px}; expected a multiple of the patch, 8 px")
     if count < 1:
         raise ValueError(f"count: got {count}; expected at least 1 local crop")
-    cells = _stained(images_u8, stain=policy.stain, generator=generator, times=count)
-    return _draw_and_render(
-        torch.cat(cells),
-        recipe=policy.local_recipe,
-        generator=generator,
-        policy=policy,
-        size_px=size_px,
-        reference=reference,
-        compiled=compiled,
+    recipe, rows, device = policy.local_recipe, count * len(images_u8), images_u8.device
+    parameters = draw_view_parameters(recipe, count=rows, size_px=size_px, generator=generator, device=device)
+    cells = torch.cat(_stained(images_u8, stain=policy.stain, generator=generator, times=count))
+    return _render(
+        cells, parameters, recipe=recipe, policy=policy, size_px=size_px, reference=reference, compiled=compiled
     )
 
 
-def _draw_and_render(
+def _render(
     images_u8: torch.Tensor,
+    parameters: ViewParameters,
     *,
     recipe: ViewRecipe,
     policy: Policy,
-    generator: torch.Generator,
     size_px: int,
     reference: bool,
     compiled: bool,
 ) -> torch.Tensor:
-    count, device = images_u8.shape[0], images_u8.device
-    parameters = draw_view_parameters(recipe, count=count, size_px=size_px, generator=generator, device=device)
     plan = plan_of(recipe, size_px=size_px, reference=reference)
-    constants = constants_of(policy, kernel_px=recipe.blur.kernel_px, size_px=size_px, device=device)
+    constants = constants_of(policy, kernel_px=recipe.blur.kernel_px, size_px=size_px, device=images_u8.device)
     return render_batch(images_u8, parameters, plan=plan, constants=constants, compiled=compiled)
 
 
 def _check(images_u8: torch.Tensor, generator: torch.Generator) -> None:
     check_images(images_u8, side_px=CELL_PX)
-    if generator.device != images_u8.device:
-        on = f"generator: got one on {generator.device} for images on {images_u8.device}"
+    source, device = generator.device, images_u8.device
+    if source.type != device.type or (source.index is not None and source.index != device.index):
+        on = f"generator: got one on {source} for images on {device}"
         raise ValueError(f"{on}; expected torch.Generator(device=images.device)")
 
 
@@ -168,7 +170,7 @@ def _read_statistics(path: str, _modified_ns: int) -> StainStatistics:
 
 
 def _load_statistics(path: str) -> StainStatistics:
-    """The file's content, read again only when the file has changed."""
+    """The file's content, read again only when the file has changed (an object on S3: once a process)."""
     file = Path(path)
     return _read_statistics(path, file.stat().st_mtime_ns if file.is_file() else 0)
 
