@@ -103,7 +103,7 @@ def jitter_(
 
 def grayscale_(images: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """Grey values in all three channels of the samples that ``chosen`` [B] marks; [B, 3, P]."""
-    return on_rows_(images, chosen, lambda rows: luma(rows)[:, None].expand_as(rows))
+    return on_rows_(images, chosen, lambda rows: luma(rows)[:, None].repeat(1, 3, 1))
 
 
 def blur_basis(*, kernel_px: int, side_px: int) -> torch.Tensor:

@@ -24,7 +24,7 @@ def sample_views(
 
     DEVIATION: torchvision resamples twice (rotation, then resize), which blurs twice, and it repeats the crop's border
     pixels where this reads the cell beyond the crop. No low-pass filter precedes it: a crop is at most 40 px wide, so a
-    view of 40 px never has fewer pixels than its crop.
+    view of 40 px never has fewer pixels than its crop, and a local crop of 24 px comes from at most 26.
 
     Args:
         cells: [B, 3, 60, 60] float, any strides.
@@ -81,7 +81,7 @@ def rotate_crop(cells: torch.Tensor, *, angle: torch.Tensor) -> torch.Tensor:
 def resized_crop(images: torch.Tensor, *, crop: torch.Tensor, size_px: int) -> torch.Tensor:
     """torchvision's ``resized_crop`` (bilinear) with one box a sample: [B, 3, 40, 40] -> [B, 3, s, s].
 
-    Pixels beyond the box repeat its border. For boxes not wider than ``size_px``, where antialiasing changes nothing.
+    Pixels beyond the box repeat its border. Not antialiased, which only matters for boxes wider than ``size_px``.
     """
     side = images.shape[-1]
     along = (torch.arange(size_px, device=images.device, dtype=torch.float32) + 0.5) / size_px  # [s]

@@ -1,4 +1,4 @@
-"""Cells for the tests: real crops where the reference data is there, else synthetic stained blobs."""
+"""What the tests of views share: cells (real crops where the reference data is there, else synthetic) and draws."""
 
 from __future__ import annotations
 
@@ -6,10 +6,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lemon.pretrain.draws import ViewParameters, draw_view_parameters
+from lemon.pretrain.images import CROP_PX
+from lemon.pretrain.policy import ViewRecipe
 from tests.conftest import SHARED
 
 HEMATOXYLIN, EOSIN = (0.65, 0.70, 0.29), (0.07, 0.99, 0.11)
 GOLDEN = SHARED / "golden" / "randstainna.npz"
+CPU = torch.device("cpu")
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    """A generator of its own."""
+    return torch.Generator().manual_seed(seed)
+
+
+def draw(recipe: ViewRecipe, count: int, *, seed: int = 0, size_px: int = CROP_PX) -> ViewParameters:
+    """Parameters of ``count`` views on the CPU."""
+    return draw_view_parameters(recipe, count=count, size_px=size_px, generator=seeded(seed), device=CPU)
 
 
 def stained_cells(count: int) -> torch.Tensor:

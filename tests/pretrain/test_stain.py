@@ -23,13 +23,7 @@ from lemon.pretrain.stain import (
     reinhard,
 )
 from tests.conftest import shared
-from tests.pretrain.stained import EOSIN, HEMATOXYLIN, stained_cells, synthetic_cells
-
-CPU = torch.device("cpu")
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+from tests.pretrain.stained import CPU, EOSIN, HEMATOXYLIN, seeded, stained_cells, synthetic_cells
 
 
 def planar(images: NDArray[Any]) -> torch.Tensor:
@@ -44,7 +38,7 @@ def any_colours() -> NDArray[np.uint8]:
     return np.concatenate([stained_cells(4).numpy(), noise, greys])
 
 
-# --- colour spaces ------------------------------------------------------------------------------------------------------
+# --- colour spaces --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("space", ["lab", "hsv"])
@@ -85,7 +79,7 @@ def test_hue_beyond_a_turn_wraps_around() -> None:
     assert rgb[0] != rgb[2]
 
 
-# --- Reinhard -------------------------------------------------------------------------------------------------------------
+# --- Reinhard -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("space", ["lab", "hsv"])
@@ -153,7 +147,7 @@ def test_reinhard_says_what_is_wrong_in_one_line() -> None:
         reinhard(cells, space="rgb", target_mean=target, target_std=target)  # type: ignore[arg-type]
 
 
-# --- statistics -----------------------------------------------------------------------------------------------------------
+# --- statistics -----------------------------------------------------------------------------------------------------
 
 
 def two_stains(count: int) -> torch.Tensor:
@@ -219,7 +213,11 @@ def test_a_bad_statistics_file_is_told_in_one_line_with_the_remedy(tmp_path: Pat
     fields = json.loads(altered.read_text())
     altered.write_text(json.dumps(fields | {"n_cells": 99}))
     broken.write_text("{")
-    for path, fault in ((tmp_path / "no.json", "no such file"), (broken, "not a statistics file"), (altered, "altered")):
+    for path, fault in (
+        (tmp_path / "no.json", "no such file"),
+        (broken, "not a statistics file"),
+        (altered, "altered"),
+    ):
         with pytest.raises(ValueError, match=fault) as error:
             StainStatistics.load(path)
         assert "python jobs/fit_stain.py" in str(error.value)
@@ -228,7 +226,7 @@ def test_a_bad_statistics_file_is_told_in_one_line_with_the_remedy(tmp_path: Pat
         fit_stain_statistics(stained_cells(24), space="lab", components=10, seed=0)
 
 
-# --- Macenko --------------------------------------------------------------------------------------------------------------
+# --- Macenko --------------------------------------------------------------------------------------------------------
 
 
 def test_the_stain_matrix_agrees_with_torchstain() -> None:
