@@ -112,6 +112,12 @@ class Store:
         """One Parquet file. Raises FileNotFoundError."""
         return pq.read_table(self.path(name), filesystem=self.filesystem, **options)
 
+    @contextlib.contextmanager
+    def open_parquet(self, name: str) -> Iterator[pq.ParquetFile]:
+        """A Parquet file to read piece by piece. Raises FileNotFoundError."""
+        with self.filesystem.open_input_file(self.path(name)) as source:
+            yield pq.ParquetFile(source)
+
     def remove_temporaries(self, folder: str, stem: str) -> None:
         """Remove what writers of ``<folder>/<stem>*`` that were killed left behind (local only: S3 leaves nothing)."""
         if self.is_local:

@@ -1,0 +1,159 @@
+"""From a selection of cells to uint8 batches on the device, in an order fixed by the seed and resumable at a step."""
+
+from __future__ import annotations
+
+import functools
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lemon.cells.select import Selection
+from lemon.cells.shard import images_from_arrow
+from lemon.schema import CROP_PX
+
+
+def open_images(selection: Selection, *, cache: str | Path) -> np.ndarray:
+    """The images of a selection, uint8 [N, 60, 60, 3], as a memory map of an uncompressed file in ``cache``.
+
+    The file is made once and shared by all processes of a machine: random access into Parquet would read a row group
+    for every cell. Order: by slide, by rank within.
+    """
+    path = Path(cache) / f"cells-{selection.fingerprint}.u8"
+    shape = (selection.n_cells, CROP_PX, CROP_PX, 3)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            _fill(np.memmap(temporary, np.uint8, "w+", shape=shape), selection)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return np.memmap(path, np.uint8, "r", shape=shape)
+
+
+def _fill(target: np.memmap, selection: Selection) -> None:
+    starts = np.cumsum([0, *(part.n_rows for part in selection.parts)])
+
+    def copy(index: int) -> None:
+        part = selection.parts[index]
+        done = int(starts[index])
+        with selection.store.open_parquet(part.name) as file:
+            left = part.n_rows
+            for batch in file.iter_batches(columns=["image"]):
+                images = images_from_arrow(batch["image"])[:left]
+                target[done : done + len(images)] = images
+                done, left = done + len(images), left - len(images)
+                if not left:
+                    break
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(copy, range(len(selection.parts))))
+    target.flush()
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order in which cells are seen: one random permutation after another, without end.
+
+    Position ``p`` lies in pass ``p // n_cells``. An epoch is a number of images, not a pass.
+    """
+
+    n_cells: int
+    seed: int
+
+    def indices(self, start: int, count: int) -> np.ndarray:
+        """Cells at positions ``start`` to ``start + count``: int64 [count]."""
+        parts = []
+        while count:
+            turn, offset = divmod(start, self.n_cells)
+            part = _permutation(self.n_cells, self.seed, turn)[offset : offset + count]
+            parts.append(part)
+            start, count = start + len(part), count - len(part)
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(n_cells: int, seed: int, turn: int) -> np.ndarray:
+    return np.random.default_rng([seed, turn]).permutation(n_cells)
+
+
+@dataclass
+class Feed:
+    """Batches of one worker. Batch ``s`` of all workers together is positions ``s * batch`` to ``(s + 1) * batch``,
+    whatever the number of workers.
+
+    ``resident`` keeps all images on the device, where they fit; else a thread gathers ``ahead`` batches in advance.
+    """
+
+    images: np.ndarray  # [N, 60, 60, 3] uint8
+    order: Order
+    batch: int
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    resident: bool = False
+    ahead: int = 3
+    wait_s: float = field(default=0.0, init=False)
+    """Seconds that the consumer waited for data so far."""
+
+    def __post_init__(self) -> None:
+        if self.batch % self.world:
+            raise ValueError(f"batch={self.batch}: expected a multiple of the number of workers, {self.world}")
+        self._on_device = torch.from_numpy(np.asarray(self.images)).to(self.device) if self.resident else None
+
+    def batches(self, first_step: int, last_step: int) -> Iterator[torch.Tensor]:
+        """uint8 [batch / world, 60, 60, 3] on the device, of steps ``first_step`` to ``last_step`` (exclusive)."""
+        if self._on_device is not None:
+            for step in range(first_step, last_step):
+                yield self._on_device[torch.from_numpy(self._indices(step)).to(self.device)]
+            return
+        ready: queue.Queue[torch.Tensor | BaseException] = queue.Queue(self.ahead)
+        stop = threading.Event()
+        thread = threading.Thread(target=self._gather, args=(first_step, last_step, ready, stop), daemon=True)
+        thread.start()
+        try:
+            for _ in range(first_step, last_step):
+                start = time.perf_counter()
+                batch = ready.get()
+                self.wait_s += time.perf_counter() - start
+                if isinstance(batch, BaseException):
+                    raise batch
+                yield batch.to(self.device, non_blocking=True)
+        finally:
+            stop.set()
+            thread.join()
+
+    def _indices(self, step: int) -> np.ndarray:
+        own = self.batch // self.world
+        return self.order.indices(step * self.batch + self.rank * own, own)
+
+    def _gather(self, first: int, last: int, ready: queue.Queue, stop: threading.Event) -> None:
+        flat = self.images.reshape(len(self.images), -1)
+        try:
+            for step in range(first, last):
+                indices = self._indices(step)
+                batch = torch.empty((len(indices), flat.shape[1]), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+                np.take(flat, indices, axis=0, out=batch.numpy(), mode="clip")  # "clip" writes without a copy
+                if not _put(ready, batch.view(-1, CROP_PX, CROP_PX, 3), stop):
+                    return
+        except Exception as error:  # handed to the consumer, which raises it  # noqa: BLE001
+            _put(ready, error, stop)
+
+
+def _put(ready: queue.Queue, item: torch.Tensor | BaseException, stop: threading.Event) -> bool:
+    """Put into a full queue without hanging when the consumer has gone; False then."""
+    while not stop.is_set():
+        try:
+            ready.put(item, timeout=0.1)
+        except queue.Full:
+            continue
+        return True
+    return False

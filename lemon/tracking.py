@@ -1,0 +1,121 @@
+"""Runs in MLflow. The only importer of mlflow."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DATABASE = "mlflow.db"
+_MAX_PARAM = 6000  # characters that MLflow keeps of a parameter
+_PARAMS_A_CALL = 100
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, else a SQLite database in the working directory, by its absolute path."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(DATABASE).absolute()}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is going on. Holds names only, so it can be sent to a worker, which then logs to the same run."""
+
+    uri: str
+    run_id: str
+
+    def log(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Log metrics of a step. A server that cannot be reached costs the metrics, not the run."""
+        from mlflow.entities import Metric
+        from mlflow.exceptions import MlflowException
+
+        now = int(time.time() * 1000)
+        values = [Metric(name, float(value), now, step) for name, value in metrics.items()]
+        try:
+            self._client().log_batch(self.run_id, metrics=values)
+        except MlflowException as error:
+            logging.getLogger(__name__).warning("metrics of step %d are lost: %s", step, str(error).splitlines()[0])
+
+    def log_file(self, path: str | Path, folder: str = "") -> None:
+        """Attach a file."""
+        self._client().log_artifact(self.run_id, str(path), folder or None)
+
+    def set_tag(self, key: str, value: str) -> None:
+        """Set a tag."""
+        self._client().set_tag(self.run_id, key, value)
+
+    def close(self, status: str = "FINISHED") -> None:
+        """End the run: FINISHED, FAILED or KILLED."""
+        self._client().set_terminated(self.run_id, status)
+
+    def _client(self) -> Any:
+        import mlflow
+
+        return mlflow.MlflowClient(self.uri)
+
+
+def start_run(
+    experiment: str,
+    name: str,
+    *,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str] | None = None,
+    parent: Run | None = None,
+    run_id: str | None = None,
+) -> Run:
+    """Begin a run, or go on with ``run_id``. Call it on the driver: two processes that open a fresh database break it.
+
+    Args:
+        experiment: the stage's name; made where it is absent.
+        name: of the run.
+        params: flat or nested settings; nested keys are joined by dots.
+        tags: further tags.
+        parent: the run of a sweep that this one belongs to.
+        run_id: of an earlier run that was interrupted.
+    """
+    import mlflow
+    from mlflow.entities import Param
+
+    uri = tracking_uri()
+    client = mlflow.MlflowClient(uri)
+    if run_id is not None and _exists(client, run_id):
+        client.update_run(run_id, status="RUNNING")
+        return Run(uri, run_id)
+    found = client.get_experiment_by_name(experiment)
+    experiment_id = found.experiment_id if found else client.create_experiment(experiment)
+    labels = dict(tags or {}) | ({"mlflow.parentRunId": parent.run_id} if parent else {})
+    made = client.create_run(experiment_id, run_name=name, tags=labels)
+    entries = [Param(key, str(value)[:_MAX_PARAM]) for key, value in flatten(params).items()]
+    for first in range(0, len(entries), _PARAMS_A_CALL):
+        client.log_batch(made.info.run_id, params=entries[first : first + _PARAMS_A_CALL])
+    return Run(uri, made.info.run_id)
+
+
+def metric_history(run: Run, name: str) -> list[tuple[int, float]]:
+    """(step, value) of a metric, in the order of steps."""
+    history = run._client().get_metric_history(run.run_id, name)
+    return sorted((point.step, point.value) for point in history)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level: ``{"a": {"b": 1}}`` gives ``{"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _exists(client: Any, run_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.get_run(run_id)
+    except MlflowException:
+        return False
+    return True
