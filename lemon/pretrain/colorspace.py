@@ -27,24 +27,32 @@ _RGB_FROM_HED = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
 _HED_FLOOR = 1e-6
 
 
+def _inverse(rows: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in torch.linalg.inv(torch.tensor(rows, dtype=torch.float64)).tolist())
+
+
+# Densities are row vectors in skimage (density = hed @ rgb_from_hed); _mix takes a row for each output channel.
+_DENSITY_FROM_HED = tuple(zip(*_RGB_FROM_HED, strict=True))
+_HED_FROM_DENSITY = tuple(zip(*_inverse(_RGB_FROM_HED), strict=True))
+
+
 def to_space(rgb: torch.Tensor, *, space: Space) -> torch.Tensor:
     """Planar RGB in another colour space.
 
     Args:
-        rgb: [B, 3, P], uint8 or float in 0 to 255.
+        rgb: [B, 3, P] uint8.
         space: ``lab`` (L * 255 / 100, a + 128, b + 128), ``hsv`` (H 0 to 179, S, V), both rounded as OpenCV's 8-bit
             images are, or ``hed`` (unrounded, on the scale of skimage.color.rgb2hed).
 
     Returns:
         [B, 3, P] float32.
     """
-    planes = rgb.float()
     if space == "lab":
-        return _lab_from_rgb(planes)
+        return _lab_from_rgb(rgb)
     if space == "hsv":
-        return _hsv_from_rgb(planes)
+        return _hsv_from_rgb(rgb.float())
     if space == "hed":
-        return _hed_from_rgb(planes)
+        return _hed_from_rgb(rgb)
     raise ValueError(f"space: got {space!r}; expected one of {', '.join(SPACES)}")
 
 
@@ -71,8 +79,27 @@ def _white(device: torch.device) -> torch.Tensor:
 
 
 @lru_cache(maxsize=8)
-def _hed_matrix(device: torch.device) -> torch.Tensor:
-    return torch.linalg.inv(torch.tensor(_RGB_FROM_HED, dtype=torch.float64)).float().to(device)
+def _linear_table(device: torch.device) -> torch.Tensor:
+    """Linear light of the 256 values of sRGB; looked up, since a power costs several times more."""
+    unit = torch.arange(256, dtype=torch.float64) / 255
+    linear = torch.where(unit <= 0.04045, unit / 12.92, ((unit + 0.055) / 1.055).pow(2.4))
+    return linear.float().to(device)
+
+
+@lru_cache(maxsize=8)
+def _density_table(device: torch.device) -> torch.Tensor:
+    """skimage's optical density of the 256 grey levels, in units of that of its floor."""
+    unit = (torch.arange(256, dtype=torch.float64) / 255).clamp_min(_HED_FLOOR)
+    return (unit.log() / math.log(_HED_FLOOR)).float().to(device)
+
+
+def _look_up(table: torch.Tensor, rgb: torch.Tensor) -> torch.Tensor:
+    return table.index_select(0, rgb.flatten().int()).view(rgb.shape)
+
+
+def _power(base: torch.Tensor, exponent: float) -> torch.Tensor:
+    """``base ** exponent`` for a base of at least 0, by logarithm: half the time of pow on a CPU; 0 stays 0."""
+    return base.log().mul_(exponent).exp_()
 
 
 def _mix(planes: torch.Tensor, matrix: tuple[tuple[float, ...], ...]) -> list[torch.Tensor]:
@@ -82,11 +109,9 @@ def _mix(planes: torch.Tensor, matrix: tuple[tuple[float, ...], ...]) -> list[to
 
 
 def _lab_from_rgb(rgb: torch.Tensor) -> torch.Tensor:
-    unit = rgb / 255
-    linear = torch.where(unit <= 0.04045, unit / 12.92, ((unit + 0.055) / 1.055).pow(2.4))
-    xyz = torch.stack(_mix(linear, _XYZ_FROM_RGB), dim=1)  # [B, 3, P]
+    xyz = torch.stack(_mix(_look_up(_linear_table(rgb.device), rgb), _XYZ_FROM_RGB), dim=1)  # [B, 3, P]
     ratio = xyz / _white(rgb.device)
-    curve = torch.where(ratio > 0.008856, ratio.pow(1 / 3), 7.787 * ratio + 16 / 116)
+    curve = torch.where(ratio > 0.008856, _power(ratio, 1 / 3), 7.787 * ratio + 16 / 116)
     fx, fy, fz = curve.unbind(1)
     # OpenCV's fixed-point slope: 116 * 255 / 100 = 295.8 rounded to 296.
     lab = torch.stack([296 * fy - 40.8, 500 * (fx - fy) + 128, 200 * (fy - fz) + 128], dim=1)
@@ -101,7 +126,7 @@ def _rgb_from_lab(lab: torch.Tensor) -> torch.Tensor:
     ratio = torch.where(curve > 7.787 * 0.008856 + 16 / 116, curve.pow(3), (curve - 16 / 116) / 7.787)
     xyz = ratio * _white(lab.device)
     linear = torch.stack(_mix(xyz, _RGB_FROM_XYZ), dim=1).clamp_(0, 1)
-    return torch.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear.pow(1 / 2.4) - 0.055)
+    return torch.where(linear <= 0.0031308, linear * 12.92, _power(linear, 1 / 2.4).mul_(1.055).sub_(0.055))
 
 
 def _hsv_from_rgb(rgb: torch.Tensor) -> torch.Tensor:
@@ -129,11 +154,10 @@ def _rgb_from_hsv(hsv: torch.Tensor) -> torch.Tensor:
 
 
 def _hed_from_rgb(rgb: torch.Tensor) -> torch.Tensor:
-    density = (rgb / 255).clamp_min(_HED_FLOOR).log() / math.log(_HED_FLOOR)  # [B, 3, P]
-    stains = torch.einsum("bcp,cs->bsp", density, _hed_matrix(rgb.device))
-    return stains.clamp_min(0)  # scikit-image's convention: no negative stain
+    stains = torch.stack(_mix(_look_up(_density_table(rgb.device), rgb), _HED_FROM_DENSITY), dim=1)  # [B, 3, P]
+    return stains.clamp_min_(0)  # scikit-image's convention: no negative stain
 
 
 def _rgb_from_hed(hed: torch.Tensor) -> torch.Tensor:
-    density = torch.stack(_mix(hed, tuple(zip(*_RGB_FROM_HED, strict=True))), dim=1)
-    return (density * math.log(_HED_FLOOR)).exp().clamp(0, 1)
+    density = torch.stack(_mix(hed, _DENSITY_FROM_HED), dim=1)
+    return density.mul_(math.log(_HED_FLOOR)).exp_().clamp_(0, 1)

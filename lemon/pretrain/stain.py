@@ -50,7 +50,8 @@ def image_statistics(images_u8: torch.Tensor, *, space: Space) -> tuple[torch.Te
         means and standard deviations, each [B, 3] float32.
     """
     check_images(images_u8)
-    return _moments(to_space(_planar(images_u8), space=space))
+    _, mean, std = _centred(images_u8, space=space)
+    return mean, std
 
 
 def reinhard(
@@ -85,9 +86,7 @@ def recolor(images_u8: torch.Tensor, draws: Sequence[StainDraw], *, space: Space
 
     Images [B, H, W, 3] uint8 -> one such tensor a draw; samples whose ``apply`` is False come back unchanged.
     """
-    values = to_space(_planar(images_u8), space=space)  # [B, 3, P]
-    mean, std = _moments(values)
-    centred = values - mean[:, :, None]
+    centred, _, std = _centred(images_u8, space=space)
     recolored = []
     for draw in draws:
         ratio = draw.scale / std.clamp_min(_FLAT_STD)
@@ -97,13 +96,13 @@ def recolor(images_u8: torch.Tensor, draws: Sequence[StainDraw], *, space: Space
     return recolored
 
 
-def _planar(images_u8: torch.Tensor) -> torch.Tensor:
-    return images_u8.flatten(1, 2).transpose(1, 2).contiguous()  # [B, 3, P]
-
-
-def _moments(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    std, mean = torch.std_mean(values, dim=2, correction=0)
-    return mean, std
+def _centred(images_u8: torch.Tensor, *, space: Space) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Values less their mean [B, 3, P], the means [B, 3] and the standard deviations [B, 3]."""
+    planar = images_u8.flatten(1, 2).transpose(1, 2).contiguous()  # [B, 3, P]
+    values = to_space(planar, space=space)
+    mean = values.mean(dim=2)
+    centred = values.sub_(mean[:, :, None])
+    return centred, mean, centred.square().mean(dim=2).sqrt()
 
 
 @dataclass(frozen=True, eq=False)
