@@ -44,6 +44,25 @@ class HVLimits:
     vertical: tuple[float, float]
 
 
+@dataclass(frozen=True)
+class HVPrediction:
+    """What the network says of one region, small enough to hand to another process."""
+
+    mask_bits: np.ndarray  # np.packbits of bool [H, W]: nucleus or not
+    hv_maps: np.ndarray  # float16 [2, H, W]: horizontal, vertical
+
+    @classmethod
+    def pack(cls, mask: np.ndarray, hv_maps: np.ndarray) -> HVPrediction:
+        """From bool [H, W] and float [2, H, W]."""
+        return cls(np.packbits(mask), hv_maps.astype(np.float16, copy=False))
+
+    @property
+    def mask(self) -> np.ndarray:
+        """bool [H, W]."""
+        shape = self.hv_maps.shape[1:]
+        return np.unpackbits(self.mask_bits, count=shape[0] * shape[1]).reshape(shape).view(bool)
+
+
 def find_nuclei(
     mask: np.ndarray, hv_maps: np.ndarray, *, min_area_px: float, limits: HVLimits | None = None
 ) -> list[Nucleus]:
@@ -106,6 +125,24 @@ def hv_limits(gradients: tuple[np.ndarray, np.ndarray]) -> HVLimits:
     """Lowest and highest gradient of one region."""
     horizontal, vertical = (cv2.minMaxLoc(g)[:2] for g in gradients)
     return HVLimits(horizontal=(horizontal[0], horizontal[1]), vertical=(vertical[0], vertical[1]))
+
+
+def calibrate_limits(predictions: Sequence[HVPrediction]) -> HVLimits | None:
+    """Medians over regions of each region's limits; regions without nuclei say nothing, and None is no limits."""
+    each = [hv_limits(hv_gradients(p.hv_maps)) for p in predictions if p.mask_bits.any()]
+    if not each:
+        return None
+    low_h, high_h, low_v, high_v = np.median([(*one.horizontal, *one.vertical) for one in each], axis=0).tolist()
+    return HVLimits(horizontal=(low_h, high_h), vertical=(low_v, high_v))
+
+
+def postprocess_hv(
+    region: np.ndarray, prediction: HVPrediction, calibration: HVLimits | None, *, min_area_px: float
+) -> list[Nucleus]:
+    """Nuclei of a region uint8 [H, W, 3] from its prediction, with the limits of its slide; runs in any process."""
+    if prediction.hv_maps.shape[1:] != region.shape[:2]:
+        raise ValueError(f"prediction: got {prediction.hv_maps.shape[1:]} for a region {region.shape[:2]}")
+    return find_nuclei(prediction.mask, prediction.hv_maps, min_area_px=min_area_px, limits=calibration)
 
 
 def _edges(gradients: tuple[np.ndarray, np.ndarray], *, limits: HVLimits | None) -> np.ndarray:
