@@ -136,11 +136,12 @@ class Feed:
         return self.order.indices(step * self.batch + self.rank * own, own)
 
     def _gather(self, first: int, last: int, ready: queue.Queue, stop: threading.Event) -> None:
-        flat = self.images.reshape(len(self.images), -1)
         try:
+            flat = self.images.reshape(len(self.images), -1)
             for step in range(first, last):
                 indices = self._indices(step)
-                batch = torch.empty((len(indices), flat.shape[1]), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+                pinned = self.device.type == "cuda"
+                batch = torch.empty((len(indices), flat.shape[1]), dtype=torch.uint8, pin_memory=pinned)
                 np.take(flat, indices, axis=0, out=batch.numpy(), mode="clip")  # "clip" writes without a copy
                 if not _put(ready, batch.view(-1, CROP_PX, CROP_PX, 3), stop):
                     return

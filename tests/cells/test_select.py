@@ -1,8 +1,16 @@
 from __future__ import annotations
 
-import numpy as np
+from pathlib import Path
 
-from lemon.cells.select import rank_of
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from lemon.cells.ledger import Ledger
+from lemon.cells.select import rank_of, select_cells
+from lemon.config import ConfigError
+from lemon.storage import Store
+from tests.cells_table import small_table
 
 IDS = [f"slide_{index}_{index * 7}" for index in range(20_000)]
 
@@ -27,3 +35,64 @@ def test_ranks_of_neighbours_are_unrelated() -> None:
 def test_a_rank_never_changes_between_versions() -> None:
     """Selections of earlier runs rest on it: the first 53 bits of BLAKE2b-64 of the id."""
     assert rank_of(["CMU-1_100_200"])[0] == 0.5980936144350337
+
+
+def test_all_cells_are_selected_without_reading_a_shard(tmp_path: Path) -> None:
+    store, _ = small_table(tmp_path)
+    for file in (tmp_path / "cells").iterdir():
+        file.unlink()
+    assert select_cells(store).n_cells == 150
+
+
+def test_the_lowest_ranks_of_all_slides_are_selected(tmp_path: Path) -> None:
+    store, _ = small_table(tmp_path)
+    ranks = np.sort(pq.read_table(tmp_path / "cells", columns=["rank"])["rank"].to_numpy())
+    for n_cells in (1, 37, 150, 1000):
+        selection = select_cells(store, n_cells=n_cells)
+        assert selection.n_cells == min(n_cells, 150)
+        chosen = [
+            store.read_table(part.name, columns=["rank"])["rank"].to_numpy()[: part.n_rows] for part in selection.parts
+        ]
+        assert (np.sort(np.concatenate(chosen)) == ranks[:n_cells]).all()
+
+
+def test_a_smaller_selection_lies_inside_a_larger_one(tmp_path: Path) -> None:
+    store, _ = small_table(tmp_path)
+    small, large = ({part.name: part.n_rows for part in select_cells(store, n_cells=n).parts} for n in (30, 90))
+    assert all(large[name] >= rows for name, rows in small.items())
+    one, two = ({part.slide_id for part in select_cells(store, n_slides=n).parts} for n in (1, 2))
+    assert one < two
+
+
+def test_slides_are_chosen_by_organ_id_and_patient(tmp_path: Path) -> None:
+    store, _ = small_table(tmp_path)
+
+    def chosen(**options: object) -> list[str]:
+        return [part.slide_id for part in select_cells(store, **options).parts]  # type: ignore[arg-type]
+
+    assert chosen(organs=["lung"]) == ["b", "c"]
+    assert chosen(slides=["a", "c"]) == ["a", "c"]
+    assert chosen(exclude_patients=["p2"]) == ["a", "c"]
+    assert chosen(organs=["lung"], exclude_patients=["p3"]) == ["b"]
+
+
+def test_failed_slides_have_no_cells(tmp_path: Path) -> None:
+    store, _ = small_table(tmp_path)
+    Ledger(store, config_fingerprint="x").commit({"slide_id": "d", "path": "", "status": "failed", "n_cells": 0})
+    assert {part.slide_id for part in select_cells(store).parts} == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"organs": ["colon"]}, "select.organs: got 'colon'.*breast, lung"),
+        ({"slides": ["z"]}, "select.slides: got 'z'"),
+        ({"organs": ["breast"], "exclude_patients": ["p1"]}, "no slide is left"),
+    ],
+)
+def test_a_selection_of_nothing_is_told_in_one_line(tmp_path: Path, options: dict, part: str) -> None:
+    store, _ = small_table(tmp_path)
+    with pytest.raises(ConfigError, match=part):
+        select_cells(store, **options)
+    with pytest.raises(ConfigError, match="holds no cells"):
+        select_cells(Store(tmp_path / "empty"))

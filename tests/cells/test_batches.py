@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lemon.cells.batches import Feed, Order, open_images
+from lemon.cells.select import select_cells
+from tests.cells_table import numbered, numbers_of, small_table
+
+CPU = torch.device("cpu")
+
+
+def feed(count: int = 150, *, batch: int = 20, **options: object) -> Feed:
+    return Feed(numbered(count), Order(count, seed=7), batch=batch, device=CPU, **options)  # type: ignore[arg-type]
+
+
+def test_the_cache_holds_the_selected_images_in_order_and_is_made_once(tmp_path: Path) -> None:
+    store, written = small_table(tmp_path / "cells")
+    selection = select_cells(store)
+    images = open_images(selection, cache=tmp_path / "cache")
+    assert (images == np.concatenate([written["a"], written["b"], written["c"]])).all()
+    (file,) = (tmp_path / "cache").iterdir()
+    before = file.stat().st_mtime_ns
+    open_images(selection, cache=tmp_path / "cache")
+    assert file.stat().st_mtime_ns == before
+
+
+def test_a_cache_of_a_smaller_selection_is_another_file(tmp_path: Path) -> None:
+    store, written = small_table(tmp_path / "cells")
+    few = select_cells(store, slides=["b"])
+    images = open_images(few, cache=tmp_path / "cache")
+    assert (images == written["b"]).all()
+    assert few.fingerprint != select_cells(store).fingerprint
+
+
+def test_every_pass_is_a_permutation_and_the_next_one_another() -> None:
+    order = Order(100, seed=1)
+    first, second = order.indices(0, 100), order.indices(100, 100)
+    assert sorted(first) == sorted(second) == list(range(100))
+    assert (first != second).any()
+    assert (order.indices(60, 80) == np.concatenate([first[60:], second[:40]])).all()
+    assert (Order(100, seed=2).indices(0, 100) != first).any()
+
+
+def test_an_epoch_may_be_larger_than_the_set() -> None:
+    assert len(Order(7, seed=0).indices(3, 40)) == 40
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_batches_follow_the_order_and_go_on_at_any_step(resident: bool) -> None:
+    whole = [numbers_of(batch) for batch in feed(resident=resident).batches(0, 9)]
+    assert whole == [Order(150, seed=7).indices(20 * step, 20).tolist() for step in range(9)]
+    assert [numbers_of(batch) for batch in feed(resident=resident).batches(4, 9)] == whole[4:]
+
+
+@pytest.mark.parametrize("world", [2, 4, 5])
+def test_the_batch_of_all_workers_together_does_not_depend_on_their_number(world: int) -> None:
+    alone = [numbers_of(batch) for batch in feed().batches(0, 5)]
+    shares = [[numbers_of(batch) for batch in feed(rank=rank, world=world).batches(0, 5)] for rank in range(world)]
+    assert [list(itertools.chain(*parts)) for parts in zip(*shares, strict=True)] == alone
+
+
+def test_a_batch_that_cannot_be_shared_is_refused() -> None:
+    with pytest.raises(ValueError, match="batch=20"):
+        feed(world=3)
+
+
+def test_a_consumer_that_stops_early_leaves_no_thread_behind() -> None:
+    import threading
+
+    before = threading.active_count()
+    stream = feed().batches(0, 1000)
+    next(stream)
+    stream.close()
+    assert threading.active_count() == before
+
+
+def test_an_error_while_reading_reaches_the_consumer() -> None:
+    broken = feed()
+    broken.order = Order(10_000, seed=0)
+    broken.images = None  # type: ignore[assignment]
+    with pytest.raises(AttributeError):
+        list(broken.batches(0, 2))
+
+
+def test_waiting_for_data_is_measured() -> None:
+    measured = feed()
+    list(measured.batches(0, 3))
+    assert measured.wait_s > 0

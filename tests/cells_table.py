@@ -1,0 +1,69 @@
+"""Small cells tables for tests: known images, written as curation writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from lemon import schema
+from lemon.cells.ledger import Ledger
+from lemon.cells.names import shard_name
+from lemon.cells.select import rank_of
+from lemon.cells.shard import PARQUET_OPTIONS, images_to_arrow
+from lemon.slides.synthetic import make_tissue
+from lemon.storage import Store
+
+
+def synthetic_crops(count: int, *, seed: int = 0) -> np.ndarray:
+    """Nuclei of a made-up tissue, uint8 [count, 60, 60, 3]."""
+    tissue = make_tissue(max(600, int(np.sqrt(count) * 80)), seed=seed)
+    windows = np.lib.stride_tricks.sliding_window_view(tissue.image, (60, 60, 3))[:, :, 0]
+    corners = np.round(tissue.center_px - 29.5).astype(int).clip(0, np.array(windows.shape[1::-1]) - 1)
+    chosen = np.resize(np.arange(len(corners)), count)
+    return windows[corners[chosen, 1], corners[chosen, 0]]
+
+
+def write_slide(store: Store, slide_id: str, images: np.ndarray, **columns: Any) -> np.ndarray:
+    """One slide of a cells table and its row of the ledger; returns the images in the order of the shard (by rank)."""
+    ids = [f"{slide_id}_{index}_{index}" for index in range(len(images))]
+    rank = rank_of(ids)
+    order = np.argsort(rank)
+    slide = {name: columns.get(name) for name in ("patient_id", "organ", "site")}
+    values: dict[str, Any] = {"cell_id": np.array(ids, object)[order], "rank": rank[order]}
+    values["image"] = images_to_arrow(images[order])
+    values |= {name: [value] * len(images) for name, value in (slide | {"slide_id": slide_id}).items()}
+    values |= {"polygon": [b""] * len(images)}
+    arrays = [pa.array(values.get(name, np.zeros(len(images)))) for name in schema.CELLS.names]
+    table = pa.table(dict(zip(schema.CELLS.names, arrays, strict=True))).cast(schema.CELLS)
+    store.write_table(shard_name(slide_id), table, **PARQUET_OPTIONS)
+    row = {"slide_id": slide_id, "path": "", "status": "done", "n_cells": len(images), "n_nuclei": len(images)} | slide
+    Ledger(store, config_fingerprint="test").commit(row)
+    return images[order]
+
+
+def numbered(count: int, *, start: int = 0) -> np.ndarray:
+    """Images whose first pixel tells their number."""
+    images = np.zeros((count, 60, 60, 3), np.uint8)
+    numbers = np.arange(start, start + count)
+    images[:, 0, 0, 0], images[:, 0, 0, 1] = numbers % 256, numbers // 256
+    return images
+
+
+def numbers_of(images: np.ndarray) -> list[int]:
+    """The numbers that ``numbered`` wrote."""
+    first = np.asarray(images)[:, 0, 0].astype(int)
+    return (first[:, 0] + 256 * first[:, 1]).tolist()
+
+
+def small_table(folder: Path) -> tuple[Store, dict[str, np.ndarray]]:
+    """Three slides of two organs and patients: 40, 50 and 60 numbered cells."""
+    store = Store(folder)
+    slides = {"a": ("breast", "p1", 40), "b": ("lung", "p2", 50), "c": ("lung", "p3", 60)}
+    written, start = {}, 0
+    for slide_id, (organ, patient, count) in slides.items():
+        written[slide_id] = write_slide(store, slide_id, numbered(count, start=start), organ=organ, patient_id=patient)
+        start += count
+    return store, written

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lemon.tracking import flatten, metric_history, start_run, tracking_uri
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path
+
+
+def test_the_default_store_is_a_database_by_its_absolute_path(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tracking_uri() == f"sqlite:///{here}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert tracking_uri() == "http://127.0.0.1:5000"
+
+
+def test_nested_settings_become_flat_parameters() -> None:
+    assert flatten({"a": {"b": {"c": 1}}, "d": [2]}) == {"a.b.c": 1, "d": [2]}
+
+
+@pytest.mark.slow
+def test_a_run_keeps_parameters_metrics_parent_and_goes_on_after_an_interruption(here: Path) -> None:
+    import mlflow
+
+    parent = start_run("pretrain", "sweep", params={})
+    run = start_run("pretrain", "one", params={"ssl": {"name": "mocov3"}, "text": "x" * 9000}, parent=parent)
+    run.log({"loss": 2.0}, step=10)
+    again = start_run("pretrain", "one", params={}, run_id=run.run_id)
+    again.log({"loss": 1.0}, step=20)
+    (here / "f.txt").write_text("hello")
+    again.log_file(here / "f.txt")
+    again.close()
+    assert again.run_id == run.run_id
+    assert metric_history(run, "loss") == [(10, 2.0), (20, 1.0)]
+    stored = mlflow.MlflowClient(tracking_uri()).get_run(run.run_id)
+    assert stored.data.params["ssl.name"] == "mocov3"
+    assert stored.data.tags["mlflow.parentRunId"] == parent.run_id
+    assert stored.info.status == "FINISHED"
