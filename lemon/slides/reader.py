@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import cv2
@@ -149,7 +150,7 @@ def _open(path: str) -> openslide.OpenSlide:
         raise SlideError(f"cannot be opened: {error}") from None
 
 
-def _resolution(properties: dict[str, str], *, default_mpp: float) -> tuple[float, str]:
+def _resolution(properties: Mapping[str, str], *, default_mpp: float) -> tuple[float, str]:
     """um/px and where it comes from: ``file``, ``magnification``, ``tiff`` or ``assumed``."""
     x, y = (_number(properties.get(name)) for name in ("openslide.mpp-x", "openslide.mpp-y"))
     if x and y and all(PLAUSIBLE_MPP[0] <= value <= PLAUSIBLE_MPP[1] for value in (x, y)):
@@ -173,7 +174,7 @@ def _number(text: str | None) -> float | None:
     return value if value and math.isfinite(value) and value > 0 else None
 
 
-def _bounds(properties: dict[str, str], *, width_px: int, height_px: int) -> tuple[int, int, int, int]:
+def _bounds(properties: Mapping[str, str], *, width_px: int, height_px: int) -> tuple[int, int, int, int]:
     """x, y, width, height of the scanned area in level-0 px: the whole slide where the file states none."""
     names = ("x", "y", "width", "height")
     try:

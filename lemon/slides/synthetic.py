@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -31,7 +32,7 @@ def make_tissue(side_px: int, *, seed: int, mpp: float = 0.25, border_px: int = 
     centers = np.stack(np.meshgrid(grid, grid), -1).reshape(-1, 2)
     centers = centers + rng.uniform(-0.2, 0.2, centers.shape) * pitch_px
     radii = rng.uniform(3.0, 5.0, (len(centers), 2)) / mpp
-    nuclear = np.zeros((side_px, side_px), np.float32)
+    nuclear: np.ndarray = np.zeros((side_px, side_px), np.float32)
     for center, radius in zip(centers, radii, strict=True):
         whole = tuple(np.round(center * 16).astype(int).tolist()), tuple(np.round(radius * 16).astype(int).tolist())
         strength = float(rng.uniform(0.75, 1.0))
@@ -55,11 +56,17 @@ def write_pyramid(
 
     ``mpp`` goes into the TIFF resolution; None leaves it out.
     """
-    per_cm = {"resolution": (1e4 / mpp, 1e4 / mpp), "resolutionunit": "CENTIMETER"} if mpp else {}
-    options = {"tile": (256, 256), "photometric": "rgb", "compression": "zlib", "metadata": None, "software": False}
+    per_cm: dict[str, Any] = {"resolution": (1e4 / mpp, 1e4 / mpp), "resolutionunit": "CENTIMETER"} if mpp else {}
+    options: dict[str, Any] = {
+        "tile": (256, 256),
+        "photometric": "rgb",
+        "compression": "zlib",
+        "metadata": None,
+        "software": False,
+    }
     with tifffile.TiffWriter(path) as writer:
         for level in range(levels):
-            sub = {"subfiletype": 1} if level else {}
+            sub: dict[str, Any] = {"subfiletype": 1} if level else {}
             writer.write(image, description=description, **sub, **options, **per_cm)
             image = cv2.resize(image, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
             per_cm = per_cm and {**per_cm, "resolution": tuple(value / 2 for value in per_cm["resolution"])}

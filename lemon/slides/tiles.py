@@ -44,7 +44,7 @@ def plan_regions(
     left, top, width, height = bounds_px
     inner = size_px - overlap_px
     margin = overlap_px // 2
-    regions = []
+    regions: list[Region] = []
     for y in range(0, height, inner):
         for x in range(0, width, inner):
             box = x / width, y / height, min(x + inner, width) / width, min(y + inner, height) / height

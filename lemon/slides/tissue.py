@@ -37,7 +37,7 @@ def find_tissue(overview: np.ndarray, *, mpp: float) -> Tissue:
     green = cv2.GaussianBlur(density[..., 1], (0, 0), 1.0)
     background = float(np.percentile(green, 5))
     threshold = max(_MIN_OD, _otsu(green - background) * 0.5)
-    mask = (green - background > threshold).astype(np.uint8)
+    mask: np.ndarray = (green - background > threshold).astype(np.uint8)
     if background > 0.15:  # no glass in sight: a crop of a slide, tissue throughout
         mask = (green > _MIN_OD).astype(np.uint8)
     mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
