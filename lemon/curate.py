@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import uuid
 from collections import Counter
@@ -17,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lemon.cells.ledger import Ledger, open_ledger
+from lemon.cluster import start_ray
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError, CurateConfig, HoverFastConfig
 from lemon.slide import OutputError, build_segmenter, curate_slide, start_processes
 from lemon.slides.cohort import Slide, list_slides
@@ -177,19 +177,3 @@ def _run_on_ray(slides: list[Slide], *, config: CurateConfig, ledger: Ledger) ->
             cells, failed = cells + (row["n_cells"] or 0), failed + (row["status"] == "failed")
             bar.set_postfix(cells=cells, failed=failed, refresh=False)
             bar.update()
-
-
-def start_ray() -> None:
-    """Join the cluster that RAY_ADDRESS names, else start Ray on this machine, quietly."""
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    import ray
-    import ray.data
-
-    for handler in logging.getLogger("ray.data").handlers:
-        if not isinstance(handler, logging.FileHandler):
-            handler.setLevel(logging.ERROR)
-    if ray.is_initialized():
-        return
-    address = os.environ.get("RAY_ADDRESS")
-    local: dict[str, Any] = {} if address else {"include_dashboard": False, "object_store_memory": 512 << 20}
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)

@@ -14,11 +14,10 @@ from timm.layers import LayerScale
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from lemon.schema import CROP_PX
 from lemon.storage import Store
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-STORED_PX = 60
-"""Side of a stored cell image at 0.25 um/px."""
 
 ARCHITECTURES = {192: "vit_tiny_patch16_224", 384: "vit_small_patch8_224", 768: "vit_base_patch8_224"}
 """timm's entry point by width; every size is spelled out in model_args besides."""
@@ -78,7 +77,7 @@ def timm_config(encoder: VisionTransformer, *, cell_input: CellInput, facts: Map
             "fixed_input_size": True,
             "interpolation": "bicubic",
             # timm resizes to crop_px / crop_pct before its centre crop; for a stored image of 60 px nothing changes.
-            "crop_pct": px / STORED_PX,
+            "crop_pct": px / CROP_PX,
             "crop_mode": "center",
             "mean": list(cell_input.mean),
             "std": list(cell_input.std),

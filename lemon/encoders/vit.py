@@ -14,35 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from timm.layers import DropPath, LayerNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from lemon.config import ConfigError, Frozen
-
-LEMON_MEAN = (0.5626308917999268, 0.3856308162212372, 0.5453570485115051)
-LEMON_STD = (0.1810322254896164, 0.16682660579681396, 0.13694559037685394)
-"""Normalisation of the released checkpoint (its mean_std.json): means over images of each image's mean and std."""
+from lemon.config import ConfigError
+from lemon.encoders.config import LEMON_MEAN, LEMON_STD, VIT_S8, EncoderConfig
 
 LEMON_PREFIX = "module.base_encoder."
-
-
-class EncoderConfig(Frozen):
-    """Size of a vision transformer; the self-supervised method decides on positions and initialisation."""
-
-    name: str = Field(description="name in tables and exports")
-    dim: int = Field(ge=4, multiple_of=4, description="width of a token")
-    depth: int = Field(ge=1, description="transformer blocks")
-    heads: int = Field(ge=1, description="attention heads; DINOv2 sets its own (ssl.head_dim)")
-    patch_px: int = Field(8, ge=1, description="side of a patch")
-    crop_px: int = Field(40, ge=8, description="side of a crop at 0.25 um/px")
-
-
-VIT_S8 = EncoderConfig(name="vit_s8", dim=384, depth=12, heads=12)
-VIT_B8 = EncoderConfig(name="vit_b8", dim=768, depth=12, heads=12)
-VIT_TINY8 = EncoderConfig(name="vit_tiny8", dim=192, depth=6, heads=3)
-"""For laptops: 2.7 M parameters, an eighth of ViT-S/8."""
 
 
 def build_vit(

@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
-from pydantic import Field
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from lemon.config import ConfigError, Frozen
-from lemon.encoders.vit import EncoderConfig, build_vit, forward_tokens, seeded
+from lemon.config import ConfigError
+from lemon.encoders.config import EncoderConfig
+from lemon.encoders.vit import build_vit, forward_tokens, seeded
+from lemon.pretrain.config import DINOv2Config
 from lemon.pretrain.heads import DinoHead, ema_update, forward_in_chunks, frozen_copy
 from lemon.pretrain.losses import (
     chunked_cross_entropy,
@@ -33,70 +34,6 @@ from lemon.pretrain.losses import (
     updated_center,
 )
 from lemon.pretrain.schedules import Curve, Schedules, StepValues, param_group
-
-
-class DINOv2Config(Frozen):
-    """DINOv2 with its default settings; weights and ablations as in the LEMON paper."""
-
-    name: Literal["dinov2"] = "dinov2"
-
-    local_to_global: bool = Field(True, description="the local term; without it no local view is made")
-    local_crops: int = Field(8, ge=0, description="local views a cell")
-    local_crop_px: int = Field(24, ge=1, description="side of a local view; a multiple of encoder.patch_px")
-    global_weight: float | None = Field(
-        None, ge=0, description="weight of the mean of the global terms; null: their share of all view pairs"
-    )
-    local_weight: float | None = Field(None, ge=0, description="weight of the mean of the local terms; null: as above")
-
-    ibot_weight: float = Field(1.0, ge=0)
-    mask_probability: float = Field(0.5, ge=0, le=1, description="share of global views that are masked")
-    mask_ratio: tuple[float, float] = Field((0.1, 0.5), description="least and largest share of masked patches")
-    separate_ibot_head: bool = False
-
-    regulariser: Literal["koleo", "kde", "none"] = "koleo"
-    koleo_weight: float = Field(0.1, ge=0)
-    kde_weight: float = Field(0.05, ge=0)
-    kde_kappa: float = Field(5.0, gt=0)
-
-    prototypes: int = Field(65536, ge=2)
-    hidden_dim: int = Field(2048, ge=1, description="width of the head's layers")
-    bottleneck_dim: int = Field(256, ge=1)
-    chunk_rows: int = Field(2048, ge=1, description="rows whose logits over the prototypes exist at a time")
-    chunk: int | None = Field(
-        None, ge=1, description="crops whose activations are kept at a time: less memory, the same loss; null: all"
-    )
-
-    centering: Literal["softmax", "sinkhorn"] = "softmax"
-    center_momentum: float = Field(0.9, ge=0, le=1)
-    sinkhorn_iterations: int = Field(3, ge=1)
-    student_temperature: float = Field(0.1, gt=0)
-    teacher_temperature: tuple[float, float] = Field((0.04, 0.07), description="at the start, after the warmup")
-    teacher_temperature_epochs: float = Field(30, ge=0)
-    momentum: float = Field(0.992, ge=0, le=1, description="of the teacher at the start; rises to 1 (cosine)")
-
-    base_lr: float = Field(4e-3, gt=0, description="learning rate at a batch of 1024; scaled by the square root")
-    min_lr: float = Field(1e-6, ge=0)
-    warmup_epochs: float = Field(10, ge=0)
-    weight_decay: tuple[float, float] = Field((0.04, 0.4), description="at the start, at the end (cosine)")
-    layer_decay: float = Field(0.9, gt=0, le=1, description="factor of the learning rate a block, from the top")
-    patch_embed_lr: float = Field(0.2, ge=0, description="further factor of the patch projection")
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip_norm: float | None = Field(3.0, gt=0, description="of backbone and of heads, each; null: none")
-    freeze_last_layer_epochs: float = Field(1, ge=0)
-
-    drop_path: float = Field(0.3, ge=0, lt=1)
-    layer_scale: float | None = Field(1e-5, gt=0)
-    head_dim: int | None = Field(64, ge=1, description="width of an attention head: 6 heads in ViT-S; null: encoder's")
-
-    @property
-    def label(self) -> str:
-        """The row of the paper's Table 5."""
-        parts = ["DINOv2"]
-        if not self.local_to_global:
-            parts.append("no local-to-global")
-        if self.regulariser != "koleo":
-            parts.append({"kde": "KDE", "none": "no regulariser"}[self.regulariser])
-        return ", ".join(parts)
 
 
 class DINOv2(nn.Module):

@@ -133,7 +133,7 @@ class Trainer:
             local = make_local_views(
                 images, policy=self.policy, generator=self._generator, count=count, size_px=size, compiled=self.compiled
             )
-            views += local.unflatten(0, (count, len(images))).unbind(0)
+            views.append(local)  # [count * B, 3, size, size]
         return views
 
     def _seed_step(self) -> None:

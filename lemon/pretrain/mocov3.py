@@ -3,40 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from lemon.config import Frozen
-from lemon.encoders.vit import EncoderConfig, build_vit, seeded
+from lemon.encoders.config import EncoderConfig
+from lemon.encoders.vit import build_vit, seeded
+from lemon.pretrain.config import MoCoV3Config
 from lemon.pretrain.heads import ema_update, forward_in_chunks, frozen_copy, moco_mlp
 from lemon.pretrain.losses import feature_std, moco_contrastive
 from lemon.pretrain.schedules import Curve, Schedules, StepValues, param_group
-
-
-class MoCoV3Config(Frozen):
-    """MoCo v3 for vision transformers; the LEMON paper states no other values."""
-
-    name: Literal["mocov3"] = "mocov3"
-    hidden_dim: int = Field(4096, ge=1, description="width of projector and predictor")
-    out_dim: int = Field(256, ge=1, description="width of queries and keys")
-    temperature: float = Field(0.2, gt=0)
-    momentum: float = Field(0.99, ge=0, le=1, description="of the teacher at the start; rises to 1 (cosine)")
-    base_lr: float = Field(1.5e-4, gt=0, description="learning rate a 256 cells of batch")
-    warmup_epochs: float = Field(40, ge=0, description="linear warmup, then cosine to 0")
-    weight_decay: float = Field(0.1, ge=0, description="on all parameters")
-    betas: tuple[float, float] = (0.9, 0.999)
-    freeze_patch_projection: bool = True
-    chunk: int | None = Field(
-        None, ge=1, description="crops whose activations are kept at a time: less memory, the same loss; null: all"
-    )
-
-    @property
-    def label(self) -> str:
-        """The row of the paper's Table 5."""
-        return "MoCo v3"
 
 
 class MoCoV3(nn.Module):

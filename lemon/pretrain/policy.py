@@ -13,11 +13,10 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-LEMON_MEAN = (0.5626308917999268, 0.3856308162212372, 0.5453570485115051)
-LEMON_STD = (0.1810322254896164, 0.16682660579681396, 0.13694559037685394)
-"""Channel statistics that the released model was trained with (its ``mean_std.json``)."""
+from lemon.config import Frozen, conf_dir
+from lemon.encoders.config import LEMON_MEAN, LEMON_STD
 
 
 def _ordered(limits: tuple[float, float]) -> tuple[float, float]:
@@ -34,18 +33,14 @@ ShareRange = Annotated[tuple[Share, Share], AfterValidator(_ordered)]
 PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_ordered)]
 
 
-class _Fields(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Crop(_Fields):
+class Crop(Frozen):
     """RandomResizedCrop of the 40x40 px crop."""
 
     scale: ShareRange = Field((1.0, 1.0), description="share of the 40x40 px area that is kept")
     ratio: PositiveRange = Field((3 / 4, 4 / 3), description="width / height")
 
 
-class Jitter(_Fields):
+class Jitter(Frozen):
     """ColorJitter; the four operations come in an order drawn for each sample."""
 
     p: Probability = 0.0
@@ -55,7 +50,7 @@ class Jitter(_Fields):
     hue: float = Field(0.0, ge=0, le=0.5, description="shift in [-x, x], in turns")
 
 
-class Blur(_Fields):
+class Blur(Frozen):
     """GaussianBlur."""
 
     p: Probability = 0.0
@@ -69,14 +64,14 @@ class Blur(_Fields):
         return self
 
 
-class Solarize(_Fields):
+class Solarize(Frozen):
     """Inversion of the values at or above a threshold."""
 
     p: Probability = 0.0
     threshold: float = Field(128 / 255, ge=0, le=1, description="share of the brightest grey level")
 
 
-class Erasing(_Fields):
+class Erasing(Frozen):
     """RandomErasing, to black before normalisation."""
 
     p: Probability = 0.0
@@ -84,7 +79,7 @@ class Erasing(_Fields):
     ratio: PositiveRange = Field((0.8, 1.2), description="height / width")
 
 
-class ViewRecipe(_Fields):
+class ViewRecipe(Frozen):
     """How one of the two views is made; every default is off."""
 
     rotation_degrees: float = Field(0.0, ge=0, le=360, description="RotationCrop: angle in [0, x); 0 is a centre crop")
@@ -97,14 +92,14 @@ class ViewRecipe(_Fields):
     erasing: Erasing = Erasing()
 
 
-class LocalCrops(_Fields):
+class LocalCrops(Frozen):
     """What DINOv2's local crops change in the recipe of view A."""
 
     scale: ShareRange = Field((0.05, 0.32), description="share of the 40x40 px area that is kept")
     blur_p: Probability = 0.5
 
 
-class Stain(_Fields):
+class Stain(Frozen):
     """Stain augmentation of the stored cell, before everything else; both views draw their own."""
 
     kind: Literal["none", "gmm", "macenko"] = "none"
@@ -116,7 +111,7 @@ class Stain(_Fields):
     beta: Range = Field((-0.1, 0.1), description="macenko: shift of a concentration")
 
 
-class Policy(_Fields):
+class Policy(Frozen):
     """A pair of view recipes, what precedes them (stain) and what follows them (normalisation)."""
 
     name: str
@@ -171,8 +166,6 @@ def load_policy(name_or_path: str | os.PathLike[str]) -> Policy:
 
 
 def _folder() -> Path:
-    from lemon.config import conf_dir
-
     return conf_dir() / "views"
 
 

@@ -1,0 +1,109 @@
+"""From a config to a worker that trains: cells, method, views and checkpoints put together. No Ray in here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lemon.cells.batches import Feed, Order, open_images
+from lemon.cells.select import Selection, select_cells
+from lemon.encoders.export import CellInput, export_encoder
+from lemon.pretrain.checkpoint import Checkpoints
+from lemon.pretrain.config import DINOv2Config, PretrainConfig
+from lemon.pretrain.dinov2 import DINOv2
+from lemon.pretrain.loop import Log, Trainer
+from lemon.pretrain.mocov3 import MoCoV3
+from lemon.pretrain.online_probe import OnlineProbe
+from lemon.storage import Store, code_version, fingerprint
+
+WATCHED_CELLS = 512  # cells on which the effective rank is taken
+EXPORT = "encoder"
+_RESIDENT_SHARE = 0.4  # of the device's free memory that images may take
+
+
+def select(config: PretrainConfig) -> Selection:
+    """The cells that a config names. Raises ConfigError."""
+    return select_cells(Store(config.cells), **config.select.model_dump())
+
+
+def build_trainer(
+    config: PretrainConfig, *, device: torch.device, rank: int = 0, world: int = 1, log: Log | None = None
+) -> Trainer:
+    """One worker, at the start of its run (``resume`` takes it to its newest checkpoint)."""
+    selection = select(config)
+    images = open_images(selection, cache=Path(config.cache).expanduser())
+    build = DINOv2 if isinstance(config.ssl, DINOv2Config) else MoCoV3
+    method: Any = build(config.ssl, config.encoder, seed=config.seed).to(device)  # type: ignore[arg-type]
+    feed = Feed(
+        images,
+        Order(len(images), seed=config.seed),
+        batch=config.batch,
+        device=device,
+        rank=rank,
+        world=world,
+        resident=_fits(images, device),
+    )
+    watched = images[:: max(1, len(images) // WATCHED_CELLS)][:WATCHED_CELLS]
+    probe = OnlineProbe.open(config.probe, policy=config.views) if config.probe else None
+    return Trainer(
+        method=method,
+        feed=feed,
+        policy=config.views,
+        schedules=method.schedules(epochs=config.epochs, steps_per_epoch=config.steps_per_epoch, batch=config.batch),
+        seed=config.seed,
+        checkpoints=Checkpoints(Store(config.output), keep=config.keep_checkpoints),
+        config=config.model_dump(mode="json"),
+        log=log,
+        probe=probe,
+        watched=np.array(watched),
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint_every,
+        bf16=config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda"),
+        compiled=config.compile if config.compile is not None else device.type == "cuda",
+    )
+
+
+def train(
+    config: PretrainConfig,
+    *,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+    log: Log | None = None,
+    on_checkpoint: Callable[[int], None] | None = None,
+) -> None:
+    """Train to the end, from the newest checkpoint where there is one, and export the encoder."""
+    trainer = build_trainer(config, device=device, rank=rank, world=world, log=log)
+    trainer.resume()
+    trainer.run(on_checkpoint=on_checkpoint)
+    if rank == 0:
+        export(trainer, config)
+
+
+def export(trainer: Trainer, config: PretrainConfig) -> None:
+    """Write the encoder to ``<output>/encoder`` in timm's layout."""
+    store = Store(config.output)
+    settings = config.result_settings()
+    facts = {
+        "name": config.encoder.name,
+        "ssl": config.ssl.label,
+        "views": config.views.name,
+        "steps": trainer.step,
+        "config_fingerprint": fingerprint(settings),
+        "code_version": code_version(),
+    }
+    views = config.views
+    cell_input = CellInput(mean=views.mean, std=views.std, crop_px=config.encoder.crop_px)
+    export_encoder(trainer.method.exported, f"{store.uri}/{EXPORT}", cell_input=cell_input, facts=facts)  # type: ignore[arg-type]
+
+
+def _fits(images: np.ndarray, device: torch.device) -> bool:
+    """Whether all images can stay on a GPU; on a CPU the memory map serves."""
+    if device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    return images.nbytes < _RESIDENT_SHARE * free

@@ -1,0 +1,189 @@
+"""Settings of pretraining. Imports no torch, so that a mistake is told at once."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from lemon.config import Frozen
+from lemon.encoders.config import EncoderConfig
+from lemon.pretrain.policy import Policy
+
+
+class MoCoV3Config(Frozen):
+    """MoCo v3 for vision transformers; the LEMON paper states no other values."""
+
+    name: Literal["mocov3"] = "mocov3"
+    hidden_dim: int = Field(4096, ge=1, description="width of projector and predictor")
+    out_dim: int = Field(256, ge=1, description="width of queries and keys")
+    temperature: float = Field(0.2, gt=0)
+    momentum: float = Field(0.99, ge=0, le=1, description="of the teacher at the start; rises to 1 (cosine)")
+    base_lr: float = Field(1.5e-4, gt=0, description="learning rate a 256 cells of batch")
+    warmup_epochs: float = Field(40, ge=0, description="linear warmup, then cosine to 0")
+    weight_decay: float = Field(0.1, ge=0, description="on all parameters")
+    betas: tuple[float, float] = (0.9, 0.999)
+    freeze_patch_projection: bool = True
+    chunk: int | None = Field(
+        None, ge=1, description="crops whose activations are kept at a time: less memory, the same loss; null: all"
+    )
+
+    @property
+    def label(self) -> str:
+        """The row of the paper's Table 5."""
+        return "MoCo v3"
+
+
+class DINOv2Config(Frozen):
+    """DINOv2 with its default settings; weights and ablations as in the LEMON paper."""
+
+    name: Literal["dinov2"] = "dinov2"
+
+    local_to_global: bool = Field(True, description="the local term; without it no local view is made")
+    local_crops: int = Field(8, ge=0, description="local views a cell")
+    local_crop_px: int = Field(24, ge=1, description="side of a local view; a multiple of encoder.patch_px")
+    global_weight: float | None = Field(
+        None, ge=0, description="weight of the mean of the global terms; null: their share of all view pairs"
+    )
+    local_weight: float | None = Field(None, ge=0, description="weight of the mean of the local terms; null: as above")
+
+    ibot_weight: float = Field(1.0, ge=0)
+    mask_probability: float = Field(0.5, ge=0, le=1, description="share of global views that are masked")
+    mask_ratio: tuple[float, float] = Field((0.1, 0.5), description="least and largest share of masked patches")
+    separate_ibot_head: bool = False
+
+    regulariser: Literal["koleo", "kde", "none"] = "koleo"
+    koleo_weight: float = Field(0.1, ge=0)
+    kde_weight: float = Field(0.05, ge=0)
+    kde_kappa: float = Field(5.0, gt=0)
+
+    prototypes: int = Field(65536, ge=2)
+    hidden_dim: int = Field(2048, ge=1, description="width of the head's layers")
+    bottleneck_dim: int = Field(256, ge=1)
+    chunk_rows: int = Field(2048, ge=1, description="rows whose logits over the prototypes exist at a time")
+    chunk: int | None = Field(
+        None, ge=1, description="crops whose activations are kept at a time: less memory, the same loss; null: all"
+    )
+
+    centering: Literal["softmax", "sinkhorn"] = "softmax"
+    center_momentum: float = Field(0.9, ge=0, le=1)
+    sinkhorn_iterations: int = Field(3, ge=1)
+    student_temperature: float = Field(0.1, gt=0)
+    teacher_temperature: tuple[float, float] = Field((0.04, 0.07), description="at the start, after the warmup")
+    teacher_temperature_epochs: float = Field(30, ge=0)
+    momentum: float = Field(0.992, ge=0, le=1, description="of the teacher at the start; rises to 1 (cosine)")
+
+    base_lr: float = Field(4e-3, gt=0, description="learning rate at a batch of 1024; scaled by the square root")
+    min_lr: float = Field(1e-6, ge=0)
+    warmup_epochs: float = Field(10, ge=0)
+    weight_decay: tuple[float, float] = Field((0.04, 0.4), description="at the start, at the end (cosine)")
+    layer_decay: float = Field(0.9, gt=0, le=1, description="factor of the learning rate a block, from the top")
+    patch_embed_lr: float = Field(0.2, ge=0, description="further factor of the patch projection")
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_norm: float | None = Field(3.0, gt=0, description="of backbone and of heads, each; null: none")
+    freeze_last_layer_epochs: float = Field(1, ge=0)
+
+    drop_path: float = Field(0.3, ge=0, lt=1)
+    layer_scale: float | None = Field(1e-5, gt=0)
+    head_dim: int | None = Field(64, ge=1, description="width of an attention head: 6 heads in ViT-S; null: encoder's")
+
+    @property
+    def label(self) -> str:
+        """The row of the paper's Table 5."""
+        parts = ["DINOv2"]
+        if not self.local_to_global:
+            parts.append("no local-to-global")
+        if self.regulariser != "koleo":
+            parts.append({"kde": "KDE", "none": "no regulariser"}[self.regulariser])
+        return ", ".join(parts)
+
+
+SslConfig = Annotated[MoCoV3Config | DINOv2Config, Field(discriminator="name")]
+
+
+class SelectConfig(Frozen):
+    """Which cells of the table: slides first, then the lowest ranks."""
+
+    organs: list[str] | None = Field(None, description="slides of these organs")
+    slides: list[str] | None = Field(None, description="slides of these ids")
+    n_slides: int | None = Field(None, ge=1, description="the slides of lowest rank among those")
+    n_cells: int | None = Field(None, ge=1, description="the cells of lowest rank among those slides")
+    exclude_patients: list[str] = Field([], description="patients of a benchmark, to be left out")
+
+
+class OnlineProbeConfig(Frozen):
+    """Labelled cells that the encoder is scored on with each checkpoint."""
+
+    cells: str = Field(description="a cells table")
+    labels: str = Field(description="CSV or Parquet with the columns cell_id, label")
+
+
+class TrainWorkers(Frozen):
+    """Workers of Ray Train; one worker without a cluster trains in the job's own process."""
+
+    count: int | tuple[int, int] = Field(1, description="workers, or [least, most] for an elastic run")
+    cpus: int = Field(1, ge=1, description="CPUs of a worker")
+    gpus: float = Field(0, ge=0, description="GPUs of a worker")
+    max_failures: int = Field(3, ge=0, description="losses of a worker that are mended by going on from a checkpoint")
+    launcher: Literal["auto", "process", "ray"] = Field("auto", description="auto: ray for several workers")
+
+    @property
+    def in_process(self) -> bool:
+        """Whether the job's own process trains."""
+        return self.launcher == "process" or (self.launcher == "auto" and self.count == 1)
+
+    @model_validator(mode="after")
+    def _one_process_is_one_worker(self) -> TrainWorkers:
+        if self.launcher == "process" and self.count != 1:
+            raise ValueError(f"count={self.count} needs launcher=ray; expected count=1 with launcher=process")
+        return self
+
+
+class PretrainConfig(Frozen):
+    """``jobs/pretrain.py``: cells -> encoder."""
+
+    cells: str = Field(description="output of jobs/curate.py, a folder or s3:// prefix")
+    output: str = Field(description="folder or s3:// prefix of checkpoints and the exported encoder")
+    ssl: SslConfig
+    views: Policy
+    encoder: EncoderConfig
+    select: SelectConfig = SelectConfig()
+    epochs: float = Field(150, gt=0)
+    images_per_epoch: int = Field(1_000_000, ge=1, description="an epoch is this many images, not a pass")
+    batch: int = Field(4096, ge=2, description="of all workers together; ssl.chunk bounds the memory that it takes")
+    seed: int = Field(0, ge=0)
+    device: str = Field("auto", description="auto, cpu or cuda; of a run in one process")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU")
+    compile: bool | None = Field(None, description="null: on a GPU")
+    workers: TrainWorkers = TrainWorkers()
+    probe: OnlineProbeConfig | None = None
+    log_every: int = Field(50, ge=1, description="steps")
+    checkpoint_every: int = Field(1000, ge=1, description="steps")
+    keep_checkpoints: int = Field(2, ge=1, description="newest ones that are kept, besides the best")
+    cache: str = Field("~/.cache/lemon", description="local folder of uncompressed images")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps an epoch: at least one."""
+        return max(1, round(self.images_per_epoch / self.batch))
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the run."""
+        return round(self.epochs * self.steps_per_epoch)
+
+    def result_settings(self) -> dict[str, Any]:
+        """The settings that change the encoder; an output goes on only with the same."""
+        kept = {
+            "cells",
+            "ssl",
+            "views",
+            "encoder",
+            "select",
+            "epochs",
+            "images_per_epoch",
+            "batch",
+            "seed",
+            "precision",
+        }
+        return self.model_dump(mode="json", include=kept)

@@ -1,0 +1,154 @@
+"""Starts training: in this process for one worker, on Ray Train for several or on a cluster."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lemon.cluster import start_ray
+from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError
+from lemon.pretrain.assemble import EXPORT, select, train
+from lemon.pretrain.config import PretrainConfig
+from lemon.pretrain.loop import TrainingStoppedError
+from lemon.storage import Store, fingerprint
+from lemon.tracking import Run, start_run
+
+SETTINGS = "pretrain.json"
+_RUN = "run.json"
+
+
+def main(config: PretrainConfig) -> int:
+    """Pretrain and tell the outcome; returns the exit code."""
+    config = _located(config)
+    store = Store(config.output)
+    selection = select(config)
+    _check_settings(config, store)
+    steps = config.total_steps
+    if selection.n_cells < config.batch:
+        print(f"pretrain: {selection.n_cells:,} cells are fewer than a batch of {config.batch:,}; cells repeat in it")
+    print(
+        f"pretrain: {selection.n_cells:,} cells of {len(selection.parts)} slides, {steps:,} steps of {config.batch:,}"
+    )
+    run = _open_run(config, store, cells_fingerprint=selection.fingerprint)
+    try:
+        if config.workers.in_process:
+            train(config, device=_device(config), log=_Logger(run, total=steps))
+        else:
+            _train_on_ray(config, run)
+    except TrainingStoppedError as error:
+        run.close("FAILED")
+        print(f"pretrain: stopped: {error}", file=sys.stderr)
+        return EXIT_FAILURES
+    except BaseException:
+        run.close("KILLED")
+        raise
+    run.set_tag("encoder", f"{store.uri}/{EXPORT}")
+    run.close()
+    print(f"pretrain: encoder in {store.uri}/{EXPORT}; MLflow run {run.run_id}")
+    return EXIT_OK
+
+
+class _Logger:
+    """Metrics to MLflow, and a progress bar with the loss."""
+
+    def __init__(self, run: Run, *, total: int) -> None:
+        self._run = run
+        self._bar = tqdm(total=total, unit="step", desc="pretrain", disable=None)
+
+    def __call__(self, metrics: Mapping[str, float], step: int) -> None:
+        self._run.log(metrics, step=step)
+        if "loss" in metrics:
+            self._bar.set_postfix(
+                loss=f"{metrics['loss']:.3f}", images_s=f"{metrics['images_per_s']:.0f}", refresh=False
+            )
+        self._bar.update(step - self._bar.n)
+
+
+def _train_on_ray(config: PretrainConfig, run: Run) -> None:
+    """N workers; a lost one restarts all from the newest checkpoint, which is in the output and not Ray's."""
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    start_ray()
+    workers = config.workers
+    count: Any = workers.count  # a pair makes the run elastic
+    trainer = TorchTrainer(
+        _ray_worker,
+        train_loop_config={"config": config.model_dump(mode="json"), "run": (run.uri, run.run_id)},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=count,
+            use_gpu=workers.gpus > 0,
+            resources_per_worker={"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"pretrain-{run.run_id[:8]}-{int(time.time())}",
+            storage_path=f"{config.output}/ray",
+            failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        stopped = [line for line in str(error).splitlines() if TrainingStoppedError.__name__ in line]
+        if stopped:
+            raise TrainingStoppedError(stopped[0].split(": ", 1)[-1]) from None
+        raise
+
+
+def _ray_worker(settings: dict[str, Any]) -> None:
+    import ray.train
+    import ray.train.torch
+
+    config = PretrainConfig.model_validate(settings["config"])
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    log = _Logger(Run(*settings["run"]), total=config.total_steps) if rank == 0 else None
+    train(config, device=ray.train.torch.get_device(), rank=rank, world=world, log=log)
+
+
+def _located(config: PretrainConfig) -> PretrainConfig:
+    """Paths made absolute: workers run elsewhere."""
+    return config.model_copy(update={"cells": Store(config.cells).uri, "output": Store(config.output).uri})
+
+
+def _device(config: PretrainConfig) -> torch.device:
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device: got {config.device!r}, but torch finds no GPU; expected auto or cpu here")
+    return torch.device(name)
+
+
+def _check_settings(config: PretrainConfig, store: Store) -> None:
+    """An output goes on only with the settings that it was begun with."""
+    try:
+        store.check_writable()
+    except OSError as error:
+        raise ConfigError(f"output: cannot write to {config.output!r}: {error}") from None
+    settings = config.result_settings()
+    if store.exists(SETTINGS):
+        earlier = store.read_json(SETTINGS)
+        if fingerprint(earlier) != fingerprint(settings):
+            changed = [key for key in settings if fingerprint(settings[key]) != fingerprint(earlier.get(key))]
+            raise ConfigError(
+                f"output: {store.uri} was begun with other settings ({', '.join(changed)}); choose another output"
+            )
+    else:
+        store.write_json(SETTINGS, settings)
+
+
+def _open_run(config: PretrainConfig, store: Store, *, cells_fingerprint: str) -> Run:
+    """The MLflow run of this output: a rerun goes on in the same one."""
+    earlier = store.read_json(_RUN)["run_id"] if store.exists(_RUN) else None
+    tags = {"cells_fingerprint": cells_fingerprint, "host": os.uname().nodename}
+    name = f"{config.encoder.name}-{config.ssl.name}-{config.views.name}"
+    run = start_run("pretrain", name, params=config.model_dump(mode="json"), tags=tags, run_id=earlier)
+    store.write_json(_RUN, {"run_id": run.run_id})
+    return run

@@ -1,0 +1,86 @@
+"""A small probe during training: logistic regression on labelled cells, slides held out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.model_selection import GroupKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+
+from lemon.cells.shard import images_from_arrow
+from lemon.config import ConfigError
+from lemon.encoders.features import encode_cells
+from lemon.pretrain.config import OnlineProbeConfig
+from lemon.pretrain.policy import Policy
+from lemon.storage import Store
+
+FOLDS = 3
+
+
+@dataclass
+class OnlineProbe:
+    """Labelled cells: images uint8 [N, 60, 60, 3], labels [N], groups (slides) [N]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    groups: np.ndarray
+    policy: Policy
+
+    @classmethod
+    def open(cls, config: OnlineProbeConfig, *, policy: Policy) -> OnlineProbe:
+        """Read the labels and their cells. Raises ConfigError for a missing column, or labels that match no cell."""
+        table = _read_labels(Path(config.labels))
+        store = Store(config.cells)
+        cells = [store.read_table(name, columns=["cell_id", "slide_id", "image"]) for name in store.list("cells")]
+        wanted = dict(zip(table["cell_id"].to_pylist(), table["label"].to_pylist(), strict=True))
+        images, labels, groups = [], [], []
+        for part in cells:
+            ids = part["cell_id"].to_pylist()
+            rows = [index for index, cell_id in enumerate(ids) if cell_id in wanted]
+            images.append(images_from_arrow(part["image"])[rows])
+            labels += [str(wanted[ids[index]]) for index in rows]
+            groups += [part["slide_id"][index].as_py() for index in rows]
+        if len(set(groups)) < FOLDS or len(set(labels)) < 2:
+            found = f"{len(labels)} labelled cells of {len(set(groups))} slides in {len(set(labels))} classes"
+            raise ConfigError(
+                f"probe.labels: {found} found in {config.cells}; expected {FOLDS} slides, 2 classes or more"
+            )
+        return cls(np.concatenate(images), np.array(labels), np.array(groups), policy)
+
+    def __call__(self, encoder: nn.Module) -> dict[str, float]:
+        """Balanced accuracy over held-out slides, of a frozen encoder."""
+        device = next(encoder.parameters()).device
+        crop_px = int(encoder.patch_embed.img_size[0])  # type: ignore[union-attr, index]
+        features = encode_cells(
+            encoder,
+            torch.from_numpy(self.images).to(device),
+            mean=self.policy.mean,
+            std=self.policy.std,
+            crop_px=crop_px,
+        )
+        values = features.cpu().numpy()
+        predicted = np.empty_like(self.labels)
+        for train, test in GroupKFold(FOLDS).split(values, groups=self.groups):
+            model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=200, class_weight="balanced"))
+            predicted[test] = model.fit(values[train], self.labels[train]).predict(values[test])
+        return {"balanced_accuracy": float(balanced_accuracy_score(self.labels, predicted))}
+
+
+def _read_labels(path: Path) -> pa.Table:
+    if not path.is_file():
+        raise ConfigError(f"probe.labels: {path} not found; expected a CSV or Parquet file with cell_id, label")
+    table = pq.read_table(path) if path.suffix == ".parquet" else pa_csv.read_csv(path)
+    absent = [name for name in ("cell_id", "label") if name not in table.column_names]
+    if absent:
+        raise ConfigError(f"probe.labels: {path} has columns {', '.join(table.column_names)}; expected cell_id, label")
+    return table
