@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from scipy import ndimage
 
 from lemon.nuclei.instances import Nucleus, polygons_from_labels
 
@@ -33,6 +34,9 @@ _MAX_EXTENT_UM = 27.5
 _MIN_PIECE_UM2 = 1.75  # smaller pieces are not scored
 _WEAK_EDGE_PER_UM = 0.04  # share of the slide's density range per um
 _MIN_SCORE = 0.25
+_GROWTH_UM = 1.5  # how far an outline may move out over stained pixels
+_STAINED = 0.4  # density, as a share of the slide's range, of such pixels
+_HULL_GROWTH = 1.6  # a hull larger than this many times its object is not the nucleus
 _CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
 _DISC = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
 
@@ -138,11 +142,13 @@ def segment(
     height, width = _checked(region).shape[:2]
     # Work goes on in quarters of the region's pixels, the local background in sixteenths: whole multiples of 4.
     padded = cv2.copyMakeBorder(region, 0, -height % 4, 0, -width % 4, cv2.BORDER_REPLICATE)
-    relief, pieces, levels = candidates(padded, calibration=calibration, um_per_px=um_per_px)
+    density, relief, pieces, levels = candidates(padded, calibration=calibration, um_per_px=um_per_px)
     chosen = _choose(score(pieces) - min_score, parents=pieces["parent"])
     labels = _paint(pieces, chosen=chosen, levels=levels)
     thresholds = np.concatenate([[np.inf], _LEVELS[pieces["level"][chosen]]]).astype(np.float32)
     labels = _sharpen(labels, relief=relief, thresholds=thresholds)
+    labels = _grown(labels, over=(density > _STAINED) & (relief > 0), reach_px=round(_GROWTH_UM / um_per_px))
+    labels = _convex(labels)
     return _without_small(labels, min_area_px=min_area_um2 / um_per_px**2)[:height, :width]
 
 
@@ -204,13 +210,13 @@ def _local_background(density: np.ndarray, *, um_per_px: float) -> np.ndarray:
 
 def candidates(
     region: np.ndarray, *, calibration: Calibration, um_per_px: float = 0.25
-) -> tuple[np.ndarray, dict[str, np.ndarray], list[np.ndarray]]:
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray], list[np.ndarray]]:
     """Pieces of all levels of a region uint8 [H, W, 3], H and W multiples of 4.
 
     Returns:
-        The relief float32 [H, W] (density above the local background, as a share of the slide's range); the features
-        of the N pieces, [N] each, among them ``level``, ``label`` (in its level) and ``parent`` (row, or -1); and the
-        label image of each level, int32 [H / 2, W / 2].
+        The density as a share of the slide's range, and the relief, which is how far it is above the local background:
+        float32 [H, W] both; the features of the N pieces, [N] each, among them ``level``, ``label`` (in its level) and
+        ``parent`` (row, or -1); and the label image of each level, int32 [H / 2, W / 2].
     """
     span = calibration.dark_od - calibration.pale_od
     density = (_density(region, um_per_px=um_per_px) - calibration.pale_od) / span
@@ -226,7 +232,7 @@ def candidates(
             _measure(table, labels=labels, mask=mask, planes=planes, small_um=small_um)
         levels.append(labels)
         tables.append(table)
-    return relief, _joined(tables, levels=levels), levels
+    return density, relief, _joined(tables, levels=levels), levels
 
 
 @dataclass(frozen=True)
@@ -378,6 +384,30 @@ def _sharpen(labels: np.ndarray, *, relief: np.ndarray, thresholds: np.ndarray) 
     near = cv2.dilate(whole, _CROSS)
     near = np.where(whole > 0, whole, near).astype(np.int32)
     return np.where((core > 0) | (relief > thresholds[near]), near, 0)
+
+
+def _grown(labels: np.ndarray, *, over: np.ndarray, reach_px: int) -> np.ndarray:
+    """Labels int32 [H, W] grown pixel by pixel over a mask, as far as the reach; where two meet the later one wins."""
+    grown = labels.astype(np.float32)
+    for _ in range(reach_px):
+        grown = np.where((grown == 0) & over, cv2.dilate(grown, _CROSS), grown)
+    return grown.astype(np.int32)
+
+
+def _convex(labels: np.ndarray) -> np.ndarray:
+    """Labels int32 [H, W] filled up to their convex hulls, as far as nothing else is there; nuclei are convex."""
+    filled = labels.copy()
+    for label, box in enumerate(ndimage.find_objects(labels), start=1):
+        if box is None:
+            continue
+        shape = (labels[box] == label).view(np.uint8)
+        contours, _ = cv2.findContours(shape, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        hull = np.zeros_like(shape)
+        cv2.fillConvexPoly(hull, cv2.convexHull(np.concatenate(contours)), 1)
+        if np.count_nonzero(hull) <= _HULL_GROWTH * np.count_nonzero(shape):
+            view = filled[box]
+            view[(hull > 0) & (view == 0)] = label
+    return filled
 
 
 def _without_small(labels: np.ndarray, *, min_area_px: float) -> np.ndarray:
