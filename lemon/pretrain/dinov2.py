@@ -33,13 +33,12 @@ from lemon.pretrain.losses import (
     softmax_center,
     updated_center,
 )
-from lemon.pretrain.schedules import Curve, Schedules, StepValues, param_group
+from lemon.pretrain.schedules import Curve, Method, Schedules, StepValues, param_group
 
 
-class DINOv2(nn.Module):
-    """Student (encoder, heads, mask token) and teacher (encoder, heads, centres); see ``schedules.Method``."""
+class DINOv2(Method):
+    """Student (encoder, heads, mask token) and teacher (encoder, heads, centres)."""
 
-    n_global_views = 2
     dino_center: Tensor
     ibot_center: Tensor
 
@@ -83,7 +82,7 @@ class DINOv2(nn.Module):
         self.register_buffer("ibot_center", torch.zeros(config.prototypes))
 
     @property
-    def exported(self) -> nn.Module:
+    def exported(self) -> VisionTransformer:
         """The teacher's encoder."""
         return self.teacher
 
@@ -249,14 +248,14 @@ class DINOv2(nn.Module):
     def schedules(self, *, epochs: float, steps_per_epoch: int, batch: int) -> Schedules:
         """lr = base_lr * sqrt(batch / 1024) after a linear warmup, cosine to min_lr."""
         config = self.config
-        cold, warm = config.teacher_temperature
+        (cold, warm), (light, heavy) = config.teacher_temperature, config.weight_decay
         return Schedules(
             epochs=epochs,
             steps_per_epoch=steps_per_epoch,
             lr=Curve(
                 config.base_lr * math.sqrt(batch / 1024), config.min_lr, epochs, warmup_epochs=config.warmup_epochs
             ),
-            weight_decay=Curve(*config.weight_decay, epochs),
+            weight_decay=Curve(light, heavy, epochs),
             momentum=Curve(config.momentum, 1.0, epochs),
             teacher_temperature=Curve(cold, warm, config.teacher_temperature_epochs, shape="linear"),
             freeze_last_layer_epochs=config.freeze_last_layer_epochs,
@@ -268,9 +267,6 @@ class DINOv2(nn.Module):
             return None
         modules = ([*self.encoder.parameters(), self.mask_token], list(self.heads.parameters()))
         return torch.stack([nn.utils.clip_grad_norm_(params, self.config.clip_norm) for params in modules]).norm()
-
-    def before_step(self, values: StepValues) -> None:
-        """Nothing: see ``after_step``."""
 
     def after_step(self, values: StepValues) -> None:
         """The moving average follows the optimiser."""

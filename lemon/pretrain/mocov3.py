@@ -6,25 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from lemon.encoders.config import EncoderConfig
 from lemon.encoders.vit import build_vit, seeded
 from lemon.pretrain.config import MoCoV3Config
 from lemon.pretrain.heads import ema_update, forward_in_chunks, frozen_copy, moco_mlp
 from lemon.pretrain.losses import feature_std, moco_contrastive
-from lemon.pretrain.schedules import Curve, Schedules, StepValues, param_group
+from lemon.pretrain.schedules import Curve, Method, Schedules, StepValues, param_group
 
 
-class MoCoV3(nn.Module):
-    """Student (encoder, projector, predictor) and teacher (encoder, projector); see ``schedules.Method``.
+class MoCoV3(Method):
+    """Student (encoder, projector, predictor) and teacher (encoder, projector).
 
     The teacher's BatchNorm works on the statistics of its batch, as the student's, so it stays in training mode and
     its buffers are no part of the average.
     """
-
-    n_global_views = 2
-    n_local_views = 0
 
     def __init__(self, config: MoCoV3Config, encoder: EncoderConfig, *, seed: int) -> None:
         super().__init__()
@@ -40,7 +38,7 @@ class MoCoV3(nn.Module):
             self.teacher_projector = frozen_copy(self.projector, lambda: moco_mlp(projector))
 
     @property
-    def exported(self) -> nn.Module:
+    def exported(self) -> VisionTransformer:
         """The student's encoder, as released by the paper (``base_encoder``)."""
         return self.encoder
 
@@ -48,7 +46,7 @@ class MoCoV3(nn.Module):
         self,
         views: Sequence[Tensor],
         *,
-        values: StepValues,  # noqa: ARG002 - the protocol's
+        values: StepValues,  # noqa: ARG002
         generator: torch.Generator | None = None,  # noqa: ARG002
     ) -> dict[str, Tensor]:
         """The symmetric contrastive loss of two views, float [B, 3, px, px] each.
@@ -82,16 +80,9 @@ class MoCoV3(nn.Module):
             teacher_temperature=Curve(config.temperature, config.temperature, epochs),
         )
 
-    def clip_gradients(self) -> Tensor | None:
-        """MoCo v3 does not clip."""
-        return None
-
     def before_step(self, values: StepValues) -> None:
         """The moving average precedes the keys of the step."""
         self.update_teacher(values.momentum)
-
-    def after_step(self, values: StepValues) -> None:
-        """Nothing: see ``before_step``."""
 
     def update_teacher(self, momentum: float) -> None:
         """Move the teacher towards the student: parameters only."""

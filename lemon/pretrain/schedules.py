@@ -1,4 +1,4 @@
-"""Schedules as pure functions of the fractional epoch, and the protocol between a method and the training loop.
+"""Schedules as pure functions of the fractional epoch, and what a method offers to the training loop.
 
 The loop (plain torch, one process or DistributedDataParallel) does::
 
@@ -21,11 +21,13 @@ A value depends on the step alone, so a resumed run needs no state of the schedu
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from lemon.config import ConfigError
@@ -123,33 +125,34 @@ def set_optimizer(optimizer: torch.optim.Optimizer, values: StepValues) -> None:
         group["weight_decay"] = values.weight_decay * group["wd_scale"]
 
 
-class Method(Protocol):
-    """What the loop needs of a self-supervised method. A method is an nn.Module; calling it computes the loss.
+class Method(nn.Module, ABC):
+    """A self-supervised method as the loop sees it; calling it computes the loss.
 
     Its ``state_dict()`` holds encoder, heads, teacher and centres: with the optimiser's state and the step, all that
-    a restart needs.
+    a restart needs. Subclasses set ``config``, ``encoder`` and ``teacher``.
     """
 
     config: Any
     """Frozen settings of the method; the loop reads ``betas``."""
-    encoder: nn.Module
-    """The student's backbone, a timm VisionTransformer."""
-    teacher: nn.Module
+    encoder: VisionTransformer
+    """The student's backbone."""
+    teacher: VisionTransformer
     """The EMA backbone; gets no gradient."""
-
-    @property
-    def exported(self) -> nn.Module:
-        """The backbone to evaluate and export."""
-
-    @property
-    def n_global_views(self) -> int:
-        """Views of the full crop size, first in the list of views."""
+    n_global_views = 2
+    """Views of the encoder's crop size, first in the list of views."""
 
     @property
     def n_local_views(self) -> int:
         """Views of ``config.local_crop_px``, after the global ones."""
+        return 0
 
-    def __call__(
+    @property
+    @abstractmethod
+    def exported(self) -> VisionTransformer:
+        """The backbone to evaluate and export."""
+
+    @abstractmethod
+    def forward(
         self, views: Sequence[Tensor], *, values: StepValues, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
         """``{"loss": ..., parts...}``: scalars on the device, without a synchronisation with the host.
@@ -157,17 +160,24 @@ class Method(Protocol):
         Args:
             views: float [B, 3, px, px] each, normalised; row i of every view is the same cell.
             values: the schedules at this step.
-            generator: draws what the method draws itself (DINOv2: masks).
+            generator: draws what the method draws itself (DINOv2: masks); on the device of the views.
         """
 
+    @abstractmethod
     def param_groups(self) -> list[dict[str, Any]]:
         """Groups for AdamW, made by ``param_group``; frozen parameters are left out."""
 
+    @abstractmethod
     def schedules(self, *, epochs: float, steps_per_epoch: int, batch: int) -> Schedules:
         """The curves of a run; ``batch`` is that of all workers together."""
 
+    @abstractmethod
+    def update_teacher(self, momentum: float) -> None:
+        """Move the teacher towards the student."""
+
     def clip_gradients(self) -> Tensor | None:
         """Clip as the method's paper does; returns the norm before (a scalar on the device), None where unlimited."""
+        return None
 
     def before_step(self, values: StepValues) -> None:
         """Called once an optimiser step, before the loss."""

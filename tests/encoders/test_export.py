@@ -10,8 +10,9 @@ import timm
 import torch
 from torch import Tensor
 
+from lemon.encoders.config import LEMON_MEAN, LEMON_STD, VIT_S8, EncoderConfig
 from lemon.encoders.export import CellInput, export_encoder, load_exported
-from lemon.encoders.vit import LEMON_MEAN, LEMON_STD, VIT_S8, EncoderConfig, build_vit
+from lemon.encoders.vit import build_vit
 
 TINY = EncoderConfig(name="tiny", dim=32, depth=2, heads=4)
 INPUT = CellInput(mean=LEMON_MEAN, std=LEMON_STD)

@@ -12,19 +12,8 @@ import yaml
 from torch import Tensor
 
 from lemon.config import conf_dir
-from lemon.encoders.vit import (
-    LEMON_MEAN,
-    LEMON_STD,
-    VIT_B8,
-    VIT_S8,
-    VIT_TINY8,
-    EncoderConfig,
-    build_vit,
-    forward_tokens,
-    load_lemon_checkpoint,
-    seeded,
-    sincos_positions,
-)
+from lemon.encoders.config import LEMON_MEAN, LEMON_STD, VIT_B8, VIT_S8, VIT_TINY8, EncoderConfig
+from lemon.encoders.vit import build_vit, forward_tokens, load_lemon_checkpoint, seeded, sincos_positions
 
 TINY = EncoderConfig(name="tiny", dim=32, depth=2, heads=4)
 

@@ -13,11 +13,12 @@ import yaml
 from torch import Tensor
 
 from lemon.config import conf_dir
-from lemon.encoders.vit import EncoderConfig, forward_tokens
+from lemon.encoders.config import EncoderConfig
+from lemon.encoders.vit import forward_tokens
 from lemon.pretrain import losses
-from lemon.pretrain.dinov2 import DINOv2, DINOv2Config, block_mask, masked_patches
+from lemon.pretrain.config import DINOv2Config, MoCoV3Config
+from lemon.pretrain.dinov2 import DINOv2, block_mask, masked_patches
 from lemon.pretrain.heads import DinoHead
-from lemon.pretrain.mocov3 import MoCoV3Config
 from tests.pretrain.test_losses import assert_same_as_one_worker, run_workers
 from tests.pretrain.test_mocov3 import CELLS, assert_same, crops, gradients, schedules, train
 
@@ -59,6 +60,8 @@ def test_the_four_rows_of_table_5_are_four_configs() -> None:
     for path in sorted((conf_dir() / "ssl").glob("*.yaml")):
         values = yaml.safe_load(path.read_text())
         config = (MoCoV3Config if values["name"] == "mocov3" else DINOv2Config).model_validate(values)
+        if path.stem == "dinov2_tiny":
+            continue
         labels[path.stem] = config.label
         if isinstance(config, DINOv2Config):
             rest.append(config.model_copy(update={"local_to_global": True, "regulariser": "koleo"}))
@@ -214,6 +217,19 @@ def test_the_centres_move_in_training_only() -> None:
     assert model.ibot_center.abs().max() > 0
 
 
+def test_under_bfloat16_autocast_the_loss_stays_close_and_gradients_are_finite() -> None:
+    found = []
+    for enabled in (False, True):
+        model = spread(method(regulariser="kde"))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            parts = model(views_of(model), values=schedules(model).at(0), mask=some_mask())
+        parts["loss"].backward()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+        found.append(parts["loss"].item())
+    assert found[1] == pytest.approx(found[0], rel=0.02)
+    assert found[1] != found[0]
+
+
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
@@ -347,7 +363,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 def on_rows(rows: slice) -> dict[str, Tensor]:
     """Loss, gradients and centres of every variant on these cells; every worker has its share of each view's mask."""
-    results = {}
+    results: dict[str, Tensor] = {}
     for i, variant in enumerate(VARIANTS):
         model = spread(method(**variant))
         views = [view[rows] for view in views_of(model)]

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lemon.config import conf_dir
-from lemon.encoders.vit import EncoderConfig
+from lemon.encoders.config import EncoderConfig
+from lemon.pretrain.config import MoCoV3Config
 from lemon.pretrain.heads import HeadBatchNorm, moco_mlp
 from lemon.pretrain.losses import moco_contrastive
-from lemon.pretrain.mocov3 import MoCoV3, MoCoV3Config
+from lemon.pretrain.mocov3 import MoCoV3
 from lemon.pretrain.schedules import Method, Schedules, set_optimizer
 from tests.pretrain.test_losses import assert_same_as_one_worker, run_workers
 
@@ -58,7 +59,7 @@ def train(model: Method, views: list[Tensor], *, steps: int, first: int = 1) -> 
     return told
 
 
-def gradients(model: nn.Module, views: list[Tensor], **settings: Any) -> dict[str, Tensor]:
+def gradients(model: Method, views: list[Tensor], **settings: Any) -> dict[str, Tensor]:
     """The loss, and the gradient of every parameter that has one, in float64: some are 0 but for rounding."""
     values = schedules(model).at(3)
     parts = model.double()([view.double() for view in views], values=values, **settings)
@@ -194,7 +195,7 @@ def test_head_batch_norm_of_one_worker_is_pytorchs() -> None:
 # --- several workers --------------------------------------------------------------------------------------------------
 
 
-def on_rows(build: Callable[[], nn.Module], rows: slice, **settings: Any) -> dict[str, Tensor]:
+def on_rows(build: Callable[[], Method], rows: slice, **settings: Any) -> dict[str, Tensor]:
     return gradients(build(), [view[rows] for view in crops()], **settings)
 
 
@@ -213,7 +214,7 @@ def batch_norm_head(rows: slice) -> dict[str, Tensor]:
 def work_on_half(rank: int, folder: Path) -> None:
     half = slice(rank * CELLS // 2, (rank + 1) * CELLS // 2)
     results = batch_norm_head(half) | on_rows(method, half)
-    wrapped = DistributedDataParallel(method().double())
+    wrapped = DistributedDataParallel(method(chunk=3).double())
     values = schedules(wrapped.module).at(3)
     wrapped([view[half].double() for view in crops()], values=values)["loss"].backward()
     for name, p in wrapped.module.named_parameters():
