@@ -174,16 +174,5 @@ class PretrainConfig(Frozen):
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that change the encoder; an output goes on only with the same."""
-        kept = {
-            "cells",
-            "ssl",
-            "views",
-            "encoder",
-            "select",
-            "epochs",
-            "images_per_epoch",
-            "batch",
-            "seed",
-            "precision",
-        }
-        return self.model_dump(mode="json", include=kept)
+        names = "cells ssl views encoder select epochs images_per_epoch batch seed precision"
+        return self.model_dump(mode="json", include=set(names.split()))

@@ -32,9 +32,8 @@ def main(config: PretrainConfig) -> int:
     steps = config.total_steps
     if selection.n_cells < config.batch:
         print(f"pretrain: {selection.n_cells:,} cells are fewer than a batch of {config.batch:,}; cells repeat in it")
-    print(
-        f"pretrain: {selection.n_cells:,} cells of {len(selection.parts)} slides, {steps:,} steps of {config.batch:,}"
-    )
+    slides = len(selection.parts)
+    print(f"pretrain: {selection.n_cells:,} cells of {slides} slides, {steps:,} steps of {config.batch:,}")
     run = _open_run(config, store, cells_fingerprint=selection.fingerprint)
     try:
         if config.workers.in_process:

@@ -51,10 +51,8 @@ class OnlineProbe:
             labels += [str(wanted[ids[index]]) for index in rows]
             groups += [part["slide_id"][index].as_py() for index in rows]
         if len(set(groups)) < FOLDS or len(set(labels)) < 2:
-            found = f"{len(labels)} labelled cells of {len(set(groups))} slides in {len(set(labels))} classes"
-            raise ConfigError(
-                f"probe.labels: {found} found in {config.cells}; expected {FOLDS} slides, 2 classes or more"
-            )
+            got = f"{len(labels)} labelled cells of {len(set(groups))} slides in {len(set(labels))} classes"
+            raise ConfigError(f"probe.labels: got {got}; expected {FOLDS} slides and 2 classes at least")
         return cls(np.concatenate(images), np.array(labels), np.array(groups), policy)
 
     def __call__(self, encoder: nn.Module) -> dict[str, float]:

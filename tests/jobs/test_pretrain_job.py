@@ -1,0 +1,144 @@
+"""The pretraining job as a user starts it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lemon.config import conf_dir, load
+from lemon.pretrain.config import PretrainConfig
+from lemon.storage import Store
+from lemon.tracking import Run, metric_history
+from tests.cells_table import synthetic_crops, write_slide
+
+JOB = Path(__file__).resolve().parents[2] / "jobs" / "pretrain.py"
+SMALL = [
+    "encoder.dim=32",
+    "encoder.depth=2",
+    "encoder.heads=2",
+    "ssl.hidden_dim=32",
+    "ssl.out_dim=16",
+    "batch=16",
+    "images_per_epoch=64",
+    "log_every=1",
+    "checkpoint_every=4",
+    "variant=smoke",
+]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cells")
+    for slide in range(2):
+        write_slide(Store(folder), f"s{slide}", synthetic_crops(60, seed=slide))
+    return folder
+
+
+def command(cells: Path, output: Path, *words: str) -> list[str]:
+    cache = f"cache={output.parent / 'cache'}"
+    return [sys.executable, str(JOB), f"cells={cells}", f"output={output}", cache, *SMALL, *words]
+
+
+def environment(output: Path) -> dict[str, str]:
+    return os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{output.parent / 'mlflow.db'}"}
+
+
+def losses(output: Path) -> list[tuple[int, float]]:
+    uri = f"sqlite:///{output.parent / 'mlflow.db'}"
+    history = metric_history(Run(uri, Store(output).read_json("run.json")["run_id"]), "loss")
+    return list(dict(history).items())  # a step that was done twice is there twice, with the same loss
+
+
+def run(words: list[str], output: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, capture_output=True, text=True, check=False, env=environment(output), timeout=400)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cells: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, float]]:
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = run(command(cells, output, "epochs=10"), output)
+    assert done.returncode == 0, done.stderr
+    assert (output / "encoder" / "config.json").exists()
+    curve = losses(output)
+    assert [step for step, _ in curve] == list(range(1, 41))
+    return curve
+
+
+def test_a_job_killed_at_any_moment_goes_on_with_the_same_losses(
+    cells: Path, tmp_path: Path, undisturbed: list[tuple[int, float]]
+) -> None:
+    output = tmp_path / "run"
+    words = command(cells, output, "epochs=10")
+    job = subprocess.Popen(words, env=environment(output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (output / "checkpoints").exists():
+        assert job.poll() is None
+        time.sleep(0.05)
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    done = run(words, output)
+    assert done.returncode == 0, done.stderr
+    assert losses(output) == undisturbed
+
+
+@pytest.mark.ray
+def test_a_ray_worker_killed_mid_run_is_replaced_and_the_losses_stay_the_same(
+    cells: Path, tmp_path: Path, undisturbed: list[tuple[int, float]]
+) -> None:
+    output = tmp_path / "run"
+    words = command(cells, output, "epochs=10", "workers.launcher=ray")
+    job = subprocess.Popen(words, env=environment(output), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (output / "checkpoints").exists():
+        assert job.poll() is None
+        time.sleep(0.05)
+    for child in psutil.Process(job.pid).children(recursive=True):
+        if "RayTrainWorker" in " ".join(child.cmdline()):
+            child.kill()
+    told, _ = job.communicate(timeout=400)
+    assert job.returncode == 0, told
+    assert losses(output) == undisturbed
+
+
+@pytest.mark.ray
+def test_two_workers_see_the_same_batches_and_reach_the_same_loss(
+    cells: Path, tmp_path: Path, undisturbed: list[tuple[int, float]]
+) -> None:
+    """Views are drawn by each worker for its own cells, so losses agree as two draws of one experiment do."""
+    output = tmp_path / "run"
+    done = run(command(cells, output, "epochs=10", "workers.count=2"), output)
+    assert done.returncode == 0, done.stderr
+    curve = [loss for _, loss in losses(output)]
+    alone = [loss for _, loss in undisturbed]
+    assert len(curve) == len(alone)
+    assert sum(curve) / len(curve) == pytest.approx(sum(alone) / len(alone), rel=0.05)
+
+
+def test_an_output_begun_with_other_settings_is_refused(cells: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    assert run(command(cells, output, "epochs=2"), output).returncode == 0
+    again = run(command(cells, output, "epochs=2", "seed=5"), output)
+    assert again.returncode == 2
+    assert "seed" in again.stderr
+    assert "other settings" in again.stderr
+
+
+def test_a_table_without_cells_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    done = run(command(tmp_path / "nothing", tmp_path / "run"), tmp_path / "run")
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("pretrain: cells: ")
+
+
+@pytest.mark.parametrize("variant", ["default", "smoke"])
+@pytest.mark.parametrize("ssl", sorted(path.stem for path in (conf_dir() / "ssl").glob("*.yaml")))
+def test_every_shipped_config_composes_and_validates(variant: str, ssl: str) -> None:
+    words = ["cells=c", "output=o", f"variant={variant}", f"ssl={ssl}"]
+    assert load("pretrain", words, PretrainConfig).ssl.name == ssl.split("_")[0]

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lemon.config import ConfigError
+from lemon.pretrain.assemble import build_trainer, export
+from lemon.pretrain.checkpoint import Checkpoints
+from lemon.pretrain.config import PretrainConfig
+from lemon.pretrain.loop import Trainer, TrainingStoppedError
+from lemon.pretrain.online_probe import OnlineProbe
+from lemon.pretrain.policy import load_policy
+from lemon.storage import Store
+from tests.cells_table import synthetic_crops, write_slide
+
+CPU = torch.device("cpu")
+TINY = {"name": "tiny", "dim": 32, "depth": 2, "heads": 2}
+MOCO = {"name": "mocov3", "hidden_dim": 32, "out_dim": 16, "warmup_epochs": 1}
+DINO = {
+    "name": "dinov2", "hidden_dim": 32, "bottleneck_dim": 16, "prototypes": 64, "local_crops": 2, "warmup_epochs": 1,
+    "head_dim": 16, "drop_path": 0.2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cells")
+    for slide in range(3):
+        write_slide(Store(folder), f"s{slide}", synthetic_crops(40, seed=slide))
+    return folder
+
+
+def config_for(cells: Path, output: Path, **changes: Any) -> PretrainConfig:
+    values = {
+        "cells": str(cells), "output": str(output), "ssl": MOCO, "encoder": TINY, "views": load_policy("a1_gray"),
+        "epochs": 3, "images_per_epoch": 64, "batch": 16, "log_every": 1, "checkpoint_every": 4,
+        "cache": str(output / "cache"),
+    }  # fmt: skip
+    return PretrainConfig.model_validate(values | changes)
+
+
+class Recorder:
+    """Keeps what a run logs."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, dict[str, float]] = {}
+
+    def __call__(self, metrics: Mapping[str, float], step: int) -> None:
+        self.rows.setdefault(step, {}).update(metrics)
+
+    def losses(self) -> list[float]:
+        return [row["loss"] for _, row in sorted(self.rows.items()) if "loss" in row]
+
+
+def trainer_for(config: PretrainConfig, log: Recorder | None = None) -> Trainer:
+    return build_trainer(config, device=CPU, log=log)
+
+
+@pytest.mark.parametrize("ssl", [MOCO, DINO], ids=["mocov3", "dinov2"])
+def test_a_run_that_was_interrupted_equals_one_that_was_not_bit_for_bit(cells: Path, tmp_path: Path, ssl: dict) -> None:
+    whole, first, second = Recorder(), Recorder(), Recorder()
+    undisturbed = trainer_for(config_for(cells, tmp_path / "a", ssl=ssl), whole)
+    undisturbed.run()
+    config = config_for(cells, tmp_path / "b", ssl=ssl)
+    trainer_for(config, first).run(until=7)  # dies after step 7; checkpoints are of steps 4 and 7
+    (tmp_path / "b" / "checkpoints" / "step-00000007.pt").unlink()
+    resumed = trainer_for(config, second)
+    assert resumed.resume() == 4
+    resumed.run()
+    assert first.losses() == whole.losses()[:7]
+    assert second.losses() == whole.losses()[4:]
+    for one, other in zip(undisturbed.method.state_dict().values(), resumed.method.state_dict().values(), strict=True):  # type: ignore[attr-defined]
+        assert torch.equal(one, other)
+
+
+def test_another_seed_is_another_run(cells: Path, tmp_path: Path) -> None:
+    losses = []
+    for seed in (0, 1):
+        log = Recorder()
+        trainer_for(config_for(cells, tmp_path / str(seed), seed=seed), log).run(until=2)
+        losses.append(log.losses())
+    assert losses[0] != losses[1]
+
+
+def test_what_is_logged_tells_loss_rate_waiting_and_signs_of_collapse(cells: Path, tmp_path: Path) -> None:
+    log = Recorder()
+    trainer_for(config_for(cells, tmp_path), log).run(until=4)
+    wanted = {"loss", "lr", "images_per_s", "data_wait_share", "feature_std", "effective_rank", "epoch", "momentum"}
+    assert wanted <= log.rows[4].keys()
+    assert 0 <= log.rows[4]["data_wait_share"] <= 1
+    assert log.rows[4]["effective_rank"] > 1.5
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    cells: Path, tmp_path: Path
+) -> None:
+    trainer = trainer_for(config_for(cells, tmp_path))
+    trainer.run(until=4)
+    with torch.no_grad():
+        next(trainer.method.projector.parameters()).fill_(float("nan"))  # type: ignore[attr-defined]
+    with pytest.raises(TrainingStoppedError, match=r"the loss became nan.*last good checkpoint is of step 4"):
+        trainer.run()
+    assert Checkpoints(Store(tmp_path)).steps() == [4]
+
+
+def test_collapsed_features_stop_the_run(cells: Path, tmp_path: Path) -> None:
+    trainer = trainer_for(config_for(cells, tmp_path))
+    with torch.no_grad():
+        trainer.method.encoder.norm.weight.zero_()  # type: ignore[union-attr, operator]
+        trainer.method.encoder.norm.weight.requires_grad_(False)  # type: ignore[union-attr, operator]
+    with pytest.raises(TrainingStoppedError, match="features collapsed"):
+        trainer.run(until=4)
+    assert Checkpoints(Store(tmp_path)).steps() == []
+
+
+def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(Store(tmp_path), keep=2)
+    for step, score in ((1, 0.1), (2, 0.9), (3, 0.5), (4, 0.4), (5, 0.3)):
+        checkpoints.save({"value": torch.tensor(step)}, step=step, score=score)
+    assert checkpoints.steps() == [2, 4, 5]
+    assert checkpoints.best() == (2, 0.9)
+    newest, best = checkpoints.load(), checkpoints.load(2)
+    assert newest is not None
+    assert best is not None
+    assert (int(newest["value"]), int(best["value"])) == (5, 2)
+
+
+def test_a_checkpoint_that_was_being_written_when_the_job_died_is_passed_over(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(Store(tmp_path))
+    checkpoints.save({"value": torch.tensor(1)}, step=1)
+    (tmp_path / "checkpoints" / ".tmp-00000000-step-00000002.pt").write_bytes(b"half")
+    assert checkpoints.steps() == [1]
+
+
+def test_a_checkpoint_holds_all_that_is_needed_to_go_on(cells: Path, tmp_path: Path) -> None:
+    trainer = trainer_for(config_for(cells, tmp_path))
+    trainer.run(until=4)
+    state = trainer.checkpoints.load()
+    assert state is not None
+    assert set(state) == {"method", "optimizer", "config", "step"}
+    names = set(state["method"])
+    assert all(
+        any(name.startswith(part) for name in names) for part in ("encoder.", "teacher.", "projector.", "predictor.")
+    )
+    assert json.loads(state["config"])["ssl"]["name"] == "mocov3"
+
+
+def test_the_exported_encoder_opens_in_timm_and_gives_the_same_features(cells: Path, tmp_path: Path) -> None:
+    import timm
+
+    config = config_for(cells, tmp_path)
+    trainer = trainer_for(config)
+    trainer.run(until=2)
+    export(trainer, config)
+    images = torch.randn(3, 3, 40, 40)
+    opened = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.allclose(opened(images), trainer.method.exported.eval()(images), atol=1e-5)
+
+
+def test_the_online_probe_scores_held_out_slides(cells: Path, tmp_path: Path) -> None:
+    store = Store(cells)
+    rows = []
+    for name in store.list("cells"):
+        table = store.read_table(name, columns=["cell_id", "image"])
+        from lemon.cells.shard import images_from_arrow
+
+        bright = images_from_arrow(table["image"])[:, 20:40, 20:40].mean(axis=(1, 2, 3))
+        rows += [
+            f"{cell_id},{value > np.median(bright)}"
+            for cell_id, value in zip(table["cell_id"].to_pylist(), bright, strict=True)
+        ]
+    labels = tmp_path / "labels.csv"
+    labels.write_text("cell_id,label\n" + "\n".join(rows) + "\n")
+    log = Recorder()
+    config = config_for(cells, tmp_path, probe={"cells": str(cells), "labels": str(labels)})
+    trainer_for(config, log).run(until=4)
+    assert 0.5 < log.rows[4]["probe/balanced_accuracy"] <= 1
+    assert Checkpoints(Store(tmp_path)).best()[0] == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (None, "not found"),
+        ("id,label\na,b\n", "expected cell_id, label"),
+        ("cell_id,label\nnobody,b\n", "got 0 labelled cells"),
+    ],
+)
+def test_labels_that_cannot_be_used_are_told_in_one_line(
+    cells: Path, tmp_path: Path, content: str | None, part: str
+) -> None:
+    path = tmp_path / "labels.csv"
+    if content is not None:
+        path.write_text(content)
+    config = config_for(cells, tmp_path, probe={"cells": str(cells), "labels": str(path)})
+    assert config.probe is not None
+    with pytest.raises(ConfigError, match=part):
+        OnlineProbe.open(config.probe, policy=config.views)
