@@ -195,7 +195,7 @@ def report(figures: dict[str, Any]) -> None:
     for name in ("peer", "lemon"):
         f = figures[name]
         print(
-            f"{name:<6} {f['wall_s']:6.2f} s/tile wall, {f['cpu_s']:6.2f} s/tile CPU: network {f['network_cpu_s']:.2f}, "
+            f"{name:<6} {f['wall_s']:6.2f} s/tile wall, {f['cpu_s']:6.2f} s CPU: network {f['network_cpu_s']:.2f}, "
             f"post-processing {f['postprocessing_cpu_s']:.3f}; {f['page_faults']:,.0f} page faults"
         )
     for clock in ("wall_s", "cpu_s"):
