@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +36,9 @@ def build_trainer(
     selection = select(config)
     images = open_images(selection, cache=Path(config.cache).expanduser())
     build = DINOv2 if isinstance(config.ssl, DINOv2Config) else MoCoV3
-    method: Any = build(config.ssl, config.encoder, seed=config.seed).to(device)  # type: ignore[arg-type]
+    method = build(config.ssl, config.encoder, seed=config.seed).to(device)  # type: ignore[arg-type]
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # what stays float32 (prototypes) may use TF32
     feed = Feed(
         images,
         Order(len(images), seed=config.seed),
@@ -98,7 +99,7 @@ def export(trainer: Trainer, config: PretrainConfig) -> None:
     }
     views = config.views
     cell_input = CellInput(mean=views.mean, std=views.std, crop_px=config.encoder.crop_px)
-    export_encoder(trainer.method.exported, f"{store.uri}/{EXPORT}", cell_input=cell_input, facts=facts)  # type: ignore[arg-type]
+    export_encoder(trainer.method.exported, f"{store.uri}/{EXPORT}", cell_input=cell_input, facts=facts)
 
 
 def _fits(images: np.ndarray, device: torch.device) -> bool:

@@ -69,22 +69,21 @@ class Trainer:
     step: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        module: Any = self.method
         self._device = self.feed.device
         fused = {"fused": True} if self._device.type == "cuda" else {"foreach": True}
         self._optimizer = torch.optim.AdamW(self.method.param_groups(), betas=self.method.config.betas, **fused)
         self._generator = torch.Generator(device=self._device)
         if self.compiled:
-            for part in (module.encoder, module.teacher):
-                part.compile()  # in place: the names in a checkpoint stay
-        self._call: Any = DistributedDataParallel(module) if self.feed.world > 1 else module
+            for vit in (self.method.encoder, self.method.teacher):
+                for block in vit.blocks:
+                    block.compile()  # in place, so that the names in a checkpoint stay
+        self._call: Any = DistributedDataParallel(self.method) if self.feed.world > 1 else self.method
 
     def resume(self) -> int:
         """Load the newest checkpoint, if any; returns the step that comes next."""
         state = self.checkpoints.load(device=self._device)
         if state is not None:
-            module: Any = self.method
-            module.load_state_dict(state["method"])
+            self.method.load_state_dict(state["method"])
             self._optimizer.load_state_dict(state["optimizer"])
             self.step = int(state["step"])
         return self.step
@@ -95,8 +94,7 @@ class Trainer:
         Raises TrainingStoppedError for a loss that is not finite and for collapsed features; good checkpoints stay.
         """
         last = min(until or self.schedules.steps, self.schedules.steps)
-        module: Any = self.method
-        module.train()
+        self.method.train()
         window = _Window(self.feed)
         for images in self.feed.batches(self.step, last):
             window.add(self.train_step(images))
@@ -156,9 +154,8 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         metrics = self._indicators()
-        module: Any = self.method
         if self.feed.rank == 0:
-            state = {"method": module.state_dict(), "optimizer": self._optimizer.state_dict()}
+            state = {"method": self.method.state_dict(), "optimizer": self._optimizer.state_dict()}
             score = metrics.get("probe/balanced_accuracy")
             self.checkpoints.save({**state, "config": json.dumps(self.config)}, step=self.step, score=score)
             if self.log is not None and metrics:
