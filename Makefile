@@ -4,7 +4,7 @@ PYTHON ?= python3
 RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test test-quick check bench clean
+.PHONY: setup demo test test-quick check bench ui clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,11 @@ check: setup
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(VENV)/bin/lint-imports --no-cache
+
+# The MLflow page of a database, on this machine only.
+DB ?= mlflow.db
+ui: setup
+	$(VENV)/bin/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(abspath $(DB))
 
 bench: setup
 	$(RUN) -m benchmarks.hoverfast

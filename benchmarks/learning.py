@@ -86,7 +86,7 @@ def pretrained(seed: int, store: Store, options: argparse.Namespace, **labelled:
     encoder, cell_input = load_exported(output / launch.EXPORT)
     score = probe(encoder, *labelled.values(), mean=cell_input.mean, std=cell_input.std)
     print(
-        f"seed {seed}: balanced accuracy {score:.3f} after {config.total_steps} steps of {config.batch}, {minutes:.1f} min"
+        f"seed {seed}: balanced accuracy {score:.3f}, {config.total_steps} steps of {config.batch}, {minutes:.1f} min"
     )
     return {"seed": seed, "balanced_accuracy": score, "steps": config.total_steps, "minutes": minutes}
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-import lemon
+from lemon.version import __version__
 
 TEMPORARY = ".tmp-"
 """Marks a file that is being written; readers and listings pass over it."""
@@ -163,10 +163,10 @@ def code_version() -> str:
     """The package's version, with the git commit (and ``+`` for uncommitted changes) where it runs from a checkout."""
     here = Path(__file__).resolve().parent
     if not (here.parent / ".git").exists():
-        return lemon.__version__
+        return __version__
     command = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=10"]
     try:
         described = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return lemon.__version__
-    return f"{lemon.__version__}+g{described}"
+        return __version__
+    return f"{__version__}+g{described}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,13 +11,15 @@ import torch
 
 from lemon.cells.batches import Feed, Order, open_images
 from lemon.cells.select import Selection, select_cells
+from lemon.config import ConfigError
 from lemon.encoders.export import CellInput, export_encoder
 from lemon.pretrain.checkpoint import Checkpoints
-from lemon.pretrain.config import DINOv2Config, PretrainConfig
+from lemon.pretrain.config import DINOv2Config, FitStainConfig, PretrainConfig
 from lemon.pretrain.dinov2 import DINOv2
 from lemon.pretrain.loop import Log, Trainer
 from lemon.pretrain.mocov3 import MoCoV3
 from lemon.pretrain.online_probe import OnlineProbe
+from lemon.pretrain.stain import fit_stain_statistics, statistics_name
 from lemon.storage import Store, code_version, fingerprint
 
 WATCHED_CELLS = 512  # cells on which the effective rank is taken
@@ -27,6 +30,39 @@ _RESIDENT_SHARE = 0.4  # of the device's free memory that images may take
 def select(config: PretrainConfig) -> Selection:
     """The cells that a config names. Raises ConfigError."""
     return select_cells(Store(config.cells), **config.select.model_dump())
+
+
+def fit_stain(config: FitStainConfig) -> tuple[str, int]:
+    """Fit stain statistics to a table; returns the file that holds them and the number of cells that were looked at.
+
+    Raises ConfigError.
+    """
+    selection = select_cells(Store(config.cells), n_cells=config.n_cells)
+    with tempfile.TemporaryDirectory() as cache:
+        images = torch.from_numpy(np.array(open_images(selection, cache=cache)))
+    try:
+        statistics = fit_stain_statistics(images, space=config.space, components=config.components, seed=config.seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    path = f"{selection.store.uri}/{statistics.file_name}"
+    statistics.save(path)
+    return path, len(images)
+
+
+def with_stain(config: PretrainConfig) -> PretrainConfig:
+    """The config with the statistics that its views need: those beside the cells, unless it names a file.
+
+    Raises ConfigError where they are missing.
+    """
+    stain = config.views.stain
+    if stain.kind != "gmm":
+        return config
+    path = stain.statistics or f"{Store(config.cells).uri}/{statistics_name(stain.space, stain.components)}"
+    folder, _, name = path.rpartition("/")
+    if not Store(folder or ".").exists(name):
+        remedy = f"python jobs/fit_stain.py cells={config.cells} space={stain.space} components={stain.components}"
+        raise ConfigError(f"views.stain.statistics: {path} not found; make it with: {remedy}")
+    return config.model_copy(update={"views": config.views.with_stain_statistics(path)})
 
 
 def build_trainer(

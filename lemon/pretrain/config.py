@@ -101,6 +101,16 @@ class DINOv2Config(Frozen):
 SslConfig = Annotated[MoCoV3Config | DINOv2Config, Field(discriminator="name")]
 
 
+class FitStainConfig(Frozen):
+    """``jobs/fit_stain.py``: what the stain augmentation of a1_gmm1 and a1_gmm10 draws from."""
+
+    cells: str = Field(description="output of jobs/curate.py; the statistics are written beside it")
+    space: Literal["lab", "hsv", "hed"] = Field("lab", description="colour space")
+    components: int = Field(10, ge=1, description="Gaussians in the mixture")
+    n_cells: int = Field(20_000, ge=10, description="cells of lowest rank that are looked at")
+    seed: int = Field(0, ge=0)
+
+
 class SelectConfig(Frozen):
     """Which cells of the table: slides first, then the lowest ranks."""
 

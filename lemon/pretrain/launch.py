@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from lemon.cluster import start_ray
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError
-from lemon.pretrain.assemble import EXPORT, select, train
+from lemon.pretrain.assemble import EXPORT, select, train, with_stain
 from lemon.pretrain.config import PretrainConfig
 from lemon.pretrain.loop import TrainingStoppedError
 from lemon.storage import Store, fingerprint
-from lemon.tracking import Run, start_run
+from lemon.tracking import Run, start_run, tracking_uri
 
 SETTINGS = "pretrain.json"
 _RUN = "run.json"
@@ -113,7 +113,8 @@ def _ray_worker(settings: dict[str, Any]) -> None:
 
 def _located(config: PretrainConfig) -> PretrainConfig:
     """Paths made absolute: workers run elsewhere."""
-    return config.model_copy(update={"cells": Store(config.cells).uri, "output": Store(config.output).uri})
+    located = config.model_copy(update={"cells": Store(config.cells).uri, "output": Store(config.output).uri})
+    return with_stain(located)
 
 
 def _device(config: PretrainConfig) -> torch.device:
@@ -141,6 +142,11 @@ def _check_settings(config: PretrainConfig, store: Store) -> None:
             )
     else:
         store.write_json(SETTINGS, settings)
+
+
+def run_of(store: Store) -> Run:
+    """The MLflow run of an output."""
+    return Run(tracking_uri(), store.read_json(_RUN)["run_id"])
 
 
 def _open_run(config: PretrainConfig, store: Store, *, cells_fingerprint: str) -> Run:

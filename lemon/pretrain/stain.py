@@ -105,7 +105,12 @@ def _centred(images_u8: torch.Tensor, *, space: Space) -> tuple[torch.Tensor, to
     return centred, mean, centred.square().mean(dim=2).sqrt()
 
 
-@dataclass(frozen=True, eq=False)
+def statistics_name(space: str, components: int) -> str:
+    """Name of a file of statistics beside a cells table, as ``stain_lab_gmm10.json``."""
+    return f"stain_{space}_gmm{components}.json"
+
+
+@dataclass(frozen=True)
 class StainStatistics:
     """A Gaussian mixture of K components over templates (three channel means, then three standard deviations)."""
 
@@ -124,7 +129,7 @@ class StainStatistics:
     @property
     def file_name(self) -> str:
         """The name under which it lies beside a cells table, as ``stain_lab_gmm10.json``."""
-        return f"stain_{self.space}_gmm{self.components}.json"
+        return statistics_name(self.space, self.components)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON, atomically; ``path`` is local or s3://."""
