@@ -40,6 +40,7 @@ bench: setup
 	$(RUN) -m benchmarks.hoverfast
 	$(RUN) -m benchmarks.encoding
 	$(RUN) -m benchmarks.memory
+	$(RUN) -m benchmarks.views
 
 clean:
 	rm -rf demo .pytest_cache .mypy_cache .ruff_cache

@@ -36,7 +36,7 @@ class HematoxylinConfig(Frozen):
     """Classical segmentation by colour deconvolution and watershed; needs no weights."""
 
     name: Literal["hematoxylin"]
-    min_area_um2: float = Field(12.0, gt=0, description="smaller objects are dropped")
+    min_area_um2: float = Field(5.0, gt=0, description="smaller objects are dropped")
 
 
 class HoverFastConfig(Frozen):
