@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import cv2
 import numpy as np
@@ -78,23 +79,17 @@ class Hematoxylin:
     """Segmenter that needs no weights; the protocol is ``lemon.nuclei.segmenter.Segmenter``."""
 
     def __init__(self, *, min_area_um2: float = 5.0, min_score: float = _MIN_SCORE, um_per_px: float = 0.25) -> None:
-        """Raises ValueError unless the areas and sizes are above 0 and the score is in [0, 1)."""
+        """Raises ValueError unless the area and the resolution are above 0 and the score is in [0, 1)."""
         if min_area_um2 <= 0:
             raise ValueError(f"min_area_um2: got {min_area_um2}, expected more than 0; 5 suits lymphocytes")
         if not 0 <= min_score < 1:
             raise ValueError(f"min_score: got {min_score}, expected 0 or more and less than 1; the default is 0.25")
         if um_per_px <= 0:
             raise ValueError(f"um_per_px: got {um_per_px}, expected more than 0; a 40x scan has about 0.25")
-        self.min_area_um2 = min_area_um2
-        self.min_score = min_score
-        self.um_per_px = um_per_px
+        self.min_area_um2, self.min_score, self.um_per_px = min_area_um2, min_score, um_per_px
 
     def calibrate(self, samples: Sequence[np.ndarray]) -> Calibration:
-        """Density range of one slide from some of its tissue regions, uint8 [H, W, 3] each.
-
-        Pale is the 10th and dark the 98th percentile of stained pixels. Glass, pen and pixels without stain do not
-        count; a slide without stain gets the range of an average one. Raises ValueError when there are no samples.
-        """
+        """See :func:`calibrate`."""
         return calibrate(samples, um_per_px=self.um_per_px)
 
     def predict(self, regions: np.ndarray) -> list[None]:
@@ -104,13 +99,15 @@ class Hematoxylin:
     @property
     def postprocess(self) -> Callable[[np.ndarray, None, Calibration], list[Nucleus]]:
         """Region uint8 [H, W, 3], None, calibration -> nuclei in region px; picklable."""
-        return functools.partial(
-            _nuclei, min_area_um2=self.min_area_um2, min_score=self.min_score, um_per_px=self.um_per_px
-        )
+        return functools.partial(_nuclei, **vars(self))
 
 
 def calibrate(samples: Sequence[np.ndarray], *, um_per_px: float = 0.25) -> Calibration:
-    """See :meth:`Hematoxylin.calibrate`."""
+    """Density range of one slide from some of its tissue regions, uint8 [H, W, 3] each.
+
+    Pale is the 10th and dark the 98th percentile of stained pixels. Glass, pen and pixels without stain do not count;
+    a slide without stain gets the range of an average one. Raises ValueError when there are no samples.
+    """
     if len(samples) == 0:
         raise ValueError("samples: got none, expected at least one tissue region of the slide")
     stained = np.concatenate([_stained_densities(_checked(sample), um_per_px=um_per_px) for sample in samples])
@@ -131,14 +128,8 @@ def segment(
 ) -> np.ndarray:
     """Instance map int32 [H, W] of a region uint8 [H, W, 3]; 0 is background.
 
-    Args:
-        region: H&E at ``um_per_px``.
-        calibration: the slide's, from :func:`calibrate`.
-        min_area_um2: smaller objects are dropped.
-        min_score: pieces that score lower, on a scale of 0 to 1, are not nuclei.
-
-    Raises:
-        ValueError: the region is not uint8 [H, W, 3].
+    The calibration is the slide's, from :func:`calibrate`. Objects below the smallest area are dropped, and pieces that
+    score lower than ``min_score``, on a scale of 0 to 1, are not nuclei. Raises ValueError for any other kind of array.
     """
     height, width = _checked(region).shape[:2]
     # Work goes on in quarters of the region's pixels, the local background in sixteenths: whole multiples of 4.
@@ -153,19 +144,9 @@ def segment(
     return _without_small(labels, min_area_px=min_area_um2 / um_per_px**2)[:height, :width]
 
 
-def _nuclei(
-    region: np.ndarray,
-    prediction: None,  # noqa: ARG001 (the protocol's)
-    calibration: Calibration,
-    *,
-    min_area_um2: float,
-    min_score: float,
-    um_per_px: float,
-) -> list[Nucleus]:
-    labels = segment(
-        region, calibration=calibration, min_area_um2=min_area_um2, min_score=min_score, um_per_px=um_per_px
-    )
-    return polygons_from_labels(labels, min_area_px=min_area_um2 / um_per_px**2)
+def _nuclei(region: np.ndarray, prediction: None, calibration: Calibration, **settings: float) -> list[Nucleus]:  # noqa: ARG001
+    # Labels that are too small are gone already.
+    return polygons_from_labels(segment(region, calibration=calibration, **settings), min_area_px=1)
 
 
 def _checked(region: np.ndarray) -> np.ndarray:
@@ -320,12 +301,12 @@ def _joined(tables: list[dict[str, np.ndarray]], *, levels: list[np.ndarray]) ->
     joined["level"] = np.repeat(np.arange(len(tables)), counts)
     joined["label"] = np.concatenate([np.arange(1, n + 1) for n in counts])
     parents = [np.full(counts[0], -1)]
-    for level in range(1, len(tables)):
-        one_pixel = np.zeros(counts[level] + 1, np.int64)
-        inside = np.flatnonzero(levels[level])
-        one_pixel[levels[level].ravel()[inside]] = inside
-        below = levels[level - 1].ravel()[one_pixel[1:]]
-        parents.append(np.where(below > 0, starts[level - 1] + below - 1, -1))
+    for level, (lower, upper) in enumerate(pairwise(levels)):
+        inside = np.flatnonzero(upper)
+        one_pixel = np.zeros(counts[level + 1] + 1, np.int64)
+        one_pixel[upper.ravel()[inside]] = inside
+        below = lower.ravel()[one_pixel[1:]]
+        parents.append(np.where(below > 0, starts[level] + below - 1, -1))
     joined["parent"] = np.concatenate(parents)
     if full:
         area = joined["log_area"]
@@ -371,8 +352,6 @@ def _paint(pieces: dict[str, np.ndarray], *, chosen: np.ndarray, levels: list[np
     painted = np.zeros(levels[0].shape, np.int32)
     for level, labels in enumerate(levels):
         of_level = np.flatnonzero(pieces["level"][chosen] == level)
-        if len(of_level) == 0:
-            continue
         renumbered = np.zeros(labels.max() + 1, np.int32)
         renumbered[pieces["label"][chosen[of_level]]] = of_level + 1
         painted = np.maximum(painted, renumbered[labels])  # chosen pieces do not overlap
@@ -381,12 +360,10 @@ def _paint(pieces: dict[str, np.ndarray], *, chosen: np.ndarray, levels: list[np
 
 def _sharpen(labels: np.ndarray, *, relief: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     """Labels int32 [H, W] from half resolution: the outline is where the full relief crosses the label's own level."""
-    height, width = relief.shape
-    whole = cv2.resize(labels.astype(np.float32), (width, height), interpolation=cv2.INTER_NEAREST)
+    whole = cv2.resize(labels.astype(np.float32), relief.shape[::-1], interpolation=cv2.INTER_NEAREST)
     core = cv2.erode(whole, _DISC)
     core[core != cv2.dilate(whole, _DISC)] = 0  # pixels near a border, of the label or between two, are open
-    near = cv2.dilate(whole, _CROSS)
-    near = np.where(whole > 0, whole, near).astype(np.int32)
+    near = np.where(whole > 0, whole, cv2.dilate(whole, _CROSS)).astype(np.int32)
     return np.where((core > 0) | (relief > thresholds[near]), near, 0)
 
 

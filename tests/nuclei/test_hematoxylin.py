@@ -113,6 +113,13 @@ def test_red_blood_cells_are_not_nuclei() -> None:
     assert len(centroids(image, Calibration(pale_od=0.05, dark_od=0.5))) == 0
 
 
+@pytest.mark.parametrize("ink", [(20, 60, 160), (10, 130, 130)], ids=["blue", "cyan"])
+def test_spots_of_ink_are_not_nuclei(ink: tuple[int, int, int]) -> None:
+    image = stained(np.full((128, 128), 0.1, np.float32), np.full((128, 128), 0.3, np.float32))
+    cv2.circle(image, (64, 64), 12, ink, -1)
+    assert len(centroids(image, Calibration(pale_od=0.05, dark_od=0.5))) == 0
+
+
 def test_the_smallest_area_is_kept_to() -> None:
     image, _ = synthetic_tissue()
     calibration = calibrate([image])
