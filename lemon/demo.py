@@ -12,8 +12,9 @@ import shapely
 
 from lemon import curate
 from lemon.cells.names import geojson_name, shard_name
+from lemon.cells.shard import images_from_arrow
 from lemon.config import EXIT_OK, CurateConfig, load
-from lemon.pretrain.config import PretrainConfig
+from lemon.pretrain.config import FitStainConfig, PretrainConfig
 from lemon.report.pictures import draw_curation
 from lemon.slides.reader import SlideReader
 from lemon.slides.samples import fetch_real_slide, make_synthetic_slide
@@ -37,8 +38,29 @@ def run(output: Path, *, synthetic: bool = False) -> Path:
     if curate.main(load("curate", arguments, CurateConfig)) != EXIT_OK:
         raise SystemExit("demo: curation failed, see above")
     picture = _picture(output / "nuclei.png", slide=slide, store=store)
+    _gallery(output / "views.png", store=store, slide_id=slide.stem)
     _pretrain(store, output)
     return picture
+
+
+def _gallery(path: Path, *, store: Store, slide_id: str) -> None:
+    """Views of six cells under every policy: the paper's Figure 5."""
+    import torch
+
+    from lemon.pretrain.assemble import fit_stain
+    from lemon.pretrain.gallery import draw_gallery
+    from lemon.pretrain.policy import load_policy, policy_names
+
+    policies = []
+    for name in policy_names():
+        policy = load_policy(name)
+        if policy.stain.kind == "gmm":
+            fitted, _ = fit_stain(FitStainConfig(cells=store.uri, components=policy.stain.components))
+            policy = policy.with_stain_statistics(fitted)
+        policies.append(policy)
+    images = images_from_arrow(store.read_table(shard_name(slide_id), columns=["image"])["image"])
+    draw_gallery(torch.from_numpy(images[:6].copy()), policies=policies, path=path, seed=0)
+    print(f"demo: views of every policy in {path}")
 
 
 def _pretrain(store: Store, output: Path) -> None:

@@ -110,7 +110,7 @@ def statistics_name(space: str, components: int) -> str:
     return f"stain_{space}_gmm{components}.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StainStatistics:
     """A Gaussian mixture of K components over templates (three channel means, then three standard deviations)."""
 
