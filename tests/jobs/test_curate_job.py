@@ -27,12 +27,12 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("slides")
     for seed in range(N_SLIDES):
-        write_pyramid(folder / f"s{seed}.tiff", make_tissue(2200, seed=seed, border_px=100).image, mpp=0.25)
+        write_pyramid(folder / f"s{seed}.tiff", make_tissue(1500, seed=seed, border_px=100).image, mpp=0.25)
     return folder
 
 
 def command(slides: Path, output: Path) -> list[str]:
-    words = [f"slides={slides}", f"output={output}", "variant=smoke", "region_px=512", "cells_per_slide=200"]
+    words = [f"slides={slides}", f"output={output}", "variant=smoke", "region_px=512", "cells_per_slide=60"]
     return [sys.executable, str(JOB), *words]
 
 
@@ -119,7 +119,7 @@ def test_a_killed_worker_costs_no_row(slides: Path, undisturbed: pa.Table, tmp_p
     assert cells_of(output).equals(undisturbed)
     ledger = read_ledger(Store(output)).to_pylist()
     assert [row["status"] for row in ledger] == ["done"] * N_SLIDES
-    assert [row["n_cells"] for row in ledger] == [200] * N_SLIDES
+    assert [row["n_cells"] for row in ledger] == [60] * N_SLIDES
 
 
 def test_the_same_command_again_does_nothing_and_says_so(slides: Path, tmp_path: Path) -> None:
