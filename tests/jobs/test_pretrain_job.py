@@ -53,9 +53,11 @@ def environment(output: Path) -> dict[str, str]:
 
 
 def losses(output: Path) -> list[tuple[int, float]]:
+    """(step, loss); a step that was done twice, because its checkpoint was lost, must have the same loss both times."""
     uri = f"sqlite:///{output.parent / 'mlflow.db'}"
     history = metric_history(Run(uri, Store(output).read_json("run.json")["run_id"]), "loss")
-    return list(dict(history).items())  # a step that was done twice is there twice, with the same loss
+    assert len(set(history)) == len(dict(history))
+    return list(dict(history).items())
 
 
 def run(words: list[str], output: Path) -> subprocess.CompletedProcess[str]:
@@ -104,7 +106,10 @@ def test_a_ray_worker_killed_mid_run_is_replaced_and_the_losses_stay_the_same(
             child.kill()
     told, _ = job.communicate(timeout=400)
     assert job.returncode == 0, told
-    assert losses(output) == undisturbed
+    curve = losses(output)
+    assert [step for step, _ in curve] == [step for step, _ in undisturbed]
+    # Ray gives a worker one thread, the job's own process has several: sums are rounded in another order.
+    assert [loss for _, loss in curve] == pytest.approx([loss for _, loss in undisturbed], rel=1e-5)
 
 
 @pytest.mark.ray
