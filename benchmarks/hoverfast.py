@@ -1,6 +1,6 @@
 """HoverFast on a CPU: this project's segmenter against the plain network and a plain reading of the post-processing.
 
-python -m benchmarks.hoverfast [--tile IMAGE] [--checkpoint FILE] [--rounds 5] [--tiles 2]
+python -m benchmarks.hoverfast [--tile IMAGE] [--checkpoint FILE] [--rounds 5] [--tiles 2] [--keep-pages]
 
 One unit of work is one 1024x1024 tile, from pixels to polygons. The peer is the same network as it is loaded (fp32,
 NCHW, batch norm apart) followed in the same process by post-processing of the whole image. Ours is the segmenter as
@@ -10,11 +10,15 @@ clock and by CPU time (of all processes). On a machine with other work the latte
 
 Without --checkpoint the weights are random, and so would be their nuclei: the networks then run on the tile, and the
 post-processing of both sides is given the reference's maps (LEMON_SHARED, golden), which are like a trained network's.
+
+Plain PyTorch asks the system for fresh pages for every large activation, which can take a third of its CPU time.
+--keep-pages (glibc only) has the process keep them, for both sides, and so shows what the arithmetic alone gains.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import resource
 import statistics
@@ -48,6 +52,8 @@ def main() -> None:
     """Measure, print both sides and their ratio, and append a JSON line to benchmarks/results/hoverfast.jsonl."""
     options = arguments()
     cv2.setNumThreads(1)
+    if options.keep_pages:
+        keep_pages()
     weights = options.checkpoint or str(SHARED / "golden/hoverfast_random_weights.pth")
     given = None if options.checkpoint else golden_prediction()
     tile = read_tile(options.tile)
@@ -64,6 +70,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "rounds": options.rounds,
         "tiles_a_round": options.tiles,
+        "keep_pages": options.keep_pages,
         "tile": Path(options.tile).name if options.tile else "golden, repeated",
         "weights": Path(weights).name,
         "postprocessing_input": "own predictions" if given is None else "golden maps",
@@ -79,7 +86,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", help="a HoverFast checkpoint (default: the golden random weights)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tiles", type=int, default=2, help="tiles a round on our side, so that stages can overlap")
+    parser.add_argument("--keep-pages", action="store_true", help="never give memory back to the system")
     return parser.parse_args()
+
+
+def keep_pages() -> None:
+    """Have glibc's malloc serve every size from a heap that is never trimmed."""
+    max_mmaps, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+    libc = ctypes.CDLL(None)
+    if not (libc.mallopt(max_mmaps, 0) and libc.mallopt(trim_threshold, 2**31 - 1)):
+        raise SystemExit("--keep-pages: this C library has no such setting")
 
 
 def read_tile(path: str | None) -> np.ndarray:
