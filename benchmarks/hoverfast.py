@@ -55,6 +55,8 @@ def main() -> None:
     if options.keep_pages:
         keep_pages()
     weights = options.checkpoint or str(SHARED / "golden/hoverfast_random_weights.pth")
+    if not Path(weights).is_file():
+        raise SystemExit(f"{weights}: no such checkpoint; name one with --checkpoint, or set LEMON_SHARED")
     given = None if options.checkpoint else golden_prediction()
     tile = read_tile(options.tile)
     plain, segmenter = load_checkpoint(weights), HoverFast(weights, device="cpu", batch=options.tiles)
