@@ -1,0 +1,1 @@
+"""Embeddings of nuclei, and the files that scanpy, QuPath and SpatialData open."""

@@ -1,0 +1,1 @@
+"""Benchmarks of labelled nuclei, one file a data set: licence, classes, filters, layout on disk."""
