@@ -88,7 +88,8 @@ def _permutation(n_cells: int, seed: int, turn: int) -> np.ndarray:
 @dataclass
 class Feed:
     """Batches of one worker. Batch ``s`` of all workers together is positions ``s * batch`` to ``(s + 1) * batch``,
-    whatever the number of workers.
+    whatever the number of workers. Where that number does not divide the batch, as in an elastic run, each share is
+    rounded up, and the last worker reaches into the positions of the next batch by less than a cell a worker.
 
     ``resident`` keeps all images on the device, where they fit; else a thread gathers ``ahead`` batches in advance.
     """
@@ -105,12 +106,10 @@ class Feed:
     """Seconds that the consumer waited for data so far."""
 
     def __post_init__(self) -> None:
-        if self.batch % self.world:
-            raise ValueError(f"batch={self.batch}: expected a multiple of the number of workers, {self.world}")
         self._on_device = torch.from_numpy(np.asarray(self.images)).to(self.device) if self.resident else None
 
     def batches(self, first_step: int, last_step: int) -> Iterator[torch.Tensor]:
-        """uint8 [batch / world, 60, 60, 3] on the device, of steps ``first_step`` to ``last_step`` (exclusive)."""
+        """uint8 [ceil(batch / world), 60, 60, 3] on the device, of steps ``first_step`` to ``last_step`` (exclusive)."""
         if self._on_device is not None:
             for step in range(first_step, last_step):
                 yield self._on_device[torch.from_numpy(self._indices(step)).to(self.device)]
@@ -132,7 +131,7 @@ class Feed:
             thread.join()
 
     def _indices(self, step: int) -> np.ndarray:
-        own = self.batch // self.world
+        own = -(-self.batch // self.world)
         return self.order.indices(step * self.batch + self.rank * own, own)
 
     def _gather(self, first: int, last: int, ready: queue.Queue, stop: threading.Event) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import uuid
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import IO
 
@@ -45,8 +46,9 @@ class GeoJsonWriter:
             self._gzip.write(b"\n]}\n")
         self._gzip.close()
 
-    def write(self, rows: pa.Table, *, classification: dict[str, object] | None = None) -> None:
-        """Append rows of the cells table (images not needed)."""
+    def write(self, rows: pa.Table, *, classifications: Sequence[Mapping[str, object]] | None = None) -> None:
+        """Append rows of the cells table (images not needed), each in its class ``{name, color}`` (None: nucleus)."""
+        classes = [NUCLEUS] * len(rows) if classifications is None else classifications
         polygons = shapely.from_wkb(rows["polygon"].to_numpy(zero_copy_only=False))
         measured = {name: rows[column].to_pylist() for name, column in MEASUREMENTS.items()}
         for index, (cell_id, polygon) in enumerate(zip(rows["cell_id"].to_pylist(), polygons, strict=True)):
@@ -58,7 +60,7 @@ class GeoJsonWriter:
                 "properties": {
                     "objectType": "detection",
                     "name": cell_id,
-                    "classification": classification or NUCLEUS,
+                    "classification": classes[index],
                     "measurements": {name: round(values[index], 4) for name, values in measured.items()},
                 },
             }

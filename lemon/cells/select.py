@@ -40,6 +40,8 @@ class Selection:
 
     store: Store
     parts: tuple[Part, ...]
+    made_with: tuple[str, ...] = ()
+    """Fingerprints of the settings that curation made the table with."""
 
     @property
     def n_cells(self) -> int:
@@ -49,7 +51,7 @@ class Selection:
     @property
     def fingerprint(self) -> str:
         """Names the selected cells: equal for equal tables and equal selections."""
-        return fingerprint([self.store.uri, [(part.slide_id, part.n_rows) for part in self.parts]])
+        return fingerprint([self.store.uri, self.made_with, [(part.slide_id, part.n_rows) for part in self.parts]])
 
 
 def select_cells(
@@ -94,7 +96,8 @@ def select_cells(
     if n_cells is not None and n_cells < sum(counts):
         counts = _prefixes(store, [row["slide_id"] for row in kept], n_cells=n_cells)
     parts = (Part(row["slide_id"], shard_name(row["slide_id"]), count) for row, count in zip(kept, counts, strict=True))
-    return Selection(store, tuple(part for part in parts if part.n_rows))
+    made_with = tuple(sorted({row["config_fingerprint"] for row in kept}))
+    return Selection(store, tuple(part for part in parts if part.n_rows), made_with)
 
 
 def _prefixes(store: Store, slide_ids: Sequence[str], *, n_cells: int) -> list[int]:

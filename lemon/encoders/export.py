@@ -25,12 +25,18 @@ ARCHITECTURES = {192: "vit_tiny_patch16_224", 384: "vit_small_patch8_224", 768: 
 
 @dataclass(frozen=True)
 class CellInput:
-    """What an encoder expects: RGB / 255, centre crop, normalisation."""
+    """What an encoder expects: RGB / 255, centre crop, resized to ``input_px`` (None: not resized), normalisation."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     um_per_px: float = 0.25
     crop_px: int = 40
+    input_px: int | None = None
+
+    @property
+    def px(self) -> int:
+        """Side of the image that the network sees."""
+        return self.input_px or self.crop_px
 
 
 def export_encoder(
@@ -49,11 +55,12 @@ def export_encoder(
         facts: anything else to keep under ``lemon`` (name, run, fingerprint, licence); JSON values.
 
     Raises:
-        ValueError: crop_px is not the encoder's.
+        ValueError: crop_px (or input_px, where cells are resized) is not the encoder's.
     """
-    if encoder.patch_embed.img_size != (cell_input.crop_px, cell_input.crop_px):
+    if encoder.patch_embed.img_size != (cell_input.px, cell_input.px):
+        given = "input_px" if cell_input.input_px else "crop_px"
         raise ValueError(
-            f"crop_px={cell_input.crop_px}: expected the encoder's input size, {encoder.patch_embed.img_size[0]}"
+            f"{given}={cell_input.px}: expected the encoder's input size, {encoder.patch_embed.img_size[0]}"
         )
     weights = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
     store = Store(destination)
@@ -65,7 +72,7 @@ def export_encoder(
 
 def timm_config(encoder: VisionTransformer, *, cell_input: CellInput, facts: Mapping[str, Any]) -> dict[str, Any]:
     """The content of config.json, in timm's layout, with LEMON's own keys under ``lemon``."""
-    px = cell_input.crop_px
+    px = cell_input.px
     return {
         "architecture": ARCHITECTURES.get(encoder.embed_dim, "vit_base_patch8_224"),
         "num_classes": 0,
@@ -76,8 +83,8 @@ def timm_config(encoder: VisionTransformer, *, cell_input: CellInput, facts: Map
             "input_size": [3, px, px],
             "fixed_input_size": True,
             "interpolation": "bicubic",
-            # timm resizes to crop_px / crop_pct before its centre crop; for a stored image of 60 px nothing changes.
-            "crop_pct": px / CROP_PX,
+            # timm resizes to px / crop_pct before its centre crop; for a stored image of 60 px that crops crop_px.
+            "crop_pct": cell_input.crop_px / CROP_PX,
             "crop_mode": "center",
             "mean": list(cell_input.mean),
             "std": list(cell_input.std),
@@ -123,8 +130,13 @@ def load_exported(directory: str | Path) -> tuple[nn.Module, CellInput]:
     if absent:
         raise ValueError(f"{folder / CONFIG}: got no lemon.{absent[0]}; expected a folder written by lemon's export")
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    mean, std = triple(section["mean"]), triple(section["std"])
-    return model.eval(), CellInput(mean=mean, std=std, um_per_px=section["um_per_px"], crop_px=section["crop_px"])
+    return model.eval(), CellInput(
+        mean=triple(section["mean"]),
+        std=triple(section["std"]),
+        um_per_px=section["um_per_px"],
+        crop_px=section["crop_px"],
+        input_px=section.get("input_px"),  # absent in folders written before encoders could resize
+    )
 
 
 def triple(values: Sequence[float]) -> tuple[float, float, float]:

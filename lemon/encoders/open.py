@@ -1,4 +1,4 @@
-"""Encoders ready to use: a run's folder, an exported folder, or the released LEMON checkpoint."""
+"""Encoders ready to use: a run's folder, an exported folder, a checkpoint file, or a name of the registry."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from lemon.config import ConfigError
+from lemon.encoders.architectures import LEMON_SIZES, build, import_transformers, pool
 from lemon.encoders.export import CONFIG, CellInput, load_exported, triple
 from lemon.encoders.features import encode_cells
+from lemon.encoders.registry import REGISTRY, EncoderEntry, split_name
 from lemon.encoders.vit import load_lemon_checkpoint
+from lemon.encoders.weights import MissingWeightsError, find_weights, hub_file, load_weights
 from lemon.schema import CROP_PX
 
 
@@ -41,38 +45,120 @@ class Encoder(nn.Module):
         return digest.hexdigest()[:16]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised float [B, 3, crop_px, crop_px] -> features [B, D]."""
+        """Normalised float [B, 3, px, px] -> features [B, D]; px is ``cell_input.px``."""
         return self.model(images)
 
     @torch.inference_mode()
-    def embed(self, images_u8: np.ndarray | torch.Tensor, *, batch: int = 1024) -> torch.Tensor:
-        """Features float32 [N, D] of cells uint8 [N, 60, 60, 3] at 0.25 um/px, as the cells table holds them."""
-        device = next(self.model.parameters()).device
-        images = torch.as_tensor(images_u8).to(device)
+    def embed(
+        self, images_u8: np.ndarray | torch.Tensor, *, batch: int | None = None, bf16: bool = False
+    ) -> torch.Tensor:
+        """Features float32 [N, D] of cells uint8 [N, 60, 60, 3] at 0.25 um/px, as the cells table holds them.
+
+        Args:
+            images_u8: on any device; a batch at a time goes to the encoder's.
+            batch: images at a time; None: fewer where the encoder sees larger images.
+            bf16: compute in bfloat16, for GPUs.
+        """
         of = self.cell_input
-        return encode_cells(self.model, images, mean=of.mean, std=of.std, crop_px=of.crop_px, batch=batch)
+        return encode_cells(
+            self.model,
+            torch.as_tensor(images_u8),
+            mean=of.mean,
+            std=of.std,
+            crop_px=of.crop_px,
+            input_px=of.input_px,
+            batch=batch,
+            bf16=bf16,
+        )
 
 
-def load_encoder(name_or_path: str | Path) -> Encoder:
-    """Open an encoder by its path.
+def load_encoder(name_or_path: str | Path, *, device: str | torch.device = "cpu") -> Encoder:
+    """Open an encoder by its path or by its name.
 
     Args:
-        name_or_path: the output of ``jobs/pretrain.py``, its ``encoder`` folder, or the released ``lemon.pth.tar``
-            (with its ``mean_std.json`` beside it, if that was downloaded).
+        name_or_path: a path that exists, which wins over a name: the output of ``jobs/pretrain.py``, its ``encoder`` folder, or the released
+            ``lemon.pth.tar`` (with its ``mean_std.json`` beside it, if that was downloaded); else a name of
+            ``registry.encoder_names()``, its hub id, or ``name:path`` for weights that lie in a file, such as
+            ``volta:checkpoint.pth.tar`` or ``uni:pytorch_model.bin``.
+        device: where it computes.
 
     Raises:
-        FileNotFoundError: nothing is there; the message says what is expected.
+        MissingWeightsError: the weights are gated or absent; the message says how to get them.
+        ConfigError: no such path or name.
         ValueError: what is there is no encoder.
     """
-    path = Path(name_or_path).expanduser()
+    text = str(name_or_path)
+    path = Path(text).expanduser()
+    # A folder that only happens to have an encoder's name, such as lemon/ in a checkout, is no encoder.
+    if path.is_file() or encoder_folder(path) or (path.exists() and text not in REGISTRY):
+        return load_path(path).to(device)
+    entry, weights = split_name(text)
+    return load_entry(entry, weights).to(device)
+
+
+def encoder_folder(path: Path) -> Path | None:
+    """The folder itself or its ``encoder`` folder, whichever holds an exported encoder."""
+    return next((folder for folder in (path, path / "encoder") if (folder / CONFIG).is_file()), None)
+
+
+def load_path(path: Path) -> Encoder:
+    """Open a file or a folder that exists."""
     if path.is_file():
-        beside = path.with_name("mean_std.json")
-        model = load_lemon_checkpoint(path, mean_std=beside if beside.is_file() else None)
-        known: Any = model.pretrained_cfg
-        return Encoder(model, CellInput(mean=triple(known["mean"]), std=triple(known["std"])), name=path.name)
-    for folder in (path, path / "encoder"):
-        if (folder / CONFIG).is_file():
-            return Encoder(*load_exported(folder), name=path.name)
-    raise FileNotFoundError(
+        return load_lemon(path, name=path.name)
+    if folder := encoder_folder(path):
+        return Encoder(*load_exported(folder), name=path.name)
+    raise ConfigError(
         f"{path}: no encoder there; expected the output of jobs/pretrain.py, a folder with {CONFIG}, or lemon.pth.tar"
     )
+
+
+def load_lemon(path: Path, *, name: str) -> Encoder:
+    """Open a checkpoint in the layout of the released one, with the normalisation of a ``mean_std.json`` beside it."""
+    beside = path.with_name("mean_std.json")
+    model = load_lemon_checkpoint(path, mean_std=beside if beside.is_file() else None)
+    known: Any = model.pretrained_cfg
+    return Encoder(model, CellInput(mean=triple(known["mean"]), std=triple(known["std"])), name=name)
+
+
+def load_entry(entry: EncoderEntry, weights: str | Path | None = None) -> Encoder:
+    """Open an encoder of the registry, with the weights of a file if one is given."""
+    if entry.source == "untrained":
+        return Encoder(build(entry), cell_input_of(entry), name=entry.name)
+    if entry.source == "transformers":
+        import_transformers(entry)  # absent, it is told before gigabytes are downloaded
+    path = find_weights(entry, weights)
+    if entry.architecture in LEMON_SIZES:
+        if weights is None:
+            hub_file(entry, ("mean_std.json",))
+        return load_lemon(path, name=entry.name)
+    if entry.source == "transformers":
+        model = load_transformers(entry, path)
+    else:
+        model = build(entry, device="meta")
+        load_weights(model, entry, path)
+    return Encoder(model, cell_input_of(entry), name=entry.name)
+
+
+def load_transformers(entry: EncoderEntry, folder: Path) -> nn.Module:
+    """A model of transformers from a folder with its config.json and model.safetensors; every weight must be there.
+
+    Raises:
+        MissingWeightsError: the folder has no config.json.
+        ValueError: weights are missing or left over.
+    """
+    if not (folder / CONFIG).is_file():
+        raise MissingWeightsError(f"{folder}: no {CONFIG}; expected the files of {entry.page}")
+    backbone, told = import_transformers(entry).AutoModel.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
+    faults = {
+        kind: [key for key in told[kind] if "mask_token" not in key] for kind in ("missing_keys", "unexpected_keys")
+    }
+    if any(faults.values()):
+        raise ValueError(f"{entry.name}: {folder}: {faults}; expected exactly the weights that its {CONFIG} describes")
+    return pool(backbone.float().eval(), entry)
+
+
+def cell_input_of(entry: EncoderEntry) -> CellInput:
+    """What an encoder of the registry expects: the centre crop of 40 px, resized to its input."""
+    return CellInput(entry.mean, entry.std, input_px=None if entry.input_px == CellInput.crop_px else entry.input_px)

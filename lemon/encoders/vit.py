@@ -166,7 +166,10 @@ def load_lemon_checkpoint(
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Load a state dict whose keys and shapes must be exactly the model's; ValueError names the first five faults."""
+    """Load a state dict whose keys and shapes must be exactly the model's; ValueError names the first five faults.
+
+    A model on the ``meta`` device takes the tensors themselves: no time for random weights, no second copy.
+    """
     own = model.state_dict()
     shapes = [
         f"{key} {list(state[key].shape)}, expected {list(own[key].shape)}"
@@ -181,7 +184,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str)
     told = [f"{len(found)} {kind} ({', '.join(found[:5])})" for kind, found in faults.items() if found]
     if told:
         raise ValueError(f"{source}: {'; '.join(told)}; expected exactly the {len(own)} tensors of this encoder")
-    model.load_state_dict(state)
+    model.load_state_dict(state, assign=any(value.is_meta for value in own.values()))
 
 
 def read_mean_std(path: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]]:

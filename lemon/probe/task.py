@@ -77,7 +77,9 @@ class Task:
     def __post_init__(self) -> None:
         n = len(self.images)
         if self.images.shape[1:] != (CROP_PX, CROP_PX, 3) or self.images.dtype != np.uint8:
-            raise ValueError(f"{self.name}: images {self.images.dtype} {self.images.shape}; expected uint8 [N, 60, 60, 3]")
+            raise ValueError(
+                f"{self.name}: images {self.images.dtype} {self.images.shape}; expected uint8 [N, 60, 60, 3]"
+            )
         columns = {"target": self.target, "sample_ids": self.sample_ids, **self.groups}
         wrong = [name for name, column in columns.items() if len(column) != n]
         if wrong:

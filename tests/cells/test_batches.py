@@ -64,9 +64,15 @@ def test_the_batch_of_all_workers_together_does_not_depend_on_their_number(world
     assert [list(itertools.chain(*parts)) for parts in zip(*shares, strict=True)] == alone
 
 
-def test_a_batch_that_cannot_be_shared_is_refused() -> None:
-    with pytest.raises(ValueError, match="batch=20"):
-        feed(world=3)
+@pytest.mark.parametrize("world", [3, 6, 7])
+def test_workers_that_do_not_divide_the_batch_share_it_alike_and_leave_none_out(world: int) -> None:
+    alone = [numbers_of(batch) for batch in feed().batches(0, 5)]
+    shares = [[numbers_of(batch) for batch in feed(rank=rank, world=world).batches(0, 5)] for rank in range(world)]
+    for batch, *parts in zip(alone, *shares, strict=True):
+        assert len({len(part) for part in parts}) == 1
+        together = list(itertools.chain(*parts))
+        assert together[:20] == batch
+        assert len(together) - 20 < world
 
 
 def test_a_consumer_that_stops_early_leaves_no_thread_behind() -> None:

@@ -46,5 +46,16 @@ def test_coordinates_count_from_the_corner_of_the_scanned_area() -> None:
     assert np.allclose(first[0] - first[1], (100, 50))
 
 
+def test_every_nucleus_may_have_a_class_of_its_own() -> None:
+    frame = Frame(slide=Slide("s", "s.svs"), mpp=0.25, scale=1.0, bounds_px=(0, 0, 5000, 5000))
+    rows = claim_cells(picture(), [ellipse(150, 150), ellipse(300, 200)], region=REGION, frame=frame).rows
+    classes = [{"name": "a", "color": [1, 2, 3]}, {"name": "b", "color": [4, 5, 6]}]
+    stream = io.BytesIO()
+    with GeoJsonWriter(stream) as writer:
+        writer.write(rows, classifications=classes)
+    features = json.loads(gzip.decompress(stream.getvalue()))["features"]
+    assert [feature["properties"]["classification"] for feature in features] == classes
+
+
 def test_the_same_nuclei_give_the_same_bytes() -> None:
     assert write() == write()

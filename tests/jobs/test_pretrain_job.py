@@ -52,11 +52,12 @@ def environment(output: Path) -> dict[str, str]:
     return os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{output.parent / 'mlflow.db'}"}
 
 
-def losses(output: Path) -> list[tuple[int, float]]:
-    """(step, loss); a step that was done twice, because its checkpoint was lost, must have the same loss both times."""
+def losses(output: Path, *, same_workers: bool = True) -> list[tuple[int, float]]:
+    """(step, loss); a step that was done twice, because its checkpoint was lost, has the same loss both times, unless
+    the number of workers changed."""
     uri = f"sqlite:///{output.parent / 'mlflow.db'}"
     history = metric_history(Run(uri, Store(output).read_json("run.json")["run_id"]), "loss")
-    assert len(set(history)) == len(dict(history))
+    assert len(set(history)) == len(dict(history)) or not same_workers
     return list(dict(history).items())
 
 
@@ -124,6 +125,28 @@ def test_two_workers_see_the_same_batches_and_reach_the_same_loss(
     alone = [loss for _, loss in undisturbed]
     assert len(curve) == len(alone)
     assert sum(curve) / len(curve) == pytest.approx(sum(alone) / len(alone), rel=0.05)
+
+
+@pytest.mark.ray
+def test_a_run_that_loses_half_of_its_workers_goes_on_with_the_same_batches(
+    cells: Path, tmp_path: Path, undisturbed: list[tuple[int, float]]
+) -> None:
+    """Begun by two workers and killed; the same elastic run then finds room for one alone."""
+    output = tmp_path / "run"
+    words = command(cells, output, "epochs=10", "workers.count=[1,2]")
+    job = subprocess.Popen(words, env=environment(output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (output / "checkpoints").exists():
+        assert job.poll() is None
+        time.sleep(0.05)
+    for child in psutil.Process(job.pid).children(recursive=True):
+        child.kill()
+    job.kill()
+    job.wait()
+    done = run([*words, f"workers.cpus={os.cpu_count()}"], output)
+    assert done.returncode == 0, done.stderr
+    curve, alone = losses(output, same_workers=False), [loss for _, loss in undisturbed]
+    assert [step for step, _ in curve] == [step for step, _ in undisturbed]
+    assert sum(loss for _, loss in curve) / len(curve) == pytest.approx(sum(alone) / len(alone), rel=0.05)
 
 
 def test_an_output_begun_with_other_settings_is_refused(cells: Path, tmp_path: Path) -> None:

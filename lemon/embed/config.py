@@ -1,0 +1,92 @@
+"""Settings of embedding. Imports no torch, so that a mistake is told at once."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from lemon.config import CurateConfig, Frozen, HematoxylinConfig, SegmenterConfig, validate
+
+IN_PROCESS_SLIDES = 16  # up to here the 10 s that Ray takes to start are not won back on one machine
+
+CELLS_FOLDER = "cells"
+"""Where in the output the cells of ``slides=`` go."""
+
+
+class ClusterConfig(Frozen):
+    """Groups of like nuclei: k-means on the cells of lowest rank over all slides."""
+
+    k: int | None = Field(8, ge=2, description="clusters; null: none")
+    n_cells: int = Field(50_000, ge=2, description="cells of lowest rank that the centres are fitted on")
+    seed: int = Field(0, ge=0)
+
+
+class EmbedWorkers(Frozen):
+    """Resources of the actors that embed; few slides on one machine are embedded in the job's own process."""
+
+    actors: int | None = Field(None, ge=1, description="actors in the pool; null: as many as the cluster allows")
+    cpus: int = Field(2, ge=1, description="CPUs of an actor")
+    gpus: float | None = Field(None, ge=0, description="GPUs of an actor; null: one, where the cluster has any")
+    launcher: Literal["auto", "process", "ray"] = Field(
+        "auto", description=f"auto: ray on a cluster, for several actors, for more than {IN_PROCESS_SLIDES} slides"
+    )
+
+    def in_process(self, n_slides: int, *, cluster: bool) -> bool:
+        """Whether the job's own process embeds; ``cluster``: whether there is a Ray cluster to join."""
+        few = n_slides <= IN_PROCESS_SLIDES and not cluster and self.actors in (None, 1)
+        return self.launcher == "process" or (self.launcher == "auto" and few)
+
+
+class EmbedConfig(Frozen):
+    """``jobs/embed.py``: cells -> embeddings, and the files that other tools open."""
+
+    model: str = Field(description="output of jobs/pretrain.py, an exported encoder, or a name that load_encoder knows")
+    output: str = Field(description="folder or s3:// prefix of embeddings/ and of the formats")
+    cells: str | None = Field(None, description="output of jobs/curate.py; this or slides")
+    slides: str | list[str] | None = Field(
+        None, description="glob, folder, slide file or cohort, curated into <output>/cells first; this or cells"
+    )
+    segmenter: SegmenterConfig = HematoxylinConfig(name="hematoxylin")
+    curate: dict[str, Any] = Field(
+        {}, description="with slides: other keys of jobs/curate.py, as curate.region_px=512; all cells are kept"
+    )
+    format: list[Literal["parquet", "h5ad", "geojson", "spatialdata"]] = Field(
+        ["parquet"], description="files of each slide, as [parquet,h5ad,geojson,spatialdata]; parquet is always written"
+    )
+    dtype: Literal["float16", "float32"] = Field("float16", description="of stored embeddings")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the encoder's arithmetic")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    clusters: ClusterConfig = ClusterConfig()
+    workers: EmbedWorkers = EmbedWorkers()
+    max_attempts: int = Field(3, ge=1, description="crashes of an actor on one slide before it is given up")
+    max_failed_share: float = Field(
+        0.1, ge=0, le=1, description="share of failed or partial slides above which the exit code is 3"
+    )
+    overwrite: bool = Field(False, description="discard the embeddings that an earlier run left in output")
+
+    @field_validator("format", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> EmbedConfig:
+        if (self.cells is None) == (self.slides is None):
+            got = "neither cells=... nor slides=..." if self.cells is None else "cells=... and slides=..."
+            raise ValueError(f"got {got}; expected exactly one of the two")
+        if self.slides is not None:
+            self.curate_config()
+        return self
+
+    def curate_config(self) -> CurateConfig:
+        """The settings of the curation that ``slides=`` asks for. Raises ConfigError."""
+        given = {"slides", "output", "segmenter"} & self.curate.keys()
+        if given:
+            raise ValueError(f"curate.{min(given)}: expected {min(given)}=... instead")
+        values = {"cells_per_slide": None, "segmenter": self.segmenter.model_dump(), **self.curate}
+        output = f"{self.output.rstrip('/')}/{CELLS_FOLDER}"
+        try:
+            return validate({"slides": self.slides, "output": output, **values}, CurateConfig)
+        except ValueError as error:
+            raise ValueError("; ".join(f"curate.{line}" for line in str(error).splitlines())) from None

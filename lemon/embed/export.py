@@ -1,0 +1,107 @@
+"""The formats of embedded slides: clusters first, then each file that is wanted and not there yet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+from shapely.errors import ShapelyError
+
+from lemon.cells.names import geojson_name
+from lemon.cells.qupath import MEASUREMENTS, GeoJsonWriter
+from lemon.embed.clusters import Clusters, assign_clusters
+from lemon.embed.ledger import EmbedLedger
+from lemon.embed.names import clusters_name, h5ad_name, spatialdata_name
+from lemon.embed.slide import EmbeddedSlide
+from lemon.embed.stream import ShardError
+from lemon.storage import Store
+
+Format: TypeAlias = tuple[str, Callable[[str], str], Callable[[EmbeddedSlide], None]]
+
+
+def write_clusters(slide: EmbeddedSlide) -> None:
+    """Write ``clusters/<slide>.parquet``: the cluster of each cell, in their order. Raises ShardError."""
+    if slide.clusters is not None:
+        assign_clusters(slide.clusters, slide.store, slide.slide_id)
+
+
+def write_geojson(slide: EmbeddedSlide) -> None:
+    """Write ``geojson/<slide>.geojson.gz``, atomically: every nucleus in the class of its cluster.
+
+    Raises ShardError when a table cannot be read, OSError when the file cannot be written.
+    """
+    codes = slide.cluster_codes()
+    classes = [
+        {"name": f"Cluster {index}", "color": list(color)}
+        for index, color in enumerate(slide.clusters.colors if slide.clusters else [])
+    ]
+    done = 0
+    with (
+        slide.store.write(geojson_name(slide.slide_id)) as stream,
+        GeoJsonWriter(stream, origin_px=slide.origin_px()) as writer,
+    ):
+        for rows in slide.rows("cell_id", "polygon", *MEASUREMENTS.values()):
+            own = None if codes is None else [classes[code] for code in codes[done : done + len(rows)]]
+            writer.write(rows, classifications=own)
+            done += len(rows)
+
+
+def _write_h5ad(slide: EmbeddedSlide) -> None:
+    from lemon.embed.anndata import write_h5ad  # a second to import
+
+    write_h5ad(slide)
+
+
+def _write_spatialdata(slide: EmbeddedSlide) -> None:
+    from lemon.embed.spatialdata import write_spatialdata  # optional
+
+    write_spatialdata(slide)
+
+
+FORMATS: Mapping[str, tuple[Callable[[str], str], Callable[[EmbeddedSlide], None]]] = {
+    "h5ad": (h5ad_name, _write_h5ad),
+    "geojson": (geojson_name, write_geojson),
+    "spatialdata": (spatialdata_name, _write_spatialdata),
+}
+"""Name of a slide's file, and its writer."""
+
+
+class Exporter:
+    """Writes the formats of one slide at a time."""
+
+    def __init__(self, *, ledger: EmbedLedger, cells: Store, clusters: Clusters | None, formats: Iterable[str]) -> None:
+        self.ledger, self.cells, self.clusters = ledger, cells, clusters
+        self.formats = [name for name in formats if name in FORMATS]
+
+    def lacks(self, slide_id: str) -> bool:
+        """Whether a file of a slide is still to be written."""
+        return any(not self.ledger.store.exists(name(slide_id)) for _, name, _ in self._wanted())
+
+    def work(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Write what a slide lacks; returns its row of the ledger, ``partial`` where a format could not be made."""
+        start = time.perf_counter()
+        slide_id = row["slide_id"]
+        slide = EmbeddedSlide(slide_id, row["path"], self.cells, self.ledger.store, self.ledger.made, self.clusters)
+        faults = []
+        for kind, name, write in self._wanted():
+            if not self.ledger.store.exists(name(slide_id)):
+                try:
+                    write(slide)
+                except (ShardError, ShapelyError, ValueError) as error:
+                    faults.append(f"{kind}: {error}")
+        return self._commit(
+            row | {"total_s": round(row["total_s"] + time.perf_counter() - start, 3)}, "; ".join(faults)
+        )
+
+    def fail(self, row: dict[str, Any], reason: str) -> dict[str, Any]:
+        """Give a slide's formats up; its embeddings stay."""
+        return self._commit(row, reason)
+
+    def _commit(self, row: dict[str, Any], error: str) -> dict[str, Any]:
+        told = {"status": "partial", "error": " ".join(error.split())} if error else {"status": "done", "error": None}
+        return self.ledger.commit(row | told)
+
+    def _wanted(self) -> list[Format]:
+        own: list[Format] = [("clusters", clusters_name, write_clusters)] if self.clusters is not None else []
+        return own + [(kind, *FORMATS[kind]) for kind in self.formats]

@@ -1,0 +1,111 @@
+"""What became of every slide in an output of embedding, and the model that the output was made with."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from lemon.cells.names import file_stem, geojson_name, ledger_name
+from lemon.config import ConfigError
+from lemon.embed.names import DERIVED, SETTINGS, clusters_name, embeddings_name, h5ad_name, spatialdata_name
+from lemon.storage import Store, code_version
+
+EMBEDDED = pa.schema(
+    [
+        pa.field("slide_id", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("n_cells", pa.int64()),
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("model_fingerprint", pa.string(), nullable=False),
+        pa.field("cells_fingerprint", pa.string()),
+        pa.field("total_s", pa.float64()),
+        pa.field("error", pa.string()),
+        pa.field("code_version", pa.string(), nullable=False),
+    ]
+)
+"""One row a slide, written after its embeddings: ``partial`` has embeddings, but a format could not be written."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What all embeddings of an output have in common."""
+
+    model: str
+    model_fingerprint: str
+    width: int
+    dtype: str
+    precision: str
+
+
+class EmbedLedger:
+    """The ledger of one output. A slide's row is written last, so a row means that its embeddings are complete."""
+
+    def __init__(self, store: Store, made: Made) -> None:
+        self.store, self.made = store, made
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """All rows by slide id."""
+        tables = [self.store.read_table(name, schema=EMBEDDED) for name in self.store.list("slides", suffix=".parquet")]
+        return {row["slide_id"]: row for table in tables for row in table.to_pylist()}
+
+    def begin(self, slide_id: str, *, run_id: str) -> int:
+        """Note that work on a slide begins; returns how often it began before in this run without coming to an end."""
+        folder = f"attempts/{file_stem(slide_id)}"
+        earlier = sum(f"/{run_id}-" in name for name in self.store.list(folder))
+        self.store.write_bytes(f"{folder}/{run_id}-{earlier}", b"")
+        return earlier
+
+    def discard(self, slide_id: str) -> None:
+        """Forget a slide and what was made from its embeddings, because they are about to be replaced."""
+        for name in (ledger_name, clusters_name, h5ad_name, geojson_name, spatialdata_name):
+            self.store.delete(name(slide_id))
+
+    def commit(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Write a slide's row and forget its attempts; returns the whole row."""
+        slide_id = row["slide_id"]
+        known = {"model": self.made.model, "model_fingerprint": self.made.model_fingerprint}
+        row = {name: row.get(name) for name in EMBEDDED.names} | known | {"code_version": code_version()}
+        self.store.write_table(ledger_name(slide_id), pa.Table.from_pylist([row], schema=EMBEDDED))
+        self.store.delete(f"attempts/{file_stem(slide_id)}")
+        for folder in ("embeddings", "slides", "clusters", "geojson"):
+            self.store.remove_temporaries(folder, file_stem(slide_id))
+        return row
+
+    def has_embeddings(self, row: dict[str, Any] | None, *, of: dict[str, Any]) -> bool:
+        """Whether a row says that a slide's cells, ``of`` this number and fingerprint, are embedded."""
+        return (
+            row is not None
+            and row["status"] != "failed"
+            and row["model_fingerprint"] == self.made.model_fingerprint
+            and all(row[name] == of[name] for name in ("n_cells", "cells_fingerprint"))
+            and self.store.exists(embeddings_name(row["slide_id"]))
+        )
+
+
+def open_ledger(store: Store, made: Made, *, overwrite: bool) -> EmbedLedger:
+    """The ledger of an output; raises ConfigError when the output was begun with another model or other numbers."""
+    if overwrite:
+        for name in ("slides", "embeddings", "attempts", *DERIVED, SETTINGS):
+            store.delete(name)
+    if store.exists(SETTINGS):
+        earlier = Made(**store.read_json(SETTINGS))
+        if (difference := _difference(earlier, made)) is not None:
+            raise ConfigError(
+                f"output: {store.uri} was begun with {difference}; choose another output or overwrite=true"
+            )
+    else:
+        store.write_json(SETTINGS, asdict(made))
+    return EmbedLedger(store, made)
+
+
+def _difference(earlier: Made, now: Made) -> str | None:
+    if earlier.model_fingerprint != now.model_fingerprint:
+        names = (f"{made.model} ({made.model_fingerprint})" for made in (earlier, now))
+        return "model {}, now it is {}".format(*names)
+    for name in ("dtype", "precision"):
+        before, after = getattr(earlier, name), getattr(now, name)
+        if before != after:
+            return f"{name}={before}, now it is {after}"
+    return None

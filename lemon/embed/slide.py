@@ -1,0 +1,69 @@
+"""An embedded slide, as the writers of formats see it: its cells, embeddings and clusters, piece by piece."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from lemon.cells.names import shard_name
+from lemon.embed.clusters import Clusters
+from lemon.embed.ledger import Made
+from lemon.embed.names import clusters_name, embeddings_name
+from lemon.embed.stream import ShardError, read_ahead, vectors_of
+from lemon.slides.reader import SlideError, SlideReader
+from lemon.storage import Store
+
+MORPHOMETRICS = ("area_um2", "eccentricity", "solidity", "hematoxylin_od_mean")
+
+
+@dataclass(frozen=True)
+class EmbeddedSlide:
+    """One slide of an output. Rows of all its tables are in the order of its shard of cells."""
+
+    slide_id: str
+    path: str
+    cells: Store
+    store: Store
+    made: Made
+    clusters: Clusters | None
+
+    def rows(self, *columns: str) -> Iterator[pa.Table]:
+        """Columns of the cells table, a batch at a time. Raises ShardError."""
+        for batch in read_ahead(self.cells, shard_name(self.slide_id), columns=list(columns)):
+            yield pa.Table.from_batches([batch])
+
+    def table(self, *columns: str) -> pa.Table:
+        """``cell_id`` and other columns of the cells table (not images: they may not fit). Raises ShardError."""
+        rows = pa.concat_tables(list(self.rows("cell_id", *columns)))
+        embedded = self.store.read_table(embeddings_name(self.slide_id), columns=["cell_id"])["cell_id"]
+        if not embedded.equals(rows["cell_id"]):
+            raise ShardError(f"{self.slide_id}: cells and embeddings differ; the same command again embeds anew")
+        return rows
+
+    def vectors(self) -> Iterator[np.ndarray]:
+        """Embeddings, a batch at a time: [n, D] of the stored type. Raises ShardError."""
+        for batch in read_ahead(self.store, embeddings_name(self.slide_id), columns=["embedding"]):
+            yield vectors_of(batch["embedding"])
+
+    def cluster_codes(self) -> np.ndarray | None:
+        """The cluster of each cell, int16 [N]; None where there are none."""
+        if self.clusters is None:
+            return None
+        return self.store.read_table(clusters_name(self.slide_id), columns=["cluster"])["cluster"].to_numpy()
+
+    def origin_px(self) -> tuple[int, int]:
+        """The corner of the scanned area, which QuPath counts from; (0, 0) where the slide's file is not at hand."""
+        try:
+            with contextlib.closing(SlideReader(self.path)) as reader:
+                return reader.bounds_px[:2]
+        except SlideError:
+            return 0, 0
+
+    def facts(self, *, mpp: float) -> dict[str, Any]:
+        """What a file says of its making."""
+        return {"model": self.made.model, "model_fingerprint": self.made.model_fingerprint, "mpp": mpp}

@@ -1,0 +1,42 @@
+"""Settings of probing. Imports no torch, so that a mistake is told at once."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from lemon.config import Frozen
+
+
+class ProbeSettings(Frozen):
+    """What decides the scores of given embeddings."""
+
+    protocols: list[Literal["paper", "leak-free"]] = Field(
+        ["paper", "leak-free"], description="the paper's splits, and splits that never divide a slide"
+    )
+    features: list[Literal["raw", "pca256"]] = Field(
+        ["raw"], description="embeddings as they are, their first 256 components, or both"
+    )
+    probes: list[Literal["linear", "knn", "hest-bench"]] = Field(
+        ["linear", "knn"], description="linear: logistic or ridge; knn: classification; hest-bench: regression"
+    )
+    class_weight: Literal["balanced", "none"] = Field("balanced", description="of logistic regression")
+    bootstrap: int = Field(1000, ge=100, description="draws of whole slides for intervals")
+    robustness: bool = Field(True, description="robustness over hospitals or scanners where a task knows them")
+    seed: int = Field(0, ge=0, description="of splits, inner splits and draws")
+
+
+class ProbeConfig(ProbeSettings):
+    """``jobs/probe.py``: encoders x tasks -> scores."""
+
+    models: list[str] = Field(description="runs, files and names of baselines; python -m lemon.encoders.registry lists")
+    tasks: list[str] = Field(description="names of benchmarks, or folder:NAME for labelled crops of your own")
+    data: str = Field("benchmarks_data", description="folder with a subfolder for each benchmark")
+    output: str = Field("probe", description="folder of scores, predictions, embeddings and tables")
+    device: str = Field("auto", description="auto, cpu or cuda")
+    batch: int = Field(256, ge=1, description="crops an encoder sees at a time")
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that change a score."""
+        return self.model_dump(mode="json", include=set(ProbeSettings.model_fields))

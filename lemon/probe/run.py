@@ -1,0 +1,202 @@
+"""Encoders x tasks -> scores: what ``jobs/probe.py`` does.
+
+A unit of work is one encoder on one task. Its scores are a file that says of which data and settings they are, written
+last; a rerun does what is missing or of other circumstances.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from tqdm import tqdm
+
+from lemon import schema
+from lemon.cells.names import file_stem
+from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError
+from lemon.encoders.open import Encoder, load_encoder
+from lemon.probe.config import ProbeConfig
+from lemon.probe.score import score_task
+from lemon.probe.task import Task, TaskError
+from lemon.probe.tasks.catalogue import counts_table, open_task
+from lemon.storage import Store, fingerprint
+from lemon.tracking import Run, start_run
+
+CIRCUMSTANCES = b"lemon.circumstances"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One encoder on one task; ``circumstances`` names the data and the settings of its scores."""
+
+    model: str
+    model_fingerprint: str
+    task: str
+    data_fingerprint: str
+    circumstances: str
+
+    @property
+    def stem(self) -> str:
+        """<task>/<model>-<fingerprint>."""
+        return f"{file_stem(self.task)}/{file_stem(self.model)}-{self.model_fingerprint}"
+
+    @property
+    def scores(self) -> str:
+        """The file of rows of the scores table, written last."""
+        return f"scores/{self.stem}.parquet"
+
+    def is_done(self, store: Store) -> bool:
+        """Whether its scores are there, of the same data and settings."""
+        if not store.exists(self.scores):
+            return False
+        with store.open_parquet(self.scores) as file:
+            return (file.schema_arrow.metadata or {}).get(CIRCUMSTANCES) == self.circumstances.encode()
+
+
+def main(config: ProbeConfig) -> int:
+    """Score every encoder on every task, tell what could not be done; returns the exit code."""
+    store = Store(config.output)
+    try:
+        store.check_writable()
+    except OSError as error:
+        raise ConfigError(f"output: cannot write to {config.output!r}: {error}") from None
+    tasks, faults = open_tasks(config)
+    for name in config.models:
+        try:
+            encoder = load_encoder(name).to(_device(config))
+        except (ConfigError, FileNotFoundError, ValueError) as error:
+            faults.append(f"{name}: {error}")
+            print(f"probe: left out {faults[-1]}", file=sys.stderr)
+            continue
+        probe_model(encoder, tasks, config=config, store=store)
+    print(f"probe: {len(store.list('scores'))} files of scores in {store.uri}/scores; {len(faults)} left out")
+    return EXIT_FAILURES if faults else EXIT_OK
+
+
+def open_tasks(config: ProbeConfig) -> tuple[list[Task], list[str]]:
+    """The tasks that can be read, with their counts printed, and a line for each that cannot."""
+    tasks, faults = [], []
+    for name in config.tasks:
+        try:
+            task = open_task(name, Path(config.data).expanduser(), seed=config.seed)
+        except TaskError as error:
+            faults.append(f"{name}: {error}")
+            print(f"probe: left out {faults[-1]}", file=sys.stderr)
+            continue
+        print(counts_table(task))
+        tasks.append(task)
+    if not tasks:
+        raise ConfigError("tasks: none of them can be read, see above")
+    return tasks, faults
+
+
+def probe_model(encoder: Encoder, tasks: list[Task], *, config: ProbeConfig, store: Store) -> None:
+    """Score one encoder on all tasks, in one MLflow run that a rerun goes on with."""
+    run = _open_run(encoder, config, store)
+    for task in tasks:
+        data = data_fingerprint(task)
+        circumstances = fingerprint([data, config.settings()])
+        unit = Unit(encoder.name, encoder.fingerprint, task.name, data, circumstances)
+        if not unit.is_done(store):
+            embedding = embedded(encoder, task, unit=unit, store=store, batch=config.batch)
+            scored = score_task(task, embedding, config)
+            store.write_table(f"predictions/{unit.stem}.parquet", scored.predictions)
+            store.write_table(unit.scores, scores_table(scored.rows, unit, seed=config.seed))
+        rows = store.read_table(unit.scores).to_pylist()
+        run.log(flat_metrics(rows), step=0)
+        print(f"probe: {encoder.name} on {task.name}: {told(rows)}")
+    run.close()
+
+
+def embedded(encoder: Encoder, task: Task, *, unit: Unit, store: Store, batch: int) -> np.ndarray:
+    """Embeddings float32 [N, D] of a task's crops; kept in the output, so that new settings cost no new pass."""
+    name = f"embeddings/{file_stem(task.name)}/{unit.model_fingerprint}-{unit.data_fingerprint}.npy"
+    if store.exists(name):
+        return np.load(io.BytesIO(store.read_bytes(name)))
+    parts = [
+        encoder.embed(task.images[start : start + batch], batch=batch).cpu().numpy()
+        for start in tqdm(range(0, len(task.images), batch), desc=f"{encoder.name} on {task.name}", disable=None)
+    ]
+    embedding = np.concatenate(parts)
+    with store.write(name) as stream:
+        np.save(stream, embedding)
+    return embedding
+
+
+def scores_table(rows: list[dict[str, Any]], unit: Unit, *, seed: int) -> pa.Table:
+    """Rows of the scores table with the columns that name the unit."""
+    named = {
+        "model": unit.model,
+        "task": unit.task,
+        "seed": seed,
+        "model_fingerprint": unit.model_fingerprint,
+        "data_fingerprint": unit.data_fingerprint,
+    }
+    columns = schema.SCORES.with_metadata({CIRCUMSTANCES: unit.circumstances})
+    return pa.Table.from_pylist([row | named for row in rows], schema=columns)
+
+
+def data_fingerprint(task: Task) -> str:
+    """16 hexadecimal digits of a task's crops and targets."""
+    digest = hashlib.sha256(np.ascontiguousarray(task.images))
+    digest.update(repr(task.target_names).encode())
+    target = task.target if task.kind == "regression" else np.array([str(name) for name in task.target], "S64")
+    digest.update(np.ascontiguousarray(target))
+    return digest.hexdigest()[:16]
+
+
+def fold_means(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, float, float]]:
+    """(protocol, metric, mean over folds, standard deviation over folds) of a unit's rows."""
+    folds: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if row["fold"] >= 0:
+            folds.setdefault((row["protocol"], row["metric"]), []).append(row["value"])
+    for (protocol, metric), values in folds.items():
+        spread = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+        yield protocol, metric, float(np.nanmean(values)), spread
+
+
+def flat_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Metrics for MLflow: ``probe/<task>/<metric>`` without leaks, ``probe/<task>/<protocol>/<metric>`` otherwise."""
+    task = rows[0]["task"].replace(":", "_")
+    found = [(protocol, metric, mean) for protocol, metric, mean, _ in fold_means(rows)]
+    found += [(row["protocol"], row["metric"], row["value"]) for row in rows if row["protocol"] == "robustness"]
+    plain = ("leak-free", "robustness")
+    return {
+        f"probe/{task}/{metric}" if protocol in plain else f"probe/{task}/{protocol}/{metric}": value
+        for protocol, metric, value in found
+        if np.isfinite(value)
+    }
+
+
+def told(rows: list[dict[str, Any]]) -> str:
+    """The main metric of each protocol in words."""
+    main = [found for found in fold_means(rows) if found[1] in ("balanced_accuracy", "pearson")]
+    return "; ".join(
+        f"{metric.replace('_', ' ')} {mean:.3f} ({spread:.3f}) {protocol}" for protocol, metric, mean, spread in main
+    )
+
+
+def _device(config: ProbeConfig) -> torch.device:
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device: got {config.device!r}, but torch finds no GPU; expected auto or cpu here")
+    return torch.device(name)
+
+
+def _open_run(encoder: Encoder, config: ProbeConfig, store: Store) -> Run:
+    mark = f"runs/{file_stem(encoder.name)}-{encoder.fingerprint}.json"
+    earlier = store.read_json(mark)["run_id"] if store.exists(mark) else None
+    params = {"model": encoder.name, "width": encoder.width, **config.settings()}
+    tags = {"model_fingerprint": encoder.fingerprint}
+    run = start_run("probe", encoder.name, params=params, tags=tags, run_id=earlier)
+    store.write_json(mark, {"run_id": run.run_id})
+    return run

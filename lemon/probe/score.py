@@ -1,0 +1,192 @@
+"""One encoder on one task: every protocol, fold and probe, as rows of the scores table and stored predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from joblib import Parallel, delayed
+
+from lemon.probe import linear, metrics
+from lemon.probe.config import ProbeSettings
+from lemon.probe.robustness import robustness
+from lemon.probe.task import Fold, Task
+
+POOLED = -1
+"""The fold of a row that is of all folds together."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """``rows``: protocol, fold, metric, value, n. ``predictions``: one row a crop that was held out."""
+
+    rows: list[dict[str, Any]]
+    predictions: pa.Table
+
+
+def score_task(task: Task, embedding: np.ndarray, settings: ProbeSettings) -> Scored:
+    """Fit and score the probes of a task.
+
+    Args:
+        task: crops with labels or targets; its images are not used.
+        embedding: float32 [N, D].
+        settings: which protocols, probes and features.
+
+    A metric of the linear probe has its plain name; other probes prefix theirs (``knn_balanced_accuracy``). PCA makes
+    a protocol of its own (``leak-free-pca256``). Pooled rows hold the value over all held-out crops, and with ``_low``
+    and ``_high`` the bounds of its interval over whole slides.
+    """
+    target = _target(task)
+    wanted = [protocol for protocol in task.protocols if protocol.name in settings.protocols] or list(task.protocols)
+    jobs = [
+        (protocol, features, probe, number)
+        for protocol in wanted
+        for features in settings.features
+        for probe in _probes(task, settings)
+        for number in range(len(protocol.folds))
+    ]
+    outputs = Parallel(n_jobs=-1)(
+        delayed(predict_fold)(
+            embedding,
+            target,
+            protocol.folds[number],
+            inner_groups=protocol.inner_groups,
+            kind=task.kind,
+            probe=probe,
+            features=features,
+            settings=settings,
+        )
+        for protocol, features, probe, number in jobs
+    )
+    grouped: dict[tuple[str, str], list[tuple[Fold, np.ndarray]]] = {}
+    for (protocol, features, probe, number), output in zip(jobs, outputs, strict=True):
+        name = protocol.name if features == "raw" else f"{protocol.name}-{features}"
+        grouped.setdefault((name, probe), []).append((protocol.folds[number], output))
+    rows, tables = [], []
+    for (name, probe), folds in grouped.items():
+        prefix = "" if probe == "linear" else f"{probe.replace('-', '_')}_"
+        found = [*_fold_rows(task, target, folds), *_pooled_rows(task, target, folds, settings)]
+        rows += [row | {"protocol": name, "metric": prefix + row["metric"]} for row in found]
+        tables += [_predictions(task, target, folds, protocol=name, probe=probe)]
+    if settings.robustness:
+        rows += _robustness_rows(task, embedding, target, seed=settings.seed)
+    return Scored(rows, pa.concat_tables(tables))
+
+
+def predict_fold(
+    embedding: np.ndarray,
+    target: np.ndarray,
+    fold: Fold,
+    *,
+    inner_groups: np.ndarray | None,
+    kind: str,
+    probe: str,
+    features: linear.Features,
+    settings: ProbeSettings,
+) -> np.ndarray:
+    """Fit on a fold's training part and predict its test part: probabilities [n, K], or targets [n, G]; float32."""
+    train, test = embedding[fold.train], embedding[fold.test]
+    known = target[fold.train]
+    groups = None if inner_groups is None else inner_groups[fold.train]
+    if kind == "regression":
+        if probe == "hest-bench":
+            fitted = linear.fit_hest_bench(train, known)
+        else:
+            fitted = linear.fit_regressor(train, known, groups=groups, seed=settings.seed, features=features)
+        return np.asarray(fitted.model.predict(test), np.float32).reshape(len(test), -1)
+    if probe == "knn":
+        fitted = linear.fit_neighbours(train, known, features=features)
+    else:
+        fitted = linear.fit_classifier(
+            train, known, groups=groups, seed=settings.seed, features=features, class_weight=settings.class_weight
+        )
+    return linear.class_probabilities(fitted.model, test, classes=int(target.max()) + 1)
+
+
+def _target(task: Task) -> np.ndarray:
+    """Indices of classes int64 [N], or targets float32 [N, G]."""
+    if task.kind == "regression":
+        return task.target
+    order = {name: index for index, name in enumerate(task.target_names)}
+    return np.array([order[name] for name in task.target], np.int64)
+
+
+def _probes(task: Task, settings: ProbeSettings) -> list[str]:
+    fitting = {"classification": ("linear", "knn"), "regression": ("linear", "hest-bench")}[task.kind]
+    return [probe for probe in settings.probes if probe in fitting] or ["linear"]
+
+
+def _fold_rows(task: Task, target: np.ndarray, folds: list[tuple[Fold, np.ndarray]]) -> Iterator[dict[str, Any]]:
+    for number, (fold, output) in enumerate(folds):
+        truth = target[fold.test]
+        if task.kind == "classification":
+            scores = metrics.classification_scores(truth, output)
+        else:
+            scores = {"pearson": float(np.nanmean(metrics.pearson(truth, output)))}
+        for metric, value in scores.items():
+            yield {"fold": number, "metric": metric, "value": value, "n": len(truth)}
+
+
+def _pooled_rows(
+    task: Task, target: np.ndarray, folds: list[tuple[Fold, np.ndarray]], settings: ProbeSettings
+) -> Iterator[dict[str, Any]]:
+    """Values over all held-out crops with intervals; for regression the mean of the correlations within slides."""
+    test = np.concatenate([fold.test for fold, _ in folds])
+    output = np.concatenate([part for _, part in folds])
+    cluster = task.groups[task.cluster][test]
+    draws = metrics.cluster_draws(len(np.unique(cluster)), seed=settings.seed, draws=settings.bootstrap)
+    if task.kind == "classification":
+        classes = len(task.target_names)
+        confusion = metrics.confusion_by_cluster(target[test], output.argmax(axis=1), cluster, classes=classes)
+        found = {name: metrics.interval(confusion, draws, metric=name) for name in metrics.CONFUSION_METRICS}
+    else:
+        within = [
+            np.nanmean(metrics.pearson(target[test][cluster == name], output[cluster == name]))
+            for name in np.unique(cluster)
+        ]
+        found = {"pearson": metrics.mean_interval(np.array(within), draws)}
+    for metric, (value, low, high) in found.items():
+        for suffix, number in (("", value), ("_low", low), ("_high", high)):
+            yield {"fold": POOLED, "metric": metric + suffix, "value": number, "n": len(test)}
+
+
+def _predictions(
+    task: Task, target: np.ndarray, folds: list[tuple[Fold, np.ndarray]], *, protocol: str, probe: str
+) -> pa.Table:
+    test = np.concatenate([fold.test for fold, _ in folds])
+    number = np.repeat(np.arange(len(folds)), [len(fold.test) for fold, _ in folds])
+    output = np.concatenate([part for _, part in folds]).astype(np.float32)
+    truth = target[test].reshape(len(test), -1).astype(np.float32)
+    return pa.table(
+        {
+            "sample_id": pa.array(task.sample_ids[test], pa.string()),
+            "cluster": pa.array(task.groups[task.cluster][test], pa.string()),
+            "protocol": pa.repeat(pa.scalar(protocol), len(test)),
+            "probe": pa.repeat(pa.scalar(probe), len(test)),
+            "fold": pa.array(number, pa.int32()),
+            "truth": list_column(truth),
+            "predicted": list_column(output),
+        }
+    )
+
+
+def list_column(values: np.ndarray) -> pa.ListArray:
+    """float32 [N, K] as a list column, whose length may differ between tasks."""
+    offsets = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
+    return pa.ListArray.from_arrays(offsets, values.ravel())
+
+
+def _robustness_rows(task: Task, embedding: np.ndarray, target: np.ndarray, *, seed: int) -> list[dict[str, Any]]:
+    if task.batch is None or task.kind != "classification":
+        return []
+    found = robustness(embedding, target, task.groups[task.batch], slide=task.groups["slide"], seed=seed)
+    if found is None:
+        return []
+    values = {"robustness_index": found.index, "performance_drop": found.drop}
+    return [
+        {"protocol": "robustness", "fold": POOLED, "metric": metric, "value": value, "n": found.n}
+        for metric, value in values.items()
+    ]

@@ -1,0 +1,133 @@
+"""From labelled crops to a task: the rule of support, groups, protocols, counts.
+
+Minimum support, for every classification task: a class with fewer than ``MIN_SUPPORT`` crops, or whose crops come from
+a single group, is left out, with its count and a note. Under 20 crops a fold tests fewer than four of them, so that one
+nucleus moves the class's score by a quarter; from a single group a class cannot be trained and tested without a leak.
+In NuCLS at the raw level it strikes eosinophil (n = 2 in the paper's table).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from lemon.probe.folds import LEAK_FREE, PAPER, fold_faults, grouped_folds, missing_classes, random_folds
+from lemon.probe.task import Count, Protocol, Task, TaskError
+
+MIN_SUPPORT = 20
+"""Crops that a class needs to be kept."""
+
+Folds = Callable[[pd.DataFrame], tuple[Protocol, ...]]
+"""Makes the protocols of the rows that are kept."""
+
+
+def classification_task(
+    name: str,
+    *,
+    rows: pd.DataFrame,
+    images: np.ndarray,
+    classes: Mapping[str, int | None],
+    folds: Folds,
+    counts: Sequence[Count],
+    group: str = "slide",
+    cluster: str = "slide",
+    batch: str | None = None,
+    notes: Sequence[str] = (),
+    min_support: int = MIN_SUPPORT,
+) -> Task:
+    """A task of labelled crops.
+
+    Args:
+        name: as on the command line.
+        rows: ``sample_id``, ``label``, and a column for each group, str [N].
+        images: uint8 [N, 60, 60, 3].
+        classes: in the order of reports, with the published number of each where there is one.
+        folds: makes the protocols.
+        counts: what the loader's own filters left.
+        group: the column that leak-free folds do not divide.
+        cluster, batch, notes: as in Task.
+        min_support: crops that a class needs.
+
+    Raises:
+        TaskError: fewer than two classes are left, ids repeat, or a fold leaks or is empty.
+    """
+    kept, dropped = supported(rows["label"].to_numpy(), rows[group].to_numpy(), min_support=min_support)
+    present = [label for label in classes if label in set(rows["label"][kept])]
+    if len(present) < 2:
+        raise TaskError(f"{name}: {_found(present)} left of {len(rows)} crops; expected two or more: {_why(dropped)}")
+    per_class = [Count(f"class {label}", int((rows["label"] == label).sum()), classes[label]) for label in classes]
+    if not kept.all():
+        rows, images = rows[kept], images[kept]
+        per_class.append(Count(f"in classes of {min_support} crops and two groups or more", len(rows)))
+    rows = rows.reset_index(drop=True)
+    _check_ids(name, rows["sample_id"])
+    protocols = folds(rows)
+    return Task(
+        name=name,
+        kind="classification",
+        images=images,
+        target=_text(rows["label"]),
+        target_names=tuple(present),
+        sample_ids=_text(rows["sample_id"]),
+        groups={column: _text(rows[column]) for column in rows.columns if column not in ("sample_id", "label")},
+        protocols=protocols,
+        cluster=cluster,
+        batch=batch,
+        counts=(*counts, *per_class),
+        notes=(*notes, *dropped, *check_protocols(name, protocols, labels=_text(rows["label"]))),
+    )
+
+
+def supported(labels: np.ndarray, groups: np.ndarray, *, min_support: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Which of ``labels`` [N] have the support that this module's head states: bool [N]; a note for each class without."""
+    kept, notes = np.ones(len(labels), bool), []
+    for label in np.unique(labels):
+        of_class = labels == label
+        n, n_groups = int(of_class.sum()), len(np.unique(groups[of_class]))
+        if n < min_support or n_groups < 2:
+            kept &= ~of_class
+            notes.append(f"{label} is left out: {n} crops of {n_groups} groups; expected {min_support} of two or more")
+    return kept, tuple(notes)
+
+
+def by_group(column: str, *, seed: int, paper_at_random: bool = False) -> Folds:
+    """Protocols of five folds that do not divide ``column``; first the paper's random ones where it used those."""
+
+    def make(rows: pd.DataFrame) -> tuple[Protocol, ...]:
+        groups, labels = _text(rows[column]), _text(rows["label"])
+        leak_free = Protocol(LEAK_FREE, grouped_folds(groups, labels=labels, seed=seed), inner_groups=groups)
+        if not paper_at_random:
+            return (leak_free,)
+        return Protocol(PAPER, random_folds(len(rows), seed=seed), inner_groups=None), leak_free
+
+    return make
+
+
+def check_protocols(name: str, protocols: Sequence[Protocol], *, labels: np.ndarray | None) -> tuple[str, ...]:
+    """Notes about classes that a fold lacks; raises TaskError where a fold is empty or leaks."""
+    faults = [line for protocol in protocols for line in fold_faults(protocol)]
+    if faults:
+        raise TaskError(f"{name}: {faults[0]}")
+    if labels is None:
+        return ()
+    return tuple(line for protocol in protocols for line in missing_classes(protocol, labels))
+
+
+def _check_ids(name: str, ids: pd.Series) -> None:
+    repeated = ids[ids.duplicated()]
+    if len(repeated):
+        raise TaskError(f"{name}: {repeated.iloc[0]!r} names several crops; expected one row a crop: drop the repeats")
+
+
+def _text(column: pd.Series) -> np.ndarray:
+    return column.to_numpy(dtype=str)
+
+
+def _found(present: Sequence[str]) -> str:
+    return f"only the class {present[0]} is" if present else "no class is"
+
+
+def _why(dropped: Sequence[str]) -> str:
+    return "; ".join(dropped) or "add labelled crops"
