@@ -129,14 +129,20 @@ def _located(config: EmbedConfig) -> tuple[EmbedConfig, Store]:
         raise ConfigError(f"output: cannot write to {config.output!r}: {error}") from None
     if "spatialdata" in config.format:
         check_spatialdata(output)
-    update: dict[str, Any] = {"output": output.uri}
-    if Path(config.model).expanduser().exists():
-        update["model"] = str(Path(config.model).expanduser().absolute())
+    update: dict[str, Any] = {"output": output.uri, "model": located_model(config.model)}
     if config.cells is not None:
         update["cells"] = Store(config.cells).uri
         if update["cells"] == output.uri:
             raise ConfigError("output: got the folder of cells; expected another one, both have a table named slides")
     return config.model_copy(update=update), output
+
+
+def located_model(model: str) -> str:
+    """A model's path made absolute, also that in ``name:path``; a name stays, even where a folder is called so."""
+    name, colon, rest = model.rpartition(":")
+    path = Path(rest).expanduser()
+    is_encoder = path.is_file() or any((folder / "config.json").is_file() for folder in (path, path / "encoder"))
+    return f"{name}{colon}{path.absolute()}" if is_encoder else model
 
 
 def _jobs(cells: Store) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -49,5 +50,6 @@ def write_spatialdata(slide: EmbeddedSlide) -> None:
         shapes={SHAPES: ShapesModel.parse(shapes)},
         tables={TABLE: TableModel.parse(table, region=SHAPES, region_key="region", instance_key="cell_id")},
     )
-    with whole(slide.store, spatialdata_name(slide.slide_id)) as path:
+    with whole(slide.store, spatialdata_name(slide.slide_id)) as path, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="zarr v3 autosharding")  # nothing that a user could do about it
         data.write(path)

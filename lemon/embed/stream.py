@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from lemon import schema
 from lemon.cells.shard import ROW_GROUP_ROWS, images_from_arrow
@@ -104,10 +103,9 @@ def _vectors(column: pa.Array, *, encoder: Encoder, dtype: str, precision: str) 
     """Embeddings [N, D] of an image column."""
     if column.type != pa.binary(schema.CROP_BYTES):
         raise ShardError(f"image: got {column.type}; expected fixed-size binary of {schema.CROP_BYTES} bytes")
-    device = next(encoder.parameters()).device.type
-    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-        # The copy makes the images writable, which torch asks for.
-        features = encoder.embed(images_from_arrow(column).copy()).float().cpu().numpy()
+    # The copy makes the images writable, which torch asks for.
+    images = images_from_arrow(column).copy()
+    features = encoder.embed(images, bf16=precision == "bf16").float().cpu().numpy()
     with np.errstate(over="ignore"):
         vectors = features.astype(dtype)
     if not np.isfinite(vectors).all():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -37,14 +38,12 @@ def encode_cells(
     training = encoder.training
     encoder.eval()
     device = next((weights.device for weights in encoder.parameters()), images_u8.device)
-    low = (CROP_PX - crop_px) // 2
+    low, px = (CROP_PX - crop_px) // 2, input_px or crop_px
     center, scale = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (mean, std))
     features = []
-    for part in images_u8[:, low : low + crop_px, low : low + crop_px].split(
-        batch or default_batch(input_px or crop_px)
-    ):
-        seen = resize(part.to(device).permute(0, 3, 1, 2).float() / 255, px=input_px or crop_px)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    for part in images_u8[:, low : low + crop_px, low : low + crop_px].split(batch or default_batch(px)):
+        seen = resize(part.to(device).permute(0, 3, 1, 2).float() / 255, px=px)  # [B, 3, px, px]
+        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
             features.append(encoder((seen - center) / scale).float())
     encoder.train(training)
     return torch.cat(features)

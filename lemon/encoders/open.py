@@ -76,8 +76,8 @@ def load_encoder(name_or_path: str | Path, *, device: str | torch.device = "cpu"
     """Open an encoder by its path or by its name.
 
     Args:
-        name_or_path: a path that exists, which wins over a name: the output of ``jobs/pretrain.py``, its ``encoder`` folder, or the released
-            ``lemon.pth.tar`` (with its ``mean_std.json`` beside it, if that was downloaded); else a name of
+        name_or_path: a path that exists wins: the output of ``jobs/pretrain.py``, its ``encoder`` folder, or the
+            released ``lemon.pth.tar`` (with its ``mean_std.json`` beside it, if that was downloaded); else a name of
             ``registry.encoder_names()``, its hub id, or ``name:path`` for weights that lie in a file, such as
             ``volta:checkpoint.pth.tar`` or ``uni:pytorch_model.bin``.
         device: where it computes.

@@ -373,3 +373,7 @@ def describe() -> str:
             f"| `{entry.name}` | {entry.where} | {seen} | {entry.width} | {entry.licence}{gated} | {entry.access} |"
         )
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(describe())

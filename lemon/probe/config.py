@@ -35,7 +35,6 @@ class ProbeConfig(ProbeSettings):
     data: str = Field("benchmarks_data", description="folder with a subfolder for each benchmark")
     output: str = Field("probe", description="folder of scores, predictions, embeddings and tables")
     device: str = Field("auto", description="auto, cpu or cuda")
-    batch: int = Field(256, ge=1, description="crops an encoder sees at a time")
 
     def settings(self) -> dict[str, Any]:
         """The settings that change a score."""

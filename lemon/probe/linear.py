@@ -42,10 +42,11 @@ class Fitted(NamedTuple):
     inner_scores: dict[float, float]
 
 
-def preprocessing(features: Features, *, width: int) -> list[Any]:
+def preprocessing(features: Features, embedding: np.ndarray) -> list[Any]:
     """Standardisation, after a PCA to 256 dimensions where asked for and where the embedding is wider."""
+    rows, width = embedding.shape
     if features == "pca256" and width > 256:
-        return [PCA(256, svd_solver="randomized", random_state=0), StandardScaler()]
+        return [PCA(min(256, rows), svd_solver="randomized", random_state=0), StandardScaler()]
     return [StandardScaler()]
 
 
@@ -83,8 +84,7 @@ def fit_classifier(
         if list(scores.values()).index(max(scores.values())) < len(scores) - PATIENCE:
             break
     best = max(scores, key=lambda c: scores[c])
-    steps = preprocessing(features, width=embedding.shape[1])
-    model = make_pipeline(*steps, _logistic(best, class_weight))
+    model = make_pipeline(*preprocessing(features, embedding), _logistic(best, class_weight))
     return Fitted(_quietly(model.fit, embedding, labels), best, scores)
 
 
@@ -101,7 +101,7 @@ class _Path:
         features: Features,
         class_weight: ClassWeight,
     ) -> None:
-        prepared = make_pipeline(*preprocessing(features, width=embedding.shape[1])).fit(embedding[train])
+        prepared = make_pipeline(*preprocessing(features, embedding[train])).fit(embedding[train])
         self._train, self._test = prepared.transform(embedding[train]), prepared.transform(embedding[test])
         self._labels, self._truth = labels[train], labels[test]
         self._model = _logistic(1.0, class_weight, warm_start=True)
@@ -127,13 +127,13 @@ def fit_regressor(
     """Ridge regression of float [N, G] whose alpha has the best inner Pearson correlation, averaged over targets."""
     scores = dict.fromkeys(grid, 0.0)
     for train, test in inner_splits(targets, groups, seed=seed, classify=False):
-        prepared = make_pipeline(*preprocessing(features, width=embedding.shape[1])).fit(embedding[train])
+        prepared = make_pipeline(*preprocessing(features, embedding[train])).fit(embedding[train])
         inner_train, inner_test = prepared.transform(embedding[train]), prepared.transform(embedding[test])
         for alpha in grid:
             predicted = Ridge(alpha).fit(inner_train, targets[train]).predict(inner_test)
             scores[alpha] += float(np.nanmean(pearson(targets[test], predicted))) / INNER_FOLDS
     best = max(scores, key=lambda alpha: scores[alpha])
-    model = make_pipeline(*preprocessing(features, width=embedding.shape[1]), Ridge(best))
+    model = make_pipeline(*preprocessing(features, embedding), Ridge(best))
     return Fitted(model.fit(embedding, targets), best, scores)
 
 
@@ -150,7 +150,7 @@ def fit_neighbours(embedding: np.ndarray, labels: np.ndarray, *, features: Featu
     neighbours = KNeighborsClassifier(
         min(NEIGHBOURS, len(labels)), metric="cosine", algorithm="brute", weights="distance"
     )
-    model = make_pipeline(*preprocessing(features, width=embedding.shape[1]), neighbours)
+    model = make_pipeline(*preprocessing(features, embedding), neighbours)
     return Fitted(model.fit(embedding, labels), float(neighbours.n_neighbors), {})
 
 

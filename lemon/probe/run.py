@@ -31,6 +31,7 @@ from lemon.storage import Store, fingerprint
 from lemon.tracking import Run, start_run
 
 CIRCUMSTANCES = b"lemon.circumstances"
+CROPS_A_TICK = 1024  # of the progress bar; the encoder chooses its own batches within
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def probe_model(encoder: Encoder, tasks: list[Task], *, config: ProbeConfig, sto
         circumstances = fingerprint([data, config.settings()])
         unit = Unit(encoder.name, encoder.fingerprint, task.name, data, circumstances)
         if not unit.is_done(store):
-            embedding = embedded(encoder, task, unit=unit, store=store, batch=config.batch)
+            embedding = embedded(encoder, task, unit=unit, store=store)
             scored = score_task(task, embedding, config)
             store.write_table(f"predictions/{unit.stem}.parquet", scored.predictions)
             store.write_table(unit.scores, scores_table(scored.rows, unit, seed=config.seed))
@@ -116,15 +117,13 @@ def probe_model(encoder: Encoder, tasks: list[Task], *, config: ProbeConfig, sto
     run.close()
 
 
-def embedded(encoder: Encoder, task: Task, *, unit: Unit, store: Store, batch: int) -> np.ndarray:
+def embedded(encoder: Encoder, task: Task, *, unit: Unit, store: Store) -> np.ndarray:
     """Embeddings float32 [N, D] of a task's crops; kept in the output, so that new settings cost no new pass."""
     name = f"embeddings/{file_stem(task.name)}/{unit.model_fingerprint}-{unit.data_fingerprint}.npy"
     if store.exists(name):
         return np.load(io.BytesIO(store.read_bytes(name)))
-    parts = [
-        encoder.embed(task.images[start : start + batch], batch=batch).cpu().numpy()
-        for start in tqdm(range(0, len(task.images), batch), desc=f"{encoder.name} on {task.name}", disable=None)
-    ]
+    starts = tqdm(range(0, len(task.images), CROPS_A_TICK), desc=f"{encoder.name} on {task.name}", disable=None)
+    parts = [encoder.embed(task.images[start : start + CROPS_A_TICK]).cpu().numpy() for start in starts]
     embedding = np.concatenate(parts)
     with store.write(name) as stream:
         np.save(stream, embedding)

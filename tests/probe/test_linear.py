@@ -92,8 +92,8 @@ def test_hest_benchs_regressor_is_pca_and_ridge_with_its_alpha():
 
 
 def test_pca_is_left_out_for_narrow_embeddings():
-    assert len(linear.preprocessing("pca256", width=192)) == 1
-    assert len(linear.preprocessing("pca256", width=384)) == 2
+    assert len(linear.preprocessing("pca256", np.zeros((500, 192)))) == 1
+    assert len(linear.preprocessing("pca256", np.zeros((500, 384)))) == 2
 
 
 def test_neighbours_find_blobs():

@@ -54,34 +54,37 @@ def classification_task(
         TaskError: fewer than two classes are left, ids repeat, or a fold leaks or is empty.
     """
     kept, dropped = supported(rows["label"].to_numpy(), rows[group].to_numpy(), min_support=min_support)
-    present = [label for label in classes if label in set(rows["label"][kept])]
+    present = tuple(label for label in classes if label in set(rows["label"][kept]))
     if len(present) < 2:
         raise TaskError(f"{name}: {_found(present)} left of {len(rows)} crops; expected two or more: {_why(dropped)}")
-    per_class = [Count(f"class {label}", int((rows["label"] == label).sum()), classes[label]) for label in classes]
+    counts = [
+        *counts,
+        *(Count(f"class {label}", int((rows["label"] == label).sum()), classes[label]) for label in classes),
+    ]
     if not kept.all():
         rows, images = rows[kept], images[kept]
-        per_class.append(Count(f"in classes of {min_support} crops and two groups or more", len(rows)))
+        counts.append(Count(f"of classes with {min_support} crops or more of two groups or more", len(rows)))
     rows = rows.reset_index(drop=True)
     _check_ids(name, rows["sample_id"])
-    protocols = folds(rows)
+    protocols, labels = folds(rows), _text(rows["label"])
     return Task(
         name=name,
         kind="classification",
         images=images,
-        target=_text(rows["label"]),
-        target_names=tuple(present),
+        target=labels,
+        target_names=present,
         sample_ids=_text(rows["sample_id"]),
         groups={column: _text(rows[column]) for column in rows.columns if column not in ("sample_id", "label")},
         protocols=protocols,
         cluster=cluster,
         batch=batch,
-        counts=(*counts, *per_class),
-        notes=(*notes, *dropped, *check_protocols(name, protocols, labels=_text(rows["label"]))),
+        counts=tuple(counts),
+        notes=(*notes, *dropped, *check_protocols(name, protocols, labels=labels)),
     )
 
 
 def supported(labels: np.ndarray, groups: np.ndarray, *, min_support: int) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Which of ``labels`` [N] have the support that this module's head states: bool [N]; a note for each class without."""
+    """Which of ``labels`` [N] have the support that this module asks for: bool [N]; a note for each class without."""
     kept, notes = np.ones(len(labels), bool), []
     for label in np.unique(labels):
         of_class = labels == label

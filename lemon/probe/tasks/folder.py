@@ -5,7 +5,7 @@ Expected folder ``NAME`` in the data folder:
     labels.csv     image, label, slide, and where known patient, hospital, scanner, mpp
     the images     at the paths, relative to the folder, that the column image has; the nucleus in the middle
 
-``mpp`` is um/px of the image, 0.25 where the column is absent; an image is resampled to 0.25 um/px and cut to 60 px. The
+``mpp`` is um/px of the image, 0.25 where the column is absent; images are resampled to 0.25 um/px and cut to 60 px. The
 exception to the border policy: an image smaller than that but of 40 px or more, the view that encoders see, is set on
 white, and counted. Folds are by patient where that is known, else by slide. Licence and counts are the user's.
 """

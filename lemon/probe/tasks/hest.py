@@ -8,9 +8,9 @@ Expected folder, of each slide <id>:
     transcripts/<id>_transcripts.parquet           cell_id, feature_name, qv
     xenium_seg/<id>_xenium_cell_seg.parquet        polygons in level-0 px, by cell_id
 
-Counts are made from the transcripts (``xenium.py``): ``st/<id>.h5ad`` has pooled spots, no cells. Cells are those with one
-counted transcript or more whose crop lies inside the slide; the 10,000 of lowest rank of a slide are a random sample
-that depends on no order. Crops are centred on the cell's polygon. Resolution is metadata's estimate: the one embedded
+Counts are made from the transcripts (``xenium.py``): ``st/<id>.h5ad`` has pooled spots, no cells. Cells are those with
+a counted transcript whose crop lies inside the slide; the 10,000 of lowest rank of a slide are a random sample that
+depends on no order. Crops are centred on the cell's polygon. Resolution is metadata's estimate: the one embedded
 in the file is wrong by up to five times. Genes: those on every slide's panel, ranked within each slide by mean count
 over all its cells, ranks summed, the best 50; the ranking sees test slides, as the paper's does, but no image.
 
@@ -102,10 +102,10 @@ def load(
     """
     if target not in ("log1p", "counts"):
         raise TaskError(f"target: got {target!r}; expected log1p or counts")
-    samples = [
-        take_cells(folder, slide_id, n_cells=n_cells, seed=seed)
-        for slide_id in tqdm(slides or SLIDES[organ], unit="slide", desc=f"hest-{organ} cells", disable=None)
-    ]
+    chosen = tuple(slides or SLIDES[organ])
+    check_slides(folder, chosen, organ=organ)
+    names = tqdm(chosen, unit="slide", desc=f"hest-{organ} cells", disable=None)
+    samples = [take_cells(folder, slide_id, n_cells=n_cells, seed=seed) for slide_id in names]
     genes = common_genes(samples, n_genes=n_genes)
     images, readable = read_crops(folder, samples, desc=f"hest-{organ} crops")
     counts = np.concatenate([_columns(sample, genes) for sample in samples])[readable]
@@ -128,12 +128,37 @@ def load(
     )
 
 
+def check_slides(folder: Path, slides: Sequence[str], *, organ: str) -> None:
+    """Raise TaskError, before anything is read, where a file of a slide is absent or all slides are of one donor."""
+    for slide_id in slides:
+        for path in files_of(folder, slide_id):
+            if not path.is_file():
+                raise TaskError(
+                    f"{path}: no such file; expected the files of {', '.join(slides)}: {OBTAIN}, or slides=[...]"
+                )
+    if len({DONORS.get(name, name) for name in slides}) < 2:
+        raise TaskError(
+            f"hest-{organ}: {', '.join(slides)} are of one donor; expected two or more: choose slides=[...]"
+        )
+
+
+def files_of(folder: Path, slide_id: str) -> tuple[Path, Path, Path, Path]:
+    """Slide, metadata, transcripts and segmentation."""
+    return (
+        folder / "wsis" / f"{slide_id}.tif",
+        folder / "metadata" / f"{slide_id}.json",
+        folder / "transcripts" / f"{slide_id}_transcripts.parquet",
+        folder / "xenium_seg" / f"{slide_id}_xenium_cell_seg.parquet",
+    )
+
+
 def take_cells(folder: Path, slide_id: str, *, n_cells: int, seed: int) -> Sample:
     """Draw the cells of one slide and count their transcripts."""
-    mpp = read_mpp(folder / "metadata" / f"{slide_id}.json")
-    ids, centre = read_centroids(folder / "xenium_seg" / f"{slide_id}_xenium_cell_seg.parquet")
-    expression = count_transcripts(folder / "transcripts" / f"{slide_id}_transcripts.parquet", ids)
-    reader = open_slide(folder, slide_id, mpp=mpp)
+    slide, metadata, transcripts, segmentation = files_of(folder, slide_id)
+    mpp = read_mpp(metadata)
+    reader = open_slide(slide, mpp=mpp)
+    ids, centre = read_centroids(segmentation)
+    expression = count_transcripts(transcripts, ids)
     width_px, height_px = size_at_crop_mpp(reader.width_px, reader.height_px, mpp=mpp)
     reader.close()
     corner = corners(centre, mpp=mpp)
@@ -158,8 +183,6 @@ def read_mpp(path: Path) -> float:
     """pixel_size_um_estimated of a slide's metadata; raises TaskError where it is absent or no resolution."""
     try:
         value = json.loads(path.read_text()).get("pixel_size_um_estimated")
-    except FileNotFoundError:
-        raise TaskError(f"{path}: no such file; expected each slide's metadata: download it") from None
     except ValueError as error:
         raise TaskError(f"{path}: no JSON ({error}); expected the slide's metadata: download it again") from None
     if not isinstance(value, int | float) or not 0.05 < value < 2:
@@ -167,9 +190,8 @@ def read_mpp(path: Path) -> float:
     return float(value)
 
 
-def open_slide(folder: Path, slide_id: str, *, mpp: float) -> SlideReader:
+def open_slide(path: Path, *, mpp: float) -> SlideReader:
     """A slide that is read at the resolution given, whatever its file states."""
-    path = folder / "wsis" / f"{slide_id}.tif"
     try:
         reader = SlideReader(path)
     except SlideError as error:
@@ -202,7 +224,7 @@ def read_crops(folder: Path, samples: Sequence[Sample], *, desc: str) -> tuple[n
     images, readable = np.empty((n_cells, CROP_PX, CROP_PX, 3), np.uint8), np.ones(n_cells, bool)
     start = 0
     for sample in tqdm(samples, unit="slide", desc=desc, disable=None):
-        reader = open_slide(folder, sample.slide_id, mpp=sample.mpp)
+        reader = open_slide(files_of(folder, sample.slide_id)[0], mpp=sample.mpp)
         blocks, owner = np.unique(sample.corner_px // BLOCK_PX, axis=0, return_inverse=True)
         side = BLOCK_PX + CROP_PX
         for number, (x_px, y_px) in enumerate((blocks * BLOCK_PX).tolist()):

@@ -11,8 +11,9 @@ No resolution is stated: 0.25 um/px is assumed. The paper used KFold(5, shuffle)
 sides; the leak-free protocol groups by slide (``filename``). Counts of the paper: 10,191 normal, 1,748 atypical.
 
 ``midogpp-mitosis``: mitotic figure, or a look-alike. To obtain: https://github.com/DeepMicroscopy/MIDOGpp (CC0, as its
-JSON states). Expected folder: ``databases/MIDOG++.json``, ``datasets_xvalidation.csv``, ``images/001.tiff`` and so on. Boxes
-are [x1, y1, x2, y2]. Resolution from the TIFF's tags, else 0.25 um/px. Folds by slide are leak-free: a case has one.
+JSON states). Expected folder: ``databases/MIDOG++.json``, ``datasets_xvalidation.csv``, ``images/001.tiff`` to 553.
+Boxes are [x1, y1, x2, y2]. Resolution from the TIFF's tags, else 0.25 um/px. Folds by slide are leak-free: a case has
+one.
 """
 
 from __future__ import annotations

@@ -59,6 +59,6 @@ def load(folder: Path, *, seed: int = 0) -> Task:
         ),
         notes=(
             "folds are by tile; tiles of one slide may be on both sides: the excerpt does not tell",
-            nucls.PATIENTS_NOTE,
+            "the tiles are of TCGA-BRCA, the excerpt does not tell whose: leave NuCLS' patients out of pretraining",
         ),
     )

@@ -1,9 +1,9 @@
 """Counts of transcripts per cell out of HEST's raw Xenium tables, one block of rows at a time.
 
 ``<id>_transcripts.parquet`` has a row a transcript (tens of millions): cell_id, feature_name, qv, and in newer files
-is_gene. ``<id>_xenium_cell_seg.parquet`` is GeoParquet: WKB polygons in level-0 px of the H&E slide, the cell's id as the
-index. Ids and names are bytes, integers or text, by the version of the instrument's software: text here. A transcript
-counts if its cell is in the segmentation (UNASSIGNED, -1 and the like are not), its feature is a gene and its quality is
+is_gene. ``<id>_xenium_cell_seg.parquet`` is GeoParquet: WKB polygons in level-0 px of the H&E slide, ids as index.
+Ids and names are bytes, integers or text, by the version of the instrument's software: text here. A transcript counts
+if its cell is in the segmentation (UNASSIGNED, -1 and the like are not), its feature is a gene and its quality is
 ``MIN_QV`` or more, as in 10x Genomics' own matrices.
 """
 
@@ -92,7 +92,7 @@ def count_transcripts(path: Path, cell_ids: np.ndarray, *, min_qv: float = MIN_Q
         counts = counts + coo_array((np.ones(len(place[0]), np.int64), place), shape=counts.shape).tocsr()
     n_counted = int(counts.sum())
     if not n_counted:
-        example = cell_ids[0] if len(cell_ids) else "none"
+        example = str(cell_ids[0]) if len(cell_ids) else "none"
         raise TaskError(
             f"{path}: no transcript counts: its cells are like {some_id!r}, those of the segmentation {example!r}"
         )
@@ -131,7 +131,5 @@ def _batches(file: pq.ParquetFile, columns: list[str]) -> Iterator[pa.RecordBatc
 def _open(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
-    except FileNotFoundError:
-        raise TaskError(f"{path}: no such file; expected the Xenium files of each slide: download it") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise TaskError(f"{path}: cannot be read ({error}); expected a Parquet file: download it again") from None

@@ -1,0 +1,48 @@
+"""What tests of embedding start from: a tiny encoder on disk, and a small cells table with polygons."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import shapely
+import torch
+
+from lemon import schema
+from lemon.cells.names import shard_name
+from lemon.cells.shard import PARQUET_OPTIONS
+from lemon.encoders.config import LEMON_MEAN, LEMON_STD, EncoderConfig
+from lemon.encoders.export import CellInput, export_encoder
+from lemon.encoders.vit import build_vit
+from lemon.storage import Store
+from tests.cells_table import write_slide
+
+WIDTH = 32
+
+
+def write_encoder(folder: Path, *, seed: int = 0) -> Path:
+    """A run's output with an untrained encoder of 32 values."""
+    torch.manual_seed(seed)
+    config = EncoderConfig(name="vit_test", dim=WIDTH, depth=1, heads=2)
+    export_encoder(build_vit(config), folder / "encoder", cell_input=CellInput(LEMON_MEAN, LEMON_STD))
+    return folder
+
+
+def write_cells(store: Store, slide_id: str, count: int, *, seed: int = 0, organ: str | None = "breast") -> None:
+    """A slide of ``count`` cells: noise for images, ellipses for polygons, in small row groups."""
+    generator = np.random.default_rng(seed)
+    write_slide(store, slide_id, generator.integers(0, 256, (count, 60, 60, 3), np.uint8), organ=organ)
+    table = store.read_table(shard_name(slide_id), schema=schema.CELLS)
+    center = generator.uniform(50, 4000, (count, 2))
+    values = {
+        "x_level0_px": center[:, 0],
+        "y_level0_px": center[:, 1],
+        "mpp": np.full(count, 0.25),
+        "area_um2": generator.uniform(20, 90, count),
+        "polygon": pa.array(list(shapely.to_wkb(shapely.buffer(shapely.points(center), 12)))),
+    }
+    for name, column in values.items():
+        index = table.schema.get_field_index(name)
+        table = table.set_column(index, schema.CELLS.field(name), pa.array(column).cast(schema.CELLS.field(name).type))
+    store.write_table(shard_name(slide_id), table, row_group_size=16, **PARQUET_OPTIONS)
