@@ -94,7 +94,7 @@ def write_cells(store: Store, *, slides: int, cells: int) -> None:
 def _rows(slide_id: str, ranks: np.ndarray, *, images: np.ndarray, generator: np.random.Generator) -> pa.Table:
     center = generator.uniform(0, 50_000, (len(ranks), 2))
     values = {
-        "cell_id": [f"{slide_id}_{x:.0f}_{y:.0f}" for x, y in center],
+        "cell_id": [f"{slide_id}_{x:.3f}_{y:.3f}" for x, y in center],
         "slide_id": [slide_id] * len(ranks),
         "x_level0_px": center[:, 0],
         "y_level0_px": center[:, 1],

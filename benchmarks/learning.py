@@ -1,11 +1,12 @@
 """Is learning real? Pretrain on unlabelled nuclei of several collections, then probe cell types of CoNSeP.
 
-python -m benchmarks.learning --data FOLDER --work FOLDER [--seeds 0 1 2] [key=value of the pretraining job ...]
+python -m benchmarks.learning --data FOLDER --work FOLDER [--seeds 0 1 2] [--baselines ...] [key=value of the job ...]
 
 FOLDER holds monuseg_train, consep_train, gbm40 and cpm15: images with ``<name>_inst.npz`` instance maps (and the type
-map of CoNSeP). Every nucleus becomes a cell; labels are used by the probe alone. The probe is logistic regression on
-the frozen class token, standardised, folds by image; C is chosen on an inner split by image. Balanced accuracy of four
-classes, over the pooled predictions of the held-out images.
+map of CoNSeP). Every nucleus becomes a cell; labels are used by the probe alone: the task ``consep-type`` with its
+folds by image, logistic regression with C from an inner split by image. Two figures of balanced accuracy a model, mean
+over folds: with classes weighed alike (as the metric does) and unweighted (``plain``). Without further words the job's
+variant is ``laptop``.
 """
 
 from __future__ import annotations
@@ -18,12 +19,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pyarrow as pa
-import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import balanced_accuracy_score
-from sklearn.model_selection import GridSearchCV, GroupKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from skimage.feature import hog
 
 from benchmarks.record import record
 from lemon.cells.crop import cut_crops
@@ -32,17 +28,19 @@ from lemon.cells.names import shard_name
 from lemon.cells.select import rank_of
 from lemon.cells.shard import PARQUET_OPTIONS, images_to_arrow
 from lemon.config import load
-from lemon.encoders.config import LEMON_MEAN, LEMON_STD, VIT_S8
-from lemon.encoders.export import load_exported
-from lemon.encoders.features import encode_cells
-from lemon.encoders.vit import build_vit, seeded
+from lemon.encoders.open import load_encoder
 from lemon.pretrain import launch
 from lemon.pretrain.config import PretrainConfig
+from lemon.probe.config import ProbeSettings
+from lemon.probe.run import fold_means
+from lemon.probe.score import score_task
+from lemon.probe.task import Task
+from lemon.probe.tasks import consep
 from lemon.schema import CELLS, CROP_PX
 from lemon.storage import Store
 
 COLLECTIONS = ("monuseg_train", "consep_train", "gbm40", "cpm15")
-FOLDS = 5
+BASELINES = ("hog_and_colour", "untrained_vit_s8", "efficientnet_lite0")
 
 
 def main() -> None:
@@ -51,47 +49,68 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--untrained", action="store_true", help="also probe an untrained ViT-S/8 (minutes on a CPU)")
+    parser.add_argument("--baselines", nargs="*", default=[], help=f"also probe these: {', '.join(BASELINES)}")
     parser.add_argument("overrides", nargs="*", help="of the pretraining job")
     options = parser.parse_args()
     store = Store(options.work / "cells")
     n_cells = sum(write_collection(options.data / name, store) for name in COLLECTIONS)
-    images, labels, groups = consep(options.data / "consep_train")
-    print(f"{n_cells:,} cells to pretrain on, {len(labels):,} labelled nuclei of {len(set(groups))} CoNSeP images")
-    scores = {}
-    if options.untrained:
-        with seeded(0):
-            untrained = build_vit(VIT_S8).eval()
-        scores["untrained ViT-S/8"] = probe(untrained, images, labels, groups, mean=LEMON_MEAN, std=LEMON_STD)
-        print(f"untrained ViT-S/8: {scores['untrained ViT-S/8']:.3f}")
-    runs = [pretrained(seed, store, options, images=images, labels=labels, groups=groups) for seed in options.seeds]
-    got = [run["balanced_accuracy"] for run in runs]
-    if got:
-        print(
-            f"pretrained: {np.mean(got):.3f} (s.d. {np.std(got, ddof=min(1, len(got) - 1)):.3f}) over {len(got)} seeds"
-        )
+    task = consep.load(options.data / "consep_train")
+    print(f"{n_cells:,} cells to pretrain on; {len(task.images):,} labelled nuclei of CoNSeP")
+    figures: dict[str, Any] = {name: told(name, probe(task, embed(name, task))) for name in options.baselines}
+    runs = [pretrained(seed, store, options, task=task) for seed in options.seeds]
+    for figure in ("weighted", "plain") if runs else ():
+        got = [run[figure] for run in runs]
+        spread = np.std(got, ddof=min(1, len(got) - 1))
+        print(f"pretrained, {figure}: {np.mean(got):.3f} (s.d. {spread:.3f}) over {len(got)} seeds")
     record(
         "learning",
-        {"overrides": options.overrides, "n_cells": n_cells, **scores, "runs": runs},
-        packages=("torch", "timm"),
+        {"overrides": options.overrides, "n_cells": n_cells, "baselines": figures, "runs": runs},
+        packages=("torch", "timm", "scikit-learn"),
     )
 
 
-def pretrained(seed: int, store: Store, options: argparse.Namespace, **labelled: np.ndarray) -> dict[str, Any]:
+def pretrained(seed: int, store: Store, options: argparse.Namespace, *, task: Task) -> dict[str, Any]:
     """Pretrain with one seed and probe the exported encoder."""
     output = options.work / f"seed{seed}"
     words = [f"cells={store.uri}", f"output={output}", f"cache={options.work / 'cache'}", f"seed={seed}"]
     start = time.monotonic()
-    config = load("pretrain", [*words, *options.overrides], PretrainConfig)
+    config = load("pretrain", [*words, "variant=laptop", *options.overrides], PretrainConfig)
     if launch.main(config):
         raise SystemExit("pretraining failed")
     minutes = (time.monotonic() - start) / 60
-    encoder, cell_input = load_exported(output / launch.EXPORT)
-    score = probe(encoder, *labelled.values(), mean=cell_input.mean, std=cell_input.std)
-    print(
-        f"seed {seed}: balanced accuracy {score:.3f}, {config.total_steps} steps of {config.batch}, {minutes:.1f} min"
-    )
-    return {"seed": seed, "balanced_accuracy": score, "steps": config.total_steps, "minutes": minutes}
+    scores = told(f"seed {seed}", probe(task, embed(str(output), task)))
+    return {"seed": seed, **scores, "images": config.total_steps * config.batch, "minutes": minutes}
+
+
+def embed(name: str, task: Task) -> np.ndarray:
+    """Embeddings float32 [N, D] by an encoder, or the classical features."""
+    if name == "hog_and_colour":
+        return np.stack([hog_and_colour(image) for image in task.images])
+    return load_encoder(name).embed(task.images).numpy()
+
+
+def hog_and_colour(image: np.ndarray) -> np.ndarray:
+    """Histogram of gradients, and mean and standard deviation of RGB and LAB, of the central 40 px: float32 [588]."""
+    crop = image[10:50, 10:50]
+    both = np.concatenate([crop, cv2.cvtColor(crop, cv2.COLOR_RGB2LAB)], axis=2).reshape(-1, 6)
+    shape = hog(crop, orientations=9, pixels_per_cell=(8, 8), cells_per_block=(2, 2), channel_axis=2)
+    return np.concatenate([shape, both.mean(axis=0), both.std(axis=0)]).astype(np.float32)
+
+
+def probe(task: Task, embedding: np.ndarray) -> dict[str, float]:
+    """Balanced accuracy, mean over folds by image: classes weighed alike, and plain."""
+    found = {}
+    for figure, weight in (("weighted", "balanced"), ("plain", "none")):
+        settings = ProbeSettings(probes=["linear"], class_weight=weight, robustness=False, bootstrap=100)  # type: ignore[arg-type]
+        means = {metric: mean for _, metric, mean, _ in fold_means(score_task(task, embedding, settings).rows)}
+        found[figure] = means["balanced_accuracy"]
+    return found
+
+
+def told(name: str, scores: dict[str, float]) -> dict[str, float]:
+    """The scores, printed."""
+    print(f"{name}: balanced accuracy {scores['weighted']:.3f} weighted, {scores['plain']:.3f} plain", flush=True)
+    return scores
 
 
 def write_collection(folder: Path, store: Store) -> int:
@@ -101,7 +120,7 @@ def write_collection(folder: Path, store: Store) -> int:
     for path in sorted(folder.glob("*_inst.npz")):
         slide_id = f"{folder.name}-{path.name.removesuffix('_inst.npz')}"
         image, inst = read_pair(path)
-        _, crops = crops_of(image, inst)
+        crops = crops_of(image, inst)
         total += len(crops)
         if not any(slide_id in name for name in done) and len(crops):
             write_slide(store, slide_id, crops)
@@ -125,15 +144,15 @@ def magnification(table: Path, name: str) -> str:
     return powers[name]
 
 
-def crops_of(image: np.ndarray, inst: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Instance numbers [N] and crops uint8 [N, 60, 60, 3] centred on their centroids."""
+def crops_of(image: np.ndarray, inst: np.ndarray) -> np.ndarray:
+    """Crops uint8 [N, 60, 60, 3] centred on the centroids of instances; white beyond the image."""
     numbers, counts = np.unique(inst[inst > 0], return_counts=True)
     y, x = np.nonzero(inst)
     owner = np.searchsorted(numbers, inst[y, x])
     centroid = (
         np.stack([np.bincount(owner, weights=axis, minlength=len(numbers)) for axis in (x, y)], 1) / counts[:, None]
     )
-    return numbers, cut_crops(image, np.round(centroid - (CROP_PX - 1) / 2).astype(int))
+    return cut_crops(image, np.round(centroid - (CROP_PX - 1) / 2).astype(int))
 
 
 def write_slide(store: Store, slide_id: str, crops: np.ndarray) -> None:
@@ -149,38 +168,6 @@ def write_slide(store: Store, slide_id: str, crops: np.ndarray) -> None:
     store.write_table(shard_name(slide_id), table, **PARQUET_OPTIONS)
     counts = {"n_cells": len(ids), "n_nuclei": len(ids)}
     Ledger(store, config_fingerprint="masks").commit({"slide_id": slide_id, "path": "", "status": "done", **counts})
-
-
-def consep(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labelled nuclei of CoNSeP: crops [N, 60, 60, 3], classes [N] 1 to 4, image numbers [N]."""
-    images, labels, groups = [], [], []
-    for group, path in enumerate(sorted(folder.glob("*_inst.npz"))):
-        image, inst = read_pair(path)
-        types = np.load(path)["type_map"]
-        numbers, crops = crops_of(image, inst)
-        label = np.zeros(inst.max() + 1, int)
-        label[inst.ravel()] = types.ravel()  # a nucleus has one type
-        images.append(crops)
-        labels.append(label[numbers])
-        groups.append(np.full(len(numbers), group))
-    kept = np.concatenate(labels) > 0
-    return np.concatenate(images)[kept], np.concatenate(labels)[kept], np.concatenate(groups)[kept]
-
-
-def probe(
-    encoder: torch.nn.Module, images: np.ndarray, labels: np.ndarray, groups: np.ndarray, *, mean: Any, std: Any
-) -> float:
-    """Balanced accuracy over the pooled predictions of held-out images."""
-    with torch.inference_mode():
-        features = encode_cells(encoder, torch.from_numpy(images), mean=mean, std=std, crop_px=40).numpy()
-    predicted = np.empty_like(labels)
-    for train, test in GroupKFold(FOLDS).split(features, groups=groups):
-        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300, class_weight="balanced"))
-        grid = {"logisticregression__C": [1e-4, 1e-3, 1e-2, 1e-1]}
-        search = GridSearchCV(model, grid, cv=GroupKFold(3), scoring="balanced_accuracy", n_jobs=-1)
-        search.fit(features[train], labels[train], groups=groups[train])
-        predicted[test] = search.predict(features[test])
-    return float(balanced_accuracy_score(labels, predicted))
 
 
 if __name__ == "__main__":

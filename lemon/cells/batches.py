@@ -109,7 +109,7 @@ class Feed:
         self._on_device = torch.from_numpy(np.asarray(self.images)).to(self.device) if self.resident else None
 
     def batches(self, first_step: int, last_step: int) -> Iterator[torch.Tensor]:
-        """uint8 [ceil(batch / world), 60, 60, 3] on the device, of steps ``first_step`` to ``last_step`` (exclusive)."""
+        """uint8 [ceil(batch / world), 60, 60, 3] on the device: steps ``first_step`` to ``last_step`` (exclusive)."""
         if self._on_device is not None:
             for step in range(first_step, last_step):
                 yield self._on_device[torch.from_numpy(self._indices(step)).to(self.device)]

@@ -39,10 +39,10 @@ def write_h5ad(slide: EmbeddedSlide) -> None:
 def annotate(slide: EmbeddedSlide) -> anndata.AnnData:
     """All but the embeddings. X has no columns, because some viewers make it dense. Raises ShardError."""
     rows = slide.table(*_COLUMNS)
-    obs = rows.select(["slide_id", "organ", *MORPHOMETRICS]).to_pandas()
+    obs = rows.select(list(MORPHOMETRICS)).to_pandas()
     obs.index = pd.Index(rows["cell_id"].to_pylist(), dtype=object, name="cell_id")
     for column in ("slide_id", "organ"):
-        obs[column] = pd.Categorical(obs[column].astype(object))
+        obs[column] = rows[column].combine_chunks().dictionary_encode().to_pandas().array  # categories
     uns: dict[str, object] = {"lemon": slide.facts(mpp=float(rows["mpp"][0].as_py()) if len(rows) else float("nan"))}
     codes = slide.cluster_codes()
     if slide.clusters is not None and codes is not None:

@@ -49,7 +49,9 @@ def _batches(store: Store, name: str, *, columns: list[str]) -> Generator[pa.Rec
             absent = [column for column in columns if column not in file.schema_arrow.names]
             if absent:
                 raise ShardError(f"{name}: has no column {absent[0]}; expected a table of jobs/curate.py")
-            yield from file.iter_batches(batch_size=ROW_GROUP_ROWS, columns=columns)
+            # A row group at a time: over several, pyarrow keeps in memory what it has read (measured: all of 650 MB).
+            for group in range(file.num_row_groups):
+                yield from file.iter_batches(batch_size=ROW_GROUP_ROWS, row_groups=[group], columns=columns)
     except (OSError, pa.ArrowException) as error:
         raise ShardError(f"{name}: cannot be read: {' '.join(str(error).split())}") from None
 

@@ -9,7 +9,7 @@ The paper leaves this open. Two measures of PathoROB (arXiv 2507.17845), made fo
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from sklearn.neighbors import NearestNeighbors
@@ -23,7 +23,8 @@ MAX_A_CELL = 200
 """Nuclei of one class and batch that are compared at most: classes and batches then weigh alike."""
 
 
-class Robustness(NamedTuple):
+@dataclass(frozen=True)
+class Robustness:
     """``index`` in [0, 1], 1 for an embedding that knows classes only; ``drop`` is a share of balanced accuracy."""
 
     index: float

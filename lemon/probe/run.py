@@ -145,10 +145,10 @@ def scores_table(rows: list[dict[str, Any]], unit: Unit, *, seed: int) -> pa.Tab
 
 def data_fingerprint(task: Task) -> str:
     """16 hexadecimal digits of a task's crops and targets."""
-    digest = hashlib.sha256(np.ascontiguousarray(task.images))
+    digest = hashlib.sha256(np.ascontiguousarray(task.images).data)
     digest.update(repr(task.target_names).encode())
     target = task.target if task.kind == "regression" else np.array([str(name) for name in task.target], "S64")
-    digest.update(np.ascontiguousarray(target))
+    digest.update(np.ascontiguousarray(target).data)
     return digest.hexdigest()[:16]
 
 

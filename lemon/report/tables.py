@@ -104,7 +104,9 @@ def paired_differences(store: Store) -> Iterable[dict[str, Any]]:
         by_task.setdefault(name.split("/")[1], []).append(name)
     for task, names in by_task.items():
         tables = {name: _linear_predictions(store, name) for name in names}
-        protocols = sorted({protocol for table in tables.values() for protocol in table["protocol"].unique().to_pylist()})
+        protocols = sorted(
+            {protocol for table in tables.values() for protocol in table["protocol"].unique().to_pylist()}
+        )
         for protocol, (first, second) in itertools.product(protocols, itertools.combinations(names, 2)):
             found = _difference(tables[first], tables[second], protocol=protocol)
             if found is not None:

@@ -8,13 +8,20 @@ from lemon.probe.task import Fold, Protocol, Task
 
 
 def task_of(
-    images: np.ndarray, target: np.ndarray, slide: np.ndarray, *, name: str = "made-up", hospital: np.ndarray | None = None
+    images: np.ndarray,
+    target: np.ndarray,
+    slide: np.ndarray,
+    *,
+    name: str = "made-up",
+    hospital: np.ndarray | None = None,
 ) -> Task:
     """A task with a random protocol (paper) and one by slide (leak-free), three folds each."""
     n = len(images)
     regression = target.ndim == 2
     order = np.random.default_rng(0).permutation(n)
-    random = tuple(Fold(np.setdiff1d(order, part), np.sort(part), str(i)) for i, part in enumerate(np.array_split(order, 3)))
+    random = tuple(
+        Fold(np.setdiff1d(order, part), np.sort(part), str(i)) for i, part in enumerate(np.array_split(order, 3))
+    )
     names = np.unique(slide)
     grouped = []
     for index, part in enumerate(np.array_split(names, 3)):

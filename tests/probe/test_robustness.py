@@ -7,7 +7,9 @@ import numpy as np
 from lemon.probe.robustness import balanced_sample, robustness
 
 
-def embedded(*, class_strength: float, batch_strength: float, mimicry: float = 0, seed: int = 0) -> tuple[np.ndarray, ...]:
+def embedded(
+    *, class_strength: float, batch_strength: float, mimicry: float = 0, seed: int = 0
+) -> tuple[np.ndarray, ...]:
     """Embedding, labels, hospital and slide of 900 nuclei: three hospitals with four slides each."""
     generator = np.random.default_rng(seed)
     labels, slide = generator.integers(0, 2, 900), generator.integers(0, 12, 900)

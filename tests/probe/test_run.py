@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lemon.config import ConfigError
 from lemon.encoders.config import EncoderConfig
 from lemon.encoders.export import CellInput, export_encoder
 from lemon.encoders.vit import build_vit, seeded
-from lemon.config import ConfigError
 from lemon.probe import run
 from lemon.probe.config import ProbeConfig
 from lemon.report import tables
 from lemon.storage import Store
-from tests.probe.made_up import made_up, task_of
 from tests.cells_table import synthetic_crops
+from tests.probe.made_up import made_up, task_of
 
 SMALL = EncoderConfig(name="small", dim=32, depth=1, heads=2)
 
@@ -56,7 +56,9 @@ def tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(tmp_path: Path, models: list[str], **more) -> ProbeConfig:
-    return ProbeConfig(models=models, tasks=more.pop("tasks", ["light"]), output=str(tmp_path / "out"), bootstrap=100, **more)
+    return ProbeConfig(
+        models=models, tasks=more.pop("tasks", ["light"]), output=str(tmp_path / "out"), bootstrap=100, **more
+    )
 
 
 def test_two_encoders_give_scores_predictions_and_a_table(tmp_path, encoders, tasks):
@@ -93,7 +95,9 @@ def test_scores_are_in_mlflow_under_their_task_in_one_run_an_encoder(tmp_path, e
 
     for _ in range(2):
         run.main(config(tmp_path, encoders))
-    found = mlflow.MlflowClient(tracking).search_runs([mlflow.MlflowClient(tracking).get_experiment_by_name("probe").experiment_id])
+    found = mlflow.MlflowClient(tracking).search_runs(
+        [mlflow.MlflowClient(tracking).get_experiment_by_name("probe").experiment_id]
+    )
     assert {each.info.run_name for each in found} == {"enc0", "enc1"}
     assert len(found) == 2
     for each in found:
@@ -129,5 +133,3 @@ def test_the_data_fingerprint_follows_crops_and_labels():
     assert run.data_fingerprint(made_up(20)[0]) == same
     assert run.data_fingerprint(task_of(images, task.target, task.groups["slide"])) != same
     assert run.data_fingerprint(task_of(task.images, task.target[::-1], task.groups["slide"])) != same
-
-

@@ -28,7 +28,9 @@ def test_every_protocol_fold_and_probe_has_its_rows_and_every_crop_is_predicted_
             for metric in ("balanced_accuracy", "macro_f1", "auroc"):
                 folds = [r["fold"] for r in scored.rows if (r["protocol"], r["metric"]) == (protocol, prefix + metric)]
                 assert sorted(fold for fold in folds if fold != POOLED) == [0, 1, 2]
-            part = scored.predictions.to_pandas().query(f"protocol == '{protocol}' and probe == '{prefix[:3] or 'linear'}'")
+            part = scored.predictions.to_pandas().query(
+                f"protocol == '{protocol}' and probe == '{prefix[:3] or 'linear'}'"
+            )
             assert sorted(part["sample_id"]) == sorted(task.sample_ids)
     low, middle, high = (value(scored.rows, "leak-free", f"balanced_accuracy{end}") for end in ("_low", "", "_high"))
     assert 0.7 < low < middle < high <= 1
@@ -45,7 +47,9 @@ def test_an_embedding_of_the_slide_gains_by_a_leak_and_by_nothing_else():
 
 def test_noise_scores_as_chance():
     task, embedding = made_up(600, signal=0.0)
-    assert value(score_task(task, embedding, SETTINGS).rows, "leak-free", "balanced_accuracy") == pytest.approx(0.5, abs=0.08)
+    assert value(score_task(task, embedding, SETTINGS).rows, "leak-free", "balanced_accuracy") == pytest.approx(
+        0.5, abs=0.08
+    )
 
 
 def test_scores_do_not_depend_on_how_many_processes_share_the_folds(monkeypatch):
