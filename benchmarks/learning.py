@@ -1,6 +1,6 @@
 """Is learning real? Pretrain on unlabelled nuclei of several collections, then probe cell types of CoNSeP.
 
-python -m benchmarks.learning --data FOLDER --work FOLDER [--seeds 0 1 2] [--baselines ...] [key=value of the job ...]
+python -m benchmarks.learning [key=value of the job ...] --data FOLDER --work FOLDER [--seeds 0 1 2] [--baselines ...]
 
 FOLDER holds monuseg_train, consep_train, gbm40 and cpm15: images with ``<name>_inst.npz`` instance maps (and the type
 map of CoNSeP). Every nucleus becomes a cell; labels are used by the probe alone: the task ``consep-type`` with its

@@ -19,8 +19,8 @@ _COLUMNS = ("slide_id", "organ", "x_level0_px", "y_level0_px", "mpp", *MORPHOMET
 def write_h5ad(slide: EmbeddedSlide) -> None:
     """Write ``h5ad/<slide>.h5ad``, atomically.
 
-    Embeddings are added to the finished file a batch at a time: of a million cells they take 1.5 GB, all else 0.2 GB.
-    Raises ShardError when a table cannot be read, OSError when the file cannot be written.
+    Embeddings are added to the finished file a batch at a time; all else is in memory, under 1 kB a cell (measured by
+    benchmarks/embed.py). Raises ShardError when a table cannot be read, OSError when the file cannot be written.
     """
     with whole(slide.store, h5ad_name(slide.slide_id)) as path:
         annotated = annotate(slide)

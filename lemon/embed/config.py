@@ -48,8 +48,8 @@ class EmbedConfig(Frozen):
         None, description="glob, folder, slide file or cohort, curated into <output>/cells first; this or cells"
     )
     segmenter: SegmenterConfig = HematoxylinConfig(name="hematoxylin")
-    curate: dict[str, Any] = Field(
-        {}, description="with slides: other keys of jobs/curate.py, as curate.region_px=512; all cells are kept"
+    curation: dict[str, Any] = Field(
+        {}, description="with slides: other keys of jobs/curate.py, as curation.region_px=512; all cells are kept"
     )
     format: list[Literal["parquet", "h5ad", "geojson", "spatialdata"]] = Field(
         ["parquet"], description="files of each slide, as [parquet,h5ad,geojson,spatialdata]; parquet is always written"
@@ -81,12 +81,12 @@ class EmbedConfig(Frozen):
 
     def curate_config(self) -> CurateConfig:
         """The settings of the curation that ``slides=`` asks for. Raises ConfigError."""
-        given = {"slides", "output", "segmenter"} & self.curate.keys()
+        given = {"slides", "output", "segmenter"} & self.curation.keys()
         if given:
-            raise ValueError(f"curate.{min(given)}: expected {min(given)}=... instead")
-        values = {"cells_per_slide": None, "segmenter": self.segmenter.model_dump(), **self.curate}
+            raise ValueError(f"curation.{min(given)}: expected {min(given)}=... instead")
+        values = {"cells_per_slide": None, "segmenter": self.segmenter.model_dump(), **self.curation}
         output = f"{self.output.rstrip('/')}/{CELLS_FOLDER}"
         try:
             return validate({"slides": self.slides, "output": output, **values}, CurateConfig)
         except ValueError as error:
-            raise ValueError("; ".join(f"curate.{line}" for line in str(error).splitlines())) from None
+            raise ValueError("; ".join(f"curation.{line}" for line in str(error).splitlines())) from None

@@ -58,8 +58,8 @@ class EmbedLedger:
         return earlier
 
     def discard(self, slide_id: str) -> None:
-        """Forget a slide and what was made from its embeddings, because they are about to be replaced."""
-        for name in (ledger_name, clusters_name, h5ad_name, geojson_name, spatialdata_name):
+        """Forget a slide, its embeddings and what was made from them, because they are about to be replaced."""
+        for name in (ledger_name, embeddings_name, clusters_name, h5ad_name, geojson_name, spatialdata_name):
             self.store.delete(name(slide_id))
 
     def commit(self, row: dict[str, Any]) -> dict[str, Any]:

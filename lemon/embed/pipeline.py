@@ -81,7 +81,7 @@ def run(config: EmbedConfig) -> Summary:
     jobs = _jobs(cells) if config.cells is not None else []  # before anything is overwritten
     ledger = open_ledger(output, made, overwrite=config.overwrite)
     if config.slides is not None:
-        code = curate.main(config.curate_config())
+        code = _curate(config)
         with contextlib.suppress(ConfigError):  # no cells: the line that curation printed says why
             jobs = _jobs(cells)
     known = ledger.rows()
@@ -135,6 +135,14 @@ def _located(config: EmbedConfig) -> tuple[EmbedConfig, Store]:
         if update["cells"] == output.uri:
             raise ConfigError("output: got the folder of cells; expected another one, both have a table named slides")
     return config.model_copy(update=update), output
+
+
+def _curate(config: EmbedConfig) -> int:
+    """Curate the slides; cells of an earlier run are kept, also when embeddings are to be overwritten."""
+    try:
+        return curate.main(config.curate_config())
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("overwrite=true", "curation.overwrite=true")) from None
 
 
 def located_model(model: str) -> str:
@@ -194,7 +202,7 @@ def _export(
             selection, ledger.store, k=config.clusters.k, seed=config.clusters.seed, parents=parents
         )
     except ShardError as error:
-        raise StoppedError(str(error)) from None
+        raise StoppedError(f"{error}; delete that file to have it made again") from None
     make = functools.partial(Exporter, ledger=ledger, cells=cells, clusters=clusters, formats=config.format)
     here = make()
     pending = [

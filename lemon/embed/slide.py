@@ -40,7 +40,7 @@ class EmbeddedSlide:
     def table(self, *columns: str) -> pa.Table:
         """``cell_id`` and other columns of the cells table (not images: they may not fit). Raises ShardError."""
         rows = pa.concat_tables(list(self.rows("cell_id", *columns)))
-        embedded = self.store.read_table(embeddings_name(self.slide_id), columns=["cell_id"])["cell_id"]
+        embedded = self._own(embeddings_name(self.slide_id), "cell_id")
         if not embedded.equals(rows["cell_id"]):
             raise ShardError(f"{self.slide_id}: cells and embeddings differ; the same command again embeds anew")
         return rows
@@ -51,10 +51,8 @@ class EmbeddedSlide:
             yield vectors_of(batch["embedding"])
 
     def cluster_codes(self) -> np.ndarray | None:
-        """The cluster of each cell, int16 [N]; None where there are none."""
-        if self.clusters is None:
-            return None
-        return self.store.read_table(clusters_name(self.slide_id), columns=["cluster"])["cluster"].to_numpy()
+        """The cluster of each cell, int16 [N]; None where there are none. Raises ShardError."""
+        return None if self.clusters is None else self._own(clusters_name(self.slide_id), "cluster").to_numpy()
 
     def origin_px(self) -> tuple[int, int]:
         """The corner of the scanned area, which QuPath counts from; (0, 0) where the slide's file is not at hand."""
@@ -67,3 +65,7 @@ class EmbeddedSlide:
     def facts(self, *, mpp: float) -> dict[str, Any]:
         """What a file says of its making."""
         return {"model": self.made.model, "model_fingerprint": self.made.model_fingerprint, "mpp": mpp}
+
+    def _own(self, name: str, column: str) -> pa.ChunkedArray:
+        """A small column of a table that this job wrote."""
+        return pa.chunked_array([batch[column] for batch in read_ahead(self.store, name, columns=[column])])

@@ -32,8 +32,8 @@ def check_spatialdata(store: Store) -> None:
 def write_spatialdata(slide: EmbeddedSlide) -> None:
     """Write ``spatialdata/<slide>.zarr``, atomically: polygons, and a table that annotates them, joined on cell_id.
 
-    Coordinates are level-0 px (the system ``global``). The slide's polygons and embeddings are held in memory, about
-    3 GB for a million cells. Raises ShardError when a table cannot be read, OSError when nothing can be written.
+    Coordinates are level-0 px (the system ``global``). Unlike the other writers this one holds the slide's polygons and
+    embeddings in memory. Raises ShardError when a table cannot be read, OSError when nothing can be written.
     """
     import geopandas
     from spatialdata import SpatialData

@@ -26,7 +26,7 @@ C_GRID = tuple(10.0 ** np.linspace(-8, 4, 15))
 ALPHA_GRID = tuple(10.0 ** np.linspace(-2, 8, 11))
 INNER_FOLDS = 3
 PATIENCE = 2
-"""Steps along a path of rising C without a better inner score before the search stops."""
+"""Steps along a path of rising C that fall below the best inner score before the search stops."""
 MAX_ITER = 500
 NEIGHBOURS = 20
 
@@ -62,8 +62,8 @@ def fit_classifier(
 ) -> Fitted:
     """Logistic regression whose C has the best inner balanced accuracy.
 
-    Each inner fold follows C upwards from a warm start, where fits are cheap, and the search ends ``PATIENCE`` steps
-    after its best: the costly, hardly penalised fits at the end of the grid are seldom made.
+    Each inner fold follows C upwards from a warm start, where fits are cheap, and the search ends when ``PATIENCE``
+    steps in a row were worse than the best: the costly, hardly penalised fits at the end of the grid are seldom made.
 
     Args:
         embedding: float32 [N, D].
@@ -81,7 +81,8 @@ def fit_classifier(
     scores: dict[float, float] = {}
     for c in grid:
         scores[c] = float(np.mean([path.score(c) for path in paths]))
-        if list(scores.values()).index(max(scores.values())) < len(scores) - PATIENCE:
+        # Below, not as good as: at the least C all crops are given the largest class, C after C.
+        if len(scores) > PATIENCE and max(list(scores.values())[-PATIENCE:]) < max(scores.values()):
             break
     best = max(scores, key=lambda c: scores[c])
     model = make_pipeline(*preprocessing(features, embedding), _logistic(best, class_weight))

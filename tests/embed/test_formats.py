@@ -19,6 +19,9 @@ from lemon.embed import pipeline, spatialdata, stream
 from lemon.embed.clusters import CLUSTERS, fit_clusters, palette
 from lemon.embed.config import EmbedConfig
 from lemon.embed.files import whole
+from lemon.embed.ledger import Made
+from lemon.embed.slide import EmbeddedSlide
+from lemon.slides import reader
 from lemon.slides.synthetic import make_tissue, write_pyramid
 from lemon.storage import Store
 from tests.embed.tables import WIDTH, write_cells, write_encoder
@@ -178,17 +181,32 @@ def test_a_format_that_cannot_be_made_leaves_the_embeddings_and_is_tried_again(
     assert (tmp_path / "out" / "geojson" / "s.geojson.gz").exists()
 
 
-def test_coordinates_count_from_the_scanned_area_where_the_slide_is_at_hand(
-    output: Path, model: Path, cells: Store, tmp_path: Path
+def test_embeddings_that_were_spoilt_since_are_told_and_made_again_once_deleted(
+    model: Path, cells: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lemon.embed.ledger import Made
-    from lemon.embed.slide import EmbeddedSlide
+    pipeline.run(config_for(model, cells, tmp_path))
+    (tmp_path / "embeddings" / "a.parquet").write_bytes(b"spoilt")
+    without = config_for(model, cells, tmp_path, "clusters.k=null", "format=[h5ad]")
+    assert pipeline.main(without) == 3
+    assert "a: partial: h5ad: embeddings/a.parquet: cannot be read: " in capsys.readouterr().out
+    assert pipeline.main(config_for(model, cells, tmp_path, "format=[h5ad]")) == 3
+    assert "embed: stopped: embeddings/a.parquet: cannot be read: " in capsys.readouterr().err
+    (tmp_path / "embeddings" / "a.parquet").unlink()
+    assert pipeline.main(config_for(model, cells, tmp_path, "format=[h5ad]")) == 0
 
-    path = tmp_path / "s.tiff"
-    write_pyramid(path, make_tissue(300, seed=0).image, mpp=0.25)
-    made = Made("m", "f", WIDTH, "float16", "fp32")
-    for where in (str(path), "", str(tmp_path / "gone.svs")):
-        assert EmbeddedSlide("a", where, cells, Store(output), made, None).origin_px() == (0, 0)
+
+def test_coordinates_count_from_the_scanned_area_where_the_slide_is_at_hand(
+    output: Path, cells: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def origin(path: Path | str) -> tuple[int, int]:
+        return EmbeddedSlide(
+            "a", str(path), cells, Store(output), Made("m", "f", WIDTH, "float16", "fp32"), None
+        ).origin_px()
+
+    write_pyramid(tmp_path / "s.tiff", make_tissue(300, seed=0).image, mpp=0.25)
+    assert [origin(path) for path in ("", tmp_path / "gone.svs", tmp_path / "s.tiff")] == [(0, 0)] * 3
+    monkeypatch.setattr(reader, "_bounds", lambda *args, **kwargs: (100, 50, 200, 200))
+    assert origin(tmp_path / "s.tiff") == (100, 50)
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -204,6 +222,21 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
             path.mkdir()
             (path / "inside").write_text("a")
     assert [found.name for found in (tmp_path / "f").iterdir()] == ["x.zarr"]
+
+
+def test_a_file_on_object_storage_is_made_here_and_appears_there_when_it_is_whole() -> None:
+    store = Store("mock:///bucket")
+    store.filesystem.create_dir(store.path("h5ad"))  # unlike S3, the stand-in wants its folders made
+    assert not store.is_local
+    with pytest.raises(ZeroDivisionError), whole(store, "h5ad/a.h5ad") as path:
+        path.write_bytes(b"half")
+        raise ZeroDivisionError
+    assert not store.exists("h5ad/a.h5ad")
+    with whole(store, "h5ad/a.h5ad") as path:
+        path.write_bytes(b"whole")
+    assert store.read_bytes("h5ad/a.h5ad") == b"whole"
+    with pytest.raises(ConfigError, match="expected a local output"):
+        spatialdata.check_spatialdata(store)
 
 
 def test_spatialdata_joins_polygons_and_table_on_the_cells_id(model: Path, cells: Store, tmp_path: Path) -> None:

@@ -261,12 +261,24 @@ def test_a_slide_is_curated_first_where_no_table_is_given(
 
     monkeypatch.setattr(pipeline.curate, "main", curated)
     words = [f"model={model}", f"output={tmp_path / 'out'}", f"slides={tmp_path / 's.svs'}", "device=cpu"]
-    config = load("embed", [*words, "segmenter.min_area_um2=7", "curate.region_px=512"], EmbedConfig)
+    config = load("embed", [*words, "segmenter.min_area_um2=7", "curation.region_px=512"], EmbedConfig)
     assert pipeline.main(config) == 0
     assert "20 cells" in capsys.readouterr().out
     (given,) = asked
     assert (given.slides, given.output) == (str(tmp_path / "s.svs"), str(tmp_path / "out" / "cells"))
     assert (given.segmenter.min_area_um2, given.region_px, given.cells_per_slide) == (7, 512, None)
+
+
+def test_cells_of_other_settings_are_refused_with_the_key_that_discards_them(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(config: object) -> int:
+        raise ConfigError("output: was made with other settings; choose another output or overwrite=true")
+
+    monkeypatch.setattr(pipeline.curate, "main", refused)
+    words = [f"model={model}", f"output={tmp_path / 'out'}", "slides=s.svs", "overwrite=true"]
+    with pytest.raises(ConfigError, match=r"or curation\.overwrite=true$"):
+        pipeline.run(load("embed", words, EmbedConfig))
 
 
 def test_slides_without_any_cell_end_with_the_exit_code_of_curation(
@@ -282,11 +294,11 @@ def test_slides_without_any_cell_end_with_the_exit_code_of_curation(
     [
         ([], "config: got neither cells=... nor slides=...; expected exactly one of the two"),
         (["cells=c", "slides=s"], "config: got cells=... and slides=...; expected exactly one of the two"),
-        (["slides=s", "curate.regionpx=512"], "config: curate.regionpx: unknown key; did you mean region_px?"),
-        (["slides=s", "curate.output=x"], "config: curate.output: expected output=... instead"),
+        (["slides=s", "curation.regionpx=512"], "config: curation.regionpx: unknown key; did you mean region_px?"),
+        (["slides=s", "curation.output=x"], "config: curation.output: expected output=... instead"),
         (
-            ["slides=s", "curate.region_px=16"],
-            "config: curate.region_px: got 16; expected greater than or equal to 256",
+            ["slides=s", "curation.region_px=16"],
+            "config: curation.region_px: got 16; expected greater than or equal to 256",
         ),
         (
             ["cells=c", "format=[parquet,csv]"],
@@ -396,7 +408,7 @@ def test_on_ray_the_tables_are_the_same_and_a_slide_that_kills_its_actor_is_give
 def test_a_slide_goes_all_the_way_to_embeddings(model: Path, tmp_path: Path) -> None:
     write_pyramid(tmp_path / "s.tiff", make_tissue(600, seed=1, border_px=60).image, mpp=0.25)
     words = [f"model={model}", f"output={tmp_path / 'out'}", f"slides={tmp_path / 's.tiff'}", "variant=smoke"]
-    config = load("embed", [*words, "format=[h5ad,geojson]", "curate.region_px=512"], EmbedConfig)
+    config = load("embed", [*words, "format=[h5ad,geojson]", "curation.region_px=512"], EmbedConfig)
     summary = pipeline.run(config)
     assert summary.exit_code == 0
     (row,) = summary.rows

@@ -40,8 +40,16 @@ def test_the_search_ends_soon_after_its_best():
     fitted = linear.fit_classifier(embedding, labels, groups=slides, seed=0)
     tried = list(fitted.inner_scores)
     assert tried == list(linear.C_GRID[: len(tried)])
-    assert tried.index(fitted.chosen) >= len(tried) - 1 - linear.PATIENCE
+    assert tried.index(fitted.chosen) <= len(tried) - 1 - linear.PATIENCE
     assert len(tried) < len(linear.C_GRID)
+
+
+def test_the_search_gets_past_a_penalty_so_strong_that_one_class_takes_all():
+    embedding, labels, slides = blobs(noise=1.0)
+    kept = (labels == 0) | (np.arange(len(labels)) % 5 == 0)  # unbalanced: the plateau is the share of one class
+    fitted = linear.fit_classifier(embedding[kept], labels[kept], groups=slides[kept], seed=0, class_weight="none")
+    assert fitted.inner_scores[linear.C_GRID[0]] == pytest.approx(1 / 3)
+    assert fitted.inner_scores[fitted.chosen] > 0.8
 
 
 def test_inner_splits_never_divide_a_slide():
