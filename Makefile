@@ -41,6 +41,9 @@ bench: setup
 	$(RUN) -m benchmarks.encoding
 	$(RUN) -m benchmarks.memory
 	$(RUN) -m benchmarks.views
+	$(RUN) -m benchmarks.pretrain
+	$(RUN) -m benchmarks.embed
+	$(RUN) -m benchmarks.probe
 
 clean:
 	rm -rf demo .pytest_cache .mypy_cache .ruff_cache

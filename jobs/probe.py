@@ -8,9 +8,10 @@ from lemon.probe.config import ProbeConfig
 
 def main(config: ProbeConfig) -> int:
     from lemon.probe import run  # imports torch
-    from lemon.report import tables
+    from lemon.report import figures, tables
 
     code = run.main(config)
+    figures.draw_cost(config.output)
     print(tables.write_table1(config.output))
     return code
 

@@ -89,6 +89,26 @@ def embeddings(width: int, *, dtype: pa.DataType | None = None) -> pa.Schema:
     )
 
 
+EMBEDDED = pa.schema(
+    [
+        pa.field("slide_id", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("n_cells", pa.int64()),
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("model_fingerprint", pa.string(), nullable=False),
+        pa.field("cells_fingerprint", pa.string()),
+        pa.field("total_s", pa.float64()),
+        pa.field("error", pa.string()),
+        pa.field("code_version", pa.string(), nullable=False),
+    ]
+)
+"""The ledger of embedding: one row a slide, written after its embeddings; ``partial`` lacks a format."""
+
+CLUSTERS = pa.schema(
+    [pa.field("cell_id", pa.string(), nullable=False), pa.field("cluster", pa.int16(), nullable=False)]
+)
+"""The cluster of each of a slide's cells, in the order of its embeddings."""
+
 SCORES = pa.schema(
     [
         pa.field("model", pa.string(), nullable=False),

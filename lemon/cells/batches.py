@@ -45,14 +45,13 @@ def _fill(target: np.memmap, selection: Selection) -> None:
     def copy(index: int) -> None:
         part = selection.parts[index]
         done = int(starts[index])
-        with selection.store.open_parquet(part.name) as file:
-            left = part.n_rows
-            for batch in file.iter_batches(columns=["image"]):
-                images = images_from_arrow(batch["image"])[:left]
-                target[done : done + len(images)] = images
-                done, left = done + len(images), left - len(images)
-                if not left:
-                    break
+        left = part.n_rows
+        for batch in selection.store.iter_batches(part.name, columns=["image"]):
+            images = images_from_arrow(batch["image"])[:left]
+            target[done : done + len(images)] = images
+            done, left = done + len(images), left - len(images)
+            if not left:
+                break
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(copy, range(len(selection.parts))))

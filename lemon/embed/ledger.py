@@ -10,22 +10,8 @@ import pyarrow as pa
 from lemon.cells.names import file_stem, geojson_name, ledger_name
 from lemon.config import ConfigError
 from lemon.embed.names import DERIVED, SETTINGS, clusters_name, embeddings_name, h5ad_name, spatialdata_name
+from lemon.schema import EMBEDDED
 from lemon.storage import Store, code_version
-
-EMBEDDED = pa.schema(
-    [
-        pa.field("slide_id", pa.string(), nullable=False),
-        pa.field("status", pa.string(), nullable=False),
-        pa.field("n_cells", pa.int64()),
-        pa.field("model", pa.string(), nullable=False),
-        pa.field("model_fingerprint", pa.string(), nullable=False),
-        pa.field("cells_fingerprint", pa.string()),
-        pa.field("total_s", pa.float64()),
-        pa.field("error", pa.string()),
-        pa.field("code_version", pa.string(), nullable=False),
-    ]
-)
-"""One row a slide, written after its embeddings: ``partial`` has embeddings, but a format could not be written."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lemon import schema
-from lemon.cells.shard import ROW_GROUP_ROWS, images_from_arrow
+from lemon.cells.shard import images_from_arrow
 from lemon.encoders.open import Encoder
 from lemon.storage import Store
 
@@ -47,11 +47,9 @@ def _batches(store: Store, name: str, *, columns: list[str]) -> Generator[pa.Rec
     try:
         with store.open_parquet(name) as file:
             absent = [column for column in columns if column not in file.schema_arrow.names]
-            if absent:
-                raise ShardError(f"{name}: has no column {absent[0]}; expected a table of jobs/curate.py")
-            # A row group at a time: over several, pyarrow keeps in memory what it has read (measured: all of 650 MB).
-            for group in range(file.num_row_groups):
-                yield from file.iter_batches(batch_size=ROW_GROUP_ROWS, row_groups=[group], columns=columns)
+        if absent:
+            raise ShardError(f"{name}: has no column {absent[0]}; expected a table of jobs/curate.py")
+        yield from store.iter_batches(name, columns=columns)
     except (OSError, pa.ArrowException) as error:
         raise ShardError(f"{name}: cannot be read: {' '.join(str(error).split())}") from None
 

@@ -10,7 +10,7 @@ import hashlib
 import io
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from lemon import schema
 from lemon.cells.names import file_stem
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError
+from lemon.encoders.cost import Cost, count
 from lemon.encoders.open import Encoder, load_encoder
 from lemon.probe.config import ProbeConfig
 from lemon.probe.score import score_task
@@ -101,7 +102,9 @@ def open_tasks(config: ProbeConfig) -> tuple[list[Task], list[str]]:
 
 def probe_model(encoder: Encoder, tasks: list[Task], *, config: ProbeConfig, store: Store) -> None:
     """Score one encoder on all tasks, in one MLflow run that a rerun goes on with."""
-    run = _open_run(encoder, config, store)
+    cost = count(encoder.model, px=encoder.cell_input.px)
+    run = _open_run(encoder, config, store, cost=cost)
+    store.write_json(f"costs/{file_stem(encoder.name)}-{encoder.fingerprint}.json", asdict(cost))
     for task in tasks:
         data = data_fingerprint(task)
         circumstances = fingerprint([data, config.settings()])
@@ -191,10 +194,10 @@ def _device(config: ProbeConfig) -> torch.device:
     return torch.device(name)
 
 
-def _open_run(encoder: Encoder, config: ProbeConfig, store: Store) -> Run:
+def _open_run(encoder: Encoder, config: ProbeConfig, store: Store, *, cost: Cost) -> Run:
     mark = f"runs/{file_stem(encoder.name)}-{encoder.fingerprint}.json"
     earlier = store.read_json(mark)["run_id"] if store.exists(mark) else None
-    params = {"model": encoder.name, "width": encoder.width, **config.settings()}
+    params = {"model": encoder.name, "width": encoder.width, "cost": asdict(cost), **config.settings()}
     tags = {"model_fingerprint": encoder.fingerprint}
     run = start_run("probe", encoder.name, params=params, tags=tags, run_id=earlier)
     store.write_json(mark, {"run_id": run.run_id})

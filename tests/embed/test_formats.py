@@ -16,11 +16,12 @@ from scipy import sparse
 from lemon.cells.names import shard_name
 from lemon.config import ConfigError, load
 from lemon.embed import pipeline, spatialdata, stream
-from lemon.embed.clusters import CLUSTERS, fit_clusters, palette
+from lemon.embed.clusters import fit_clusters, palette
 from lemon.embed.config import EmbedConfig
 from lemon.embed.files import whole
 from lemon.embed.ledger import Made
 from lemon.embed.slide import EmbeddedSlide
+from lemon.schema import CLUSTERS
 from lemon.slides import reader
 from lemon.slides.synthetic import make_tissue, write_pyramid
 from lemon.storage import Store

@@ -19,9 +19,10 @@ from lemon.cells.shard import images_from_arrow
 from lemon.config import ConfigError, load
 from lemon.embed import pipeline, stream
 from lemon.embed.config import EmbedConfig, EmbedWorkers
-from lemon.embed.ledger import EMBEDDED, EmbedLedger, Made
+from lemon.embed.ledger import EmbedLedger, Made
 from lemon.embed.names import embeddings_name
 from lemon.embed.stream import ShardError, embed_shard
+from lemon.schema import EMBEDDED
 from lemon.slides.synthetic import make_tissue, write_pyramid
 from lemon.storage import Store
 from tests.embed.tables import WIDTH, write_cells, write_encoder

@@ -13,7 +13,7 @@ from lemon.encoders.export import CellInput, export_encoder
 from lemon.encoders.vit import build_vit, seeded
 from lemon.probe import run
 from lemon.probe.config import ProbeConfig
-from lemon.report import tables
+from lemon.report import figures, tables
 from lemon.storage import Store
 from tests.cells_table import synthetic_crops
 from tests.probe.made_up import made_up, task_of
@@ -133,3 +133,12 @@ def test_the_data_fingerprint_follows_crops_and_labels():
     assert run.data_fingerprint(made_up(20)[0]) == same
     assert run.data_fingerprint(task_of(images, task.target, task.groups["slide"])) != same
     assert run.data_fingerprint(task_of(task.images, task.target[::-1], task.groups["slide"])) != same
+
+
+def test_figure_2_has_a_point_for_each_encoder(tmp_path, encoders, tasks):
+    run.main(config(tmp_path, encoders))
+    names = figures.draw_cost(tmp_path / "out")
+    assert all((tmp_path / "out" / name).stat().st_size > 5000 for name in names)
+    points = figures.cost_points(Store(tmp_path / "out"))
+    assert {point["encoder"] for point in points} == {"enc0", "enc1"}
+    assert all(0 < point["gflop"] < 0.01 for point in points)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lemon.probe.task import Task, TaskError
-from lemon.probe.tasks import amibr, consep, folder, hest, midog, nucls, nucls15
+from lemon.probe.tasks import amibr, consep, folder, hest, midog, morphometry, nucls, nucls15
 
 FOLDER_PREFIX = "folder:"
+MORPHOMETRY_PREFIX = "morphometry:"
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ ENTRIES: dict[str, Entry] = {
 
 
 def task_names() -> tuple[str, ...]:
-    """Names of all benchmarks; ``folder:NAME`` comes on top, for any folder of labelled crops."""
+    """Names of all benchmarks; on top come ``folder:NAME``, labelled crops, and ``morphometry:PATH``, curated cells."""
     return tuple(ENTRIES)
 
 
@@ -45,7 +46,7 @@ def open_task(name: str, data: Path, *, seed: int = 0, **options: Any) -> Task:
     """Read a benchmark.
 
     Args:
-        name: one of ``task_names()``, or ``folder:NAME``.
+        name: one of ``task_names()``, ``folder:NAME`` or ``morphometry:PATH``.
         data: the folder that holds those of the data sets.
         seed: of folds and samples.
         options: of the loader, such as ``target="counts"`` of HEST.
@@ -54,7 +55,7 @@ def open_task(name: str, data: Path, *, seed: int = 0, **options: Any) -> Task:
         TaskError: the name is unknown, the folder is absent, or its files are not as expected.
     """
     entry = _entry(name)
-    path = data / entry.folder
+    path = Path(entry.folder) if name.startswith(MORPHOMETRY_PREFIX) else data / entry.folder
     if not path.is_dir():
         raise TaskError(f"{name}: no folder {path}; expected {entry.obtain}")
     return entry.load(path, seed=seed, **options)
@@ -74,8 +75,11 @@ def _entry(name: str) -> Entry:
     own = name.removeprefix(FOLDER_PREFIX)
     if name.startswith(FOLDER_PREFIX) and own:
         return Entry(own, partial(folder.load, name=own), folder.OBTAIN)
+    if name.startswith(MORPHOMETRY_PREFIX):
+        return Entry(name.removeprefix(MORPHOMETRY_PREFIX), morphometry.load, morphometry.OBTAIN)
     if name not in ENTRIES:
         close = difflib.get_close_matches(name, ENTRIES, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(ENTRIES)}, folder:NAME"
+        known = ", ".join([*ENTRIES, "folder:NAME", "morphometry:PATH"])
+        hint = f"did you mean {' or '.join(close)}?" if close else f"expected one of {known}"
         raise TaskError(f"tasks: unknown {name!r}; {hint}")
     return ENTRIES[name]

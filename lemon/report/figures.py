@@ -1,0 +1,61 @@
+"""Figures of scores: the paper's Figure 2, accuracy against arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from lemon.cells.names import file_stem
+from lemon.report.tables import main_cells, read_scores
+from lemon.storage import Store
+
+
+def draw_cost(output: str | Path) -> list[str]:
+    """Draw Figure 2 of an output of ``jobs/probe.py``, a panel a task; returns the names of the files (PNG, SVG).
+
+    One point an encoder: mean over folds of the main metric without leaks, with its standard deviation, against GFLOP a
+    cell (true arithmetic, a multiply-add being two).
+    """
+    store = Store(output)
+    points = cost_points(store)
+    tasks = sorted({point["task"] for point in points})
+    figure = Figure(figsize=(4.2 * len(tasks), 3.6), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(tasks)))
+    for axis, task in zip(axes, tasks, strict=True):
+        _panel(axis, [point for point in points if point["task"] == task], task=task)
+    axes[0].set_ylabel("score without leaks, mean and s.d. over folds")
+    for suffix in ("png", "svg"):
+        with store.write(f"figure2.{suffix}") as stream:
+            figure.savefig(stream, format=suffix, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
+    return ["figure2.png", "figure2.svg"]
+
+
+def cost_points(store: Store) -> list[dict[str, Any]]:
+    """encoder, task, gflop, mean, spread of every encoder whose cost is known; the protocol is the leak-free one."""
+    rows = read_scores(store).to_pylist()
+    fingerprints = {row["model"]: row["model_fingerprint"] for row in rows}
+    points = []
+    for (model, task, protocol), cell in sorted(main_cells(rows).items()):
+        name = f"costs/{file_stem(model)}-{fingerprints[model]}.json"
+        if protocol == "leak-free" and store.exists(name):
+            gflop = store.read_json(name)["flop"] / 1e9
+            points.append({"encoder": model, "task": task, "gflop": gflop, "mean": cell.mean, "spread": cell.spread})
+    return points
+
+
+def _panel(axis: Any, points: Sequence[dict[str, Any]], *, task: str) -> None:
+    axis.set_xscale("log")
+    for number, point in enumerate(sorted(points, key=lambda point: point["gflop"])):
+        color = f"C{number % 10}"
+        axis.errorbar(point["gflop"], point["mean"], yerr=point["spread"], fmt="o", color=color, capsize=3)
+        axis.annotate(
+            point["encoder"], (point["gflop"], point["mean"]), xytext=(6, 5), textcoords="offset points", fontsize=8
+        )
+    axis.set_title(task if len(task) < 40 else f"...{task[-37:]}", fontsize=10)
+    axis.set_xlabel("GFLOP a cell")
+    axis.margins(x=0.25, y=0.15)
+    axis.grid(alpha=0.3)
