@@ -9,7 +9,7 @@ import os
 import subprocess
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -118,12 +118,12 @@ class Store:
         with self.filesystem.open_input_file(self.path(name)) as source:
             yield pq.ParquetFile(source)
 
-    def iter_batches(self, name: str, *, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    def iter_batches(self, name: str, *, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """One Parquet file, a row group or less at a time, in order. Raises FileNotFoundError."""
         with self.open_parquet(name) as file:
             # Row group by row group: over several, pyarrow keeps what it has read (measured: 655 MB of a 666 MB file).
             for group in range(file.num_row_groups):
-                yield from file.iter_batches(row_groups=[group], columns=columns)
+                yield from file.iter_batches(row_groups=[group], columns=[*columns])
 
     def remove_temporaries(self, folder: str, stem: str) -> None:
         """Remove what writers of ``<folder>/<stem>*`` that were killed left behind (local only: S3 leaves nothing)."""
