@@ -216,7 +216,7 @@ def _compose(name: str, overrides: Sequence[str]) -> Any:
 
 
 def _readable(word: str) -> str:
-    """Quote a value that Hydra's grammar cannot read (spaces, parentheses, equal signs in a path)."""
+    """A word that Hydra's grammar reads: values with spaces or parentheses quoted, a,b,c as a list."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -224,8 +224,8 @@ def _readable(word: str) -> str:
     if not equals or not key.strip("+"):
         raise ConfigError(f"{word!r}: expected key=value; --help lists the keys")
     try:
-        OverridesParser.create().parse_override(word)
-        return word
+        # Hydra takes a,b for a sweep of its own; here it is a list without its brackets.
+        return f"{key}=[{value}]" if OverridesParser.create().parse_override(word).is_sweep_override() else word
     except HydraException:
         escaped = value.replace("\\", "\\\\").replace("'", "\\'")
         return f"{key}='{escaped}'"

@@ -14,7 +14,9 @@ from lemon import curate
 from lemon.cells.names import geojson_name, shard_name
 from lemon.cells.shard import images_from_arrow
 from lemon.config import EXIT_OK, CurateConfig, load
+from lemon.embed.config import EmbedConfig
 from lemon.pretrain.config import FitStainConfig, PretrainConfig
+from lemon.probe.config import ProbeConfig
 from lemon.report.pictures import draw_curation
 from lemon.slides.reader import SlideReader
 from lemon.slides.samples import fetch_real_slide, make_synthetic_slide
@@ -40,6 +42,8 @@ def run(output: Path, *, synthetic: bool = False) -> Path:
     picture = _picture(output / "nuclei.png", slide=slide, store=store)
     _gallery(output / "views.png", store=store, slide_id=slide.stem)
     _pretrain(store, output)
+    _embed(store, output)
+    _probe(store, output)
     return picture
 
 
@@ -72,6 +76,27 @@ def _pretrain(store: Store, output: Path) -> None:
     history = metric_history(launch.run_of(Store(output / "encoder")), "loss")
     print(f"demo: loss {history[0][1]:.2f} at step {history[0][0]}, {history[-1][1]:.2f} at step {history[-1][0]}")
     print(f"demo: curves in MLflow: make ui DB={output / 'mlflow.db'}")
+
+
+def _embed(store: Store, output: Path) -> None:
+    """Embeddings, and files that scanpy and QuPath open."""
+    from lemon.embed import pipeline
+
+    words = [f"model={output / 'encoder'}", f"cells={store.uri}", f"output={output / 'embeddings'}"]
+    if pipeline.main(load("embed", [*words, "format=[h5ad,geojson]"], EmbedConfig)) != EXIT_OK:
+        raise SystemExit("demo: embedding failed, see above")
+
+
+def _probe(store: Store, output: Path) -> None:
+    """Does the encoder tell size, shape and stain of nuclei, and better than one that has learned nothing?"""
+    from lemon.probe import run
+    from lemon.report.tables import write_table1
+
+    models = f"models=[{output / 'encoder'},untrained_vit_tiny8]"
+    words = [models, f"tasks=['morphometry:{store.uri}']", f"output={output / 'probe'}"]
+    if run.main(load("probe", words, ProbeConfig)) != EXIT_OK:
+        raise SystemExit("demo: probing failed, see above")
+    print(write_table1(output / "probe"))
 
 
 def _slide(folder: Path, *, synthetic: bool) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lemon.config import EXIT_BAD_CONFIG, ConfigError, CurateConfig, conf_dir, load, run_job
+from lemon.probe.config import ProbeConfig
 
 GOOD = ["slides=s.svs", "output=out"]
 
@@ -55,6 +56,13 @@ def test_several_mistakes_give_a_line_each() -> None:
 @pytest.mark.parametrize("path", ["slides/**/*.svs", "a b (1)/x=3,y.svs", "it's/here.svs", "s3://bucket/a"])
 def test_a_path_is_taken_literally_whatever_characters_it_has(path: str) -> None:
     assert load("curate", [f"slides={path}", "output=out"], CurateConfig).slides == path
+
+
+@pytest.mark.parametrize("word", ["tasks=[amibr,consep-type]", "tasks=amibr,consep-type"])
+def test_a_list_needs_no_brackets(word: str) -> None:
+    config = load("probe", ["models=runs/x", word], ProbeConfig)
+    assert config.tasks == ["amibr", "consep-type"]
+    assert config.models == ["runs/x"]
 
 
 def test_settings_that_only_change_the_speed_do_not_change_the_fingerprinted_settings() -> None:

@@ -68,7 +68,7 @@ class EmbedConfig(Frozen):
     @field_validator("format", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
-        return value.split(",") if isinstance(value, str) else value
+        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _one_source(self) -> EmbedConfig:

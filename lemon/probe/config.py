@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from lemon.config import Frozen
 
@@ -35,6 +35,11 @@ class ProbeConfig(ProbeSettings):
     data: str = Field("benchmarks_data", description="folder with a subfolder for each benchmark")
     output: str = Field("probe", description="folder of scores, predictions, embeddings and tables")
     device: str = Field("auto", description="auto, cpu or cuda")
+
+    @field_validator("models", "tasks", "protocols", "features", "probes", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     def settings(self) -> dict[str, Any]:
         """The settings that change a score."""

@@ -15,7 +15,7 @@ from lemon.pretrain.stain import fit_stain_statistics
 from lemon.pretrain.views import load_policy, make_local_views, make_views, policy_names
 from tests.pretrain.stained import draw, seeded, stained_cells
 
-NAMES = ["a0", "a1", "a1_gmm1", "a1_gmm10", "a1_gray", "a1_macenko", "a1_soft", "moco_asymmetric"]
+NAMES = ["a0", "a1", "a1_gmm1", "a1_gmm10", "a1_gray", "a1_macenko", "moco_asymmetric"]
 
 
 @pytest.fixture(scope="module")
