@@ -21,3 +21,15 @@ def start_ray() -> None:
     address = os.environ.get("RAY_ADDRESS")
     local: dict[str, Any] = {} if address else {"include_dashboard": False, "object_store_memory": 512 << 20}
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+
+
+def quiet_ray_data() -> None:
+    """Settings of Ray Data for jobs whose rows are slides: no bars but the job's, no limit of time, no lost rows."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # the jobs' own bars count slides and cells
+    context.execution_options.preserve_order = False
+    context.execution_options.verbose_progress = False
+    context.execution_no_progress_timeout_s = -1  # a large slide may take hours
+    context.max_errored_blocks = 0

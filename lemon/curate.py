@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lemon.cells.ledger import Ledger, open_ledger
-from lemon.cluster import start_ray
+from lemon.cluster import quiet_ray_data, start_ray
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError, CurateConfig, HoverFastConfig
 from lemon.slide import OutputError, build_segmenter, curate_slide, start_processes
 from lemon.slides.cohort import Slide, list_slides
@@ -144,12 +144,7 @@ def _run_on_ray(slides: list[Slide], *, config: CurateConfig, ledger: Ledger) ->
     import ray
 
     start_ray()
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # our own bar counts slides and cells
-    context.execution_options.preserve_order = False
-    context.execution_options.verbose_progress = False
-    context.execution_no_progress_timeout_s = -1  # a large slide may take hours
-    context.max_errored_blocks = 0
+    quiet_ray_data()
     workers = config.workers
     limit = workers.actors or max(1, int(ray.cluster_resources().get("CPU", 1)) // workers.cpus)
     # Paths are made absolute here: actors run elsewhere.

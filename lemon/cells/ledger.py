@@ -37,10 +37,15 @@ class Ledger:
 
         Attempts of other runs do not count: that a whole job was killed says nothing against the slide.
         """
-        folder = f"attempts/{file_stem(slide_id)}"
-        earlier = sum(f"/{run_id}-" in name for name in self.store.list(folder))
-        self.store.write_bytes(f"{folder}/{run_id}-{earlier}", b"")
-        return earlier
+        return begin_attempt(self.store, slide_id, run_id=run_id)
+
+
+def begin_attempt(store: Store, slide_id: str, *, run_id: str) -> int:
+    """Leave a mark that work on a slide begins; returns how many marks of this run were there."""
+    folder = f"attempts/{file_stem(slide_id)}"
+    earlier = sum(f"/{run_id}-" in name for name in store.list(folder))
+    store.write_bytes(f"{folder}/{run_id}-{earlier}", b"")
+    return earlier
 
 
 def read_ledger(store: Store) -> pa.Table:

@@ -6,14 +6,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from lemon.cells.names import shard_name
 from lemon.config import ConfigError
 from lemon.embed.config import EmbedConfig
 from lemon.embed.ledger import EmbedLedger
 from lemon.embed.names import embeddings_name
 from lemon.embed.stream import ShardError, embed_shard
+from lemon.encoders.device import choose_device
 from lemon.encoders.open import Encoder, load_encoder
 from lemon.storage import Store
 
@@ -24,15 +23,6 @@ def open_encoder(model: str) -> Encoder:
         return load_encoder(model)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"model: {' '.join(str(error).split())}") from None
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one. Raises ConfigError for a GPU that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device: got {name!r}, but torch finds no GPU; expected auto or cpu here")
-    return torch.device(name)
 
 
 class Embedder:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from lemon.cells.ledger import begin_attempt
 from lemon.cells.names import file_stem, geojson_name, ledger_name
 from lemon.config import ConfigError
 from lemon.embed.names import DERIVED, SETTINGS, clusters_name, embeddings_name, h5ad_name, spatialdata_name
@@ -38,10 +39,7 @@ class EmbedLedger:
 
     def begin(self, slide_id: str, *, run_id: str) -> int:
         """Note that work on a slide begins; returns how often it began before in this run without coming to an end."""
-        folder = f"attempts/{file_stem(slide_id)}"
-        earlier = sum(f"/{run_id}-" in name for name in self.store.list(folder))
-        self.store.write_bytes(f"{folder}/{run_id}-{earlier}", b"")
-        return earlier
+        return begin_attempt(self.store, slide_id, run_id=run_id)
 
     def discard(self, slide_id: str) -> None:
         """Forget a slide, its embeddings and what was made from them, because they are about to be replaced."""

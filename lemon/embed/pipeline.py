@@ -23,7 +23,7 @@ from tqdm import tqdm
 from lemon import curate
 from lemon.cells.ledger import read_ledger
 from lemon.cells.select import select_cells
-from lemon.cluster import start_ray
+from lemon.cluster import quiet_ray_data, start_ray
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError
 from lemon.embed.clusters import open_clusters
 from lemon.embed.config import EmbedConfig
@@ -268,12 +268,7 @@ def _on_ray(
     import ray
 
     start_ray()
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # our own bar counts cells
-    context.execution_options.preserve_order = False
-    context.execution_options.verbose_progress = False
-    context.execution_no_progress_timeout_s = -1  # a large slide may take long
-    context.max_errored_blocks = 0
+    quiet_ray_data()
     there = ray.cluster_resources()
     if gpus is None:
         gpus = 1.0 if there.get("GPU") and config.device != "cpu" else 0.0

@@ -8,11 +8,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from lemon.cluster import start_ray
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError
+from lemon.encoders.device import choose_device
 from lemon.pretrain.assemble import EXPORT, select, train, with_stain
 from lemon.pretrain.config import PretrainConfig
 from lemon.pretrain.loop import TrainingStoppedError
@@ -37,7 +37,7 @@ def main(config: PretrainConfig) -> int:
     run = _open_run(config, store, cells_fingerprint=selection.fingerprint)
     try:
         if config.workers.in_process:
-            train(config, device=_device(config), log=_Logger(run, total=steps))
+            train(config, device=choose_device(config.device), log=_Logger(run, total=steps))
         else:
             _train_on_ray(config, run)
     except TrainingStoppedError as error:
@@ -115,15 +115,6 @@ def _located(config: PretrainConfig) -> PretrainConfig:
     """Paths made absolute: workers run elsewhere."""
     located = config.model_copy(update={"cells": Store(config.cells).uri, "output": Store(config.output).uri})
     return with_stain(located)
-
-
-def _device(config: PretrainConfig) -> torch.device:
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device: got {config.device!r}, but torch finds no GPU; expected auto or cpu here")
-    return torch.device(name)
 
 
 def _check_settings(config: PretrainConfig, store: Store) -> None:

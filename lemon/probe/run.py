@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from tqdm import tqdm
 
 from lemon import schema
 from lemon.cells.names import file_stem
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError
 from lemon.encoders.cost import Cost, count
+from lemon.encoders.device import choose_device
 from lemon.encoders.open import Encoder, load_encoder
 from lemon.probe.config import ProbeConfig
 from lemon.probe.score import score_task
@@ -71,9 +71,10 @@ def main(config: ProbeConfig) -> int:
     except OSError as error:
         raise ConfigError(f"output: cannot write to {config.output!r}: {error}") from None
     tasks, faults = open_tasks(config)
+    device = choose_device(config.device)
     for name in config.models:
         try:
-            encoder = load_encoder(name).to(_device(config))
+            encoder = load_encoder(name, device=device)
         except (ConfigError, FileNotFoundError, ValueError) as error:
             faults.append(f"{name}: {error}")
             print(f"probe: left out {faults[-1]}", file=sys.stderr)
@@ -185,13 +186,6 @@ def told(rows: list[dict[str, Any]]) -> str:
     return "; ".join(
         f"{metric.replace('_', ' ')} {mean:.3f} ({spread:.3f}) {protocol}" for protocol, metric, mean, spread in main
     )
-
-
-def _device(config: ProbeConfig) -> torch.device:
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device: got {config.device!r}, but torch finds no GPU; expected auto or cpu here")
-    return torch.device(name)
 
 
 def _open_run(encoder: Encoder, config: ProbeConfig, store: Store, *, cost: Cost) -> Run:
