@@ -15,7 +15,7 @@ from lemon.encoders.registry import CLASS_AND_MEAN, EncoderEntry
 from lemon.encoders.vit import build_vit, seeded
 from lemon.encoders.weights import MissingWeightsError
 
-LEMON_SIZES = {size.name: size for size in (config.VIT_S8, config.VIT_B8, config.VIT_TINY8)}
+LEMON_SIZES = {size.name: size for size in (config.VIT_S8, config.VIT_B8, config.VIT_TINY8, config.VIT_MINI8)}
 
 
 class TokenPool(nn.Module):

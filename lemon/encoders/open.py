@@ -21,6 +21,10 @@ from lemon.encoders.weights import MissingWeightsError, find_weights, hub_file, 
 from lemon.schema import CROP_PX
 
 
+RELEASED = Path(__file__).parent / "released"
+"""Encoders that come with the package, in the layout of an export."""
+
+
 class Encoder(nn.Module):
     """A frozen encoder with what it expects of its input, and the name that it has in tables."""
 
@@ -124,6 +128,8 @@ def load_entry(entry: EncoderEntry, weights: str | Path | None = None) -> Encode
     """Open an encoder of the registry, with the weights of a file if one is given."""
     if entry.source == "untrained":
         return Encoder(build(entry), cell_input_of(entry), name=entry.name)
+    if entry.source == "bundled" and weights is None:
+        return Encoder(*load_exported(RELEASED / entry.name), name=entry.name)
     if entry.source == "transformers":
         import_transformers(entry)  # absent, it is told before gigabytes are downloaded
     path = find_weights(entry, weights)

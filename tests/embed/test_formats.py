@@ -13,9 +13,10 @@ import pytest
 import shapely
 from scipy import sparse
 
+from lemon import storage
 from lemon.cells.names import shard_name
 from lemon.config import ConfigError, load
-from lemon.embed import pipeline, spatialdata, stream
+from lemon.embed import pipeline, spatialdata
 from lemon.embed.clusters import fit_clusters, palette
 from lemon.embed.config import EmbedConfig
 from lemon.embed.files import whole
@@ -53,7 +54,7 @@ def config_for(model: Path, cells: Store, output: Path, *words: str) -> EmbedCon
 def output(model: Path, cells: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("out")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "ROW_GROUP_ROWS", 16)  # several batches a slide
+        patch.setattr(storage, "BATCH_ROWS", 16)  # several batches a slide
         assert pipeline.main(config_for(model, cells, folder, "format=[parquet,h5ad,geojson]")) == 0
     return folder
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import lemon
-from lemon import schema
+from lemon import schema, storage
 from lemon.cells.names import shard_name
 from lemon.cells.shard import images_from_arrow
 from lemon.config import ConfigError, load
@@ -46,7 +46,7 @@ def cells(tmp_path: Path) -> Store:
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several batches a slide, also of a small one."""
-    monkeypatch.setattr(stream, "ROW_GROUP_ROWS", 16)
+    monkeypatch.setattr(storage, "BATCH_ROWS", 16)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 

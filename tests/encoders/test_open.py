@@ -16,7 +16,7 @@ from lemon.config import ConfigError
 from lemon.encoders.config import LEMON_MEAN, LEMON_STD, EncoderConfig
 from lemon.encoders.export import CellInput, export_encoder, load_exported
 from lemon.encoders.features import default_batch, encode_cells, resize
-from lemon.encoders.open import Encoder, cell_input_of, load_encoder
+from lemon.encoders.open import RELEASED, Encoder, cell_input_of, load_encoder
 from lemon.encoders.registry import find_entry
 from lemon.encoders.vit import build_vit, seeded
 
@@ -158,3 +158,11 @@ def test_an_exported_encoder_may_resize_its_cells(tmp_path: Path) -> None:
 
 def column(values: tuple[float, float, float]) -> Tensor:
     return torch.tensor(values).view(1, 3, 1, 1)
+
+
+def test_the_bundled_encoder_opens_by_name_and_says_how_it_was_made() -> None:
+    encoder = load_encoder("lemon_mini")
+    assert encoder.width == 192
+    facts = json.loads((RELEASED / "lemon_mini" / "config.json").read_text())["lemon"]
+    assert {"ssl": "MoCo v3", "views": "a1_gray", "name": "vit_mini8"}.items() <= facts.items()
+    assert (RELEASED / "lemon_mini" / "model.safetensors").stat().st_size < 10e6
