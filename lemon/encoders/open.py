@@ -20,7 +20,6 @@ from lemon.encoders.vit import load_lemon_checkpoint
 from lemon.encoders.weights import MissingWeightsError, find_weights, hub_file, load_weights
 from lemon.schema import CROP_PX
 
-
 RELEASED = Path(__file__).parent / "released"
 """Encoders that come with the package, in the layout of an export."""
 
