@@ -4,9 +4,8 @@ python -m benchmarks.learning [key=value of the job ...] --data FOLDER --work FO
 
 FOLDER holds monuseg_train, consep_train, gbm40 and cpm15: images with ``<name>_inst.npz`` instance maps (and the type
 map of CoNSeP). Every nucleus becomes a cell; labels are used by the probe alone: the task ``consep-type`` with its
-folds by image, logistic regression with C from an inner split by image. Two figures of balanced accuracy a model, mean
-over folds: with classes weighed alike (as the metric does) and unweighted (``plain``). Without further words the job's
-variant is ``laptop``.
+folds by image, logistic regression with C from an inner split by image. Balanced accuracy of each model with classes
+weighed alike (as the metric does) and ``plain``, as the mean over folds and pooled. The job's variant is ``laptop``.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ from lemon.encoders.open import load_encoder
 from lemon.pretrain import launch
 from lemon.pretrain.config import PretrainConfig
 from lemon.probe.config import ProbeSettings
-from lemon.probe.run import fold_means
-from lemon.probe.score import score_task
+from lemon.probe.score import POOLED, score_task
 from lemon.probe.task import Task
 from lemon.probe.tasks import consep
 from lemon.schema import CELLS, CROP_PX
@@ -98,18 +96,20 @@ def hog_and_colour(image: np.ndarray) -> np.ndarray:
 
 
 def probe(task: Task, embedding: np.ndarray) -> dict[str, float]:
-    """Balanced accuracy, mean over folds by image: classes weighed alike, and plain."""
+    """Balanced accuracy over folds by image: classes weighed alike or plain, mean over folds or pooled."""
     found = {}
     for figure, weight in (("weighted", "balanced"), ("plain", "none")):
         settings = ProbeSettings(probes=["linear"], class_weight=weight, robustness=False, bootstrap=100)  # type: ignore[arg-type]
-        means = {metric: mean for _, metric, mean, _ in fold_means(score_task(task, embedding, settings).rows)}
-        found[figure] = means["balanced_accuracy"]
+        rows = score_task(task, embedding, settings).rows
+        values = {row["fold"]: row["value"] for row in rows if row["metric"] == "balanced_accuracy"}
+        found[f"{figure}_pooled"] = values.pop(POOLED)
+        found[figure] = float(np.mean(list(values.values())))
     return found
 
 
 def told(name: str, scores: dict[str, float]) -> dict[str, float]:
     """The scores, printed."""
-    print(f"{name}: balanced accuracy {scores['weighted']:.3f} weighted, {scores['plain']:.3f} plain", flush=True)
+    print(f"{name}: balanced accuracy", ", ".join(f"{key} {value:.3f}" for key, value in scores.items()), flush=True)
     return scores
 
 

@@ -27,7 +27,7 @@ def draw_cost(output: str | Path) -> list[str]:
     axes = np.atleast_1d(figure.subplots(1, len(tasks)))
     for axis, task in zip(axes, tasks, strict=True):
         _panel(axis, [point for point in points if point["task"] == task], task=task)
-    axes[0].set_ylabel("score without leaks, mean and s.d. over folds")
+    axes[0].set_ylabel("score without leaks (s.d. over folds)")
     for suffix in ("png", "svg"):
         with store.write(f"figure2.{suffix}") as stream:
             figure.savefig(stream, format=suffix, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
@@ -49,11 +49,20 @@ def cost_points(store: Store) -> list[dict[str, Any]]:
 
 def _panel(axis: Any, points: Sequence[dict[str, Any]], *, task: str) -> None:
     axis.set_xscale("log")
+    costs = [point["gflop"] for point in points]
+    middle = np.sqrt(min(costs) * max(costs))
     for number, point in enumerate(sorted(points, key=lambda point: point["gflop"])):
         color = f"C{number % 10}"
         axis.errorbar(point["gflop"], point["mean"], yerr=point["spread"], fmt="o", color=color, capsize=3)
+        # Labels point inwards, so that none runs over the frame.
+        side = "right" if point["gflop"] > middle else "left"
         axis.annotate(
-            point["encoder"], (point["gflop"], point["mean"]), xytext=(6, 5), textcoords="offset points", fontsize=8
+            point["encoder"],
+            (point["gflop"], point["mean"]),
+            xytext=(-6 if side == "right" else 6, 5),
+            textcoords="offset points",
+            ha=side,
+            fontsize=8,
         )
     axis.set_title(task if len(task) < 40 else f"...{task[-37:]}", fontsize=10)
     axis.set_xlabel("GFLOP a cell")
