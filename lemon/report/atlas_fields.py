@@ -1,0 +1,85 @@
+"""What an atlas is coloured by: categories (cluster, class, slide, organ, site) and measures of the nucleus."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from lemon.embed.clusters import palette
+from lemon.embed.slide import MORPHOMETRICS
+
+MISSING = 65_535
+"""Code of a cell that has no value."""
+
+MISSING_COLOR = (190, 190, 190)
+
+CATEGORIES = {"cluster": "Cluster", "label": "Class", "organ": "Organ", "slide_id": "Slide", "site": "Site"}
+
+MEASURES = {
+    "area_um2": ("Area", "µm²"),
+    "eccentricity": ("Eccentricity", ""),
+    "solidity": ("Solidity", ""),
+    "hematoxylin_od_mean": ("Hematoxylin", "OD"),
+}
+if set(MEASURES) != set(MORPHOMETRICS):
+    raise AssertionError(f"MEASURES names {sorted(MEASURES)}; expected {sorted(MORPHOMETRICS)}")
+
+
+@dataclass(frozen=True)
+class Category:
+    """``codes`` uint16 [N] point into ``names`` and ``colors``; MISSING for none."""
+
+    key: str
+    title: str
+    names: tuple[str, ...]
+    colors: tuple[tuple[int, int, int], ...]
+    codes: np.ndarray
+
+
+@dataclass(frozen=True)
+class Measure:
+    """``values`` float32 [N]; the colour scale goes from ``low`` to ``high``, the 1st and 99th percentile."""
+
+    key: str
+    title: str
+    unit: str
+    low: float
+    high: float
+    values: np.ndarray
+
+
+def categories_of(table: pa.Table) -> list[Category]:
+    """The categories that have a value in the table, in the order in which they are offered."""
+    found = (_category(table, key, title) for key, title in CATEGORIES.items())
+    return [category for category in found if category.names]
+
+
+def measures_of(table: pa.Table) -> list[Measure]:
+    """The measures of the nucleus."""
+    measures = []
+    for key, (title, unit) in MEASURES.items():
+        values = table[key].to_numpy().astype(np.float32)
+        low, high = (float(value) for value in np.percentile(values, (1, 99)))
+        measures.append(Measure(key, title, unit, low, high if high > low else low + 1, values))
+    return measures
+
+
+def _category(table: pa.Table, key: str, title: str) -> Category:
+    """Names by number for clusters, so that they have QuPath's colours; else the most frequent first."""
+    column = table[key].to_pylist()
+    known = [value for value in column if value is not None]
+    values, counts = np.unique(np.array(known, dtype=None if known else str), return_counts=True)
+    if key == "cluster":
+        colors = dict(zip(range(int(values.max()) + 1), palette(int(values.max()) + 1), strict=True)) if known else {}
+        ordered = values.tolist()
+        shown = tuple(colors[value] for value in ordered)
+    else:
+        ordered = values[np.argsort(-counts, kind="stable")].tolist()
+        shown = tuple(palette(len(ordered)))
+    if len(ordered) >= MISSING:  # a slide a cell; the page's list could not be read either
+        return Category(key, title, (), (), np.full(len(column), MISSING, np.uint16))
+    number = {value: code for code, value in enumerate(ordered)}
+    codes = np.array([number.get(value, MISSING) for value in column], np.uint16)
+    return Category(key, title, tuple(str(value) for value in ordered), shown, codes)
