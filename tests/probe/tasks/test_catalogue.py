@@ -50,7 +50,8 @@ def test_an_empty_folder_is_one_line(tmp_path: Path, name: str) -> None:
 def test_an_unknown_name_is_told_the_closest_ones(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"^tasks: unknown 'nucls-sup'; did you mean nucls-super or "):
         open_task("nucls-sup", tmp_path)
-    with pytest.raises(TaskError, match=r"^tasks: unknown 'qqq'; expected one of nucls-super, .*, folder:NAME, morphometry:PATH$"):
+    listed = r"nucls-super, .*, folder:NAME, morphometry:PATH"
+    with pytest.raises(TaskError, match=rf"^tasks: unknown 'qqq'; expected one of {listed}$"):
         open_task("qqq", tmp_path)
     with pytest.raises(TaskError, match=r"^tasks: unknown 'folder:'"):
         open_task("folder:", tmp_path)
