@@ -88,11 +88,11 @@ def _embed(store: Store, output: Path) -> None:
 
 
 def _probe(store: Store, output: Path) -> None:
-    """Does the encoder tell size, shape and stain of nuclei, and better than one that has learned nothing?"""
+    """Do encoders tell size, shape and stain of nuclei: the demo's, the bundled one, one that has learned nothing?"""
     from lemon.probe import run
     from lemon.report.tables import write_table1
 
-    models = f"models=[{output / 'encoder'},untrained_vit_tiny8]"
+    models = f"models=[{output / 'encoder'},lemon_mini,untrained_vit_tiny8]"
     words = [models, f"tasks=['morphometry:{store.uri}']", f"output={output / 'probe'}"]
     if run.main(load("probe", words, ProbeConfig)) != EXIT_OK:
         raise SystemExit("demo: probing failed, see above")

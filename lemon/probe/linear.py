@@ -126,6 +126,7 @@ def fit_regressor(
     grid: Sequence[float] = ALPHA_GRID,
 ) -> Fitted:
     """Ridge regression of float [N, G] whose alpha has the best inner Pearson correlation, averaged over targets."""
+    embedding = embedding.astype(np.float64)  # the normal equations of correlated values are ill-conditioned in float32
     scores = dict.fromkeys(grid, 0.0)
     for train, test in inner_splits(targets, groups, seed=seed, classify=False):
         prepared = make_pipeline(*preprocessing(features, embedding[train])).fit(embedding[train])
