@@ -44,6 +44,7 @@ bench: setup
 	$(RUN) -m benchmarks.pretrain
 	$(RUN) -m benchmarks.embed
 	$(RUN) -m benchmarks.probe
+	$(RUN) -m benchmarks.cost --no-speed
 
 clean:
 	rm -rf demo .pytest_cache .mypy_cache .ruff_cache
