@@ -65,9 +65,11 @@ def default_batch(px: int) -> int:
 def effective_rank(features: Tensor) -> Tensor:
     """exp of the entropy of the normalised singular values (Roy and Vetterli 2007), of centred features [N, D].
 
-    1 when all features lie on a line, D when all directions are used alike.
+    1 when all features lie on a line, D when all directions are used alike, NaN when a feature is not finite.
     """
     centred = features.float() - features.float().mean(dim=0)
+    if not torch.isfinite(centred).all():
+        return centred.new_tensor(float("nan"))  # svdvals raises an error of its own
     values = torch.linalg.svdvals(centred)
     share = values / values.sum().clamp_min(1e-12)
     return torch.exp(-(share * share.clamp_min(1e-12).log()).sum())

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lemon.config import ConfigError
+from lemon.encoders.features import effective_rank
 from lemon.pretrain.assemble import build_trainer, export
 from lemon.pretrain.checkpoint import Checkpoints
 from lemon.pretrain.config import PretrainConfig
@@ -117,6 +118,13 @@ def test_collapsed_features_stop_the_run(cells: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingStoppedError, match="features collapsed"):
         trainer.run(until=4)
     assert Checkpoints(Store(tmp_path)).steps() == []
+
+
+def test_features_that_are_not_finite_have_no_effective_rank() -> None:
+    """The loop then stops with its own line, before a broken state is saved."""
+    features = torch.randn(20, 4)
+    features[3, 1] = float("nan")
+    assert effective_rank(features).isnan()
 
 
 def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
