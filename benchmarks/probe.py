@@ -26,8 +26,7 @@ from benchmarks.record import record
 from lemon.probe import linear
 from lemon.probe.config import ProbeSettings
 from lemon.probe.folds import grouped_folds
-from lemon.probe.run import fold_means
-from lemon.probe.score import score_task
+from lemon.probe.score import fold_means, score_task
 from lemon.probe.task import Protocol, Task
 from lemon.schema import CROP_PX
 

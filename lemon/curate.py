@@ -6,7 +6,6 @@ import json
 import logging
 import sys
 import uuid
-from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from lemon.cells.ledger import Ledger, open_ledger
+from lemon.cells.ledger import Ledger, open_ledger, tell_statuses
 from lemon.cluster import quiet_ray_data, start_ray
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError, CurateConfig, HoverFastConfig
 from lemon.slide import OutputError, build_segmenter, curate_slide, start_processes
@@ -62,11 +61,7 @@ def main(config: CurateConfig) -> int:
             f"curate: cannot write to {config.output}: {error}; what is committed stays, rerun goes on", file=sys.stderr
         )
         return EXIT_FAILURES
-    for row in summary.rows:
-        if row["error"]:
-            print(f"  {row['slide_id']}: {row['status']}: {row['error']}")
-    counts = Counter(row["status"] for row in summary.rows)
-    told = ", ".join(f"{counts[status]} {status}" for status in ("done", "partial", "failed"))
+    told = tell_statuses(summary.rows)
     total = {name: sum(row[name] or 0 for row in summary.rows) for name in ("n_nuclei", "n_cells")}
     print(
         f"curate: {len(summary.rows)} slides ({told}; {summary.n_skipped} of an earlier run), "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -46,6 +48,15 @@ def begin_attempt(store: Store, slide_id: str, *, run_id: str) -> int:
     earlier = sum(f"/{run_id}-" in name for name in store.list(folder))
     store.write_bytes(f"{folder}/{run_id}-{earlier}", b"")
     return earlier
+
+
+def tell_statuses(rows: Sequence[dict[str, Any]]) -> str:
+    """Print the reason of each row that has one; returns how many slides are done, partial and failed, in words."""
+    for row in rows:
+        if row["error"]:
+            print(f"  {row['slide_id']}: {row['status']}: {row['error']}")
+    counts = Counter(row["status"] for row in rows)
+    return ", ".join(f"{counts[status]} {status}" for status in schema.SLIDE_STATUSES)
 
 
 def read_ledger(store: Store) -> pa.Table:

@@ -10,7 +10,6 @@ import os
 import sys
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from lemon import curate
-from lemon.cells.ledger import read_ledger
+from lemon.cells.ledger import read_ledger, tell_statuses
 from lemon.cells.select import select_cells
 from lemon.cluster import quiet_ray_data, start_ray
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError
@@ -104,11 +103,7 @@ def main(config: EmbedConfig) -> int:
     except (StoppedError, OSError) as error:
         print(f"embed: stopped: {error}; what is committed stays, rerun goes on", file=sys.stderr)
         return EXIT_FAILURES
-    for row in summary.rows:
-        if row["error"]:
-            print(f"  {row['slide_id']}: {row['status']}: {row['error']}")
-    counts = Counter(row["status"] for row in summary.rows)
-    told = ", ".join(f"{counts[status]} {status}" for status in ("done", "partial", "failed"))
+    told = tell_statuses(summary.rows)
     n_cells = sum(row["n_cells"] for row in summary.rows)
     rate = f"{summary.n_embedded / summary.embed_s:,.0f} cells/s" if summary.n_embedded else "none of them now"
     folders = ", ".join(["embeddings/", *(f"{kind}/" for kind in config.format if kind != "parquet")])

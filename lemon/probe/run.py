@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from lemon.encoders.cost import Cost, count
 from lemon.encoders.device import choose_device
 from lemon.encoders.open import Encoder, load_encoder
 from lemon.probe.config import ProbeConfig
-from lemon.probe.score import score_task
+from lemon.probe.score import MAIN_METRICS, fold_means, score_task
 from lemon.probe.task import Task, TaskError
 from lemon.probe.tasks.catalogue import counts_table, open_task
 from lemon.storage import Store, fingerprint
@@ -80,6 +80,8 @@ def main(config: ProbeConfig) -> int:
             print(f"probe: left out {faults[-1]}", file=sys.stderr)
             continue
         probe_model(encoder, tasks, config=config, store=store)
+    if not store.list("scores"):
+        raise ConfigError("models: none of them can be opened, see above")
     print(f"probe: {len(store.list('scores'))} files of scores in {store.uri}/scores; {len(faults)} left out")
     return EXIT_FAILURES if faults else EXIT_OK
 
@@ -148,23 +150,15 @@ def scores_table(rows: list[dict[str, Any]], unit: Unit, *, seed: int) -> pa.Tab
 
 
 def data_fingerprint(task: Task) -> str:
-    """16 hexadecimal digits of a task's crops and targets."""
+    """16 hexadecimal digits of a task's crops, targets and groups."""
     digest = hashlib.sha256(np.ascontiguousarray(task.images).data)
-    digest.update(repr(task.target_names).encode())
-    target = task.target if task.kind == "regression" else np.array([str(name) for name in task.target], "S64")
-    digest.update(np.ascontiguousarray(target).data)
+    names = [*task.target_names, *(name for column in task.groups.values() for name in column)]
+    if task.kind == "regression":
+        digest.update(np.ascontiguousarray(task.target).data)
+    else:
+        names += task.target.tolist()
+    digest.update(json.dumps([str(name) for name in names]).encode())
     return digest.hexdigest()[:16]
-
-
-def fold_means(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, float, float]]:
-    """(protocol, metric, mean over folds, standard deviation over folds) of a unit's rows."""
-    folds: dict[tuple[str, str], list[float]] = {}
-    for row in rows:
-        if row["fold"] >= 0:
-            folds.setdefault((row["protocol"], row["metric"]), []).append(row["value"])
-    for (protocol, metric), values in folds.items():
-        spread = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
-        yield protocol, metric, float(np.nanmean(values)), spread
 
 
 def flat_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -182,7 +176,7 @@ def flat_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def told(rows: list[dict[str, Any]]) -> str:
     """The main metric of each protocol in words."""
-    main = [found for found in fold_means(rows) if found[1] in ("balanced_accuracy", "pearson")]
+    main = [found for found in fold_means(rows) if found[1] in MAIN_METRICS]
     return "; ".join(
         f"{metric.replace('_', ' ')} {mean:.3f} ({spread:.3f}) {protocol}" for protocol, metric, mean, spread in main
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,9 @@ from lemon.probe.task import Fold, Task
 
 POOLED = -1
 """The fold of a row that is of all folds together."""
+
+MAIN_METRICS = ("balanced_accuracy", "pearson")
+"""What tables show: of classification, of regression."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,17 @@ def score_task(task: Task, embedding: np.ndarray, settings: ProbeSettings) -> Sc
     if settings.robustness:
         rows += _robustness_rows(task, embedding, target, seed=settings.seed)
     return Scored(rows, pa.concat_tables(tables))
+
+
+def fold_means(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str, float, float]]:
+    """(protocol, metric, mean over folds, standard deviation over folds) of one encoder's rows on one task."""
+    folds: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if row["fold"] != POOLED:
+            folds.setdefault((row["protocol"], row["metric"]), []).append(row["value"])
+    for (protocol, metric), values in folds.items():
+        spread = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+        yield protocol, metric, float(np.nanmean(values)), spread
 
 
 def predict_fold(

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from lemon.cells.names import file_stem
-from lemon.report.tables import main_cells, read_scores
+from lemon.report.tables import encoder_labels, main_cells, read_scores
 from lemon.storage import Store
 
 
@@ -22,6 +21,8 @@ def draw_cost(output: str | Path) -> list[str]:
     """
     store = Store(output)
     points = cost_points(store)
+    if not points:
+        return []  # the paper's protocol alone was asked for
     tasks = sorted({point["task"] for point in points})
     figure = Figure(figsize=(4.2 * len(tasks), 3.6), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(tasks)))
@@ -37,13 +38,14 @@ def draw_cost(output: str | Path) -> list[str]:
 def cost_points(store: Store) -> list[dict[str, Any]]:
     """encoder, task, gflop, mean, spread of every encoder whose cost is known; the protocol is the leak-free one."""
     rows = read_scores(store).to_pylist()
-    fingerprints = {row["model"]: row["model_fingerprint"] for row in rows}
-    points = []
-    for (model, task, protocol), cell in sorted(main_cells(rows).items()):
-        name = f"costs/{file_stem(model)}-{fingerprints[model]}.json"
+    labels, points = encoder_labels(rows), []
+    for (stem, task, protocol), cell in sorted(main_cells(rows).items()):
+        name = f"costs/{stem}.json"
         if protocol == "leak-free" and store.exists(name):
             gflop = store.read_json(name)["flop"] / 1e9
-            points.append({"encoder": model, "task": task, "gflop": gflop, "mean": cell.mean, "spread": cell.spread})
+            points.append(
+                {"encoder": labels[stem], "task": task, "gflop": gflop, "mean": cell.mean, "spread": cell.spread}
+            )
     return points
 
 

@@ -8,21 +8,21 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lemon import schema
+from lemon.cells.names import file_stem
 from lemon.config import ConfigError
 from lemon.probe.metrics import DRAWS, Interval, cluster_draws, confusion_by_cluster, paired_difference
-from lemon.probe.score import POOLED
+from lemon.probe.score import MAIN_METRICS, POOLED, fold_means
 from lemon.storage import Store
-
-MAIN_METRICS = ("balanced_accuracy", "pearson")
-ROBUSTNESS = ("robustness_index", "performance_drop")
 
 
 class Cell(NamedTuple):
@@ -47,7 +47,7 @@ def write_table1(output: str | Path) -> str:
     store = Store(output)
     rows = read_scores(store).to_pylist()
     text = table1(rows)
-    differences = list(paired_differences(store))
+    differences = list(paired_differences(store, encoder_labels(rows)))
     store.write_bytes("table1.md", text.encode())
     store.write_bytes("table1.csv", as_csv(table1_records(rows)).encode())
     if differences:
@@ -57,47 +57,56 @@ def write_table1(output: str | Path) -> str:
 
 def table1(rows: Sequence[dict[str, Any]]) -> str:
     """Encoders x (task, protocol) as Markdown: mean (s.d.) over folds of the main metric, the best in bold."""
-    cells = main_cells(rows)
+    cells, labels = main_cells(rows), encoder_labels(rows)
     columns = sorted({key[1:] for key in cells})
     lines = ["| encoder | " + " | ".join(f"{task}, {protocol}" for task, protocol in columns) + " |"]
     lines.append("|" + "---|" * (len(columns) + 1))
     best = {column: max(cell.mean for key, cell in cells.items() if key[1:] == column) for column in columns}
-    for model in sorted({key[0] for key in cells}):
-        told = [_told(cells.get((model, *column)), best=best[column]) for column in columns]
-        lines.append(f"| {model} | " + " | ".join(told) + " |")
+    for stem in sorted({key[0] for key in cells}):
+        told = [_told(cells.get((stem, *column)), best=best[column]) for column in columns]
+        lines.append(f"| {labels[stem]} | " + " | ".join(told) + " |")
     return "\n".join(lines) + "\n"
 
 
 def table1_records(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same as records, with intervals."""
+    labels = encoder_labels(rows)
     return [
-        {"encoder": model, "task": task, "protocol": protocol, **cell._asdict()}
-        for (model, task, protocol), cell in sorted(main_cells(rows).items())
+        {"encoder": labels[stem], "task": task, "protocol": protocol, **cell._asdict()}
+        for (stem, task, protocol), cell in sorted(main_cells(rows).items())
     ]
 
 
-def main_cells(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str], Cell]:
-    """(model, task, protocol) -> the main metric of the linear probe."""
-    folds: dict[tuple[str, str, str], list[float]] = {}
-    bounds: dict[tuple[str, str, str], dict[str, float]] = {}
-    for row in rows:
-        key = row["model"], row["task"], row["protocol"]
-        if row["metric"] in MAIN_METRICS and row["fold"] != POOLED:
-            folds.setdefault(key, []).append(row["value"])
-        elif row["fold"] == POOLED and row["metric"].rpartition("_")[0] in MAIN_METRICS:
-            bounds.setdefault(key, {})[row["metric"].rpartition("_")[2]] = row["value"]
+def encoder_stem(row: dict[str, Any]) -> str:
+    """What the files of a row's encoder are called: ``<model>-<fingerprint>``."""
+    return f"{file_stem(row['model'])}-{row['model_fingerprint']}"
+
+
+def encoder_labels(rows: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """Stem -> the encoder's name; two encoders of one name, as a run before and after, also show their fingerprints."""
+    models = {encoder_stem(row): row["model"] for row in rows}
+    shared = {model for model, count in Counter(models.values()).items() if count > 1}
     return {
-        key: Cell(
-            mean=float(np.nanmean(values)),
-            spread=float(np.std(values, ddof=1)) if len(values) > 1 else float("nan"),
-            low=bounds.get(key, {}).get("low", float("nan")),
-            high=bounds.get(key, {}).get("high", float("nan")),
-        )
-        for key, values in folds.items()
+        stem: f"{model} ({stem.rpartition('-')[2][:6]})" if model in shared else model for stem, model in models.items()
     }
 
 
-def paired_differences(store: Store) -> Iterable[dict[str, Any]]:
+def main_cells(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str], Cell]:
+    """(stem of the encoder, task, protocol) -> the main metric of the linear probe."""
+    units: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        units.setdefault((encoder_stem(row), row["task"]), []).append(row)
+    cells = {}
+    for (stem, task), own in units.items():
+        pooled = {(row["protocol"], row["metric"]): row["value"] for row in own if row["fold"] == POOLED}
+        for protocol, metric, mean, spread in fold_means(own):
+            if metric in MAIN_METRICS:
+                bounds = (pooled.get((protocol, f"{metric}_{end}"), float("nan")) for end in ("low", "high"))
+                cells[stem, task, protocol] = Cell(mean, spread, *bounds)
+    return cells
+
+
+def paired_differences(store: Store, labels: Mapping[str, str]) -> Iterable[dict[str, Any]]:
     """For each task and protocol, each pair of encoders: difference of balanced accuracy and its 95 % interval."""
     by_task: dict[str, list[str]] = {}
     for name in store.list("predictions", suffix=".parquet"):
@@ -110,20 +119,19 @@ def paired_differences(store: Store) -> Iterable[dict[str, Any]]:
         for protocol, (first, second) in itertools.product(protocols, itertools.combinations(names, 2)):
             found = _difference(tables[first], tables[second], protocol=protocol)
             if found is not None:
-                models = {"encoder": _model(first), "against": _model(second)}
-                yield {"task": task, "protocol": protocol, **models, **_named(found)}
+                models = {"encoder": labels[Path(first).stem], "against": labels[Path(second).stem]}
+                bounds = {"difference": found.value, "low": found.low, "high": found.high}
+                yield {"task": task, "protocol": protocol, **models, **bounds}
 
 
 def _linear_predictions(store: Store, name: str) -> pa.Table:
     table = store.read_table(name)
-    return table.filter(pa.compute.equal(table["probe"], "linear"))
+    return table.filter(pc.equal(table["probe"], "linear"))
 
 
 def _difference(first: pa.Table, second: pa.Table, *, protocol: str) -> Interval | None:
     """None unless both are classifications of the same crops."""
-    parts = [
-        table.filter(pa.compute.equal(table["protocol"], protocol)).sort_by("sample_id") for table in (first, second)
-    ]
+    parts = [table.filter(pc.equal(table["protocol"], protocol)).sort_by("sample_id") for table in (first, second)]
     a, b = parts
     if not len(a) or not a["sample_id"].equals(b["sample_id"]) or len(a["truth"][0]) != 1:
         return None
@@ -135,15 +143,6 @@ def _difference(first: pa.Table, second: pa.Table, *, protocol: str) -> Interval
     ]
     draws = cluster_draws(len(counts[0]), seed=0, draws=DRAWS)
     return paired_difference(counts[0], counts[1], draws, metric="balanced_accuracy")
-
-
-def _named(found: Interval) -> dict[str, float]:
-    return {"difference": found.value, "low": found.low, "high": found.high}
-
-
-def _model(name: str) -> str:
-    """The encoder that a file ``<folder>/<task>/<model>-<fingerprint>.parquet`` is of."""
-    return name.rsplit("/", 1)[1].rsplit("-", 1)[0]
 
 
 def _told(cell: Cell | None, *, best: float) -> str:

@@ -133,6 +133,7 @@ def test_the_data_fingerprint_follows_crops_and_labels():
     assert run.data_fingerprint(made_up(20)[0]) == same
     assert run.data_fingerprint(task_of(images, task.target, task.groups["slide"])) != same
     assert run.data_fingerprint(task_of(task.images, task.target[::-1], task.groups["slide"])) != same
+    assert run.data_fingerprint(task_of(task.images, task.target, task.groups["slide"][::-1])) != same
 
 
 def test_figure_2_has_a_point_for_each_encoder(tmp_path, encoders, tasks):
@@ -142,3 +143,29 @@ def test_figure_2_has_a_point_for_each_encoder(tmp_path, encoders, tasks):
     points = figures.cost_points(Store(tmp_path / "out"))
     assert {point["encoder"] for point in points} == {"enc0", "enc1"}
     assert all(0 < point["gflop"] < 0.01 for point in points)
+
+
+def test_two_encoders_of_one_name_are_two_rows(tmp_path, encoders, tasks):
+    """As a run that was trained again, or the folders ``encoder`` of two runs."""
+    again = tmp_path / "again" / "enc0"
+    again.parent.mkdir()
+    Path(encoders[1]).rename(again)
+    assert run.main(config(tmp_path, [encoders[0], str(again)])) == 0
+    rows = tables.table1_records(tables.read_scores(Store(tmp_path / "out")).to_pylist())
+    names = {row["encoder"] for row in rows}
+    assert len(names) == 2
+    assert all(name.startswith("enc0 (") for name in names)
+    tables.write_table1(tmp_path / "out")
+    assert all(name in (tmp_path / "out" / "differences.csv").read_text() for name in names)
+    assert len(figures.cost_points(Store(tmp_path / "out"))) == 2
+
+
+def test_the_papers_protocol_alone_has_a_table_and_no_figure(tmp_path, encoders, tasks):
+    run.main(config(tmp_path, encoders[:1], protocols=["paper"]))
+    assert figures.draw_cost(tmp_path / "out") == []
+    assert "light, paper" in tables.write_table1(tmp_path / "out")
+
+
+def test_no_encoder_at_all_is_a_wrong_argument(tmp_path, tasks):
+    with pytest.raises(ConfigError, match="models: none"):
+        run.main(config(tmp_path, ["no-such-model"]))
