@@ -75,6 +75,10 @@ CELLS = pa.schema(
 """One row a nucleus. ``mpp`` is the slide's own; ``polygon`` is WKB in level-0 px; ``rank`` is uniform in [0, 1)."""
 
 
+MORPHOMETRICS = ("area_um2", "eccentricity", "solidity", "hematoxylin_od_mean")
+"""What the cells table measures of each nucleus."""
+
+
 def embeddings(width: int, *, dtype: pa.DataType | None = None) -> pa.Schema:
     """Schema of an embeddings table whose vectors have ``width`` values (float16 unless told otherwise)."""
     return pa.schema(
@@ -108,6 +112,16 @@ CLUSTERS = pa.schema(
     [pa.field("cell_id", pa.string(), nullable=False), pa.field("cluster", pa.int16(), nullable=False)]
 )
 """The cluster of each of a slide's cells, in the order of its embeddings."""
+
+MAP = pa.schema(
+    [
+        pa.field("cell_id", pa.string(), nullable=False),
+        pa.field("slide_id", pa.string(), nullable=False),
+        pa.field("x", pa.float32(), nullable=False),
+        pa.field("y", pa.float32(), nullable=False),
+    ]
+)
+"""Where each cell lies on the map (no unit), in the order of rank."""
 
 SCORES = pa.schema(
     [

@@ -23,6 +23,9 @@ from lemon.version import __version__
 BATCH_ROWS = 2048
 """Rows that a reader holds at most: of cells, 22 MB of crops."""
 
+CIRCUMSTANCES = b"lemon.circumstances"
+"""Key in a Parquet file's metadata: a fingerprint of all that the file was made from."""
+
 TEMPORARY = ".tmp-"
 """Marks a file that is being written; readers and listings pass over it."""
 
@@ -120,6 +123,14 @@ class Store:
         """A Parquet file to read piece by piece. Raises FileNotFoundError."""
         with self.filesystem.open_input_file(self.path(name)) as source:
             yield pq.ParquetFile(source)
+
+    def circumstances(self, name: str) -> str | None:
+        """What a Parquet file says that it was made from; None where it is absent or does not say."""
+        if not self.exists(name):
+            return None
+        with self.open_parquet(name) as file:
+            found = (file.schema_arrow.metadata or {}).get(CIRCUMSTANCES)
+        return None if found is None else found.decode()
 
     def iter_batches(self, name: str, *, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """One Parquet file, ``BATCH_ROWS`` rows or fewer at a time, in order. Raises FileNotFoundError."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from lemon.storage import Store, file_fingerprint, fingerprint
+from lemon.storage import CIRCUMSTANCES, Store, file_fingerprint, fingerprint
 
 
 def test_a_file_appears_only_when_its_writer_ends_well(tmp_path: Path) -> None:
@@ -62,3 +62,13 @@ def test_a_fingerprint_depends_on_values_and_not_on_the_order_of_keys(tmp_path: 
     first = file_fingerprint(tmp_path / "f")
     (tmp_path / "f").write_bytes(b"y")
     assert file_fingerprint(tmp_path / "f") != first
+
+
+def test_a_table_tells_what_it_was_made_from(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    table = pa.table({"a": [1]})
+    store.write_table("silent.parquet", table)
+    store.write_table("told.parquet", table.replace_schema_metadata({CIRCUMSTANCES: "abc"}))
+    assert store.circumstances("told.parquet") == "abc"
+    assert store.circumstances("silent.parquet") is None
+    assert store.circumstances("absent.parquet") is None

@@ -10,7 +10,8 @@ from scipy import sparse
 
 from lemon.embed.files import whole
 from lemon.embed.names import h5ad_name
-from lemon.embed.slide import MORPHOMETRICS, EmbeddedSlide
+from lemon.embed.slide import EmbeddedSlide
+from lemon.schema import MORPHOMETRICS
 
 EMBEDDING = "X_lemon"
 _COLUMNS = ("slide_id", "organ", "x_level0_px", "y_level0_px", "mpp", *MORPHOMETRICS)

@@ -18,8 +18,6 @@ from lemon.embed.stream import ShardError, read_ahead, vectors_of
 from lemon.slides.reader import SlideError, SlideReader
 from lemon.storage import Store
 
-MORPHOMETRICS = ("area_um2", "eccentricity", "solidity", "hematoxylin_od_mean")
-
 
 @dataclass(frozen=True)
 class EmbeddedSlide:

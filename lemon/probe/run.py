@@ -28,10 +28,9 @@ from lemon.probe.config import ProbeConfig
 from lemon.probe.score import MAIN_METRICS, fold_means, score_task
 from lemon.probe.task import Task, TaskError
 from lemon.probe.tasks.catalogue import counts_table, open_task
-from lemon.storage import Store, fingerprint
+from lemon.storage import CIRCUMSTANCES, Store, fingerprint
 from lemon.tracking import Run, start_run
 
-CIRCUMSTANCES = b"lemon.circumstances"
 CROPS_A_TICK = 1024  # of the progress bar; the encoder chooses its own batches within
 
 
@@ -57,10 +56,7 @@ class Unit:
 
     def is_done(self, store: Store) -> bool:
         """Whether its scores are there, of the same data and settings."""
-        if not store.exists(self.scores):
-            return False
-        with store.open_parquet(self.scores) as file:
-            return (file.schema_arrow.metadata or {}).get(CIRCUMSTANCES) == self.circumstances.encode()
+        return store.circumstances(self.scores) == self.circumstances
 
 
 def main(config: ProbeConfig) -> int:

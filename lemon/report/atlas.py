@@ -12,20 +12,10 @@ from lemon.report.atlas_fields import categories_of, measures_of
 from lemon.report.atlas_figure import draw_atlas
 from lemon.report.atlas_map import open_method, to_unit_square
 from lemon.report.atlas_page import write_page
-from lemon.storage import Store, fingerprint
+from lemon.schema import MAP
+from lemon.storage import CIRCUMSTANCES, Store, fingerprint
 
 MAP_NAME = "map.parquet"
-CIRCUMSTANCES = b"lemon.circumstances"
-
-MAP = pa.schema(
-    [
-        pa.field("cell_id", pa.string(), nullable=False),
-        pa.field("slide_id", pa.string(), nullable=False),
-        pa.field("x", pa.float32(), nullable=False),
-        pa.field("y", pa.float32(), nullable=False),
-    ]
-)
-"""Where each cell lies on the map (no unit), in the order of rank."""
 
 
 def main(config: AtlasConfig) -> int:
@@ -86,11 +76,10 @@ def subtitle_of(cells: AtlasCells, config: AtlasConfig) -> str:
 
 def read_map(store: Store, cells: AtlasCells, *, circumstances: str) -> np.ndarray | None:
     """Positions float32 [N, 2] of an earlier run with the same cells, model and settings; None where there are none."""
-    if not store.exists(MAP_NAME):
+    if store.circumstances(MAP_NAME) != circumstances:
         return None
     table = store.read_table(MAP_NAME)
-    same = (table.schema.metadata or {}).get(CIRCUMSTANCES) == circumstances.encode()
-    if not same or not table["cell_id"].equals(cells.table["cell_id"]):
+    if not table["cell_id"].equals(cells.table["cell_id"]):
         return None
     return np.stack([table["x"].to_numpy(), table["y"].to_numpy()], axis=1)
 

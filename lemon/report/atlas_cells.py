@@ -18,10 +18,9 @@ from lemon.cells.select import Part, Selection, select_cells
 from lemon.cells.shard import images_from_arrow
 from lemon.config import ConfigError
 from lemon.embed.names import SETTINGS, clusters_name, embeddings_name
-from lemon.embed.slide import MORPHOMETRICS
 from lemon.embed.stream import vectors_of
 from lemon.report.atlas_config import AtlasConfig
-from lemon.schema import CROP_MPP, CROP_PX
+from lemon.schema import CROP_MPP, CROP_PX, MORPHOMETRICS
 from lemon.storage import Store, fingerprint
 
 THUMBNAIL_PX = 48

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from lemon.embed.clusters import palette
-from lemon.embed.slide import MORPHOMETRICS
+from lemon.schema import MORPHOMETRICS
 
 MISSING = 65_535
 """Code of a cell that has no value."""

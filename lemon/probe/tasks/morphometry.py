@@ -21,12 +21,12 @@ from lemon.config import ConfigError
 from lemon.probe.folds import LEAK_FREE, N_FOLDS, grouped_folds
 from lemon.probe.task import Count, Protocol, Task, TaskError
 from lemon.probe.tasks.assemble import check_protocols
+from lemon.schema import MORPHOMETRICS
 from lemon.storage import Store
 
 OBTAIN = "the output of python jobs/curate.py"
-TARGETS = ("area_um2", "eccentricity", "solidity", "hematoxylin_od_mean")
 BLOCK_UM = 250.0
-_COLUMNS = ["cell_id", "slide_id", "x_level0_px", "y_level0_px", "mpp", *TARGETS, "image"]
+_COLUMNS = ["cell_id", "slide_id", "x_level0_px", "y_level0_px", "mpp", *MORPHOMETRICS, "image"]
 
 
 def load(folder: Path, *, seed: int = 0, n_cells: int = 20_000) -> Task:
@@ -44,8 +44,8 @@ def load(folder: Path, *, seed: int = 0, n_cells: int = 20_000) -> Task:
         name=f"morphometry:{folder}",
         kind="regression",
         images=np.array(images_from_arrow(rows["image"])),
-        target=standardised(np.stack([rows[name].to_numpy() for name in TARGETS], axis=1)),
-        target_names=TARGETS,
+        target=standardised(np.stack([rows[name].to_numpy() for name in MORPHOMETRICS], axis=1)),
+        target_names=MORPHOMETRICS,
         sample_ids=_text(rows["cell_id"]),
         groups=groups,
         protocols=protocols,
