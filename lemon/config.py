@@ -170,7 +170,8 @@ def describe(stage: str, model: type[Frozen]) -> str:
     variants = ", ".join(sorted(path.stem for path in (conf_dir() / stage).glob("*.yaml")))
     lines = [f"usage: python jobs/{stage}.py key=value ...", f"variants (variant=NAME): {variants}", ""]
     lines += _describe_fields(model, prefix="")
-    for group in sorted(path for path in conf_dir().iterdir() if path.is_dir() and path.name in model.model_fields):
+    groups = (path for path in conf_dir().iterdir() if path.is_dir() and path.name in model.model_fields)
+    for group in sorted(path for path in groups if not (path / "default.yaml").exists()):  # a stage's own is no choice
         lines.append(f"  {group.name}=NAME: {', '.join(sorted(choice.stem for choice in group.glob('*.yaml')))}")
     return "\n".join(lines)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lemon.config import EXIT_BAD_CONFIG, ConfigError, CurateConfig, conf_dir, load, run_job
+from lemon.pretrain.config import PretrainConfig
 from lemon.probe.config import ProbeConfig
 
 GOOD = ["slides=s.svs", "output=out"]
@@ -63,6 +64,13 @@ def test_a_list_needs_no_brackets(word: str) -> None:
     config = load("probe", ["models=runs/x", word], ProbeConfig)
     assert config.tasks == ["amibr", "consep-type"]
     assert config.models == ["runs/x"]
+
+
+def test_help_offers_no_stage_as_a_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    run_job("pretrain", PretrainConfig, lambda config: 1, ["--help"])
+    shown = capsys.readouterr().out
+    assert "ssl=NAME" in shown
+    assert "probe=NAME" not in shown
 
 
 def test_settings_that_only_change_the_speed_do_not_change_the_fingerprinted_settings() -> None:
