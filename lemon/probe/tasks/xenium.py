@@ -125,7 +125,8 @@ def _panel(file: pq.ParquetFile) -> np.ndarray:
 
 
 def _batches(file: pq.ParquetFile, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    return file.iter_batches(BATCH_ROWS, columns=columns)
+    for group in range(file.num_row_groups):  # over several, pyarrow keeps what it has read: see Store.iter_batches
+        yield from file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns)
 
 
 def _open(path: Path) -> pq.ParquetFile:
