@@ -20,7 +20,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from lemon.probe.metrics import pearson
+from lemon.probe.metrics import mean_pearson
 
 C_GRID = tuple(10.0 ** np.linspace(-8, 4, 15))
 ALPHA_GRID = tuple(10.0 ** np.linspace(-2, 8, 11))
@@ -133,7 +133,7 @@ def fit_regressor(
         inner_train, inner_test = prepared.transform(embedding[train]), prepared.transform(embedding[test])
         for alpha in grid:
             predicted = Ridge(alpha).fit(inner_train, targets[train]).predict(inner_test)
-            scores[alpha] += float(np.nanmean(pearson(targets[test], predicted))) / INNER_FOLDS
+            scores[alpha] += mean_pearson(targets[test], predicted) / INNER_FOLDS
     best = max(scores, key=lambda alpha: scores[alpha])
     model = make_pipeline(*preprocessing(features, embedding), Ridge(best))
     return Fitted(model.fit(embedding, targets), best, scores)

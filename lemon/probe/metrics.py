@@ -49,6 +49,13 @@ def pearson(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     return np.divide((a * b).sum(axis=0), norms, out=np.full(a.shape[1], np.nan), where=norms > 0)
 
 
+def mean_pearson(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """Mean of ``pearson`` over the columns that have one; NaN where none has, as in a single row."""
+    found = pearson(truth, predicted)
+    found = found[np.isfinite(found)]
+    return float(found.mean()) if len(found) else float("nan")
+
+
 def confusion_by_cluster(truth: np.ndarray, predicted: np.ndarray, cluster: np.ndarray, *, classes: int) -> np.ndarray:
     """Counts [M, K, K] (true class, predicted class) of each of M clusters, in the order of their names."""
     names, member = np.unique(cluster, return_inverse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -139,7 +140,7 @@ def _fold_rows(task: Task, target: np.ndarray, folds: list[tuple[Fold, np.ndarra
         if task.kind == "classification":
             scores = metrics.classification_scores(truth, output)
         else:
-            scores = {"pearson": float(np.nanmean(metrics.pearson(truth, output)))}
+            scores = {"pearson": metrics.mean_pearson(truth, output)}
         for metric, value in scores.items():
             yield {"fold": number, "metric": metric, "value": value, "n": len(truth)}
 
@@ -151,17 +152,17 @@ def _pooled_rows(
     test = np.concatenate([fold.test for fold, _ in folds])
     output = np.concatenate([part for _, part in folds])
     cluster = task.groups[task.cluster][test]
-    draws = metrics.cluster_draws(len(np.unique(cluster)), seed=settings.seed, draws=settings.bootstrap)
+    draws = functools.partial(metrics.cluster_draws, seed=settings.seed, draws=settings.bootstrap)
     if task.kind == "classification":
         classes = len(task.target_names)
         confusion = metrics.confusion_by_cluster(target[test], output.argmax(axis=1), cluster, classes=classes)
-        found = {name: metrics.interval(confusion, draws, metric=name) for name in metrics.CONFUSION_METRICS}
+        drawn = draws(len(confusion))
+        found = {name: metrics.interval(confusion, drawn, metric=name) for name in metrics.CONFUSION_METRICS}
     else:
-        within = [
-            np.nanmean(metrics.pearson(target[test][cluster == name], output[cluster == name]))
-            for name in np.unique(cluster)
-        ]
-        found = {"pearson": metrics.mean_interval(np.array(within), draws)}
+        names = np.unique(cluster)
+        within = [metrics.mean_pearson(target[test][cluster == name], output[cluster == name]) for name in names]
+        defined = np.array(within)[np.isfinite(within)]  # a single cell has no correlation
+        found = {"pearson": metrics.mean_interval(defined, draws(len(defined)))} if len(defined) else {}
     for metric, (value, low, high) in found.items():
         for suffix, number in (("", value), ("_low", low), ("_high", high)):
             yield {"fold": POOLED, "metric": metric + suffix, "value": number, "n": len(test)}

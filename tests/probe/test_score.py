@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import numpy as np
 import pytest
@@ -87,6 +88,18 @@ def test_genes_are_scored_by_their_mean_correlation_and_an_interval_over_slides(
     }
     assert value(scored.rows, "leak-free", "pearson") > 0.9
     assert len(scored.predictions["predicted"][0]) == 5
+
+
+def test_a_slide_with_a_single_cell_has_no_correlation_and_spoils_none():
+    task, embedding = genes()
+    slide = task.groups["slide"].copy()
+    slide[0] = "lonely"
+    lonely = task_of(task.images, task.target, slide)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = score_task(lonely, embedding, ProbeSettings(probes=["linear"], bootstrap=200)).rows
+    low, middle, high = (value(rows, "leak-free", f"pearson{end}") for end in ("_low", "", "_high"))
+    assert 0.8 < low <= middle <= high <= 1
 
 
 def test_a_task_with_one_protocol_is_scored_whatever_protocols_are_asked_for():
