@@ -6,9 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv as pa_csv
-import pyarrow.parquet as pq
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
@@ -17,6 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
+from lemon.cells.labels import read_labels
 from lemon.cells.shard import images_from_arrow
 from lemon.config import ConfigError
 from lemon.encoders.features import encode_cells
@@ -39,16 +37,15 @@ class OnlineProbe:
     @classmethod
     def open(cls, config: OnlineProbeConfig, *, policy: Policy) -> OnlineProbe:
         """Read the labels and their cells. Raises ConfigError for a missing column, or labels that match no cell."""
-        table = _read_labels(Path(config.labels))
+        wanted = read_labels(Path(config.labels), key="probe.labels")
         store = Store(config.cells)
         cells = [store.read_table(name, columns=["cell_id", "slide_id", "image"]) for name in store.list("cells")]
-        wanted = dict(zip(table["cell_id"].to_pylist(), table["label"].to_pylist(), strict=True))
         images, labels, groups = [], [], []
         for part in cells:
             ids = part["cell_id"].to_pylist()
             rows = [index for index, cell_id in enumerate(ids) if cell_id in wanted]
             images.append(images_from_arrow(part["image"])[rows])
-            labels += [str(wanted[ids[index]]) for index in rows]
+            labels += [wanted[ids[index]] for index in rows]
             groups += [part["slide_id"][index].as_py() for index in rows]
         if len(set(groups)) < FOLDS or len(set(labels)) < 2:
             got = f"{len(labels)} labelled cells of {len(set(groups))} slides in {len(set(labels))} classes"
@@ -72,13 +69,3 @@ class OnlineProbe:
             model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=200, class_weight="balanced"))
             predicted[test] = model.fit(values[train], self.labels[train]).predict(values[test])
         return {"balanced_accuracy": float(balanced_accuracy_score(self.labels, predicted))}
-
-
-def _read_labels(path: Path) -> pa.Table:
-    if not path.is_file():
-        raise ConfigError(f"probe.labels: {path} not found; expected a CSV or Parquet file with cell_id, label")
-    table = pq.read_table(path) if path.suffix == ".parquet" else pa_csv.read_csv(path)
-    absent = [name for name in ("cell_id", "label") if name not in table.column_names]
-    if absent:
-        raise ConfigError(f"probe.labels: {path} has columns {', '.join(table.column_names)}; expected cell_id, label")
-    return table

@@ -10,10 +10,9 @@ from typing import Any
 import cv2
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv as pa_csv
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from lemon.cells.labels import read_labels
 from lemon.cells.select import Part, Selection, select_cells
 from lemon.cells.shard import images_from_arrow
 from lemon.config import ConfigError
@@ -53,7 +52,7 @@ def read_cells(config: AtlasConfig) -> AtlasCells:
     """Read what a config names. Raises ConfigError where a table is absent, does not fit the others or is too small."""
     cells, embeddings = Store(config.cells), Store(config.embeddings)
     made = _made(embeddings)
-    labels = None if config.labels is None else read_labels(Path(config.labels))
+    labels = None if config.labels is None else read_labels(Path(config.labels), key="labels")
     selection = _select(config, cells=cells, embeddings=embeddings)
     parts = [
         _read_part(part, cells=cells, embeddings=embeddings)
@@ -143,28 +142,6 @@ def _thumbnails(part: Part, cells: Store) -> np.ndarray:
         if done == part.n_rows:
             break
     return thumbnails
-
-
-def read_labels(path: Path) -> dict[str, str]:
-    """The label of each cell id in a CSV or Parquet file; empty labels are left out. Raises ConfigError."""
-    if not path.is_file():
-        raise ConfigError(f"labels: {path} not found; expected a CSV or Parquet file with cell_id, label")
-    try:
-        # Ids and classes that look like numbers are still names.
-        as_text = pa_csv.ConvertOptions(column_types={"cell_id": pa.string(), "label": pa.string()})
-        table = pq.read_table(path) if path.suffix == ".parquet" else pa_csv.read_csv(path, convert_options=as_text)
-    except (OSError, pa.ArrowException) as error:
-        raise ConfigError(f"labels: {path} cannot be read: {' '.join(str(error).split())}") from None
-    absent = [name for name in ("cell_id", "label") if name not in table.column_names]
-    if absent:
-        raise ConfigError(f"labels: {path} has columns {', '.join(table.column_names)}; expected cell_id, label")
-    labels: dict[str, str] = {}
-    for cell_id, label in zip(table["cell_id"].to_pylist(), table["label"].to_pylist(), strict=True):
-        if label in (None, ""):
-            continue
-        if labels.setdefault(str(cell_id), str(label)) != str(label):
-            raise ConfigError(f"labels: {path} gives {cell_id} two labels; expected one row a cell")
-    return labels
 
 
 def _labels_of(ids: pa.ChunkedArray, labels: dict[str, str] | None, *, path: str | None) -> pa.Array:

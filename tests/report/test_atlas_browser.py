@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lemon.cells.labels import read_labels
 from lemon.embed.clusters import palette
 from lemon.report import atlas
-from lemon.report.atlas_cells import AtlasCells, read_cells, read_labels
+from lemon.report.atlas_cells import AtlasCells, read_cells
 from lemon.report.atlas_fields import CATEGORIES, categories_of
 from lemon.report.atlas_map import to_unit_square
 from lemon.report.atlas_page import write_page
@@ -230,7 +231,7 @@ def test_the_lasso_exports_the_cells_inside_with_the_label_that_was_given(page: 
     page.find("#clear").click()
     assert page.run("return window.atlas.selected()") is None
     # What was exported can be read back as classes.
-    assert read_labels(file) == dict.fromkeys(expected, 'a "b", c')
+    assert read_labels(file, key="labels") == dict.fromkeys(expected, 'a "b", c')
 
 
 def test_keys_move_zoom_pin_and_select(page: Page) -> None:
