@@ -137,3 +137,32 @@ SCORES = pa.schema(
         pa.field("data_fingerprint", pa.string()),
     ]
 )
+
+SWEEP = pa.schema(
+    [
+        pa.field("study", pa.string(), nullable=False),
+        pa.field("point", pa.string(), nullable=False),
+        pa.field("value", pa.string(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("trial", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error", pa.string()),
+        pa.field("task", pa.string()),
+        pa.field("protocol", pa.string()),
+        pa.field("metric", pa.string()),
+        pa.field("mean", pa.float64()),
+        pa.field("spread", pa.float64()),
+        pa.field("n_cells", pa.int64()),
+        pa.field("n_slides", pa.int64()),
+        pa.field("n_organs", pa.int64()),
+        pa.field("config_fingerprint", pa.string()),
+        pa.field("cells_fingerprint", pa.string()),
+        pa.field("model_fingerprint", pa.string()),
+        pa.field("data_fingerprint", pa.string()),
+        pa.field("run_id", pa.string()),
+    ]
+)
+"""A sweep: one row a trial, task, protocol and metric; a trial without a result has one row, with its reason.
+
+``mean`` and ``spread`` are over folds.
+"""

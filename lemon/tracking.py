@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -13,6 +14,7 @@ from typing import Any
 DATABASE = "mlflow.db"
 _MAX_PARAM = 6000  # characters that MLflow keeps of a parameter
 _PARAMS_A_CALL = 100
+_TRIES = 5  # to write to a SQLite database that other runs hold; each waits for some seconds by itself
 
 
 def tracking_uri() -> str:
@@ -34,10 +36,14 @@ class Run:
 
         now = int(time.time() * 1000)
         values = [Metric(name, float(value), now, step) for name, value in metrics.items()]
-        try:
-            self._client().log_batch(self.run_id, metrics=values)
-        except MlflowException as error:
-            logging.getLogger(__name__).warning("metrics of step %d are lost: %s", step, str(error).splitlines()[0])
+        for left in reversed(range(_TRIES)):
+            try:
+                return self._client().log_batch(self.run_id, metrics=values)
+            except MlflowException as error:
+                told = str(error).splitlines()[0]
+                if not left or "database is locked" not in told:
+                    break
+        logging.getLogger(__name__).warning("metrics of step %d are lost: %s", step, told)
 
     def log_file(self, path: str | Path, folder: str = "") -> None:
         """Attach a file."""
@@ -46,6 +52,27 @@ class Run:
     def set_tag(self, key: str, value: str) -> None:
         """Set a tag."""
         self._client().set_tag(self.run_id, key, value)
+
+    def log_dataset(self, name: str, *, digest: str, source: str, context: str) -> None:
+        """Note which data the run used: shown as the run's datasets, and found by their digest.
+
+        Args:
+            name: of the data.
+            digest: fingerprint of its content.
+            source: the folder or prefix where it lies.
+            context: what it was used for (training, probe).
+        """
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        kind = "s3" if source.startswith("s3://") else "local"
+        dataset = Dataset(name=name, digest=digest, source_type=kind, source=json.dumps({"uri": source}))
+        tags = [InputTag("mlflow.data.context", context)]
+        self._client().log_inputs(self.run_id, [DatasetInput(dataset, tags)])
+
+    def is_open(self) -> bool:
+        """Whether the run has not ended, as after its process was killed; a run that is gone is not open."""
+        client = self._client()
+        return _exists(client, self.run_id) and client.get_run(self.run_id).info.status == "RUNNING"
 
     def close(self, status: str = "FINISHED") -> None:
         """End the run: FINISHED, FAILED or KILLED."""
@@ -73,13 +100,13 @@ def start_run(
         name: of the run.
         params: flat or nested settings; nested keys are joined by dots.
         tags: further tags.
-        parent: the run of a sweep that this one belongs to.
+        parent: the run of a sweep that this one belongs to; the run is made where the parent is.
         run_id: of an earlier run that was interrupted.
     """
     import mlflow
     from mlflow.entities import Param
 
-    uri = tracking_uri()
+    uri = parent.uri if parent else tracking_uri()
     client = mlflow.MlflowClient(uri)
     if run_id is not None and _exists(client, run_id):
         client.update_run(run_id, status="RUNNING")

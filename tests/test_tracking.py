@@ -42,3 +42,23 @@ def test_a_run_keeps_parameters_metrics_parent_and_goes_on_after_an_interruption
     assert stored.data.params["ssl.name"] == "mocov3"
     assert stored.data.tags["mlflow.parentRunId"] == parent.run_id
     assert stored.info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_a_child_is_made_where_its_parent_is_and_tells_its_data_and_whether_it_ended(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    parent = start_run("scaling_sweep", "sweep", params={})
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{here / 'other.db'}")
+    child = start_run("scaling_sweep", "one", params={}, parent=parent)
+    assert child.uri == parent.uri
+    for _ in range(2):  # a rerun says it again
+        child.log_dataset("cells", digest="abc", source="s3://bucket/cells", context="training")
+    assert child.is_open()
+    child.close("KILLED")
+    assert not child.is_open()
+    (given,) = mlflow.MlflowClient(parent.uri).get_run(child.run_id).inputs.dataset_inputs
+    assert (given.dataset.name, given.dataset.digest, given.dataset.source_type) == ("cells", "abc", "s3")
+    assert given.tags[0].value == "training"

@@ -10,12 +10,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lemon.cells.select import Selection
 from lemon.cluster import start_ray
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError
 from lemon.encoders.device import choose_device
 from lemon.pretrain.assemble import EXPORT, select, train, with_stain
 from lemon.pretrain.config import PretrainConfig
-from lemon.pretrain.loop import TrainingStoppedError
+from lemon.pretrain.loop import Log, TrainingStoppedError
 from lemon.storage import Store, fingerprint
 from lemon.tracking import Run, start_run, tracking_uri
 
@@ -25,21 +26,10 @@ _RUN = "run.json"
 
 def main(config: PretrainConfig) -> int:
     """Pretrain and tell the outcome; returns the exit code."""
-    config = _located(config)
-    store = Store(config.output)
-    selection = select(config)
-    _check_settings(config, store)
-    steps = config.total_steps
-    if selection.n_cells < config.batch:
-        print(f"pretrain: {selection.n_cells:,} cells are fewer than a batch of {config.batch:,}; cells repeat in it")
-    slides = len(selection.parts)
-    print(f"pretrain: {selection.n_cells:,} cells of {slides} slides, {steps:,} steps of {config.batch:,}")
-    run = _open_run(config, store, cells_fingerprint=selection.fingerprint)
+    config, selection = prepare(config)
+    run = _open_run(config, Store(config.output), cells_fingerprint=selection.fingerprint)
     try:
-        if config.workers.in_process:
-            train(config, device=choose_device(config.device), log=_Logger(run, total=steps))
-        else:
-            _train_on_ray(config, run)
+        encoder = fit(config, run)
     except TrainingStoppedError as error:
         run.close("FAILED")
         print(f"pretrain: stopped: {error}", file=sys.stderr)
@@ -47,17 +37,45 @@ def main(config: PretrainConfig) -> int:
     except BaseException:
         run.close("KILLED")
         raise
-    run.set_tag("encoder", f"{store.uri}/{EXPORT}")
     run.close()
-    print(f"pretrain: encoder in {store.uri}/{EXPORT}; MLflow run {run.run_id}")
+    print(f"pretrain: encoder in {encoder}; MLflow run {run.run_id}")
     return EXIT_OK
+
+
+def prepare(config: PretrainConfig) -> tuple[PretrainConfig, Selection]:
+    """The config with its paths made absolute, and its cells; notes in the output with which settings it begins.
+
+    Raises ConfigError, also for an output that was begun with other settings.
+    """
+    config = located(config)
+    selection = select(config)
+    _check_settings(config, Store(config.output))
+    if selection.n_cells < config.batch:
+        print(f"pretrain: {selection.n_cells:,} cells are fewer than a batch of {config.batch:,}; cells repeat in it")
+    slides = len(selection.parts)
+    print(f"pretrain: {selection.n_cells:,} cells of {slides} slides, {config.total_steps:,} steps of {config.batch:,}")
+    return config, selection
+
+
+def fit(config: PretrainConfig, run: Run, *, log: Log | None = None) -> str:
+    """Train what ``prepare`` returned, from its newest checkpoint, here or on Ray; returns where the encoder is.
+
+    Metrics go to ``run``, which stays open, and to ``log`` where this process trains. Raises TrainingStoppedError.
+    """
+    if config.workers.in_process:
+        train(config, device=choose_device(config.device), log=_Logger(run, total=config.total_steps, then=log))
+    else:
+        _train_on_ray(config, run)
+    encoder = f"{Store(config.output).uri}/{EXPORT}"
+    run.set_tag("encoder", encoder)
+    return encoder
 
 
 class _Logger:
     """Metrics to MLflow, and a progress bar with the loss."""
 
-    def __init__(self, run: Run, *, total: int) -> None:
-        self._run = run
+    def __init__(self, run: Run, *, total: int, then: Log | None = None) -> None:
+        self._run, self._then = run, then
         self._bar = tqdm(total=total, unit="step", desc="pretrain", disable=None)
 
     def __call__(self, metrics: Mapping[str, float], step: int) -> None:
@@ -67,6 +85,8 @@ class _Logger:
                 loss=f"{metrics['loss']:.3f}", images_s=f"{metrics['images_per_s']:.0f}", refresh=False
             )
         self._bar.update(step - self._bar.n)
+        if self._then is not None:
+            self._then(metrics, step)
 
 
 def _train_on_ray(config: PretrainConfig, run: Run) -> None:
@@ -111,10 +131,9 @@ def _ray_worker(settings: dict[str, Any]) -> None:
     train(config, device=ray.train.torch.get_device(), rank=rank, world=world, log=log)
 
 
-def _located(config: PretrainConfig) -> PretrainConfig:
-    """Paths made absolute: workers run elsewhere."""
-    located = config.model_copy(update={"cells": Store(config.cells).uri, "output": Store(config.output).uri})
-    return with_stain(located)
+def located(config: PretrainConfig) -> PretrainConfig:
+    """Paths made absolute, because workers run elsewhere. Raises ConfigError where stain statistics are missing."""
+    return with_stain(config.model_copy(update={"cells": Store(config.cells).uri, "output": Store(config.output).uri}))
 
 
 def _check_settings(config: PretrainConfig, store: Store) -> None:
@@ -123,16 +142,21 @@ def _check_settings(config: PretrainConfig, store: Store) -> None:
         store.check_writable()
     except OSError as error:
         raise ConfigError(f"output: cannot write to {config.output!r}: {error}") from None
-    settings = config.result_settings()
-    if store.exists(SETTINGS):
-        earlier = store.read_json(SETTINGS)
-        if fingerprint(earlier) != fingerprint(settings):
-            changed = [key for key in settings if fingerprint(settings[key]) != fingerprint(earlier.get(key))]
-            raise ConfigError(
-                f"output: {store.uri} was begun with other settings ({', '.join(changed)}); choose another output"
-            )
-    else:
-        store.write_json(SETTINGS, settings)
+    if changed := changed_settings(config, store):
+        raise ConfigError(
+            f"output: {store.uri} was begun with other settings ({', '.join(changed)}); choose another output"
+        )
+    if not store.exists(SETTINGS):
+        store.write_json(SETTINGS, config.result_settings())
+
+
+def changed_settings(config: PretrainConfig, store: Store) -> list[str]:
+    """Keys of the settings that are not those that the output was begun with; none where it was not begun."""
+    if not store.exists(SETTINGS):
+        return []
+    settings, earlier = config.result_settings(), store.read_json(SETTINGS)
+    keys = dict.fromkeys([*settings, *earlier])
+    return [key for key in keys if fingerprint(settings.get(key)) != fingerprint(earlier.get(key))]
 
 
 def run_of(store: Store) -> Run:

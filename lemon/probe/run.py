@@ -99,11 +99,17 @@ def open_tasks(config: ProbeConfig) -> tuple[list[Task], list[str]]:
     return tasks, faults
 
 
-def probe_model(encoder: Encoder, tasks: list[Task], *, config: ProbeConfig, store: Store) -> None:
-    """Score one encoder on all tasks, in one MLflow run that a rerun goes on with."""
+def probe_model(
+    encoder: Encoder, tasks: list[Task], *, config: ProbeConfig, store: Store, run: Run | None = None
+) -> list[dict[str, Any]]:
+    """Score one encoder on all tasks; returns its rows of the scores table.
+
+    Metrics go to ``run``, which stays open, or to an MLflow run of the encoder's own that a rerun goes on with.
+    """
     cost = count(encoder.model, px=encoder.cell_input.px)
-    run = _open_run(encoder, config, store, cost=cost)
+    logged = run or _open_run(encoder, config, store, cost=cost)
     store.write_json(f"costs/{file_stem(encoder.name)}-{encoder.fingerprint}.json", asdict(cost))
+    scores = []
     for task in tasks:
         data = data_fingerprint(task)
         circumstances = fingerprint([data, config.settings()])
@@ -114,9 +120,12 @@ def probe_model(encoder: Encoder, tasks: list[Task], *, config: ProbeConfig, sto
             store.write_table(f"predictions/{unit.stem}.parquet", scored.predictions)
             store.write_table(unit.scores, scores_table(scored.rows, unit, seed=config.seed))
         rows = store.read_table(unit.scores).to_pylist()
-        run.log(flat_metrics(rows), step=0)
+        logged.log(flat_metrics(rows), step=0)
         print(f"probe: {encoder.name} on {task.name}: {told(rows)}")
-    run.close()
+        scores += rows
+    if run is None:
+        logged.close()
+    return scores
 
 
 def embedded(encoder: Encoder, task: Task, *, unit: Unit, store: Store) -> np.ndarray:

@@ -1,0 +1,16 @@
+"""A study's points, pretrained and probed: python jobs/scaling_sweep.py sweep=size cells=... tasks=... output=..."""
+
+import sys
+
+from lemon.config import run_job
+from lemon.sweep.config import SweepConfig
+
+
+def main(config: SweepConfig) -> int:
+    from lemon.sweep import run  # imports torch
+
+    return run.main(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job("scaling_sweep", SweepConfig, main))

@@ -1,0 +1,159 @@
+"""Settings of a sweep. Imports no torch, so that a mistake is told at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from lemon.config import ConfigError, Frozen, conf_dir
+from lemon.probe.config import ProbeSettings
+
+RESERVED = ("cells", "output", "seed")
+"""Keys of the pretraining job that the sweep itself sets."""
+
+Overrides = dict[str, Any] | list[str]
+
+
+class Point(Frozen):
+    """One value of what a study varies."""
+
+    name: str = Field(description="in tables and names of folders")
+    value: str = Field(description="what is varied, in words")
+    n_organs: int | None = Field(None, ge=1, description="the organs of lowest rank of their name: nested choices")
+    overrides: Overrides = Field({}, description="of the pretraining job: nested values, or key=value words")
+
+
+class Study(Frozen):
+    """What a sweep varies: one YAML each in ``conf/sweep``.
+
+    A point may be a plain value, which is then the axis's: ``sweep.points=1000,2000``.
+    """
+
+    name: str
+    axis: str | None = Field(None, description="key of the pretraining job that plain points are values of")
+    points: list[Point] = Field(min_length=1)
+    overrides: Overrides = Field({}, description="of the pretraining job, for all points")
+    seeds: list[int] = Field([0], min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_points(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or "points" not in values:
+            return values
+        given = values["points"] if isinstance(values["points"], list) else [values["points"]]
+        return {**values, "points": [_as_point(point, axis=values.get("axis")) for point in given]}
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Study:
+        names = [point.name for point in self.points]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"points: got {twice[0]!r} twice; expected a name of its own for each point")
+        return self
+
+
+class AshaConfig(Frozen):
+    """Early end of trials whose online probe falls behind (asynchronous successive halving)."""
+
+    grace_share: float = Field(0.25, gt=0, le=1, description="share of the steps that every trial may do")
+    reduction: int = Field(3, ge=2, description="of this many trials at a rung one goes on")
+
+
+class SweepConfig(Frozen):
+    """``jobs/scaling_sweep.py``: a study's points x seeds -> pretrained, probed, compared."""
+
+    sweep: Study
+    cells: str = Field(description="output of jobs/curate.py")
+    tasks: list[str] = Field(min_length=1, description="benchmarks, as of jobs/probe.py")
+    data: str = Field("benchmarks_data", description="folder with a subfolder for each benchmark")
+    output: str = Field(description="folder of the trials and the table; one sweep each")
+    seeds: list[int] | None = Field(None, min_length=1, description="of training; null: the study's")
+    pretrain: dict[str, Any] = Field({}, description="overrides of jobs/pretrain.py for all trials: pretrain.epochs=5")
+    probe: ProbeSettings = ProbeSettings()
+    launcher: Literal["auto", "process", "ray"] = Field(
+        "auto", description="process: one trial after another; ray: Ray Tune; auto: ray on a cluster or for several"
+    )
+    max_concurrent: int | None = Field(None, ge=1, description="trials at a time; null: as many as CPUs and GPUs allow")
+    max_failures: int = Field(0, ge=0, description="times that a trial that failed is begun again at once")
+    asha: bool = Field(False, description="end trials early by their online probe (pretrain.probe.labels=...)")
+    asha_settings: AshaConfig = AshaConfig()
+
+    @field_validator("tasks", "seeds", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, (str, int)) else value
+
+    @field_validator("pretrain")
+    @classmethod
+    def _not_the_sweeps_own(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in RESERVED:
+            if key in value:
+                raise ValueError(f"got {key}; give it to the sweep itself: {'seeds' if key == 'seed' else key}=...")
+        return value
+
+    @model_validator(mode="after")
+    def _launcher_fits(self) -> SweepConfig:
+        if self.launcher == "process" and (self.asha or (self.max_concurrent or 1) > 1):
+            raise ValueError("launcher=process runs one trial after another; asha and max_concurrent need launcher=ray")
+        return self
+
+    @property
+    def all_seeds(self) -> list[int]:
+        """Seeds of training, each once."""
+        return list(dict.fromkeys(self.seeds or self.sweep.seeds))
+
+    @property
+    def on_ray(self) -> bool:
+        """Whether Ray Tune runs the trials."""
+        several = self.asha or (self.max_concurrent or 1) > 1 or "RAY_ADDRESS" in os.environ
+        return self.launcher == "ray" or (self.launcher == "auto" and several)
+
+
+def words(overrides: Overrides, prefix: str = "") -> list[str]:
+    """Overrides as the words that ``lemon.config.load`` takes. Raises ConfigError for a word without ``=``."""
+    if isinstance(overrides, list):
+        wrong = [word for word in overrides if "=" not in word]
+        if wrong:
+            raise ConfigError(f"{wrong[0]!r}: expected key=value")
+        return list(overrides)
+    found = []
+    for key, value in overrides.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            found += words(dict(value), f"{name}.")
+        else:
+            is_choice = name == "variant" or (conf_dir() / name).is_dir()  # the name of a file in conf/
+            found.append(f"{name}={value if is_choice else _spelled(value)}")
+    return found
+
+
+def _spelled(value: Any) -> str:
+    """A plain value as Hydra reads it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(_spelled, value))}]"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"'{escaped}'"
+    return str(value)
+
+
+def _as_point(value: Any, *, axis: str | None) -> Any:
+    """A plain value as a point; 10000 is named 10k."""
+    if isinstance(value, Mapping):
+        return {"value": value.get("name", ""), **value}
+    if axis is None:
+        raise ValueError(f"points: got the plain value {value!r}; expected name and overrides, or sweep.axis=KEY")
+    return {"name": _short(value), "value": str(value), "overrides": {axis: value}}
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, int):
+        for size, letter in ((1_000_000, "M"), (1_000, "k")):
+            if value and value % size == 0:
+                return f"{value // size}{letter}"
+    return str(value)

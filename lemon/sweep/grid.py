@@ -1,0 +1,272 @@
+"""From a sweep's settings to its trials. Everything that can be wrong is told before the first one starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lemon.cells.ledger import read_ledger
+from lemon.cells.names import file_stem
+from lemon.cells.select import Selection, rank_of, select_cells
+from lemon.config import ConfigError, load
+from lemon.encoders.device import choose_device
+from lemon.experiment import Trial
+from lemon.pretrain import launch
+from lemon.pretrain.assemble import fit_stain
+from lemon.pretrain.config import FitStainConfig, PretrainConfig, TrainWorkers
+from lemon.pretrain.stain import statistics_name
+from lemon.probe.task import Task, TaskError
+from lemon.probe.tasks.catalogue import open_task
+from lemon.storage import Store
+from lemon.sweep.config import Point, SweepConfig, words
+
+EXPERIMENT = "scaling_sweep"
+MARK = "sweep.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One point with one seed."""
+
+    point: Point
+    seed: int
+    trial: Trial
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The trials, seed by seed, and the tasks that all of them are scored on."""
+
+    entries: list[Entry]
+    tasks: list[Task]
+
+
+def build(config: SweepConfig) -> Grid:
+    """The trials of a sweep, with stain statistics fitted where they are missing.
+
+    Raises ConfigError with a line for every fault of every point.
+    """
+    cells, output = open_cells(config), open_output(config)
+    organs, select = nested_organs(cells), remembered(cells)
+    configs: list[tuple[Point, PretrainConfig]] = []
+    faults = Faults([point.name for point in config.sweep.points])
+    for point in config.sweep.points:
+        try:
+            made = point_config(config, point, organs=organs)
+        except ConfigError as error:
+            faults.add(point, *str(error).splitlines())
+            continue
+        faults.add(point, *selection_faults(made, select), *settings_faults(made, config))
+        configs.append((point, made))
+    entries = [
+        Entry(point, seed, trial_of(config, point, made, seed=seed, output=output))
+        for seed in config.all_seeds
+        for point, made in configs
+    ]
+    for entry in entries:
+        faults.add(entry.point, *begun_faults(entry.trial))
+    lines = faults.lines()
+    tasks, untold = _open_tasks(config) if not lines else ([], [])  # reading them may take a while
+    if lines or untold:
+        raise ConfigError("\n".join(lines + untold))
+    for _, made in configs:
+        _fit_stain(made)
+    return Grid([Entry(entry.point, entry.seed, entry.trial.located()) for entry in entries], tasks)
+
+
+class Faults:
+    """Faults by point; one that all points share is told once."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._found: dict[str, list[str]] = {}
+
+    def add(self, point: Point, *lines: str) -> None:
+        """Note faults of a point, each once."""
+        for line in lines:
+            points = self._found.setdefault(line, [])
+            if point.name not in points:
+                points.append(point.name)
+
+    def lines(self) -> list[str]:
+        """One line a fault, with the points that have it."""
+        everywhere = len(self._names)
+        return [
+            f"pretrain.{line}" if len(points) == everywhere else f"point {', '.join(points)}: pretrain.{line}"
+            for line, points in self._found.items()
+        ]
+
+
+def open_cells(config: SweepConfig) -> Store:
+    """The cells table. Raises ConfigError for a path that cannot be one."""
+    try:
+        return Store(config.cells)
+    except ValueError as error:
+        raise ConfigError(f"cells: {error}") from None
+
+
+def open_output(config: SweepConfig) -> Store:
+    """The output, which can be written and holds no other sweep. Raises ConfigError."""
+    if "://" in config.output:  # the probes open the encoder as a folder
+        raise ConfigError(f"output: got {config.output!r}; expected a folder (on a cluster one that every node sees)")
+    output = Store(config.output)
+    try:
+        output.check_writable()
+    except OSError as error:
+        raise ConfigError(f"output: cannot write to {config.output!r}: {error}") from None
+    if output.exists(MARK) and (study := output.read_json(MARK)["study"]) != config.sweep.name:
+        raise ConfigError(f"output: {output.uri} holds the sweep {study!r}; choose another output")
+    return output
+
+
+def nested_organs(cells: Store) -> list[str]:
+    """Organs of a table by the rank of their name: the first k are in every choice of more than k.
+
+    Raises ConfigError for a table without cells.
+    """
+    rows = [row for row in read_ledger(cells).to_pylist() if row["n_cells"]]
+    if not rows:
+        raise ConfigError(f"cells: {cells.uri} holds no cells; expected the output of jobs/curate.py")
+    names = sorted({row["organ"] for row in rows} - {None})
+    return [names[index] for index in np.argsort(rank_of(names), kind="stable")]
+
+
+def point_config(config: SweepConfig, point: Point, *, organs: Sequence[str]) -> PretrainConfig:
+    """The pretraining job of a point. Raises ConfigError with a line a fault.
+
+    Later words win: the variant's, the study's, the sweep's ``pretrain.*``, then the point's own.
+    """
+    given = [*words(config.sweep.overrides), *words(config.pretrain), *words(point.overrides)]
+    given += words({"cells": Store(config.cells).uri, "output": "unset"})
+    made = load("pretrain", list({word.partition("=")[0]: word for word in given}.values()), PretrainConfig)
+    if point.n_organs is None:
+        return made
+    among = [organ for organ in organs if made.select.organs is None or organ in made.select.organs]
+    if len(among) < point.n_organs:
+        got = f"got {point.n_organs} organs; the table has {len(among)} ({', '.join(among) or 'none at all'})"
+        raise ConfigError(f"select.organs: {got}")
+    chosen = made.select.model_copy(update={"organs": among[: point.n_organs]})
+    return made.model_copy(update={"select": chosen})
+
+
+def remembered(cells: Store) -> Callable[..., Selection]:
+    """``select_cells`` of a table that does a selection once: many points have the same one."""
+    known: dict[str, Selection] = {}
+
+    def select(**options: Any) -> Selection:
+        key = repr(options)
+        if key not in known:
+            known[key] = select_cells(cells, **options)
+        return known[key]
+
+    return select
+
+
+def selection_faults(config: PretrainConfig, select: Callable[..., Selection]) -> list[str]:
+    """What the table lacks for a point to be what its name says. Reads the ledger, no shard."""
+    wanted = config.select
+    try:
+        whole = select(**wanted.model_dump() | {"n_cells": None})
+    except ConfigError as error:
+        return [str(error)]
+    n_slides = len(whole.parts)
+    if wanted.n_slides is not None and n_slides < wanted.n_slides:
+        return [f"select.n_slides: got {wanted.n_slides:,}; the table has {n_slides:,} slides to choose from"]
+    if wanted.n_cells is not None and whole.n_cells < wanted.n_cells:
+        remedy = "choose fewer, or curate with more cells_per_slide"
+        return [f"select.n_cells: got {wanted.n_cells:,}; the {n_slides:,} slides hold {whole.n_cells:,}: {remedy}"]
+    return []
+
+
+def settings_faults(config: PretrainConfig, sweep: SweepConfig) -> list[str]:
+    """What is wrong with a point's other settings on this machine."""
+    faults = []
+    if sweep.asha and (config.probe is None or not config.workers.in_process):
+        faults.append("probe: asha=true needs the online probe (probe.cells, probe.labels) and one worker a trial")
+    if config.probe is not None and not Path(config.probe.labels).is_file():
+        faults.append(f"probe.labels: {config.probe.labels} not found; expected a CSV or Parquet file")
+    if config.views.stain.statistics is not None:
+        faults += _told(launch.located, config)
+    if not sweep.on_ray:
+        faults += _told(choose_device, config.device)
+    elif "RAY_ADDRESS" not in os.environ:
+        cpus, gpus = needed(config.workers, least=True)
+        have_cpus, have_gpus = os.cpu_count() or 1, torch.cuda.device_count()
+        if cpus > have_cpus or gpus > have_gpus:
+            got = f"a trial needs {cpus:g} CPUs and {gpus:g} GPUs; this machine has {have_cpus} and {have_gpus}"
+            faults.append(f"workers: {got}: set RAY_ADDRESS to a cluster that has them, or ask for fewer")
+    return faults
+
+
+def needed(workers: TrainWorkers, *, least: bool = False) -> tuple[float, float]:
+    """CPUs and GPUs of a trial with all its workers, or with the least number that an elastic run goes on with."""
+    count = workers.count if isinstance(workers.count, int) else workers.count[0 if least else 1]
+    return count * workers.cpus, count * workers.gpus
+
+
+def trial_of(config: SweepConfig, point: Point, made: PretrainConfig, *, seed: int, output: Store) -> Trial:
+    """A point's trial with one seed: of training; selections and folds do not depend on it."""
+    name = f"{config.sweep.name}-{point.name}-s{seed}"
+    folder = f"{output.uri}/trials/{file_stem(name)}"
+    update = {"output": folder, "seed": seed, "probe": made.probe and made.probe.model_copy(update=_absolute(made))}
+    return Trial(
+        name=name,
+        pretrain=made.model_copy(update=update),
+        tasks=config.tasks,
+        data=str(Path(config.data).expanduser().absolute()),
+        probe=config.probe,
+        experiment=EXPERIMENT,
+        params={"sweep": {"study": config.sweep.name, "point": point.name, "value": point.value}},
+    )
+
+
+def begun_faults(trial: Trial) -> list[str]:
+    """A trial whose folder was begun with other settings."""
+    if not trial.store.exists(launch.SETTINGS):
+        return []
+    try:
+        changed = launch.changed_settings(launch.located(trial.pretrain), trial.store)
+    except ConfigError:
+        return []  # stain statistics that are to be fitted
+    place = trial.store.uri.rpartition("/")[0]
+    return [f"{key}: trials in {place} were begun with another one; choose another output" for key in changed]
+
+
+def _absolute(config: PretrainConfig) -> dict[str, str]:
+    """Paths of the online probe: trials run in folders of their own."""
+    assert config.probe is not None
+    return {"cells": Store(config.probe.cells).uri, "labels": str(Path(config.probe.labels).absolute())}
+
+
+def _told(check: Callable[..., Any], argument: Any) -> list[str]:
+    try:
+        check(argument)
+    except ConfigError as error:
+        return [str(error)]
+    return []
+
+
+def _open_tasks(config: SweepConfig) -> tuple[list[Task], list[str]]:
+    tasks, faults = [], []
+    for name in config.tasks:
+        try:
+            tasks.append(open_task(name, Path(config.data).expanduser(), seed=config.probe.seed))
+        except TaskError as error:
+            faults.append(f"tasks: {error}".replace("tasks: tasks: ", "tasks: "))
+    return tasks, faults
+
+
+def _fit_stain(config: PretrainConfig) -> None:
+    """The statistics that a point's views draw from, beside the cells, where they are not there yet."""
+    stain, cells = config.views.stain, Store(config.cells)
+    if stain.kind != "gmm" or stain.statistics is not None:
+        return
+    if not cells.exists(statistics_name(stain.space, stain.components)):
+        path, count = fit_stain(FitStainConfig(cells=cells.uri, space=stain.space, components=stain.components))
+        print(f"sweep: stain statistics of {count:,} cells in {path}")

@@ -1,0 +1,110 @@
+"""What ``jobs/scaling_sweep.py`` does: run the trials that are not done yet, then write the table of all.
+
+The output is the only memory: ``trials/<name>/result.json`` says that a trial is done, so the same command after
+``kill -9`` runs what is left, each trial from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+from lemon import experiment
+from lemon.config import EXIT_FAILURES, EXIT_OK
+from lemon.pretrain.loop import Log
+from lemon.probe.task import Task
+from lemon.storage import Store, fingerprint
+from lemon.sweep import table
+from lemon.sweep.config import SweepConfig
+from lemon.sweep.grid import EXPERIMENT, MARK, Entry, Grid, build
+from lemon.tracking import Run, start_run
+
+logger = logging.getLogger(__name__)
+
+
+def main(config: SweepConfig) -> int:
+    """Run a sweep and tell the outcome; returns the exit code. Raises ConfigError before any trial starts."""
+    grid, output = build(config), Store(config.output)
+    pending = [entry for entry in grid.entries if not is_over(entry, config)]
+    points, seeds = len(config.sweep.points), ", ".join(map(str, config.all_seeds))
+    print(
+        f"sweep: {config.sweep.name}: {points} points with seeds {seeds}; {len(grid.entries) - len(pending)} trials "
+        f"are done, {len(pending)} to do, in {output.uri}"
+    )
+    if pending:
+        _run_pending(pending, grid, config, output)
+    rows = table.write(grid.entries, output, study=config.sweep.name)
+    statuses = Counter({row["trial"]: row["status"] for row in rows}.values())
+    for row in rows:
+        if row["status"] != "done":
+            print(f"  {row['trial']}: {row['status']}: {row['error']}")
+    print(table.summary(rows))
+    told = ", ".join(f"{statuses[status]} {status}" for status in ("done", "stopped", "failed"))
+    print(f"sweep: {len(grid.entries)} trials ({told}); {table.PARQUET} and {table.CSV} in {output.uri}")
+    return EXIT_FAILURES if statuses["failed"] else EXIT_OK
+
+
+def is_over(entry: Entry, config: SweepConfig) -> bool:
+    """Whether a trial is done, or was stopped by ASHA in a sweep that still wants that; a failed one is tried again."""
+    if experiment.finished(entry.trial) is not None:
+        return True
+    why = table.lost(entry)
+    return why is not None and why.status == "stopped" and config.asha
+
+
+def attempt(entry: Entry, *, tasks: list[Task] | None, parent: Run, log: Log | None = None) -> None:
+    """Run a trial; raises what it raises, after noting why in its folder."""
+    store = entry.trial.store
+    store.delete(table.LOST)
+    try:
+        experiment.run(entry.trial, tasks=tasks, parent=parent, log=log)
+    except Exception as error:
+        table.write_lost(entry, status="failed", error=f"{type(error).__name__}: {error}")
+        raise
+
+
+def _run_pending(pending: list[Entry], grid: Grid, config: SweepConfig, output: Store) -> None:
+    parent = _open_parent(config, output)
+    status = "KILLED"
+    try:
+        if config.on_ray:
+            from lemon.sweep.tune import run_on_ray
+
+            run_on_ray(pending, grid=grid, config=config, parent=parent)
+        else:
+            _run_here(pending, grid.tasks, parent=parent, tries=1 + config.max_failures)
+        status = "FINISHED"
+    finally:
+        _close_runs(grid.entries, parent)
+        parent.close(status)
+
+
+def _run_here(pending: list[Entry], tasks: list[Task], *, parent: Run, tries: int) -> None:
+    """One trial after another, in this process."""
+    for number, entry in enumerate(pending, 1):
+        print(f"sweep: {entry.trial.name}, {number} of {len(pending)}")
+        for _ in range(tries):
+            try:
+                attempt(entry, tasks=tasks, parent=parent)
+            except Exception as error:  # noted in the trial's folder; the other trials go on
+                logger.debug("trial %s", entry.trial.name, exc_info=True)
+                print(f"sweep: {entry.trial.name} failed: {error}")
+            else:
+                break
+
+
+def _open_parent(config: SweepConfig, output: Store) -> Run:
+    """The sweep's own MLflow run, which a rerun goes on with. It makes the database before trials open it at once."""
+    earlier = output.read_json(MARK)["run_id"] if output.exists(MARK) else None
+    tags = {"output": output.uri, "config_fingerprint": fingerprint(config.model_dump(mode="json"))}
+    run = start_run(EXPERIMENT, config.sweep.name, params=config.model_dump(mode="json"), tags=tags, run_id=earlier)
+    output.write_json(MARK, {"study": config.sweep.name, "run_id": run.run_id})
+    return run
+
+
+def _close_runs(entries: list[Entry], parent: Run) -> None:
+    """End the runs of trials that could not do it themselves: killed, or stopped by ASHA."""
+    for entry in entries:
+        run = experiment.run_of(entry.trial, uri=parent.uri)
+        if run is not None and run.is_open():
+            run.close("KILLED")

@@ -1,0 +1,102 @@
+"""The table of a sweep, ``sweep.parquet`` and ``sweep.csv``, and its summary.
+
+One row a trial, task, protocol and metric; a trial without a result has one row, with its reason:
+
+    study, point, value    what was varied
+    seed                   of training
+    trial                  its folder below ``trials/``
+    status, error          done; failed, or stopped (by ASHA), and why
+    task, protocol, metric as in the scores table
+    mean, spread           over folds (spread is null for a single value)
+    n_cells, n_slides, n_organs     that were selected
+    *_fingerprint          of settings, cells, encoder and task
+    run_id                 of MLflow
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from lemon.config import Frozen
+from lemon.experiment import RUN, Result, finished
+from lemon.report.tables import MAIN_METRICS, as_csv
+from lemon.schema import SWEEP
+from lemon.storage import Store
+from lemon.sweep.grid import Entry
+
+LOST = "lost.json"
+PARQUET, CSV = "sweep.parquet", "sweep.csv"
+
+
+class Lost(Frozen):
+    """Why a trial has no result: what ``lost.json`` in its folder holds."""
+
+    status: str  # failed, stopped
+    error: str
+    fingerprint: str
+
+
+def lost(entry: Entry) -> Lost | None:
+    """Why a trial has no result, if an attempt with the same settings said so."""
+    store = entry.trial.store
+    if not store.exists(LOST):
+        return None
+    found = Lost.model_validate(store.read_json(LOST))
+    return found if found.fingerprint == entry.trial.fingerprint else None
+
+
+def write_lost(entry: Entry, *, status: str, error: str) -> None:
+    """Note why a trial has no result, in one line."""
+    found = Lost(status=status, error=" ".join(error.split()), fingerprint=entry.trial.fingerprint)
+    entry.trial.store.write_json(LOST, found.model_dump())
+
+
+def rows_of(entry: Entry, *, study: str) -> Iterator[dict[str, Any]]:
+    """The rows of one trial; none while it has not come to an end."""
+    trial = entry.trial
+    named = {"study": study, "point": entry.point.name, "value": entry.point.value, "seed": entry.seed}
+    named |= {"trial": trial.name, "config_fingerprint": trial.fingerprint}
+    result = finished(trial)
+    if result is not None:
+        facts = Result.model_dump(result, exclude={"name", "fingerprint", "code_version", "scores"})
+        for score in result.scores:
+            yield named | facts | score.model_dump() | {"status": "done"}
+    elif (why := lost(entry)) is not None:
+        run_id = trial.store.read_json(RUN)["run_id"] if trial.store.exists(RUN) else None
+        yield named | {"status": why.status, "error": why.error, "run_id": run_id}
+
+
+def write(entries: Sequence[Entry], output: Store, *, study: str) -> list[dict[str, Any]]:
+    """Write the table of what the trials found; returns its rows."""
+    rows = [row for entry in entries for row in rows_of(entry, study=study)]
+    table = pa.Table.from_pylist(rows, schema=SWEEP)
+    output.write_table(PARQUET, table)
+    if rows:
+        output.write_bytes(CSV, as_csv(table.to_pylist()).encode())
+    return rows
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    """Points x (task, protocol) as Markdown: mean (s.d.) over seeds of the main metric of the linear probe."""
+    values: dict[str, dict[tuple[str, str], list[float]]] = {row["point"]: {} for row in rows}
+    for row in rows:
+        if row["status"] == "done" and row["metric"] in MAIN_METRICS:
+            values[row["point"]].setdefault((row["task"], row["protocol"]), []).append(row["mean"])
+    columns = list(dict.fromkeys(column for found in values.values() for column in found))
+    lines = ["| " + " | ".join([rows[0]["study"], "seeds", *(f"{task}, {kind}" for task, kind in columns)]) + " |"]
+    lines.append("|" + "---|" * (len(columns) + 2))
+    for point, found in values.items():
+        seeds = len({row["seed"] for row in rows if row["point"] == point and row["status"] == "done"})
+        lines.append("| " + " | ".join([point, str(seeds), *(_told(found.get(column)) for column in columns)]) + " |")
+    return "\n".join(lines)
+
+
+def _told(values: Sequence[float] | None) -> str:
+    if not values:
+        return ""
+    mean = statistics.fmean(values)
+    return f"{mean:.3f} ({statistics.stdev(values):.3f})" if len(values) > 1 else f"{mean:.3f}"

@@ -1,0 +1,187 @@
+"""Trials on Ray Tune: several at a time, on one machine or a cluster. The only file of sweeps that imports ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+
+from lemon import experiment
+from lemon.cells.names import file_stem
+from lemon.cluster import start_ray
+from lemon.experiment import Trial
+from lemon.storage import Store, fingerprint
+from lemon.sweep import table
+from lemon.sweep.config import SweepConfig
+from lemon.sweep.grid import Entry, Grid, needed
+from lemon.sweep.run import attempt
+from lemon.tracking import Run
+
+CURRENT = "ray/current.json"
+"""Which experiment of Tune is going on; absent when none is."""
+
+PROBED = "probe/balanced_accuracy"  # as pretraining logs it
+METRIC, STEP = "online_probe", "step"  # as Tune is told: its own training_iteration begins anew after an interruption
+_PLACE: dict[str, float] = {"memory": 1 << 20}  # of a trial whose workers Ray Train places; nothing at all is refused
+
+
+def run_on_ray(pending: list[Entry], *, grid: Grid, config: SweepConfig, parent: Run) -> None:
+    """Run trials, going on with an interrupted experiment of Tune; what became of each is in its folder."""
+    _start_ray()
+    for entry in pending:
+        entry.trial.store.delete(table.LOST)
+    trainable = _trainable(grid.entries, config, parent=parent)
+    if (interrupted := _restored(pending, grid, config, trainable)) is not None:
+        interrupted.fit()
+    if left := list(filter(_is_open, pending)):  # all, unless an interrupted experiment had them
+        _fresh(left, grid, config, trainable).fit()
+    for entry in filter(_is_open, pending):
+        table.write_lost(entry, status="failed", error="Ray Tune ended without it; the same command runs it again")
+    Store(config.output).delete(CURRENT)
+
+
+def _fresh(pending: list[Entry], grid: Grid, config: SweepConfig, trainable: Any) -> tune.Tuner:
+    """A new experiment of Tune with the trials that are to do."""
+    name, output = f"sweep-{int(time.time())}", Store(config.output)
+    names = [entry.trial.name for entry in pending]
+    output.write_json(CURRENT, {"name": name, "trials": names, "settings": _settings(grid, config)})
+    return tune.Tuner(
+        trainable,
+        param_space={"trial": tune.grid_search(names)},
+        tune_config=tune.TuneConfig(
+            scheduler=_asha(pending, config) if config.asha else None,
+            max_concurrent_trials=config.max_concurrent or _capacity(pending),
+            trial_name_creator=_name_of,
+            trial_dirname_creator=_name_of,
+        ),
+        run_config=tune.RunConfig(
+            name=name,
+            storage_path=f"{output.uri}/ray",
+            failure_config=tune.FailureConfig(max_failures=config.max_failures),
+            callbacks=[_Told(pending)],
+            verbose=0,
+        ),
+    )
+
+
+def _restored(pending: list[Entry], grid: Grid, config: SweepConfig, trainable: Any) -> tune.Tuner | None:
+    """The interrupted experiment, which knows how far ASHA was; None where there is none for these trials."""
+    output = Store(config.output)
+    if not output.exists(CURRENT):
+        return None
+    current = output.read_json(CURRENT)
+    path = f"{output.uri}/ray/{current['name']}"
+    known = {entry.trial.name for entry in pending} <= set(current["trials"])
+    same = known and current["settings"] == _settings(grid, config)
+    if not same or not tune.Tuner.can_restore(path) or not list(Path(path).glob("experiment_state-*.json")):
+        return None
+    return tune.Tuner.restore(path, trainable, resume_errored=True)
+
+
+def _settings(grid: Grid, config: SweepConfig) -> str:
+    """Names the trials and how they are run."""
+    trials = [entry.trial.fingerprint for entry in grid.entries]
+    return fingerprint([trials, config.asha, config.asha_settings.model_dump(), config.max_concurrent])
+
+
+def _trainable(entries: list[Entry], config: SweepConfig, *, parent: Run) -> Any:
+    """The function that Tune calls, with what each trial takes of the cluster."""
+    by_name = {entry.trial.name: entry for entry in entries}
+    whole = tune.with_parameters(_trial, entries=by_name, parent=parent, reports=config.asha)
+    return tune.with_resources(whole, lambda settings: _resources(by_name[settings["trial"]].trial))
+
+
+def _trial(settings: dict[str, Any], *, entries: dict[str, Entry], parent: Run, reports: bool) -> None:
+    """What Tune calls in a process of its own."""
+    entry = entries[settings["trial"]]
+    if experiment.finished(entry.trial) is not None:
+        return  # before an interruption; Tune had not noted it
+    os.environ["LOKY_MAX_CPU_COUNT"] = str(entry.trial.pretrain.workers.cpus)  # of the probes; else all of the machine
+    attempt(entry, tasks=None, parent=parent, log=_report if reports else None)
+
+
+def _report(metrics: Mapping[str, float], step: int) -> None:
+    if PROBED in metrics:
+        tune.report({METRIC: metrics[PROBED], STEP: step})
+
+
+def _resources(trial: Trial) -> Any:
+    workers = trial.pretrain.workers
+    if not workers.in_process:
+        return tune.PlacementGroupFactory([_PLACE])
+    return tune.PlacementGroupFactory([{"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}])
+
+
+def _capacity(pending: list[Entry]) -> int:
+    """Trials that the cluster has room for at once: Tune does not count what Ray Train's workers take."""
+    total = ray.cluster_resources()
+    needs = [needed(entry.trial.pretrain.workers) for entry in pending]
+    cpus, gpus = max(cpus for cpus, _ in needs), max(gpus for _, gpus in needs)
+    room = [total.get("CPU", 1) // cpus, *([total.get("GPU", 0) // gpus] if gpus else [])]
+    return max(1, int(min(room)))
+
+
+def _asha(pending: list[Entry], config: SweepConfig) -> Any:
+    steps = max(entry.trial.pretrain.total_steps for entry in pending)
+    grace = max(1, round(config.asha_settings.grace_share * steps))
+    return ASHAScheduler(
+        time_attr=STEP,
+        metric=METRIC,
+        mode="max",
+        max_t=steps + 1,  # the last report must not end a trial: its probes are to come
+        grace_period=grace,
+        reduction_factor=config.asha_settings.reduction,
+    )
+
+
+def _name_of(trial: Any) -> str:
+    return file_stem(trial.config["trial"])
+
+
+class _Told(tune.Callback):
+    """A line for every trial that comes to an end, and a note in the folder of one that ASHA ended."""
+
+    def __init__(self, entries: list[Entry]) -> None:
+        self._entries = {file_stem(entry.trial.name): entry for entry in entries}
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
+        """A trial is done, or was ended by ASHA."""
+        entry = self._entries[str(trial)]
+        if _is_open(entry):
+            table.write_lost(entry, status="stopped", error="by ASHA: its online probe fell behind")
+        self._tell(entry)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
+        """A trial failed; one whose process died could not note why."""
+        entry = self._entries[str(trial)]
+        if _is_open(entry):
+            told = str(trial.get_error() or "its process died").strip().splitlines()
+            table.write_lost(entry, status="failed", error=told[-1])
+        self._tell(entry)
+
+    def _tell(self, entry: Entry) -> None:
+        left = sum(map(_is_open, self._entries.values()))
+        print(f"sweep: {entry.trial.name} ended, {left} of {len(self._entries)} to come", flush=True)
+
+
+def _is_open(entry: Entry) -> bool:
+    return experiment.finished(entry.trial) is None and table.lost(entry) is None
+
+
+def _start_ray() -> None:
+    """As ``lemon.cluster.start_ray``, with the dashboard on: without it an ASHA sweep never ended (Ray 2.60)."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # else Tune draws boxes, also with verbose=0
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # else Tune returns after Ctrl-C as if all were done
+    if "RAY_ADDRESS" not in os.environ and not ray.is_initialized():
+        ray.init(
+            include_dashboard=True, object_store_memory=512 << 20, log_to_driver=False, logging_level=logging.ERROR
+        )
+    start_ray()

@@ -1,0 +1,148 @@
+"""The sweep's job as a user starts it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from lemon.storage import Store
+from lemon.sweep import table
+from lemon.sweep.grid import MARK
+from tests.probe.tasks.test_folder import write_crops
+from tests.sweeps import sweep_words, write_cells
+
+JOB = Path(__file__).resolve().parents[2] / "jobs" / "scaling_sweep.py"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    write_cells(tmp_path / "cells")
+    write_crops(tmp_path / "data")
+    return tmp_path
+
+
+def command(home: Path, *more: str) -> list[str]:
+    return [sys.executable, str(JOB), *sweep_words(home, "tasks=folder:mine", *more)]
+
+
+def environment(home: Path) -> dict[str, str]:
+    return os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{home / 'mlflow.db'}"}
+
+
+def run(words: list[str], home: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, capture_output=True, text=True, check=False, env=environment(home), timeout=500)
+
+
+def results(home: Path) -> dict[str, float]:
+    """When each finished trial was finished."""
+    return {path.parent.name: path.stat().st_mtime for path in (home / "out").glob("trials/*/result.json")}
+
+
+def kill_after_first_result(words: list[str], home: Path) -> dict[str, float]:
+    """Start a sweep, kill it and all its processes once a trial is done; returns the trials that were done."""
+    job = subprocess.Popen(words, env=environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not results(home):
+        assert job.poll() is None
+        time.sleep(0.05)
+    family = psutil.Process(job.pid).children(recursive=True)
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    for child in family:
+        if child.is_running():
+            child.kill()
+    return results(home)
+
+
+def table_of(home: Path) -> list[dict]:
+    return pq.read_table(home / "out" / table.PARQUET, schema=table.SWEEP).to_pylist()
+
+
+def statuses(home: Path) -> dict[str, str]:
+    """Status of every child of the sweep in MLflow, by name; a trial has one run only."""
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    parent = client.get_run(Store(home / "out").read_json(MARK)["run_id"])
+    found = client.search_runs(
+        [parent.info.experiment_id], filter_string=f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    )
+    names = {each.info.run_name: each.info.status for each in found}
+    assert len(names) == len(found)
+    assert parent.info.status == "FINISHED"
+    return names
+
+
+def test_a_sweep_killed_half_way_goes_on_and_runs_no_finished_trial_again(home: Path) -> None:
+    words = command(home, "seeds=[0,1]")
+    done = kill_after_first_result(words, home)
+    assert 1 <= len(done) < 4
+    again = run(words, home)
+    assert again.returncode == 0, again.stderr
+    assert f"{len(done)} trials are done" in again.stdout
+    now = results(home)
+    assert {name: now[name] for name in done} == done
+    assert len(now) == 4
+    rows = table_of(home)
+    assert {(row["point"], row["seed"]) for row in rows} == {(point, seed) for point in ("a0", "a1") for seed in (0, 1)}
+    assert all(row["status"] == "done" for row in rows)
+    assert set(statuses(home).values()) == {"FINISHED"}
+
+
+def test_faults_are_lines_and_exit_code_2_and_leave_no_trial(home: Path) -> None:
+    done = run(command(home, "sweep=size", "sweep.points=[50,500,5000]"), home)
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("scaling_sweep: point ") for line in lines)
+    assert not (home / "out" / "trials").exists()
+
+
+@pytest.mark.ray
+def test_ray_runs_trials_side_by_side_and_one_that_fails_stops_no_other(home: Path) -> None:
+    points = "sweep.points=[{name: calm},{name: wild, overrides: {ssl.base_lr: 1e30}},{name: tame}]"
+    more = ["launcher=ray", "max_concurrent=2", "pretrain.epochs=4", "pretrain.checkpoint_every=100"]
+    done = run(command(home, points, *more), home)
+    assert done.returncode == 3, done.stdout + done.stderr
+    rows = table_of(home)
+    assert {row["point"]: row["status"] for row in rows} == {"calm": "done", "wild": "failed", "tame": "done"}
+    (failed,) = [row for row in rows if row["status"] == "failed"]
+    assert failed["error"].startswith("TrainingStoppedError: the loss became")
+    names = ("calm", "wild", "tame")
+    assert statuses(home) == {f"augmentation-{name}-s0": "FAILED" if name == "wild" else "FINISHED" for name in names}
+
+
+@pytest.mark.ray
+def test_a_sweep_on_ray_with_early_stops_goes_on_after_a_kill(home: Path) -> None:
+    """ASHA ends what falls behind; after a kill Tune goes on where it was, and all runs end."""
+    cells = [
+        cell for path in (home / "cells" / "cells").iterdir() for cell in pq.read_table(path)["cell_id"].to_pylist()
+    ]
+    labels = home / "labels.csv"
+    labels.write_text("cell_id,label\n" + "".join(f"{cell},{'ab'[i % 2]}\n" for i, cell in enumerate(cells)))
+    probe = [f"pretrain.probe.cells={home / 'cells'}", f"pretrain.probe.labels={labels}"]
+    more = ["launcher=ray", "asha=true", "max_concurrent=2", "pretrain.epochs=20", "sweep.points=a0,a1,a1_gray"]
+    words = command(home, *more, *probe)
+    done = kill_after_first_result(words, home)
+    again = run(words, home)
+    assert again.returncode == 0, again.stdout + again.stderr
+    now = results(home)
+    assert {name: now[name] for name in done} == done
+    found = {row["trial"]: row["status"] for row in table_of(home)}
+    assert len(found) == 3
+    assert set(found.values()) <= {"done", "stopped"}
+    assert not (home / "out" / "ray" / "current.json").exists()
+    runs = statuses(home)
+    assert all(runs[trial] == ("FINISHED" if status == "done" else "KILLED") for trial, status in found.items())
+    nothing = run(words, home)
+    assert nothing.returncode == 0
+    assert "3 trials are done, 0 to do" in nothing.stdout

@@ -1,0 +1,256 @@
+"""Sweeps: what is checked first, how selections nest, the table, and what a rerun does."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from lemon import experiment
+from lemon.cells.select import select_cells
+from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError, conf_dir, load
+from lemon.probe.task import Task, TaskError
+from lemon.storage import Store
+from lemon.sweep import grid, run, table
+from lemon.sweep.config import SweepConfig, words
+from tests.sweeps import ORGANS, light_task, sweep_words, write_cells
+
+STUDIES = sorted(path.stem for path in (conf_dir() / "sweep").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    write_cells(folder / "cells")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def circumstances(home: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """One made-up task in place of the catalogue, one MLflow database for all."""
+
+    def open_task(name: str, data: Path, *, seed: int = 0) -> Task:
+        if name != "light":
+            raise TaskError(f"tasks: unknown {name!r}")
+        return light_task()
+
+    monkeypatch.setattr(grid, "open_task", open_task)
+    monkeypatch.setattr(experiment, "open_task", open_task)
+    uri = f"sqlite:///{home / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return uri
+
+
+def config_of(home: Path, *more: str) -> SweepConfig:
+    return load("scaling_sweep", sweep_words(home, *more), SweepConfig)
+
+
+def faults(home: Path, *more: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        grid.build(config_of(home, *more))
+    return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize("study", STUDIES)
+@pytest.mark.parametrize("variant", ["default", "smoke"])
+def test_every_shipped_study_composes_and_gives_a_pretraining_job_a_point(home: Path, study: str, variant: str) -> None:
+    given = [f"variant={variant}", f"sweep={study}", f"cells={home / 'cells'}", "tasks=light", "output=o"]
+    config = load("scaling_sweep", given, SweepConfig)
+    organs = [f"organ{number}" for number in range(10)]
+    made = [grid.point_config(config, point, organs=organs) for point in config.sweep.points]
+    assert config.sweep.name == study
+    assert len({repr(each) for each in made}) == len(made) >= 4
+
+
+def test_later_words_win_the_study_then_the_sweep_then_the_point(home: Path) -> None:
+    config = config_of(home, "sweep=slides", "sweep.points=[2,3]", "pretrain.select.n_cells=40")
+    made = grid.point_config(config, config.sweep.points[1], organs=[])
+    assert (made.select.n_slides, made.select.n_cells) == (3, 40)
+
+
+def test_plain_values_are_points_of_the_axis_and_large_numbers_have_short_names(home: Path) -> None:
+    config = config_of(home, "sweep=size", "sweep.points=100,5000,2000000")
+    assert [(point.name, point.value) for point in config.sweep.points] == [
+        ("100", "100"),
+        ("5k", "5000"),
+        ("2M", "2000000"),
+    ]
+
+
+def test_nested_values_and_words_say_the_same() -> None:
+    nested = {"views": "a0", "select": {"organs": ["a", "b c"], "n_cells": None}, "compile": True, "variant": "smoke"}
+    assert words(nested) == [
+        "views=a0",
+        "select.organs=['a','b c']",
+        "select.n_cells=null",
+        "compile=true",
+        "variant=smoke",
+    ]
+    assert words(["views=a0"]) == ["views=a0"]
+
+
+@pytest.mark.parametrize(
+    ("more", "parts"),
+    [
+        (["sweep=size", "sweep.points=[50,500]"], ["point 500: pretrain.select.n_cells: got 500", "hold 120"]),
+        (["sweep=slides", "sweep.points=[2,9]", "pretrain.select.n_cells=40"], ["point 9", "n_slides: got 9", "has 6"]),
+        (["sweep=slides", "sweep.points=[1,3]", "pretrain.select.n_cells=40"], ["point 1", "1 slides hold 20"]),
+        (["sweep.points=[{name: x, n_organs: 4}]"], ["select.organs: got 4 organs", "has 3"]),
+        (["sweep.points=[a0,a7]"], ["point a7: pretrain.views: got 'a7'", "a1_gray"]),
+        (["sweep.points=[a0,{name: b, overrides: [views]}]"], ["point b", "'views': expected key=value"]),
+        (["pretrain.epochs=many"], ["pretrain.epochs: got 'many'", "number"]),
+        (["pretrain.epcohs=2"], ["pretrain.epcohs: unknown key", "epochs"]),
+        (["pretrain.select.organs=[liver]"], ["select.organs: got 'liver'", "breast"]),
+        (["pretrain.device=cuda"], ["device: got 'cuda'"]),
+        (["pretrain.probe.cells=c", "pretrain.probe.labels=nowhere.csv"], ["probe.labels: nowhere.csv not found"]),
+        (["launcher=ray", "asha=true"], ["asha=true needs the online probe"]),
+        (["launcher=ray", "pretrain.workers.count=900"], ["workers: a trial needs 900 CPUs"]),
+        (["tasks=[light,dark]"], ["tasks: unknown 'dark'"]),
+        (["cells=/nowhere"], ["cells: /nowhere holds no cells"]),
+        (["output=s3://bucket/x"], ["output: "]),
+        (
+            ["sweep.points=[{name: x, overrides: {views: {stain: {kind: gmm, statistics: no.json}}}}]"],
+            ["views.stain.statistics: no.json not found"],
+        ),
+    ],
+)
+def test_a_fault_of_the_grid_is_one_line_before_anything_starts(home: Path, more: list[str], parts: list[str]) -> None:
+    (line,) = faults(home, *more)
+    assert all(part in line for part in parts), line
+    assert not (home / "out" / "trials").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "part"),
+    [
+        ("sweep.points=[a0,a0]", "'a0' twice"),
+        ("sweep.points=[]", "at least 1"),
+        ("pretrain.seed=1", "seeds=..."),
+        ("pretrain.output=x", "output=..."),
+        ("max_concurrent=2", "launcher=ray"),
+        ("sweep=nothing", "augmentation, organs"),
+    ],
+)
+def test_a_mistake_in_the_sweeps_own_settings_is_one_line(home: Path, word: str, part: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_of(home, word)
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_fault_of_every_point_is_told_at_once(home: Path) -> None:
+    told = faults(home, "sweep=size", "sweep.points=[500,900]", "pretrain.device=cuda")
+    assert len(told) == 3
+    assert sum("point" in line for line in told) == 2
+
+
+def test_selections_are_nested_and_copy_nothing(home: Path) -> None:
+    config = config_of(home, "sweep=size", "sweep.points=[10,40,100]")
+    cells = Store(home / "cells")
+    chosen = []
+    for entry in grid.build(config).entries:
+        selection = select_cells(cells, **entry.trial.pretrain.select.model_dump())
+        assert selection.n_cells == int(entry.point.value)
+        chosen.append({part.slide_id: part.n_rows for part in selection.parts})
+        assert entry.trial.pretrain.cells == str(home / "cells")
+    for small, large in itertools.pairwise(chosen):
+        assert all(large[slide] >= rows for slide, rows in small.items())
+
+
+def test_organs_are_nested_in_the_order_of_their_hash_and_the_number_of_cells_is_fixed(home: Path) -> None:
+    points = ",".join(f"{{name: o{n}, n_organs: {n}, overrides: {{select: {{n_slides: 2}}}}}}" for n in (1, 2, 3))
+    config = config_of(home, "sweep=organs", f"sweep.points=[{points}]", "pretrain.select.n_cells=30")
+    order = grid.nested_organs(Store(home / "cells"))
+    assert sorted(order) == list(ORGANS)
+    for number, entry in enumerate(grid.build(config).entries, 1):
+        select = entry.trial.pretrain.select
+        assert select.organs == order[:number]
+        selection = select_cells(Store(home / "cells"), **select.model_dump())
+        assert (selection.n_cells, len(selection.parts)) == (30, 2)
+
+
+def test_seeds_change_training_and_nothing_else(home: Path) -> None:
+    entries = grid.build(config_of(home, "seeds=[0,7]")).entries
+    assert [(entry.point.name, entry.seed) for entry in entries] == [("a0", 0), ("a1", 0), ("a0", 7), ("a1", 7)]
+    first, _, same, _ = (entry.trial for entry in entries)
+    assert same.pretrain.seed == 7
+    assert (first.pretrain.select, first.probe) == (same.pretrain.select, same.probe)
+
+
+@pytest.mark.slow
+def test_missing_stain_statistics_are_fitted_beside_the_cells(tmp_path: Path) -> None:
+    write_cells(tmp_path / "cells")
+    (entry,) = grid.build(config_of(tmp_path, "sweep.points=a1_gmm1")).entries
+    statistics = entry.trial.pretrain.views.stain.statistics
+    assert statistics is not None
+    assert Path(statistics).is_file()
+    assert Path(statistics).parent == tmp_path / "cells"
+
+
+@pytest.mark.slow
+def test_a_sweep_gives_a_whole_table_and_nested_runs_and_a_rerun_does_nothing(
+    tmp_path: Path, circumstances: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mlflow
+
+    write_cells(tmp_path / "cells")
+    config = config_of(tmp_path, "seeds=[0,1]")
+    assert run.main(config) == EXIT_OK
+    told = capsys.readouterr().out
+    assert "| a0 | 2 |" in told
+    rows = pq.read_table(tmp_path / "out" / table.PARQUET, schema=table.SWEEP).to_pylist()
+    main = [row for row in rows if row["metric"] == "balanced_accuracy"]
+    assert {(row["point"], row["seed"], row["protocol"]) for row in main} == {
+        (point, seed, protocol) for point in ("a0", "a1") for seed in (0, 1) for protocol in ("paper", "leak-free")
+    }
+    assert all(row["status"] == "done" and np.isfinite(row["mean"]) and row["n_cells"] == 120 for row in rows)
+    assert len({row["model_fingerprint"] for row in rows}) == 4
+    assert len((tmp_path / "out" / table.CSV).read_text().splitlines()) == len(rows) + 1
+    client = mlflow.MlflowClient(circumstances)
+    parent = Store(tmp_path / "out").read_json(grid.MARK)["run_id"]
+    assert client.get_run(parent).info.status == "FINISHED"
+    for row in main:
+        child = client.get_run(row["run_id"])
+        assert child.data.tags["mlflow.parentRunId"] == parent
+        assert child.data.params["sweep.point"] == row["point"]
+        assert int(child.data.params["seed"]) == row["seed"]
+        name = "probe/light/balanced_accuracy" if row["protocol"] == "leak-free" else ""
+        assert not name or child.data.metrics[name] == pytest.approx(row["mean"])
+        assert len(client.get_metric_history(row["run_id"], "loss")) == 4
+    monkeypatch.setattr(experiment, "run", lambda *_, **__: pytest.fail("a finished trial was run again"))
+    assert run.main(config) == EXIT_OK
+    assert pq.read_table(tmp_path / "out" / table.PARQUET).to_pylist() == rows
+
+
+@pytest.mark.slow
+def test_a_trial_that_fails_is_a_row_with_its_reason_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_cells(tmp_path / "cells")
+    points = "sweep.points=[{name: wild, overrides: {ssl.base_lr: 1e30}},{name: calm}]"
+    config = config_of(tmp_path, points, "pretrain.epochs=4", "pretrain.checkpoint_every=100")
+    assert run.main(config) == EXIT_FAILURES
+    rows = pq.read_table(tmp_path / "out" / table.PARQUET).to_pylist()
+    (failed,) = [row for row in rows if row["point"] == "wild"]
+    assert failed["status"] == "failed"
+    assert "TrainingStoppedError" in failed["error"]
+    assert failed["task"] is None
+    assert failed["run_id"]
+    assert all(row["status"] == "done" for row in rows if row["point"] == "calm")
+    assert "augmentation-wild-s0: failed: TrainingStoppedError" in capsys.readouterr().out
+    mended = config_of(tmp_path, "sweep.points=[{name: calm}]", "pretrain.epochs=4")
+    assert run.main(mended) == EXIT_OK  # with the same output
+
+
+@pytest.mark.slow
+def test_an_output_of_another_sweep_or_of_other_settings_is_refused(tmp_path: Path) -> None:
+    write_cells(tmp_path / "cells")
+    assert run.main(config_of(tmp_path, "sweep.points=a0")) == EXIT_OK
+    (line,) = faults(tmp_path, "sweep.points=a0", "pretrain.epochs=3")
+    assert "epochs" in line
+    assert "begun" in line
+    (line,) = faults(tmp_path, "sweep=size", "sweep.points=20")
+    assert "holds the sweep 'augmentation'" in line
