@@ -19,7 +19,7 @@ class ServedEncoder(PythonModel):
         """Open the exported folder, on a GPU where there is one."""
         self._encoder = lemon.load_encoder(context.artifacts["encoder"], device=choose_device("auto"))
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, ARG002
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
         """Embeddings; MLflow has held the input against the signature (it would take annotations here for another)."""
         return self._encoder.embed(model_input).cpu().numpy()
 

@@ -199,7 +199,8 @@ def _register(client: Any, run_id: str, name: str, encoder: Path, *, width: int,
     from mlflow.exceptions import MlflowException
 
     experiment_id = client.get_run(run_id).info.experiment_id
-    model_id = _patiently(lambda: client.create_logged_model(experiment_id, name, run_id, tags)).model_id
+    model = _patiently(lambda: client.create_logged_model(experiment_id, name, run_id, tags))
+    model_id = model.model_id
     with tempfile.TemporaryDirectory() as folder:
         _save(Path(folder) / "model", encoder, width=width, run_id=run_id, model_id=model_id)
         client.log_model_artifacts(model_id, f"{folder}/model")
@@ -210,7 +211,7 @@ def _register(client: Any, run_id: str, name: str, encoder: Path, *, width: int,
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    source = f"models:/{model_id}"
+    source = model.artifact_location  # "models:/<id>" would be looked for where the process logs by default
     made = _patiently(lambda: client.create_model_version(name, source, run_id, tags, model_id=model_id))
     return int(made.version)
 

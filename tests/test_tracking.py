@@ -74,7 +74,7 @@ def test_a_child_is_made_where_its_parent_is_and_tells_its_data_and_whether_it_e
     assert given.tags[0].value == "training"
 
 
-WRITERS, STEPS = 6, 40
+WRITERS, STEPS = 4, 50
 
 ONE_WRITER = """
 import sys
