@@ -170,9 +170,8 @@ def describe(stage: str, model: type[Frozen]) -> str:
     variants = ", ".join(sorted(path.stem for path in (conf_dir() / stage).glob("*.yaml")))
     lines = [f"usage: python jobs/{stage}.py key=value ...", f"variants (variant=NAME): {variants}", ""]
     lines += _describe_fields(model, prefix="")
-    groups = (path for path in conf_dir().iterdir() if path.is_dir() and path.name in model.model_fields)
-    for group in sorted(path for path in groups if not (path / "default.yaml").exists()):  # a stage's own is no choice
-        lines.append(f"  {group.name}=NAME: {', '.join(sorted(choice.stem for choice in group.glob('*.yaml')))}")
+    for group in sorted(name for name in model.model_fields if is_choice(name)):
+        lines.append(f"  {group}=NAME: {', '.join(_choices(group))}")
     return "\n".join(lines)
 
 
@@ -209,9 +208,13 @@ def _compose(name: str, overrides: Sequence[str]) -> Any:
             parsed = [_readable(word) for word in overrides]
             for word in parsed:
                 _check_group(word)
+            own = [word for word in parsed if _is_ours(word, parsed)]
             # Unknown keys are pydantic's to report, in one form with the others: hence "++", add or override.
-            words = [word if _is_group(word) else f"++{word.lstrip('+')}" for word in parsed]
-            return OmegaConf.to_container(compose(name, overrides=words) if words else base, resolve=True)
+            words = [word if is_choice(_key(word)) else f"++{word.lstrip('+')}" for word in parsed if word not in own]
+            composed = OmegaConf.to_container(compose(name, overrides=words) if words else base, resolve=True)
+            for word in own:
+                _set(composed, word, parsed)
+            return composed
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(" ".join(str(error).split())) from None
 
@@ -232,23 +235,58 @@ def _readable(word: str) -> str:
         return f"{key}='{escaped}'"
 
 
-def _is_group(word: str) -> bool:
-    key = word.partition("=")[0].lstrip("+")
-    return (conf_dir() / key).is_dir()
+def is_choice(key: str) -> bool:
+    """Whether ``key=NAME`` names a file of ``conf/<key>/``; a stage's own folder, which has a default, is no choice."""
+    folder = conf_dir() / key
+    return folder.is_dir() and not (folder / "default.yaml").exists()
+
+
+def _choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+")
 
 
 def _check_group(word: str) -> None:
     key, _, choice = word.partition("=")
-    folder = conf_dir() / key.lstrip("+")
-    known = sorted(path.stem for path in folder.glob("*.yaml")) if folder.is_dir() else []
-    if known and choice not in known:
-        raise ConfigError(f"{key}: got {choice!r}; expected one of {', '.join(known)}")
+    group = key.lstrip("+")
+    if is_choice(group) and choice not in _choices(group):
+        raise ConfigError(f"{key}: got {choice!r}; expected one of {', '.join(_choices(group))}")
+
+
+def _is_ours(word: str, words: Sequence[str]) -> bool:
+    """Whether Hydra would misread a word: a stage's folder as a choice (``probe=null``), or a key below a name.
+
+    A sweep takes ``pretrain.ssl=NAME`` with ``pretrain.ssl.out_dim=64``; only its pretraining job knows the choice.
+    """
+    key = _key(word)
+    return ((conf_dir() / key).is_dir() and not is_choice(key)) or _above(key, words) is not None
+
+
+def _above(key: str, words: Sequence[str]) -> str | None:
+    """The key above, where another word gives it a value, as Hydra cannot have both."""
+    given = {_key(word) for word in words}
+    parents = (key.rsplit(".", count)[0] for count in range(1, key.count(".") + 1))
+    return next((parent for parent in parents if parent in given and not is_choice(parent)), None)
+
+
+def _set(values: Any, word: str, words: Sequence[str]) -> None:
+    """Set a word that is ours; a key below a name stays whole beside it: ``{"ssl": ..., "ssl.out_dim": ...}``."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    key = _key(word)
+    path = (_above(key, words) or key).split(".")[:-1]
+    for part in path:
+        values = values.setdefault(part, {})
+    values[key.removeprefix(".".join([*path, ""]))] = OverridesParser.create().parse_override(f"++{word}").value()
 
 
 def _explain(fault: Any, model: type[BaseModel]) -> str:
     """One line for one pydantic fault: the key, what was got, what is expected."""
     # Discriminated unions put the chosen tag into the location; it is no key of the user's.
-    tags = {"hematoxylin", "hoverfast", "str", "list[str]"}
+    tags = {"hematoxylin", "hoverfast", "mocov3", "dinov2", "str", "list[str]", "dict[str,any]"}
     parts = [str(part) for part in fault["loc"] if str(part) not in tags]
     key = ".".join(parts) or "config"
     if fault["type"] == "extra_forbidden":

@@ -119,6 +119,16 @@ class Store:
         return pq.read_table(self.path(name), filesystem=self.filesystem, **options)
 
     @contextlib.contextmanager
+    def local_copy(self) -> Iterator[Path]:
+        """The folder itself, or for as long as the block a copy of it on local disk: for libraries that read paths."""
+        if self.is_local:
+            yield Path(self.root)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            pafs.copy_files(self.root, folder, source_filesystem=self.filesystem)
+            yield Path(folder)
+
+    @contextlib.contextmanager
     def open_parquet(self, name: str) -> Iterator[pq.ParquetFile]:
         """A Parquet file to read piece by piece. Raises FileNotFoundError."""
         with self.filesystem.open_input_file(self.path(name)) as source:

@@ -1,20 +1,36 @@
-"""Runs in MLflow. The only importer of mlflow."""
+"""Runs and registered encoders in MLflow. The only importer of mlflow, but for the code that MLflow itself executes."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import random
+import tempfile
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+
+from lemon.schema import CROP_PX
+from lemon.version import __version__
 
 DATABASE = "mlflow.db"
 _MAX_PARAM = 6000  # characters that MLflow keeps of a parameter
 _PARAMS_A_CALL = 100
-_TRIES = 5  # to write to a SQLite database that other runs hold; each waits for some seconds by itself
+_TRIES = 8  # to write to a SQLite database that other runs hold; each waits for up to 20 s by itself
+_SERVED = Path(__file__).with_name("served_encoder.py")
+_REQUIREMENTS = ("torch", "timm", "safetensors")  # besides the package: what the vectors depend on
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 def tracking_uri() -> str:
@@ -30,20 +46,12 @@ class Run:
     run_id: str
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Log metrics of a step. A server that cannot be reached costs the metrics, not the run."""
+        """Log metrics of a step. Here and below a server that cannot be reached costs what it is told, not the run."""
         from mlflow.entities import Metric
-        from mlflow.exceptions import MlflowException
 
         now = int(time.time() * 1000)
         values = [Metric(name, float(value), now, step) for name, value in metrics.items()]
-        for left in reversed(range(_TRIES)):
-            try:
-                return self._client().log_batch(self.run_id, metrics=values)
-            except MlflowException as error:
-                told = str(error).splitlines()[0]
-                if not left or "database is locked" not in told:
-                    break
-        logging.getLogger(__name__).warning("metrics of step %d are lost: %s", step, told)
+        self._tell(f"metrics of step {step}", lambda client: client.log_batch(self.run_id, metrics=values))
 
     def log_file(self, path: str | Path, folder: str = "") -> None:
         """Attach a file."""
@@ -51,7 +59,7 @@ class Run:
 
     def set_tag(self, key: str, value: str) -> None:
         """Set a tag."""
-        self._client().set_tag(self.run_id, key, value)
+        self._tell(f"tag {key}", lambda client: client.set_tag(self.run_id, key, value))
 
     def log_dataset(self, name: str, *, digest: str, source: str, context: str) -> None:
         """Note which data the run used: shown as the run's datasets, and found by their digest.
@@ -67,7 +75,35 @@ class Run:
         kind = "s3" if source.startswith("s3://") else "local"
         dataset = Dataset(name=name, digest=digest, source_type=kind, source=json.dumps({"uri": source}))
         tags = [InputTag("mlflow.data.context", context)]
-        self._client().log_inputs(self.run_id, [DatasetInput(dataset, tags)])
+        given = [DatasetInput(dataset, tags)]
+        self._tell(f"dataset {name}", lambda client: client.log_inputs(self.run_id, given))
+
+    def register(self, name: str, encoder: Path, *, width: int, tags: Mapping[str, str]) -> int | None:
+        """Log an exported encoder as a pyfunc model and register it; a run has one version under a name.
+
+        ``mlflow.pyfunc.load_model("models:/<name>/<version>").predict`` takes uint8 [N, 60, 60, 3] and gives
+        float32 [N, D]; another shape or type is refused.
+
+        Args:
+            name: in the registry; made where it is absent.
+            encoder: the folder that ``lemon.load_encoder`` opens.
+            width: D.
+            tags: of the version.
+
+        Returns:
+            The version: a new one, or that which this run has already; None where MLflow could not take it, after a
+            warning.
+        """
+        try:
+            client = self._client()
+            earlier = _patiently(lambda: client.search_model_versions(f"run_id='{self.run_id}'"))
+            if found := [each.version for each in earlier if each.name == name]:
+                return int(found[0])
+            return _register(client, self.run_id, name, encoder, width=width, tags=dict(tags))
+        except Exception as error:  # an artifact store raises what its own library does
+            logger.debug("registration", exc_info=True)
+            logger.warning("the encoder is not registered as %s: %s", name, _first_line(error))
+            return None
 
     def is_open(self) -> bool:
         """Whether the run has not ended, as after its process was killed; a run that is gone is not open."""
@@ -76,7 +112,15 @@ class Run:
 
     def close(self, status: str = "FINISHED") -> None:
         """End the run: FINISHED, FAILED or KILLED."""
-        self._client().set_terminated(self.run_id, status)
+        self._tell(f"status {status}", lambda client: client.set_terminated(self.run_id, status))
+
+    def _tell(self, what: str, call: Callable[[Any], object]) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            _patiently(lambda: call(self._client()))
+        except MlflowException as error:
+            logger.warning("MLflow run %s: %s is lost: %s", self.run_id[:8], what, _first_line(error))
 
     def _client(self) -> Any:
         import mlflow
@@ -109,15 +153,16 @@ def start_run(
     uri = parent.uri if parent else tracking_uri()
     client = mlflow.MlflowClient(uri)
     if run_id is not None and _exists(client, run_id):
-        client.update_run(run_id, status="RUNNING")
+        _patiently(lambda: client.update_run(run_id, status="RUNNING"))
         return Run(uri, run_id)
     found = client.get_experiment_by_name(experiment)
-    experiment_id = found.experiment_id if found else client.create_experiment(experiment)
+    experiment_id = found.experiment_id if found else client.create_experiment(experiment, _artifacts(uri, experiment))
     labels = dict(tags or {}) | ({"mlflow.parentRunId": parent.run_id} if parent else {})
-    made = client.create_run(experiment_id, run_name=name, tags=labels)
+    made = _patiently(lambda: client.create_run(experiment_id, run_name=name, tags=labels))
     entries = [Param(key, str(value)[:_MAX_PARAM]) for key, value in flatten(params).items()]
     for first in range(0, len(entries), _PARAMS_A_CALL):
-        client.log_batch(made.info.run_id, params=entries[first : first + _PARAMS_A_CALL])
+        some = entries[first : first + _PARAMS_A_CALL]
+        _patiently(partial(client.log_batch, made.info.run_id, params=some))
     return Run(uri, made.info.run_id)
 
 
@@ -146,3 +191,79 @@ def _exists(client: Any, run_id: str) -> bool:
     except MlflowException:
         return False
     return True
+
+
+def _register(client: Any, run_id: str, name: str, encoder: Path, *, width: int, tags: dict[str, str]) -> int:
+    """A model of the run, and the version that points to it."""
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.exceptions import MlflowException
+
+    experiment_id = client.get_run(run_id).info.experiment_id
+    model = _patiently(lambda: client.create_logged_model(experiment_id, name, run_id, tags))
+    model_id = model.model_id
+    with tempfile.TemporaryDirectory() as folder:
+        _save(Path(folder) / "model", encoder, width=width, run_id=run_id, model_id=model_id)
+        client.log_model_artifacts(model_id, f"{folder}/model")
+    _patiently(lambda: client.finalize_logged_model(model_id, "READY"))
+    _patiently(lambda: client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)]))
+    try:
+        _patiently(lambda: client.create_registered_model(name))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    source = model.artifact_location  # "models:/<id>" would be looked for where the process logs by default
+    made = _patiently(lambda: client.create_model_version(name, source, run_id, tags, model_id=model_id))
+    return int(made.version)
+
+
+def _save(path: Path, encoder: Path, *, width: int, run_id: str, model_id: str) -> None:
+    """A pyfunc model from code: the file that opens the encoder, the exported folder, and what both need."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    import mlflow.pyfunc
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    # Without names, so that predict takes an array and not a dictionary.
+    images = Schema([TensorSpec(np.dtype("uint8"), (-1, CROP_PX, CROP_PX, 3))])
+    vectors = Schema([TensorSpec(np.dtype("float32"), (-1, width))])
+    needed = [f"lemon-nuclei=={__version__}", *(f"{each}=={_release(each)}" for each in _REQUIREMENTS)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that no example is given: it would be run, and the signature is known
+        mlflow.pyfunc.save_model(
+            path,
+            python_model=_SERVED,
+            artifacts={"encoder": str(encoder)},
+            signature=ModelSignature(images, vectors),
+            pip_requirements=needed,
+            mlflow_model=Model(run_id=run_id, model_id=model_id),
+        )
+
+
+def _release(package: str) -> str:
+    """A version without the part that names a build (+cpu), which no index has."""
+    return version(package).partition("+")[0]
+
+
+def _artifacts(uri: str, experiment: str) -> str | None:
+    """Where an experiment's files go: beside a SQLite database, else where its server puts them."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return str(Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlruns" / experiment)
+
+
+def _patiently(call: Callable[[], T]) -> T:
+    """What a call returns; it is made again while other runs hold the SQLite database."""
+    from mlflow.exceptions import MlflowException
+
+    for left in reversed(range(_TRIES)):
+        try:
+            return call()
+        except MlflowException as error:
+            if not left or "database is locked" not in str(error):
+                raise
+            time.sleep(random.uniform(0, 0.5))  # else two that wait for one another do so again
+    raise AssertionError("unreachable")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__

@@ -66,6 +66,31 @@ def test_a_list_needs_no_brackets(word: str) -> None:
     assert config.models == ["runs/x"]
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["ssl.out_dim=-4"], "ssl.out_dim: got -4; expected greater than or equal to 1"),
+        (["ssl=dinov2", "ssl.prototypes=many"], "ssl.prototypes: got 'many'; expected integer"),
+        (["ssl=dinov2", "ssl.protoypes=9"], "ssl.protoypes: unknown key"),
+    ],
+)
+def test_a_fault_inside_a_choice_is_named_by_the_key_that_the_user_wrote(words: list[str], line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("pretrain", ["cells=c", "output=o", *words], PretrainConfig)
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_field_with_the_name_of_a_stage_can_be_null(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["cells=c", "output=o"]
+    assert load("pretrain", [*given, "probe=null"], PretrainConfig).probe is None
+    probe = load("pretrain", [*given, "probe={cells: c, labels: l.csv}"], PretrainConfig).probe
+    assert probe is not None
+    assert (probe.cells, probe.labels) == ("c", "l.csv")
+    with pytest.raises(ConfigError, match=r"^probe: got 'smoke'; expected"):
+        load("pretrain", [*given, "probe=smoke"], PretrainConfig)
+
+
 def test_help_offers_no_stage_as_a_choice(capsys: pytest.CaptureFixture[str]) -> None:
     run_job("pretrain", PretrainConfig, lambda config: 1, ["--help"])
     shown = capsys.readouterr().out

@@ -68,12 +68,17 @@ def test_a_trial_is_pretrained_and_scored_in_one_run_that_belongs_to_its_parent(
     assert datasets == {"cells": result.cells_fingerprint, "light": result.scores[0].data_fingerprint}
     found = client.search_runs([experiment_id.experiment_id for experiment_id in client.search_experiments()])
     assert len(found) == 2  # the parent and this one: neither pretraining nor probing made one of its own
+    (version,) = client.search_model_versions("name='lemon'")
+    assert version.run_id == result.run_id
+    assert version.tags["ssl"] == "MoCo v3"
 
 
 def test_a_finished_trial_is_not_run_again_and_further_tasks_cost_no_second_pretraining(
     home: Path, monkeypatch: pytest.MonkeyPatch, uri: str
 ) -> None:
-    trial = trial_in(home, "b")
+    import mlflow
+
+    trial = trial_in(home, "b", "register_as=other")
     first = experiment.run(trial, tasks=[light_task()])
     with monkeypatch.context() as patch:
         patch.setattr(launch, "fit", lambda *_, **__: pytest.fail("it was run again"))
@@ -84,6 +89,7 @@ def test_a_finished_trial_is_not_run_again_and_further_tasks_cost_no_second_pret
     run = experiment.run_of(more, uri=uri)
     assert run is not None
     assert [step for step, _ in metric_history(run, "loss")] == [1, 2, 3, 4]
+    assert len(mlflow.MlflowClient(uri).search_model_versions("name='other'")) == 1
 
 
 def test_a_trial_that_diverges_leaves_no_result_and_a_failed_run(home: Path, uri: str) -> None:

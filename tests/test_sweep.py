@@ -12,6 +12,7 @@ import pytest
 from lemon import experiment
 from lemon.cells.select import select_cells
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError, conf_dir, load
+from lemon.pretrain.config import DINOv2Config
 from lemon.probe.task import Task, TaskError
 from lemon.storage import Store
 from lemon.sweep import grid, run, table
@@ -69,6 +70,18 @@ def test_later_words_win_the_study_then_the_sweep_then_the_point(home: Path) -> 
     config = config_of(home, "sweep=slides", "sweep.points=[2,3]", "pretrain.select.n_cells=40")
     made = grid.point_config(config, config.sweep.points[1], organs=[])
     assert (made.select.n_slides, made.select.n_cells) == (3, 40)
+
+
+def test_the_pretraining_job_takes_a_choice_and_values_inside_it_in_any_order(home: Path) -> None:
+    inside = ["pretrain.ssl.prototypes=64", "pretrain.ssl.teacher_temperature=[0.1,0.2]"]
+    for more in (["pretrain.ssl=dinov2_tiny", *inside], [*inside, "pretrain.ssl=dinov2_tiny"]):
+        given = [f"cells={home / 'cells'}", "tasks=light", "output=o", "pretrain.probe=null", *more]
+        config = load("scaling_sweep", given, SweepConfig)
+        made = grid.point_config(config, config.sweep.points[0], organs=[])
+        assert isinstance(made.ssl, DINOv2Config)
+        assert (made.ssl.prototypes, made.ssl.teacher_temperature) == (64, (0.1, 0.2))
+        assert made.ssl.centering == "sinkhorn"  # of the choice
+        assert made.probe is None
 
 
 def test_plain_values_are_points_of_the_axis_and_large_numbers_have_short_names(home: Path) -> None:

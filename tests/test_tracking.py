@@ -1,10 +1,20 @@
 from __future__ import annotations
 
+import logging
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from lemon.tracking import flatten, metric_history, start_run, tracking_uri
+from lemon.encoders.config import VIT_TINY8
+from lemon.encoders.export import CellInput, export_encoder
+from lemon.encoders.open import load_encoder
+from lemon.encoders.vit import build_vit
+from lemon.tracking import Run, flatten, metric_history, start_run, tracking_uri
+from tests.cells_table import synthetic_crops
 
 
 @pytest.fixture
@@ -62,3 +72,97 @@ def test_a_child_is_made_where_its_parent_is_and_tells_its_data_and_whether_it_e
     (given,) = mlflow.MlflowClient(parent.uri).get_run(child.run_id).inputs.dataset_inputs
     assert (given.dataset.name, given.dataset.digest, given.dataset.source_type) == ("cells", "abc", "s3")
     assert given.tags[0].value == "training"
+
+
+WRITERS, STEPS = 4, 50
+
+ONE_WRITER = """
+import sys
+from lemon.tracking import Run, start_run
+uri, parent, number, steps = *sys.argv[1:4], int(sys.argv[4])
+run = start_run("sweep", f"trial-{number}", params={f"p{i}": i for i in range(150)}, parent=Run(uri, parent))
+for step in range(steps):
+    run.log({"loss": step + int(number), "lr": 0.1}, step=step)
+run.log_dataset("cells", digest="abc", source="/cells", context="training")
+run.set_tag("encoder", number)
+run.close()
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_log_to_one_database_at_once_lose_nothing(here: Path) -> None:
+    """As trials of a sweep do: each makes a run of its own and logs without a pause."""
+    import mlflow
+
+    parent = start_run("sweep", "parent", params={})
+    words = [sys.executable, "-c", ONE_WRITER, parent.uri, parent.run_id]
+    jobs = [
+        subprocess.Popen([*words, str(number), str(STEPS)], stderr=subprocess.PIPE, text=True)
+        for number in range(WRITERS)
+    ]
+    told = [job.communicate(timeout=300)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [0] * WRITERS, told
+    client = mlflow.MlflowClient(parent.uri)
+    children = client.search_runs(
+        [client.get_run(parent.run_id).info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.run_id}'"
+    )
+    assert sorted(child.info.run_name for child in children) == [f"trial-{number}" for number in range(WRITERS)]
+    for child in children:
+        number = int(child.data.tags["encoder"])
+        run = Run(parent.uri, child.info.run_id)
+        assert metric_history(run, "loss") == [(step, step + number) for step in range(STEPS)]
+        assert len(metric_history(run, "lr")) == STEPS
+        assert len(child.data.params) == 150
+        assert len(child.inputs.dataset_inputs) == 1
+        assert child.info.status == "FINISHED"
+
+
+def exported(folder: Path) -> Path:
+    torch.manual_seed(0)
+    export_encoder(build_vit(VIT_TINY8), folder, cell_input=CellInput(mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2)))
+    return folder
+
+
+@pytest.mark.slow
+def test_a_registered_encoder_gives_the_same_vectors_and_refuses_images_of_another_shape_or_type(here: Path) -> None:
+    import mlflow.pyfunc
+    from mlflow.exceptions import MlflowException
+
+    run = start_run("pretrain", "one", params={})
+    folder = exported(here / "encoder")
+    assert run.register("nuclei", folder, width=192, tags={"ssl": "none"}) == 1
+    assert run.register("nuclei", folder, width=192, tags={}) == 1, "a run has one version"
+    assert start_run("pretrain", "two", params={}).register("nuclei", folder, width=192, tags={}) == 2
+    (found, _) = sorted(run._client().search_model_versions("name='nuclei'"), key=lambda each: int(each.version))
+    assert (found.run_id, found.tags) == (run.run_id, {"ssl": "none"})
+    mlflow.set_tracking_uri(run.uri)
+    folder.rename(here / "gone")  # the registry has a copy of its own
+    model = mlflow.pyfunc.load_model("models:/nuclei/1")
+    images = synthetic_crops(5)
+    vectors = model.predict(images)
+    assert vectors.dtype == np.float32
+    np.testing.assert_array_equal(vectors, load_encoder(here / "gone").embed(images).numpy())
+    for wrong in (images[:, :40], images.astype(np.float32), images[0]):
+        with pytest.raises(MlflowException, match="enforce schema"):
+            model.predict(wrong)
+    kept = Path(mlflow.artifacts.download_artifacts("models:/nuclei/1"))
+    assert here in kept.parents, "beside the database"
+    assert not [path for path in kept.rglob("*") if path.suffix in (".pkl", ".pt", ".pth")]
+
+
+@pytest.mark.slow
+def test_a_server_that_cannot_be_reached_costs_what_it_is_told_and_a_warning_and_not_the_run(
+    here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    run = Run("http://127.0.0.1:9", "abc")  # the port that discards: nothing listens
+    with caplog.at_level(logging.WARNING, "lemon.tracking"):
+        assert run.register("nuclei", exported(here / "encoder"), width=192, tags={}) is None
+        run.log({"loss": 1.0}, step=3)
+        run.set_tag("a", "b")
+        run.close()
+    told = [record.getMessage() for record in caplog.records if record.name == "lemon.tracking"]
+    assert len(told) == 4
+    assert all("\n" not in line for line in told)
+    assert told[0].startswith("the encoder is not registered as nuclei: ")
+    assert "metrics of step 3" in told[1]

@@ -14,6 +14,7 @@ from lemon.cells.select import Selection
 from lemon.cluster import start_ray
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError
 from lemon.encoders.device import choose_device
+from lemon.encoders.export import CONFIG
 from lemon.pretrain.assemble import EXPORT, select, train, with_stain
 from lemon.pretrain.config import PretrainConfig
 from lemon.pretrain.loop import Log, TrainingStoppedError
@@ -60,7 +61,8 @@ def prepare(config: PretrainConfig) -> tuple[PretrainConfig, Selection]:
 def fit(config: PretrainConfig, run: Run, *, log: Log | None = None) -> str:
     """Train what ``prepare`` returned, from its newest checkpoint, here or on Ray; returns where the encoder is.
 
-    Metrics go to ``run``, which stays open, and to ``log`` where this process trains. Raises TrainingStoppedError.
+    Metrics and the encoder go to ``run``, which stays open; metrics to ``log`` too where this process trains.
+    Raises TrainingStoppedError.
     """
     if config.workers.in_process:
         train(config, device=choose_device(config.device), log=_Logger(run, total=config.total_steps, then=log))
@@ -68,7 +70,19 @@ def fit(config: PretrainConfig, run: Run, *, log: Log | None = None) -> str:
         _train_on_ray(config, run)
     encoder = f"{Store(config.output).uri}/{EXPORT}"
     run.set_tag("encoder", encoder)
+    if config.register_as is not None:
+        _register(config.register_as, Store(encoder), run)
     return encoder
+
+
+def _register(name: str, encoder: Store, run: Run) -> None:
+    """Put the encoder into MLflow's registry; what its config.json says of it becomes the version's tags."""
+    described = encoder.read_json(CONFIG)
+    tags = {key: str(value) for key, value in described["lemon"].items() if value is not None}
+    with encoder.local_copy() as folder:
+        version = run.register(name, folder, width=described["num_features"], tags=tags)
+    if version is not None:
+        print(f"pretrain: registered in MLflow as models:/{name}/{version}")
 
 
 class _Logger:

@@ -1,0 +1,27 @@
+"""The code that MLflow runs to open an encoder of its registry: weights from safetensors, no pickle.
+
+Nothing imports this file: ``lemon.tracking`` names it, and MLflow keeps a copy with each model and executes that.
+"""
+
+from typing import Any
+
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
+
+import lemon
+from lemon.encoders.device import choose_device
+
+
+class ServedEncoder(PythonModel):
+    """uint8 [N, 60, 60, 3] at 0.25 um/px -> float32 [N, D], as ``lemon.load_encoder(...).embed`` gives it."""
+
+    def load_context(self, context: Any) -> None:
+        """Open the exported folder, on a GPU where there is one."""
+        self._encoder = lemon.load_encoder(context.artifacts["encoder"], device=choose_device("auto"))
+
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
+        """Embeddings; MLflow has held the input against the signature (it would take annotations here for another)."""
+        return self._encoder.embed(model_input).cpu().numpy()
+
+
+set_model(ServedEncoder())
