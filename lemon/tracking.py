@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,13 @@ _TRIES = 5  # to write to a SQLite database that other runs hold; each waits for
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, else a SQLite database in the working directory, by its absolute path."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(DATABASE).absolute()}"
+
+
+def version() -> str:
+    """The version of MLflow that is installed."""
+    import mlflow
+
+    return f"mlflow {mlflow.__version__}"
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,7 @@ def start_run(
     from mlflow.entities import Param
 
     uri = parent.uri if parent else tracking_uri()
+    _warn_of_other_nodes()
     client = mlflow.MlflowClient(uri)
     if run_id is not None and _exists(client, run_id):
         client.update_run(run_id, status="RUNNING")
@@ -119,6 +129,16 @@ def start_run(
     for first in range(0, len(entries), _PARAMS_A_CALL):
         client.log_batch(made.info.run_id, params=entries[first : first + _PARAMS_A_CALL])
     return Run(uri, made.info.run_id)
+
+
+@cache
+def _warn_of_other_nodes() -> None:
+    if "RAY_ADDRESS" in os.environ and not os.environ.get("MLFLOW_TRACKING_URI"):
+        print(
+            f"tracking: MLFLOW_TRACKING_URI is not set: runs go to {tracking_uri()} on this node, and workers on other "
+            "nodes of the cluster cannot log; start a server that all nodes reach (cluster/README.md)",
+            file=sys.stderr,
+        )
 
 
 def metric_history(run: Run, name: str) -> list[tuple[int, float]]:

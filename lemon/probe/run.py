@@ -24,6 +24,7 @@ from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError
 from lemon.encoders.cost import Cost, count
 from lemon.encoders.device import choose_device
 from lemon.encoders.open import Encoder, load_encoder
+from lemon.lease import hold
 from lemon.probe.config import ProbeConfig
 from lemon.probe.score import MAIN_METRICS, fold_means, score_task
 from lemon.probe.task import Task, TaskError
@@ -61,11 +62,11 @@ class Unit:
 
 def main(config: ProbeConfig) -> int:
     """Score every encoder on every task, tell what could not be done; returns the exit code."""
-    store = Store(config.output)
-    try:
-        store.check_writable()
-    except OSError as error:
-        raise ConfigError(f"output: cannot write to {config.output!r}: {error}") from None
+    with hold(config.output, stage="probe"):
+        return _score_all(config, Store(config.output))
+
+
+def _score_all(config: ProbeConfig, store: Store) -> int:
     tasks, faults = open_tasks(config)
     device = choose_device(config.device)
     for name in config.models:

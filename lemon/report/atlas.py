@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from lemon.config import EXIT_OK, ConfigError
+from lemon.config import EXIT_OK
+from lemon.lease import hold
 from lemon.report.atlas_cells import AtlasCells, read_cells
 from lemon.report.atlas_config import AtlasConfig
 from lemon.report.atlas_fields import categories_of, measures_of
@@ -20,11 +21,11 @@ MAP_NAME = "map.parquet"
 
 def main(config: AtlasConfig) -> int:
     """Make the atlas and tell what it is; returns the exit code. Raises ConfigError."""
-    store = Store(config.output)
-    try:
-        store.check_writable()
-    except OSError as error:
-        raise ConfigError(f"output: cannot write to {config.output!r}: {error}") from None
+    with hold(config.output, stage="atlas"):
+        return _make(config, Store(config.output))
+
+
+def _make(config: AtlasConfig, store: Store) -> int:
     place = open_method(config.method)  # before minutes are spent on reading
     cells = read_cells(config)
     circumstances = fingerprint([cells.fingerprint, config.map_settings()])
