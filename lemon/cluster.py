@@ -33,3 +33,23 @@ def quiet_ray_data() -> None:
     context.execution_options.verbose_progress = False
     context.execution_no_progress_timeout_s = -1  # a large slide may take hours
     context.max_errored_blocks = 0
+
+
+def ray_version() -> str:
+    """The version of Ray that is installed."""
+    import ray
+
+    return f"ray {ray.__version__}"
+
+
+def try_ray() -> str:
+    """Join or start Ray, run a task, and leave it; returns what the cluster has, in words."""
+    import ray
+
+    start_ray()
+    try:
+        ray.get(ray.remote(num_cpus=0)(ray_version).remote(), timeout=100)
+        nodes, has = sum(node["Alive"] for node in ray.nodes()), ray.cluster_resources()
+    finally:
+        ray.shutdown()
+    return f"ran a task; {nodes} nodes with {has.get('CPU', 0):g} CPUs and {has.get('GPU', 0):g} GPUs"

@@ -147,6 +147,15 @@ def load(stage: str, overrides: Sequence[str], model: type[C]) -> C:
     return validate(_compose(f"{stage}/{variant}", overrides), model)
 
 
+def compose_all() -> list[str]:
+    """Compose every variant of every stage; returns their names. Raises ConfigError."""
+    stages = sorted(path.parent for path in conf_dir().glob("*/default.yaml"))
+    names = [f"{stage.name}/{variant.stem}" for stage in stages for variant in sorted(stage.glob("*.yaml"))]
+    for name in names:
+        _compose(name, [])
+    return names
+
+
 def validate(values: Any, model: type[C]) -> C:
     """Validate plain values; raises ConfigError whose lines read ``key: got value; expected ...``."""
     try:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from lemon.cells.ledger import Ledger, open_ledger, tell_statuses
 from lemon.cluster import quiet_ray_data, start_ray
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError, CurateConfig, HoverFastConfig
+from lemon.lease import hold
 from lemon.slide import OutputError, build_segmenter, curate_slide, start_processes
 from lemon.slides.cohort import Slide, list_slides
 from lemon.storage import Store, open_output, path_exists
@@ -54,7 +55,8 @@ def run(config: CurateConfig) -> Summary:
 def main(config: CurateConfig) -> int:
     """``run`` with its outcome told; returns the exit code."""
     try:
-        summary = run(config)
+        with hold(config.output, stage="curate"):
+            summary = run(config)
     except OutputError as error:
         print(
             f"curate: cannot write to {config.output}: {error}; what is committed stays, rerun goes on", file=sys.stderr

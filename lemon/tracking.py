@@ -6,13 +6,14 @@ import json
 import logging
 import os
 import random
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from importlib.metadata import version
+from functools import cache, partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +37,13 @@ logger = logging.getLogger(__name__)
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, else a SQLite database in the working directory, by its absolute path."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(DATABASE).absolute()}"
+
+
+def version() -> str:
+    """The version of MLflow that is installed."""
+    import mlflow
+
+    return f"mlflow {mlflow.__version__}"
 
 
 @dataclass(frozen=True)
@@ -151,6 +159,7 @@ def start_run(
     from mlflow.entities import Param
 
     uri = parent.uri if parent else tracking_uri()
+    _warn_of_other_nodes()
     client = mlflow.MlflowClient(uri)
     if run_id is not None and _exists(client, run_id):
         _patiently(lambda: client.update_run(run_id, status="RUNNING"))
@@ -164,6 +173,16 @@ def start_run(
         some = entries[first : first + _PARAMS_A_CALL]
         _patiently(partial(client.log_batch, made.info.run_id, params=some))
     return Run(uri, made.info.run_id)
+
+
+@cache
+def _warn_of_other_nodes() -> None:
+    if "RAY_ADDRESS" in os.environ and not os.environ.get("MLFLOW_TRACKING_URI"):
+        print(
+            f"tracking: MLFLOW_TRACKING_URI is not set: runs go to {tracking_uri()} on this node, and workers on other "
+            "nodes of the cluster cannot log; start a server that all nodes reach (cluster/README.md)",
+            file=sys.stderr,
+        )
 
 
 def metric_history(run: Run, name: str) -> list[tuple[int, float]]:
@@ -241,7 +260,7 @@ def _save(path: Path, encoder: Path, *, width: int, run_id: str, model_id: str) 
 
 def _release(package: str) -> str:
     """A version without the part that names a build (+cpu), which no index has."""
-    return version(package).partition("+")[0]
+    return metadata.version(package).partition("+")[0]
 
 
 def _artifacts(uri: str, experiment: str) -> str | None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from lemon import tracking
 from lemon.encoders.config import VIT_TINY8
 from lemon.encoders.export import CellInput, export_encoder
 from lemon.encoders.open import load_encoder
@@ -32,6 +33,19 @@ def test_the_default_store_is_a_database_by_its_absolute_path(here: Path, monkey
 
 def test_nested_settings_become_flat_parameters() -> None:
     assert flatten({"a": {"b": {"c": 1}}, "d": [2]}) == {"a.b.c": 1, "d": [2]}
+
+
+@pytest.mark.slow
+def test_a_database_on_one_node_of_a_cluster_is_warned_of_once(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracking._warn_of_other_nodes.cache_clear()
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    for _ in range(2):
+        start_run("pretrain", "one", params={})
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tracking:")]
+    assert len(told) == 1
+    assert "MLFLOW_TRACKING_URI is not set" in told[0]
 
 
 @pytest.mark.slow

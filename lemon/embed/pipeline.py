@@ -32,6 +32,7 @@ from lemon.embed.ledger import EmbedLedger, Made, open_ledger
 from lemon.embed.spatialdata import check_spatialdata
 from lemon.embed.stream import ShardError
 from lemon.encoders.open import Encoder
+from lemon.lease import hold
 from lemon.storage import Store, fingerprint, open_output
 
 FATAL = "fatal"  # status of a row that stops the job; never written to the ledger
@@ -98,7 +99,8 @@ def run(config: EmbedConfig) -> Summary:
 def main(config: EmbedConfig) -> int:
     """``run`` with its outcome told; returns the exit code."""
     try:
-        summary = run(config)
+        with hold(config.output, stage="embed"):
+            summary = run(config)
     except (StoppedError, OSError) as error:
         print(f"embed: stopped: {error}; what is committed stays, rerun goes on", file=sys.stderr)
         return EXIT_FAILURES

@@ -15,6 +15,7 @@ from lemon.cluster import start_ray
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError
 from lemon.encoders.device import choose_device
 from lemon.encoders.export import CONFIG
+from lemon.lease import hold
 from lemon.pretrain.assemble import EXPORT, select, train, with_stain
 from lemon.pretrain.config import PretrainConfig
 from lemon.pretrain.loop import Log, TrainingStoppedError
@@ -27,6 +28,11 @@ _RUN = "run.json"
 
 def main(config: PretrainConfig) -> int:
     """Pretrain and tell the outcome; returns the exit code."""
+    with hold(config.output, stage="pretrain"):
+        return _pretrain(config)
+
+
+def _pretrain(config: PretrainConfig) -> int:
     config, selection = prepare(config)
     run = _open_run(config, Store(config.output), cells_fingerprint=selection.fingerprint)
     try:

@@ -23,11 +23,12 @@ from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError
 from lemon.encoders.cost import Cost, count
 from lemon.encoders.device import choose_device
 from lemon.encoders.open import Encoder, load_encoder
+from lemon.lease import hold
 from lemon.probe.config import ProbeConfig
 from lemon.probe.score import MAIN_METRICS, fold_means, score_task
 from lemon.probe.task import Task, TaskError
 from lemon.probe.tasks.catalogue import counts_table, open_task
-from lemon.storage import CIRCUMSTANCES, Store, fingerprint, open_output
+from lemon.storage import CIRCUMSTANCES, Store, fingerprint
 from lemon.tracking import Run, start_run
 
 CROPS_A_TICK = 1024  # of the progress bar; the encoder chooses its own batches within
@@ -60,7 +61,11 @@ class Unit:
 
 def main(config: ProbeConfig) -> int:
     """Score every encoder on every task, tell what could not be done; returns the exit code."""
-    store = open_output(config.output)
+    with hold(config.output, stage="probe"):
+        return _score_all(config, Store(config.output))
+
+
+def _score_all(config: ProbeConfig, store: Store) -> int:
     tasks, faults = open_tasks(config)
     device = choose_device(config.device)
     for name in config.models:

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from lemon.config import EXIT_OK
+from lemon.lease import hold
 from lemon.report.atlas_cells import AtlasCells, read_cells
 from lemon.report.atlas_config import AtlasConfig
 from lemon.report.atlas_fields import categories_of, measures_of
@@ -13,14 +14,18 @@ from lemon.report.atlas_figure import draw_atlas
 from lemon.report.atlas_map import open_method, to_unit_square
 from lemon.report.atlas_page import write_page
 from lemon.schema import MAP
-from lemon.storage import CIRCUMSTANCES, Store, fingerprint, open_output
+from lemon.storage import CIRCUMSTANCES, Store, fingerprint
 
 MAP_NAME = "map.parquet"
 
 
 def main(config: AtlasConfig) -> int:
     """Make the atlas and tell what it is; returns the exit code. Raises ConfigError."""
-    store = open_output(config.output)
+    with hold(config.output, stage="atlas"):
+        return _make(config, Store(config.output))
+
+
+def _make(config: AtlasConfig, store: Store) -> int:
     place = open_method(config.method)  # before minutes are spent on reading
     cells = read_cells(config)
     circumstances = fingerprint([cells.fingerprint, config.map_settings()])

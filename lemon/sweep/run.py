@@ -11,6 +11,7 @@ from collections import Counter
 
 from lemon import experiment
 from lemon.config import EXIT_FAILURES, EXIT_OK
+from lemon.lease import hold
 from lemon.pretrain.loop import Log
 from lemon.probe.task import Task
 from lemon.storage import Store, fingerprint
@@ -24,7 +25,12 @@ logger = logging.getLogger(__name__)
 
 def main(config: SweepConfig) -> int:
     """Run a sweep and tell the outcome; returns the exit code. Raises ConfigError before any trial starts."""
-    grid, output = build(config), Store(config.output)
+    grid = build(config)
+    with hold(config.output, stage="scaling_sweep"):
+        return _run_all(grid, config, Store(config.output))
+
+
+def _run_all(grid: Grid, config: SweepConfig, output: Store) -> int:
     pending = [entry for entry in grid.entries if not is_over(entry, config)]
     points, seeds = len(config.sweep.points), ", ".join(map(str, config.all_seeds))
     print(

@@ -1,0 +1,17 @@
+# To be sourced where Ray's head starts: starts MLflow unless it runs already, and sets MLFLOW_TRACKING_URI for what
+# starts after it. MLFLOW_HOST (default: this node's private address), MLFLOW_PORT, MLFLOW_FOLDER choose where.
+MLFLOW_HOST="${MLFLOW_HOST:-$(python -c 'import ray.util; print(ray.util.get_node_ip_address())')}"
+export MLFLOW_TRACKING_URI="http://$MLFLOW_HOST:${MLFLOW_PORT:-5000}"
+MLFLOW_FOLDER="${MLFLOW_FOLDER:-$HOME/mlflow}"
+mkdir -p "$MLFLOW_FOLDER"
+lemon_mlflow_answers() {
+  python -c 'import sys, urllib.request as url; url.urlopen(sys.argv[1], timeout=5)' "$MLFLOW_TRACKING_URI/health" \
+    2>/dev/null
+}
+if ! lemon_mlflow_answers; then
+  setsid nohup mlflow server --host "$MLFLOW_HOST" --port "${MLFLOW_PORT:-5000}" --workers 2 \
+    --backend-store-uri "sqlite:///$MLFLOW_FOLDER/mlflow.db" --artifacts-destination "$MLFLOW_FOLDER/artifacts" \
+    >"$MLFLOW_FOLDER/server.log" 2>&1 &
+  for _ in $(seq 60); do lemon_mlflow_answers && break; sleep 1; done
+fi
+lemon_mlflow_answers || echo "MLflow does not answer at $MLFLOW_TRACKING_URI: see $MLFLOW_FOLDER/server.log" >&2

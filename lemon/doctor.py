@@ -1,0 +1,334 @@
+"""Is this machine fit for LEMON? ``python -m lemon.doctor [--ray] [--path URI ...]`` checks and says how to mend.
+
+Each check imports what it needs by itself, so that a missing package is a row of the table and not the end of it; only
+the standard library is imported here. Exit code 0, or 1 where a check failed; a warning is no failure. Passwords that
+a URI holds are never printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+import uuid
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+GIB = 1 << 30
+REINSTALL = "pip install -c constraints.txt -e . in the repository"
+_PATIENCE_S = 60  # for a check; a server or bucket that does not answer is a failure by then
+_SECRETS = (
+    (re.compile(r"://[^\s'\"]*@"), "://***@"),
+    (re.compile(r"(?i)((?:secret|password|token|key)\w*=)[^&\s'\"]+"), r"\1***"),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found: ``ok``, ``warn`` or ``fail``, in words, and how to mend it."""
+
+    state: str
+    found: str
+    mend: str = ""
+
+
+Check = Callable[[], Finding]
+
+
+def check_python(*, least: tuple[int, int] = (3, 11)) -> Finding:
+    """The interpreter."""
+    found = f"{sys.version.split()[0]} at {sys.executable}"
+    if sys.version_info[:2] < least:
+        return Finding("fail", found, f"Python {least[0]}.{least[1]} or newer: make PYTHON=python3.11 setup")
+    return Finding("ok", found)
+
+
+def check_packages() -> Finding:
+    """Every package that LEMON asks for, in a version that it takes."""
+    from importlib.metadata import PackageNotFoundError, requires, version
+
+    try:
+        wanted = requires("lemon-nuclei") or []
+    except PackageNotFoundError:
+        return Finding("warn", f"lemon runs from {Path(__file__).parent.parent}, it is not installed", REINSTALL)
+    from packaging.requirements import Requirement
+
+    faults, needed = [], [Requirement(text) for text in wanted if "extra ==" not in text]
+    for one in needed:
+        try:
+            got = version(one.name)
+        except PackageNotFoundError:
+            faults.append(f"{one.name} is missing")
+            continue
+        if not one.specifier.contains(got, prereleases=True):
+            faults.append(f"{one.name} {got} is not {one.specifier}")
+    return Finding("fail", "; ".join(faults), REINSTALL) if faults else Finding("ok", f"{len(needed)} as they must be")
+
+
+def check_openslide() -> Finding:
+    """OpenSlide opens a slide and reads a region."""
+    from lemon.slides.reader import SlideReader
+    from lemon.slides.synthetic import make_tissue, write_pyramid
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "slide.tiff"
+        write_pyramid(path, make_tissue(512, seed=0).image, mpp=0.25)
+        reader = SlideReader(path)
+        found = f"opened a pyramid of {reader.width_px} px at {reader.mpp:g} um/px"
+        reader.close()
+    return Finding("ok", found)
+
+
+def check_torch() -> Finding:
+    """torch, and whether it can use the GPU that the driver sees."""
+    import torch
+
+    built = torch.version.cuda
+    found = f"torch {torch.__version__}, built {f'for CUDA {built}' if built else 'without CUDA'}"
+    driver = _driver()
+    if torch.cuda.is_available():
+        names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
+        return Finding("ok", f"{found}; {torch.cuda.device_count()} GPU: {', '.join(sorted(names))}; driver {driver}")
+    if driver is None:
+        return Finding("ok", f"{found}; no NVIDIA driver, so CPU only")
+    if built is None:
+        return Finding("fail", f"{found}; driver {driver} is there", "a build of torch with CUDA: pip install torch")
+    mend = (
+        f"a driver for CUDA {built} (13 needs 580 or newer), or an older torch; CUDA_VISIBLE_DEVICES must not be empty"
+    )
+    return Finding("fail", f"{found}, but finds no GPU; driver {driver} is there", mend)
+
+
+def _driver() -> str | None:
+    """Version of the NVIDIA driver, as nvidia-smi tells it; None where there is none."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return told[0] if told else None
+
+
+def check_encoder() -> Finding:
+    """timm builds the encoder that comes with the package, and it embeds a cell."""
+    import numpy as np
+    import timm
+
+    import lemon
+
+    encoder = lemon.load_encoder("lemon_mini")
+    features = encoder.embed(np.full((1, 60, 60, 3), 200, np.uint8))
+    if not features.isfinite().all():
+        return Finding("fail", f"timm {timm.__version__}: lemon_mini's features are not finite", REINSTALL)
+    return Finding("ok", f"timm {timm.__version__}: lemon_mini embeds a cell in {features.shape[1]} values")
+
+
+def check_ray(*, start: bool) -> Finding:
+    """Ray's version; with ``start``, a cluster is joined or started and runs a task."""
+    from lemon.cluster import ray_version, try_ray
+
+    address = os.environ.get("RAY_ADDRESS")
+    place = re.search(r"([^:/]+):(\d+)", address or "")
+    if place:
+        try:
+            socket.create_connection((place[1], int(place[2])), timeout=5).close()
+        except OSError as error:
+            mend = "is the cluster up, and RAY_ADDRESS (HOST:6379) right? unset it to run here"
+            return Finding("fail", f"{ray_version()}; nothing answers at RAY_ADDRESS={address}: {error}", mend)
+    if start:
+        return Finding("ok", f"{ray_version()}: {f'joined {address}' if address else 'started here'}, {try_ray()}")
+    return Finding("ok", f"{ray_version()} (--ray {f'joins {address}' if address else 'starts one'} and runs a task)")
+
+
+def check_mlflow() -> Finding:
+    """The place where runs go."""
+    from lemon.tracking import tracking_uri, version
+
+    uri = tracking_uri()
+    found, set_by = f"{version()}; runs go to {uri}", "MLFLOW_TRACKING_URI"
+    if uri.startswith(("http://", "https://")):
+        try:
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).close()
+        except urllib.error.HTTPError as error:
+            return Finding(
+                "fail", f"{found}, which answers {error.code}", f"is {set_by} right? a server may want a login"
+            )
+        except OSError as error:
+            mend = f"start the server (make ui, cluster/mlflow_server.sh) or mend {set_by}"
+            return Finding("fail", f"{found}, which does not answer: {getattr(error, 'reason', error)}", mend)
+    elif uri.startswith("sqlite:"):
+        folder = Path(uri.removeprefix("sqlite:///")).parent
+        if not os.access(folder, os.W_OK):
+            return Finding("fail", f"{found}, whose folder cannot be written", f"another folder, or set {set_by}")
+        if "RAY_ADDRESS" in os.environ:
+            mend = f"start a server that all nodes reach and set {set_by}: cluster/README.md"
+            return Finding("warn", f"{found} on this node, which other nodes do not see", mend)
+    return Finding("ok", found)
+
+
+def check_configs() -> Finding:
+    """Every shipped config composes."""
+    from lemon.config import compose_all
+
+    return Finding("ok", f"{len(compose_all())} variants compose")
+
+
+def check_storage(path: str) -> Finding:
+    """A file is written, listed, read and deleted."""
+    from lemon.storage import Store
+
+    store, name = Store(path), f"lemon-doctor-{uuid.uuid4().hex[:8]}/probe"
+    store.write_bytes(name, b"lemon")
+    try:
+        if name not in store.list(name.split("/")[0]) or store.read_bytes(name) != b"lemon":
+            return Finding("fail", f"{path}: what was written is not found again", "is it the same bucket everywhere?")
+    finally:
+        store.delete(name.split("/")[0])
+    return Finding("ok", f"{path}: written, listed, read, deleted")
+
+
+def check_folders(folders: Sequence[Path]) -> Finding:
+    """Folders that LEMON and Ray write to."""
+    faults = []
+    for folder in folders:
+        nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        try:
+            with tempfile.TemporaryFile(dir=nearest):
+                pass
+        except OSError as error:
+            faults.append(f"{folder}: {error.strerror}")
+    mend = "chown or chmod them; cache=FOLDER and TMPDIR name other ones"
+    return Finding("fail", "; ".join(faults), mend) if faults else Finding("ok", ", ".join(map(str, folders)))
+
+
+def check_disk(folder: Path, *, warn_gib: float = 20, fail_gib: float = 2) -> Finding:
+    """Free disk; Ray stops making objects on a disk that is 95 % full."""
+    usage = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists()))
+    free, full = usage.free / GIB, 1 - usage.free / usage.total
+    found = f"{free:,.0f} GiB free at {folder}, {full:.0%} full"
+    if free < fail_gib or full > 0.95:
+        return Finding("fail", found, "free some, or give another folder (TMPDIR, cache=, output=)")
+    return Finding("warn", found, "ten million cells are 108 GB") if free < warn_gib else Finding("ok", found)
+
+
+def check_shared_memory(folder: Path = Path("/dev/shm"), *, warn_gib: float = 1) -> Finding:
+    """Ray keeps its objects there, and workers of torch what they share."""
+    if not folder.exists():
+        return Finding("warn", f"no {folder}", "Ray falls back to files in TMPDIR, which are slow")
+    size = shutil.disk_usage(folder).total / GIB
+    if size < warn_gib:
+        return Finding("warn", f"{folder} has {size:.2f} GiB", "docker run --shm-size=8g, or --ipc=host")
+    return Finding("ok", f"{folder} has {size:,.1f} GiB")
+
+
+def check_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> Finding:
+    """CPUs of the machine against those that this process may use."""
+    there = os.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else there
+    quota = _cpu_quota(cgroup)
+    found = f"{there} CPUs, {allowed} allowed" + (f", a limit of {quota:g}" if quota else "")
+    usable = min(allowed, quota or allowed)
+    if usable < there:
+        mend = f"libraries count {there}: set OMP_NUM_THREADS={max(1, int(usable))} and workers.cpus by hand"
+        return Finding("warn", found, mend)
+    return Finding("ok", found)
+
+
+def _cpu_quota(cgroup: Path) -> float | None:
+    """CPUs that a container's cgroup (v2, else v1) allows; None: no limit."""
+    try:
+        quota, period = (cgroup / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota, period = (
+                (cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period")
+            )
+        except OSError:
+            return None
+    return None if quota in ("max", "-1") else int(quota) / int(period)
+
+
+def examine(check: Check, *, patience_s: float = _PATIENCE_S) -> Finding:
+    """A check's finding; what it raises, and that it does not end in time, are findings too."""
+    found: list[Finding] = []
+
+    def attempt() -> None:
+        try:
+            found.append(check())
+        except ModuleNotFoundError as error:
+            found.append(Finding("fail", f"the package {error.name} is missing", REINSTALL))
+        except BaseException as error:  # noqa: BLE001  (whatever is wrong with the machine is a row of the table)
+            told = " ".join(str(error).split()) or "no message"
+            found.append(Finding("fail", f"{type(error).__name__}: {told[:400]}", "see what it names, or reinstall"))
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(patience_s)
+    return (
+        found[0] if found else Finding("fail", f"no answer in {patience_s:g} s", "is the server or bucket reachable?")
+    )
+
+
+def redacted(text: str) -> str:
+    """The text without the passwords and keys that a URI may hold."""
+    for pattern, instead in _SECRETS:
+        text = pattern.sub(instead, text)
+    return text
+
+
+def checks(*, start_ray: bool, paths: Sequence[str]) -> dict[str, Check]:
+    """All checks by name, in the order of the table."""
+    here, scratch, cache = Path.cwd(), Path(tempfile.gettempdir()), Path("~/.cache/lemon").expanduser()
+    found: dict[str, Check] = {
+        "python": check_python,
+        "packages": check_packages,
+        "cpus": check_cpus,
+        "shared memory": check_shared_memory,
+        "disk": partial(check_disk, here),
+        "scratch disk": partial(check_disk, scratch),
+        "folders": partial(check_folders, [here, scratch, cache]),
+        "configs": check_configs,
+        "openslide": check_openslide,
+        "torch": check_torch,
+        "encoder": check_encoder,
+        "mlflow": check_mlflow,
+        "ray": partial(check_ray, start=start_ray),
+    }
+    return found | {f"storage {number}": partial(check_storage, path) for number, path in enumerate(paths, 1)}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Print the table; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m lemon.doctor", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--ray", action="store_true", help="start Ray (or join RAY_ADDRESS) and run a task")
+    parser.add_argument("--path", nargs="+", default=[], metavar="URI", help="folders or s3:// prefixes to write to")
+    options = parser.parse_args(words)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.ERROR)
+    failed = 0
+    for name, check in checks(start_ray=options.ray, paths=options.path).items():
+        finding = examine(check, patience_s=120 if name == "ray" else _PATIENCE_S)
+        failed += finding.state == "fail"
+        print(redacted(f"{name:<14} {finding.state:<5} {finding.found}"))
+        if finding.mend:
+            print(redacted(f"{'':<20} mend: {finding.mend}"), flush=True)
+    print(f"doctor: {failed} failed" if failed else "doctor: fit")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # a check that hangs, in a library's thread, must not keep the process

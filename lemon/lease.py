@@ -1,0 +1,165 @@
+"""One job at a time writes an output: a claim in it, kept fresh by a heartbeat, and free again once its job is dead.
+
+A claim is a file ``.lease/<time>-<random>.json`` of the output. A job writes its own and then lists: it holds the
+output when it sees no other live claim. Of two that start at once at least one sees the other, because each writes
+before it lists, and S3 lists what was written; the later name withdraws. No clocks of two machines are compared: a
+claim lives while its file changes, or, on the same machine, while its process is there. So a job that was killed is
+succeeded at once on its own machine, and after ``STALE_S`` from another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import json
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lemon.config import ConfigError
+from lemon.storage import Store, open_output
+
+FOLDER = ".lease"
+BEAT_S = 5.0
+STALE_S = 30.0
+"""A claim of another machine whose file stood still so long is that of a dead job."""
+
+_POLL_S = 0.5
+
+
+@contextlib.contextmanager
+def hold(output: str, *, stage: str) -> Iterator[None]:
+    """Hold an output while the block runs.
+
+    Raises ConfigError, one line that names the other job, where it is being written, and where it cannot be written.
+    A job that finds its claim taken over, as after a long sleep of its machine, is ended by SIGTERM.
+    """
+    claim = _Claim(open_output(output), stage)
+    claim.write()
+    with claim.beating():
+        claim.settle()
+        yield
+
+
+class _Claim:
+    """This job's claim to an output."""
+
+    def __init__(self, store: Store, stage: str) -> None:
+        self.store = store
+        self.name = f"{FOLDER}/{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.json"
+        self.content: dict[str, Any] = {
+            "stage": stage,
+            "job": _ray_job(),
+            "host": platform.node(),
+            "machine": _machine(),
+            "pid": os.getpid(),
+            "started": psutil.Process().create_time(),
+            "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "holds": False,
+            "beat": 0,
+        }
+
+    def write(self) -> None:
+        self.store.write_json(self.name, self.content)
+
+    def settle(self) -> None:
+        """Return when no other job writes the output; raises ConfigError when one does."""
+        first: dict[str, tuple[dict[str, Any], float]] = {}
+        while others := self._others():
+            for name, content in others.items():
+                here = _process_is_there(content)
+                if here is None and name not in first:
+                    print(
+                        f"{self.content['stage']}: is {_told(content)} alive? watching for {STALE_S:g} s",
+                        file=sys.stderr,
+                    )
+                seen, since = first.setdefault(name, (content, time.monotonic()))
+                if here is False or (here is None and content == seen and time.monotonic() - since > STALE_S):
+                    self.store.delete(name)
+                elif (here or content != seen) and (content["holds"] or name < self.name):
+                    raise ConfigError(
+                        f"output: {self.store.uri} is being written by {_told(content)}; "
+                        "wait for it, stop it, or choose another output"
+                    )
+            time.sleep(_POLL_S)
+        self.content["holds"] = True
+        self.write()
+
+    def _others(self) -> dict[str, dict[str, Any]]:
+        found = {}
+        for name in self.store.list(FOLDER, suffix=".json"):
+            if name != self.name:
+                with contextlib.suppress(FileNotFoundError):  # withdrawn since it was listed
+                    found[name] = json.loads(self.store.read_bytes(name))
+        return found
+
+    @contextlib.contextmanager
+    def beating(self) -> Iterator[None]:
+        """Keep the claim fresh while the block runs, then remove it."""
+        ended = threading.Event()
+        thread = threading.Thread(target=self._beat, args=(ended,), name="lease", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            with contextlib.suppress(OSError):  # then it goes stale
+                self.store.delete(self.name)
+
+    def _beat(self, ended: threading.Event) -> None:
+        while not ended.wait(BEAT_S):
+            try:
+                if not self.store.exists(self.name):
+                    break
+                self.content["beat"] += 1
+                self.write()
+            except OSError:
+                continue  # the output is out of reach for now; whoever writes there will tell
+        else:
+            return
+        print(f"{self.content['stage']}: {self.store.uri} was taken over by another job", file=sys.stderr, flush=True)
+        # Not SIGINT: Ray blocks it in the drivers of its jobs.
+        if main := threading.main_thread().ident:
+            signal.pthread_kill(main, signal.SIGTERM)
+
+
+def _told(content: dict[str, Any]) -> str:
+    job = f"job {content['job']}, " if content["job"] else ""
+    return f"{content['stage']} ({job}host {content['host']}, process {content['pid']}, since {content['since']})"
+
+
+def _ray_job() -> str | None:
+    """The submission id of the Ray job that this process is the driver of."""
+    settings = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    return (settings.get("metadata") or {}).get("job_submission_id")
+
+
+def _process_is_there(content: dict[str, Any]) -> bool | None:
+    """Whether the process of a claim runs; None where it belongs to another machine."""
+    if content["machine"] != _machine():
+        return None
+    try:
+        process = psutil.Process(content["pid"])
+        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - content["started"]) < 1
+    except psutil.NoSuchProcess:
+        return False
+
+
+@functools.cache
+def _machine() -> str:
+    """Names the space in which a process id means a process: this boot of the machine, and the container."""
+    marks = [platform.node(), str(psutil.boot_time())]
+    with contextlib.suppress(OSError):
+        marks = [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), str(Path("/proc/self/ns/pid").readlink())]
+    return " ".join(marks)
