@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+
+from lemon.config import ConfigError
 
 DATABASE = "mlflow.db"
 _MAX_PARAM = 6000  # characters that MLflow keeps of a parameter
@@ -82,6 +85,60 @@ class Run:
         import mlflow
 
         return mlflow.MlflowClient(self.uri)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What MLflow holds of a run: its tags and parameters as text, of each metric the last value."""
+
+    run: Run
+    name: str
+    status: str
+    tags: dict[str, str]
+    params: dict[str, str]
+    metrics: dict[str, float]
+
+
+def find_runs(experiment: str) -> list[Record]:
+    """All runs of an experiment, the oldest first; none where the experiment or the database is absent.
+
+    Raises ConfigError where MLflow cannot be read.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError  # MLflow lets those of its database through
+
+    uri = tracking_uri()
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return []  # the client would make an empty one
+    client, found, page = mlflow.MlflowClient(uri), [], None
+    try:
+        if (known := client.get_experiment_by_name(experiment)) is None:
+            return []
+        while page is None or page.token:
+            token = page and page.token
+            page = client.search_runs([known.experiment_id], order_by=["attributes.start_time"], page_token=token)
+            found += page
+    except (MlflowException, SQLAlchemyError) as error:
+        told = without_user(str(error).splitlines()[0], uri=uri)
+        raise ConfigError(f"experiment: MLflow at {without_user(uri, uri=uri)} cannot be read: {told}") from None
+    return [
+        Record(
+            Run(uri, run.info.run_id),
+            name=run.info.run_name,
+            status=run.info.status,
+            tags=run.data.tags,
+            params=run.data.params,
+            metrics=run.data.metrics,
+        )
+        for run in found
+    ]
+
+
+def without_user(text: str, *, uri: str) -> str:
+    """A text that may name ``uri``, without the user and password in it."""
+    place = urlsplit(uri).netloc
+    return text.replace(place, place.rpartition("@")[2]) if place else text
 
 
 def start_run(
