@@ -1,4 +1,4 @@
-"""Runs to a page that anyone can read: python jobs/report.py output=report/ [sweeps=...] [probes=...] [atlas=atlas/]."""
+"""Runs to a page that anyone can read: python jobs/report.py output=report/ [sweeps=... probes=... atlas=...]."""
 
 import sys
 

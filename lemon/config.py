@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 EXIT_OK, EXIT_BAD_CONFIG, EXIT_FAILURES = 0, 2, 3
@@ -170,9 +171,8 @@ def describe(stage: str, model: type[Frozen]) -> str:
     variants = ", ".join(sorted(path.stem for path in (conf_dir() / stage).glob("*.yaml")))
     lines = [f"usage: python jobs/{stage}.py key=value ...", f"variants (variant=NAME): {variants}", ""]
     lines += _describe_fields(model, prefix="")
-    groups = (path for path in conf_dir().iterdir() if path.is_dir() and path.name in model.model_fields)
-    for group in sorted(path for path in groups if not (path / "default.yaml").exists()):  # a stage's own is no choice
-        lines.append(f"  {group.name}=NAME: {', '.join(sorted(choice.stem for choice in group.glob('*.yaml')))}")
+    for group in sorted(_groups(f"{stage}/default")):
+        lines.append(f"  {group}=NAME: {', '.join(_choices(group))}")
     return "\n".join(lines)
 
 
@@ -206,11 +206,11 @@ def _compose(name: str, overrides: Sequence[str]) -> Any:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         try:
             base = compose(name)
-            parsed = [_readable(word) for word in overrides]
+            parsed, groups = [_readable(word) for word in overrides], _groups(name)
             for word in parsed:
-                _check_group(word)
+                _check_group(word, groups)
             # Unknown keys are pydantic's to report, in one form with the others: hence "++", add or override.
-            words = [word if _is_group(word) else f"++{word.lstrip('+')}" for word in parsed]
+            words = [word if _key(word) in groups else f"++{word.lstrip('+')}" for word in parsed]
             return OmegaConf.to_container(compose(name, overrides=words) if words else base, resolve=True)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(" ".join(str(error).split())) from None
@@ -232,16 +232,26 @@ def _readable(word: str) -> str:
         return f"{key}='{escaped}'"
 
 
-def _is_group(word: str) -> bool:
-    key = word.partition("=")[0].lstrip("+")
-    return (conf_dir() / key).is_dir()
+def _groups(name: str) -> set[str]:
+    """Groups that a stage's file chooses from, by its defaults list; another stage's folder may be a plain key here."""
+    listed = yaml.safe_load((conf_dir() / f"{name}.yaml").read_text(encoding="utf-8")).get("defaults", [])
+    found = {key.lstrip("/") for entry in listed if isinstance(entry, dict) for key in entry}
+    for other in (entry for entry in listed if isinstance(entry, str) and entry != "_self_"):
+        found |= _groups(f"{name.partition('/')[0]}/{other}")
+    return found
 
 
-def _check_group(word: str) -> None:
-    key, _, choice = word.partition("=")
-    folder = conf_dir() / key.lstrip("+")
-    known = sorted(path.stem for path in folder.glob("*.yaml")) if folder.is_dir() else []
-    if known and choice not in known:
+def _choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+")
+
+
+def _check_group(word: str, groups: set[str]) -> None:
+    key, choice = _key(word), word.partition("=")[2]
+    if key in groups and choice not in (known := _choices(key)):
         raise ConfigError(f"{key}: got {choice!r}; expected one of {', '.join(known)}")
 
 

@@ -111,7 +111,8 @@ def find_runs(experiment: str) -> list[Record]:
     uri = tracking_uri()
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         return []  # the client would make an empty one
-    client, found, page = mlflow.MlflowClient(uri), [], None
+    client, page = mlflow.MlflowClient(uri), None
+    found: list[Any] = []
     try:
         if (known := client.get_experiment_by_name(experiment)) is None:
             return []

@@ -9,7 +9,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,38 +60,38 @@ ARTEFACTS = {
         Artefact(
             "figure2",
             "Figure 2",
-            "Accuracy against arithmetic. Its FLOPs are multiply-adds without the products inside attention: 0.55 G for "
-            "ViT-S/8, which is 1.12 GFLOP of true arithmetic.",
+            "Accuracy against arithmetic. Its FLOPs are multiply-adds without the products inside attention: 0.55 G "
+            "for ViT-S/8, which is 1.12 GFLOP of true arithmetic.",
             {"Encoder": "ViT-S/8 and ViT-B/8, beside other encoders"},
         ),
         Artefact(
             "table2",
             "Table 2",
-            "How views are made: a0 (as MoCo), a1 (rotation, stronger colours, erasing), a1 with grayscale (its default), "
-            "a1 with stain drawn from 1 or from 10 fitted Gaussians.",
+            "How views are made: a0 (as MoCo), a1 (rotation, stronger colours, erasing), a1 with grayscale (its "
+            "default), a1 with stain drawn from 1 or from 10 fitted Gaussians.",
             {},
         ),
         Artefact(
             "table5",
             "Table 5",
-            "DINOv2 variants: as published; without the local-to-global term; without it and with KDE (von Mises-Fisher "
-            "kernel, kappa 5, weight 0.05) in place of KoLeo.",
+            "DINOv2 variants: as published; without the local-to-global term; without it and with KDE (von "
+            "Mises-Fisher kernel, kappa 5, weight 0.05) in place of KoLeo.",
             {"Method": "DINOv2 and its variants"},
         ),
         Artefact(
-            "figure3size",
+            "figure3_size",
             "Figure 3, size",
             "Scores by the number of cells in pretraining. The paper reports that they saturate near 1 M cells.",
             {"Cells": "varied"},
         ),
         Artefact(
-            "figure3slides",
+            "figure3_slides",
             "Figure 3, slides",
             "Scores by the number of slides that the same number of cells comes from.",
             {"Cells": "1 M", "Slides": "varied"},
         ),
         Artefact(
-            "figure3organs",
+            "figure3_organs",
             "Figure 3, organs",
             "Scores by the number of organs that the same number of cells comes from.",
             {"Cells": "1 M; organs varied", "Slides": UNKNOWN},
@@ -126,17 +126,39 @@ def read_paper(path: str) -> list[Printed]:
     return list(_printed(reader, path))
 
 
+class PaperNumbers:
+    """The paper's numbers, found by artefact, row and column; those that fitted nothing here are told, too."""
+
+    def __init__(self, printed: Iterable[Printed] = ()) -> None:
+        self._printed = list(printed)
+        self._shown: set[Printed] = set()
+
+    def find(self, artefact: str, *, row: Iterable[str], column: str) -> Printed | None:
+        """The number in a column (a task) of a row, which may have several names."""
+        rows = {plain_key(name) for name in row}
+        for each in self._printed:
+            if (each.artefact, plain_key(each.column)) == (artefact, plain_key(column)) and plain_key(each.row) in rows:
+                self._shown.add(each)
+                return each
+        return None
+
+    def left(self, artefact: str) -> list[Printed]:
+        """Those of an artefact that ``find`` has not given out."""
+        return [each for each in self._printed if each.artefact == artefact and each not in self._shown]
+
+
 def plain_key(text: str) -> str:
     """A name without case, spaces and signs, so that ``a1+gray`` is ``a1_gray`` and ``Table 1`` is ``table1``."""
     return re.sub(r"[^a-z0-9]", "", text.lower())
 
 
 def _printed(reader: csv.DictReader[str], path: str) -> Iterator[Printed]:
+    keys = {plain_key(each.name): each.key for each in ARTEFACTS.values()}
     for row in reader:
         place = f"paper: {path}, line {reader.line_num}"
-        artefact = plain_key(row["artefact"] or "")
-        if artefact not in ARTEFACTS:
-            known = ", ".join(each.name for each in ARTEFACTS.values())
+        artefact = keys.get(plain_key(row["artefact"] or ""))
+        if artefact is None:
+            known = "; ".join(each.name for each in ARTEFACTS.values())
             raise ConfigError(f"{place}: got the artefact {row['artefact']!r}; expected one of {known}")
         try:
             value, spread = float(row["value"] or ""), float(row["spread"] or "nan")
