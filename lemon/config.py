@@ -8,9 +8,11 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 EXIT_OK, EXIT_BAD_CONFIG, EXIT_FAILURES = 0, 2, 3
@@ -189,7 +191,7 @@ def describe(stage: str, model: type[Frozen]) -> str:
     variants = ", ".join(sorted(path.stem for path in (conf_dir() / stage).glob("*.yaml")))
     lines = [f"usage: python jobs/{stage}.py key=value ...", f"variants (variant=NAME): {variants}", ""]
     lines += _describe_fields(model, prefix="")
-    for group in sorted(name for name in model.model_fields if is_choice(name)):
+    for group in sorted(groups_of(f"{stage}/default")):
         lines.append(f"  {group}=NAME: {', '.join(_choices(group))}")
     return "\n".join(lines)
 
@@ -224,15 +226,15 @@ def _compose(name: str, overrides: Sequence[str]) -> Any:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         try:
             base = compose(name)
-            parsed = [_readable(word) for word in overrides]
+            parsed, groups = [_readable(word) for word in overrides], groups_of(name)
             for word in parsed:
-                _check_group(word)
-            own = [word for word in parsed if _is_ours(word, parsed)]
+                _check_group(word, groups)
+            own = [word for word in parsed if _is_ours(word, parsed, groups)]
             # Unknown keys are pydantic's to report, in one form with the others: hence "++", add or override.
-            words = [word if is_choice(_key(word)) else f"++{word.lstrip('+')}" for word in parsed if word not in own]
+            words = [word if _key(word) in groups else f"++{word.lstrip('+')}" for word in parsed if word not in own]
             composed = OmegaConf.to_container(compose(name, overrides=words) if words else base, resolve=True)
             for word in own:
-                _set(composed, word, parsed)
+                _set(composed, word, parsed, groups)
             return composed
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(" ".join(str(error).split())) from None
@@ -254,10 +256,17 @@ def _readable(word: str) -> str:
         return f"{key}='{escaped}'"
 
 
-def is_choice(key: str) -> bool:
-    """Whether ``key=NAME`` names a file of ``conf/<key>/``; a stage's own folder, which has a default, is no choice."""
-    folder = conf_dir() / key
-    return folder.is_dir() and not (folder / "default.yaml").exists()
+@cache
+def groups_of(name: str) -> frozenset[str]:
+    """Keys that name a file of ``conf/<key>/``, by the defaults list of ``conf/<name>.yaml``.
+
+    Another stage's folder may be a plain key here.
+    """
+    listed = yaml.safe_load((conf_dir() / f"{name}.yaml").read_text(encoding="utf-8")).get("defaults", [])
+    found = frozenset(key.lstrip("/") for entry in listed if isinstance(entry, dict) for key in entry)
+    for other in (entry for entry in listed if isinstance(entry, str) and entry != "_self_"):
+        found |= groups_of(f"{name.partition('/')[0]}/{other}")
+    return found
 
 
 def _choices(group: str) -> list[str]:
@@ -268,35 +277,34 @@ def _key(word: str) -> str:
     return word.partition("=")[0].lstrip("+")
 
 
-def _check_group(word: str) -> None:
-    key, _, choice = word.partition("=")
-    group = key.lstrip("+")
-    if is_choice(group) and choice not in _choices(group):
-        raise ConfigError(f"{key}: got {choice!r}; expected one of {', '.join(_choices(group))}")
+def _check_group(word: str, groups: frozenset[str]) -> None:
+    key, choice = _key(word), word.partition("=")[2]
+    if key in groups and choice not in (known := _choices(key)):
+        raise ConfigError(f"{key}: got {choice!r}; expected one of {', '.join(known)}")
 
 
-def _is_ours(word: str, words: Sequence[str]) -> bool:
-    """Whether Hydra would misread a word: a stage's folder as a choice (``probe=null``), or a key below a name.
+def _is_ours(word: str, words: Sequence[str], groups: frozenset[str]) -> bool:
+    """Whether Hydra would misread a word: a folder of conf/ as a choice (``probe=null``), or a key below a name.
 
     A sweep takes ``pretrain.ssl=NAME`` with ``pretrain.ssl.out_dim=64``; only its pretraining job knows the choice.
     """
     key = _key(word)
-    return ((conf_dir() / key).is_dir() and not is_choice(key)) or _above(key, words) is not None
+    return ((conf_dir() / key).is_dir() and key not in groups) or _above(key, words, groups) is not None
 
 
-def _above(key: str, words: Sequence[str]) -> str | None:
+def _above(key: str, words: Sequence[str], groups: frozenset[str]) -> str | None:
     """The key above, where another word gives it a value, as Hydra cannot have both."""
     given = {_key(word) for word in words}
     parents = (key.rsplit(".", count)[0] for count in range(1, key.count(".") + 1))
-    return next((parent for parent in parents if parent in given and not is_choice(parent)), None)
+    return next((parent for parent in parents if parent in given and parent not in groups), None)
 
 
-def _set(values: Any, word: str, words: Sequence[str]) -> None:
+def _set(values: Any, word: str, words: Sequence[str], groups: frozenset[str]) -> None:
     """Set a word that is ours; a key below a name stays whole beside it: ``{"ssl": ..., "ssl.out_dim": ...}``."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     key = _key(word)
-    path = (_above(key, words) or key).split(".")[:-1]
+    path = (_above(key, words, groups) or key).split(".")[:-1]
     for part in path:
         values = values.setdefault(part, {})
     values[key.removeprefix(".".join([*path, ""]))] = OverridesParser.create().parse_override(f"++{word}").value()

@@ -166,3 +166,6 @@ SWEEP = pa.schema(
 
 ``mean`` and ``spread`` are over folds.
 """
+
+SWEEP_FILE = "sweep.parquet"
+"""That table in the output of a sweep."""

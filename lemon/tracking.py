@@ -16,9 +16,11 @@ from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import numpy as np
 
+from lemon.config import ConfigError
 from lemon.schema import CROP_PX
 from lemon.version import __version__
 
@@ -134,6 +136,61 @@ class Run:
         import mlflow
 
         return mlflow.MlflowClient(self.uri)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What MLflow holds of a run: its tags and parameters as text, of each metric the last value."""
+
+    run: Run
+    name: str
+    status: str
+    tags: dict[str, str]
+    params: dict[str, str]
+    metrics: dict[str, float]
+
+
+def find_runs(experiment: str) -> list[Record]:
+    """All runs of an experiment, the oldest first; none where the experiment or the database is absent.
+
+    Raises ConfigError where MLflow cannot be read.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError  # MLflow lets those of its database through
+
+    uri = tracking_uri()
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return []  # the client would make an empty one
+    client, page = mlflow.MlflowClient(uri), None
+    found: list[Any] = []
+    try:
+        if (known := client.get_experiment_by_name(experiment)) is None:
+            return []
+        while page is None or page.token:
+            token = page and page.token
+            page = client.search_runs([known.experiment_id], order_by=["attributes.start_time"], page_token=token)
+            found += page
+    except (MlflowException, SQLAlchemyError) as error:
+        told = without_user(str(error).splitlines()[0], uri=uri)
+        raise ConfigError(f"experiment: MLflow at {without_user(uri, uri=uri)} cannot be read: {told}") from None
+    return [
+        Record(
+            Run(uri, run.info.run_id),
+            name=run.info.run_name,
+            status=run.info.status,
+            tags=run.data.tags,
+            params=run.data.params,
+            metrics=run.data.metrics,
+        )
+        for run in found
+    ]
+
+
+def without_user(text: str, *, uri: str) -> str:
+    """A text that may name ``uri``, without the user and password in it."""
+    place = urlsplit(uri).netloc
+    return text.replace(place, place.rpartition("@")[2]) if place else text
 
 
 def start_run(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lemon.config import ConfigError, Frozen, is_choice
+from lemon.config import ConfigError, Frozen, groups_of
 from lemon.probe.config import ProbeSettings
 
 RESERVED = ("cells", "output", "seed")
@@ -125,7 +125,7 @@ def words(overrides: Overrides, prefix: str = "") -> list[str]:
         if isinstance(value, Mapping):
             found += words(dict(value), f"{name}.")
         else:
-            is_name = name == "variant" or is_choice(name)
+            is_name = name == "variant" or name in groups_of("pretrain/default")
             found.append(f"{name}={value if is_name else _spelled(value)}")
     return found
 

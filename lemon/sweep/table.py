@@ -15,7 +15,6 @@ One row a trial, task, protocol and metric; a trial without a result has one row
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,13 +22,14 @@ import pyarrow as pa
 
 from lemon.config import Frozen
 from lemon.experiment import RUN, Result, finished
-from lemon.report.tables import MAIN_METRICS, as_csv
-from lemon.schema import SWEEP
+from lemon.report.studies import OverSeeds, point_names, study_values
+from lemon.report.tables import as_csv
+from lemon.schema import SWEEP, SWEEP_FILE
 from lemon.storage import Store
 from lemon.sweep.grid import Entry
 
 LOST = "lost.json"
-PARQUET, CSV = "sweep.parquet", "sweep.csv"
+PARQUET, CSV = SWEEP_FILE, "sweep.csv"
 
 
 class Lost(Frozen):
@@ -82,21 +82,18 @@ def write(entries: Sequence[Entry], output: Store, *, study: str) -> list[dict[s
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
     """Points x (task, protocol) as Markdown: mean (s.d.) over seeds of the main metric of the linear probe."""
-    values: dict[str, dict[tuple[str, str], list[float]]] = {row["point"]: {} for row in rows}
-    for row in rows:
-        if row["status"] == "done" and row["metric"] in MAIN_METRICS:
-            values[row["point"]].setdefault((row["task"], row["protocol"]), []).append(row["mean"])
-    columns = list(dict.fromkeys(column for found in values.values() for column in found))
+    found = {(value.point, value.column): value.over for value in study_values(rows)}
+    columns = list(dict.fromkeys(column for _, column in found))
     lines = ["| " + " | ".join([rows[0]["study"], "seeds", *(f"{task}, {kind}" for task, kind in columns)]) + " |"]
     lines.append("|" + "---|" * (len(columns) + 2))
-    for point, found in values.items():
+    for point in point_names(rows):
         seeds = len({row["seed"] for row in rows if row["point"] == point and row["status"] == "done"})
-        lines.append("| " + " | ".join([point, str(seeds), *(_told(found.get(column)) for column in columns)]) + " |")
+        told = [_told(found.get((point, column))) for column in columns]
+        lines.append("| " + " | ".join([point, str(seeds), *told]) + " |")
     return "\n".join(lines)
 
 
-def _told(values: Sequence[float] | None) -> str:
-    if not values:
+def _told(over: OverSeeds | None) -> str:
+    if over is None:
         return ""
-    mean = statistics.fmean(values)
-    return f"{mean:.3f} ({statistics.stdev(values):.3f})" if len(values) > 1 else f"{mean:.3f}"
+    return f"{over.mean:.3f} ({over.sd:.3f})" if over.n > 1 else f"{over.mean:.3f}"

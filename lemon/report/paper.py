@@ -1,0 +1,170 @@
+"""What is known of the LEMON paper (arXiv 2603.25802): its recipe and what each table and figure shows.
+
+Its scores are not at hand, and none are invented: whoever has a copy types them once into a CSV (``paper=paper.csv``).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lemon.config import ConfigError
+
+COLUMNS = ("artefact", "row", "column", "value", "spread")
+
+UNKNOWN = "not at hand"
+
+RECIPE = {
+    "Cells": "10 M of 10 organs",
+    "Slides": "about 10,000, TCGA diagnostic",
+    "Encoder": "ViT-S/8",
+    "Method": "MoCo v3",
+    "Images seen": "150 M (150 epochs of 1 M)",
+    "Batch": "4,096",
+    "Seeds": UNKNOWN,
+    "Score": "linear probe: balanced accuracy, or Pearson correlation over the top 50 genes; mean (s.d.) over folds",
+}
+"""Its default pretraining; a study that differs says so below."""
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A table or figure of the paper: what it shows, and what it does otherwise than ``RECIPE``."""
+
+    key: str
+    name: str
+    shows: str
+    differs: dict[str, str]
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What it was made with, as far as known."""
+        return RECIPE | self.differs
+
+
+ARTEFACTS = {
+    artefact.key: artefact
+    for artefact in (
+        Artefact(
+            "table1",
+            "Table 1",
+            "LEMON beside other encoders on labelled nuclei: NuCLS (three levels of classes, folds by hospital), "
+            "atypical mitoses (MIDOG 2025) and gene expression (HEST: bowel, breast, lung).",
+            {},
+        ),
+        Artefact(
+            "figure2",
+            "Figure 2",
+            "Accuracy against arithmetic. Its FLOPs are multiply-adds without the products inside attention: 0.55 G "
+            "for ViT-S/8, which is 1.12 GFLOP of true arithmetic.",
+            {"Encoder": "ViT-S/8 and ViT-B/8, beside other encoders"},
+        ),
+        Artefact(
+            "table2",
+            "Table 2",
+            "How views are made: a0 (as MoCo), a1 (rotation, stronger colours, erasing), a1 with grayscale (its "
+            "default), a1 with stain drawn from 1 or from 10 fitted Gaussians.",
+            {},
+        ),
+        Artefact(
+            "table5",
+            "Table 5",
+            "DINOv2 variants: as published; without the local-to-global term; without it and with KDE (von "
+            "Mises-Fisher kernel, kappa 5, weight 0.05) in place of KoLeo.",
+            {"Method": "DINOv2 and its variants"},
+        ),
+        Artefact(
+            "figure3_size",
+            "Figure 3, size",
+            "Scores by the number of cells in pretraining. The paper reports that they saturate near 1 M cells.",
+            {"Cells": "varied"},
+        ),
+        Artefact(
+            "figure3_slides",
+            "Figure 3, slides",
+            "Scores by the number of slides that the same number of cells comes from.",
+            {"Cells": "1 M", "Slides": "varied"},
+        ),
+        Artefact(
+            "figure3_organs",
+            "Figure 3, organs",
+            "Scores by the number of organs that the same number of cells comes from.",
+            {"Cells": "1 M; organs varied", "Slides": UNKNOWN},
+        ),
+        Artefact("figure4", "Figure 4", "t-SNE of 100,000 cells of one slide.", {}),
+        Artefact("figure5", "Figure 5", "Views of the same cells under each augmentation policy.", {}),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A number that the paper prints, as a user typed it; ``spread`` is its standard deviation, NaN where not given."""
+
+    artefact: str
+    row: str
+    column: str
+    value: float
+    spread: float
+
+
+def read_paper(path: str) -> list[Printed]:
+    """The paper's numbers of a CSV with ``COLUMNS``. Raises ConfigError with the line that is wrong."""
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"paper: {path} cannot be read: {error}") from None
+    reader = csv.DictReader(io.StringIO(text))
+    if set(reader.fieldnames or []) != set(COLUMNS):
+        got = ", ".join(reader.fieldnames or []) or "nothing"
+        raise ConfigError(f"paper: {path} has the columns {got}; expected {', '.join(COLUMNS)}")
+    return list(_printed(reader, path))
+
+
+class PaperNumbers:
+    """The paper's numbers, found by artefact, row and column; those that fitted nothing here are told, too."""
+
+    def __init__(self, printed: Iterable[Printed] = ()) -> None:
+        self._printed = list(printed)
+        self._shown: set[Printed] = set()
+
+    def find(self, artefact: str, *, row: Iterable[str], column: str) -> Printed | None:
+        """The number in a column (a task) of a row, which may have several names."""
+        rows = {plain_key(name) for name in row}
+        for each in self._printed:
+            if (each.artefact, plain_key(each.column)) == (artefact, plain_key(column)) and plain_key(each.row) in rows:
+                self._shown.add(each)
+                return each
+        return None
+
+    def left(self, artefact: str) -> list[Printed]:
+        """Those of an artefact that ``find`` has not given out."""
+        return [each for each in self._printed if each.artefact == artefact and each not in self._shown]
+
+
+def plain_key(text: str) -> str:
+    """A name without case, spaces and signs, so that ``a1+gray`` is ``a1_gray`` and ``Table 1`` is ``table1``."""
+    return re.sub(r"[^a-z0-9]", "", text.lower())
+
+
+def _printed(reader: csv.DictReader[str], path: str) -> Iterator[Printed]:
+    keys = {plain_key(each.name): each.key for each in ARTEFACTS.values()}
+    for row in reader:
+        place = f"paper: {path}, line {reader.line_num}"
+        artefact = keys.get(plain_key(row["artefact"] or ""))
+        if artefact is None:
+            known = "; ".join(each.name for each in ARTEFACTS.values())
+            raise ConfigError(f"{place}: got the artefact {row['artefact']!r}; expected one of {known}")
+        try:
+            value, spread = float(row["value"] or ""), float(row["spread"] or "nan")
+        except ValueError:
+            got = f"value {row['value']!r}, spread {row['spread']!r}"
+            raise ConfigError(f"{place}: got {got}; expected numbers (spread may be empty)") from None
+        if not math.isfinite(value):
+            raise ConfigError(f"{place}: got the value {row['value']!r}; expected a number")
+        yield Printed(artefact, (row["row"] or "").strip(), (row["column"] or "").strip(), value, spread)

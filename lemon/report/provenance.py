@@ -1,0 +1,74 @@
+"""Where the numbers come from: every trial and every scored encoder, with its run and the fingerprints of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lemon.report.blocks import Cell, Section, Table
+from lemon.report.sources import Output, Sources
+from lemon.report.tables import as_csv, encoder_stem
+from lemon.storage import Store
+from lemon.tracking import Record
+
+FILE = "provenance.csv"
+
+
+def provenance_section(sources: Sources, store: Store) -> Section:
+    """A row a trial and a row an encoder."""
+    records = [row for sweep in sources.sweeps for row in trials(sweep, sources)]
+    records += [row for probe in sources.probes for row in encoders(probe, sources)]
+    section = Section("provenance", "Provenance")
+    if records:
+        store.write_bytes(FILE, as_csv(records).encode())
+        rows = [[Cell(text) for text in record.values()] for record in records]
+        caption = "Where the numbers come from. Settings, cells, encoder and benchmarks are named by fingerprints."
+        section.tables = [Table(caption, [(name, "") for name in records[0]], rows, FILE)]
+    return section
+
+
+def trials(sweep: Output, sources: Sources) -> Iterator[dict[str, str]]:
+    """A sweep's trials."""
+    by_trial: dict[str, list[dict]] = {}
+    for row in sweep.rows:
+        by_trial.setdefault(row["trial"], []).append(row)
+    for trial, own in by_trial.items():
+        first = own[0]
+        data = dict.fromkeys(row["data_fingerprint"] for row in own if row["data_fingerprint"])
+        yield _record(
+            what=trial,
+            status=first["status"],
+            folder=sweep.store.uri,
+            record=sources.runs.get(first["run_id"] or ""),
+            run=first["run_id"],
+            settings=first["config_fingerprint"],
+            cells=first["cells_fingerprint"],
+            encoder=first["model_fingerprint"],
+            benchmarks=" ".join(data),
+        )
+
+
+def encoders(probe: Output, sources: Sources) -> Iterator[dict[str, str]]:
+    """The encoders of an output of probes."""
+    made = [each for each in sources.runs.values() if each.tags.get("output") == probe.store.uri]
+    runs = {each.tags["model_fingerprint"]: each for each in made if "model_fingerprint" in each.tags}
+    by_encoder: dict[str, list[dict]] = {}
+    for row in probe.rows:
+        by_encoder.setdefault(encoder_stem(row), []).append(row)
+    for own in by_encoder.values():
+        record = runs.get(own[0]["model_fingerprint"])
+        yield _record(
+            what=own[0]["model"],
+            status="probed",
+            folder=probe.store.uri,
+            record=record,
+            run=record.run.run_id if record else None,
+            encoder=own[0]["model_fingerprint"],
+            benchmarks=" ".join(dict.fromkeys(row["data_fingerprint"] for row in own)),
+        )
+
+
+def _record(*, record: Record | None, run: str | None, **facts: str | None) -> dict[str, str]:
+    tags = record.tags if record else {}
+    names = ("what", "status", "folder", "settings", "cells", "encoder", "benchmarks")
+    found = {name: facts.get(name) or "" for name in names}
+    return found | {"MLflow run": run or "", "code": tags.get("code_version", ""), "host": tags.get("host", "")}

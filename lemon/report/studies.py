@@ -1,0 +1,171 @@
+"""What a sweep's table says of its points over seeds: Tables 2 and 5 and Figure 3 of the LEMON paper.
+
+Seeds are of training; a value is the mean over folds that one encoder reached. Intervals are Student's t over seeds:
+mean +- t(0.975, n - 1) s.d. / sqrt(n). They cover the chance of training, not that of the labelled nuclei.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from lemon.probe.folds import LEAK_FREE
+from lemon.probe.score import MAIN_METRICS
+
+
+class OverSeeds(NamedTuple):
+    """Mean, standard deviation, standard error and 95 % t interval; all but the mean are NaN for a single seed."""
+
+    n: int
+    mean: float
+    sd: float
+    se: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Value:
+    """The main metric of a point on a task by a protocol."""
+
+    point: str
+    value: str
+    task: str
+    protocol: str
+    metric: str
+    n_cells: int
+    n_slides: int
+    n_organs: int
+    by_seed: dict[int, float]
+    fold_spread: float
+    """Mean over seeds of the standard deviation over folds; NaN where unknown."""
+
+    @property
+    def over(self) -> OverSeeds:
+        """Over all seeds."""
+        return over_seeds([*self.by_seed.values()])
+
+    @property
+    def column(self) -> tuple[str, str]:
+        """The column of a table: task and protocol."""
+        return self.task, self.protocol
+
+
+class Difference(NamedTuple):
+    """A point less another over the seeds that both have."""
+
+    point: str
+    against: str
+    task: str
+    protocol: str
+    over: OverSeeds
+
+
+def over_seeds(values: Sequence[float]) -> OverSeeds:
+    """Mean over seeds and what is known of its chance."""
+    n, mean = len(values), float(np.mean(values))
+    if n < 2:
+        return OverSeeds(n, mean, *[math.nan] * 4)
+    sd = float(np.std(values, ddof=1))
+    se = sd / math.sqrt(n)
+    half = float(stats.t.ppf(0.975, n - 1)) * se
+    return OverSeeds(n, mean, sd, se, mean - half, mean + half)
+
+
+def point_names(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """All points of a sweep's rows, those without a result too, in the sweep's order."""
+    return list(dict.fromkeys(row["point"] for row in rows))
+
+
+def study_values(rows: Sequence[dict[str, Any]]) -> list[Value]:
+    """The main metric of the linear probe of every point, task and protocol, in the order of points, then of tasks."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["status"] == "done" and row["metric"] in MAIN_METRICS and is_number(row["mean"]):
+            groups.setdefault((row["point"], row["task"], row["protocol"]), []).append(row)
+    order = {name: place for place, name in enumerate(point_names(rows))}
+    facts = ("point", "value", "task", "protocol", "metric", "n_cells", "n_slides", "n_organs")
+    return [
+        Value(
+            **{name: own[0][name] for name in facts},
+            by_seed={row["seed"]: row["mean"] for row in own},
+            fold_spread=float(np.mean([math.nan if row["spread"] is None else row["spread"] for row in own])),
+        )
+        for _, own in sorted(groups.items(), key=lambda item: order[item[0][0]])
+    ]
+
+
+def lost_trials(rows: Iterable[dict[str, Any]]) -> list[dict[str, str]]:
+    """trial, status and reason of every trial, or score of a trial, that is not there."""
+    found = []
+    for row in rows:
+        if row["status"] != "done":
+            found.append({"trial": row["trial"], "status": row["status"], "reason": row["error"] or ""})
+        elif row["metric"] in MAIN_METRICS and not is_number(row["mean"]):
+            reason = f"{row['metric']} on {row['task']} ({row['protocol']}) is not a number"
+            found.append({"trial": row["trial"], "status": "no score", "reason": reason})
+    return found
+
+
+def difference(value: Value, against: Value) -> Difference | None:
+    """``value`` less ``against``, paired by seed; None where they share no seed."""
+    seeds = sorted(value.by_seed.keys() & against.by_seed.keys())
+    if not seeds:
+        return None
+    over = over_seeds([value.by_seed[seed] - against.by_seed[seed] for seed in seeds])
+    return Difference(value.point, against.point, value.task, value.protocol, over)
+
+
+def differences(values: Sequence[Value]) -> list[Difference]:
+    """Every point against the study's first one that has a result, on each task by each protocol."""
+    first: dict[tuple[str, str], Value] = {}
+    found = [difference(value, first.setdefault(value.column, value)) for value in values]
+    return [each for each in found if each is not None and each.point != each.against]
+
+
+def best_points(values: Iterable[Value]) -> dict[tuple[str, str], float]:
+    """The highest mean of each column."""
+    best: dict[tuple[str, str], float] = {}
+    for value in values:
+        best[value.column] = max(best.get(value.column, -math.inf), value.over.mean)
+    return best
+
+
+def main_values(values: Sequence[Value]) -> dict[str, list[Value]]:
+    """Task -> its values by one protocol: without leaks where there is such a one, else the first."""
+    by_task: dict[str, list[Value]] = {}
+    for value in values:
+        by_task.setdefault(value.task, []).append(value)
+    chosen = {}
+    for task, own in by_task.items():
+        protocol = LEAK_FREE if any(value.protocol == LEAK_FREE for value in own) else own[0].protocol
+        chosen[task] = [value for value in own if value.protocol == protocol]
+    return chosen
+
+
+def value_records(values: Sequence[Value]) -> list[dict[str, Any]]:
+    """Rows of a study's CSV."""
+    names = ("point", "value", "task", "protocol", "metric", "n_cells", "n_slides", "n_organs")
+    return [
+        {name: getattr(value, name) for name in names}
+        | {"seeds": " ".join(map(str, sorted(value.by_seed)))}
+        | value.over._asdict()
+        | {"sd_over_folds": value.fold_spread}
+        for value in values
+    ]
+
+
+def difference_records(found: Sequence[Difference]) -> list[dict[str, Any]]:
+    """Rows of a study's CSV of paired differences."""
+    names = ("point", "against", "task", "protocol")
+    return [{name: getattr(each, name) for name in names} | each.over._asdict() for each in found]
+
+
+def is_number(value: float | None) -> bool:
+    """Whether there is a value, and a finite one."""
+    return value is not None and math.isfinite(value)
