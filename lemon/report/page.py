@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError
 from lemon.report.blocks import Section
@@ -85,7 +84,6 @@ def render(config: ReportConfig, sections: list[Section], *, sentences: list[str
     return environment.get_template("report.html").render(
         title=config.title,
         subtitle=f"Made {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC by lemon {code_version()}",
-        style=Markup((_ASSETS / "style.css").read_text(encoding="utf-8")),
         about=list(about(config)),
         missing=missing,
         sentences=sentences,

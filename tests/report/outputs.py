@@ -1,0 +1,58 @@
+"""Outputs of a real sweep and of real probes, tiny, with their MLflow, for tests of the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lemon import experiment
+from lemon.config import EXIT_FAILURES, load
+from lemon.encoders.config import EncoderConfig
+from lemon.encoders.export import CellInput, export_encoder
+from lemon.encoders.vit import build_vit, seeded
+from lemon.probe import run as probe
+from lemon.probe.config import ProbeConfig
+from lemon.probe.task import Task
+from lemon.sweep import grid
+from lemon.sweep import run as sweep
+from lemon.sweep.config import Study, SweepConfig
+from tests.sweeps import light_task, sweep_words, write_cells
+
+SCRIPT = "<script>alert('a1')</script>"
+"""Name of a point."""
+
+
+def open_light(name: str, data: Path, *, seed: int = 0) -> Task:
+    """In place of the catalogue of benchmarks."""
+    return light_task()
+
+
+def write_outputs(folder: Path, patch: pytest.MonkeyPatch) -> str:
+    """``out`` (a sweep of two points with two seeds, and one that fails) and ``probe``; returns the address of MLflow."""
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    patch.setenv("MLFLOW_TRACKING_URI", uri)
+    for module in (grid, experiment, probe):
+        patch.setattr(module, "open_task", open_light)
+    write_cells(folder / "cells")
+    points = [
+        {"name": "a0", "value": "a0", "overrides": {"views": "a0"}},
+        {"name": SCRIPT, "value": "a1", "overrides": {"views": "a1"}},
+        {"name": "wild", "value": "wild", "overrides": {"ssl": {"base_lr": 1e30}}},
+    ]
+    words = sweep_words(folder, "seeds=[0,1]", "pretrain.epochs=4", "pretrain.checkpoint_every=100")
+    study = Study.model_validate({"name": "augmentation", "points": points})
+    config = load("scaling_sweep", words, SweepConfig).model_copy(update={"sweep": study})
+    assert sweep.main(config) == EXIT_FAILURES
+    write_probes(folder)
+    return uri
+
+
+def write_probes(folder: Path) -> None:
+    """Two encoders of random weights, scored on the same task."""
+    for seed in (0, 1):
+        with seeded(seed):
+            vit = build_vit(EncoderConfig(name="small", dim=32, depth=1, heads=2))
+        export_encoder(vit, folder / f"enc{seed}", cell_input=CellInput(mean=(0.5,) * 3, std=(0.2,) * 3))
+    models = [str(folder / f"enc{seed}") for seed in (0, 1)]
+    assert probe.main(ProbeConfig(models=models, tasks=["light"], output=str(folder / "probe"), bootstrap=100)) == 0

@@ -1,0 +1,172 @@
+"""What is said of a study's points: means, intervals and differences over seeds, against scipy's own."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from scipy import stats
+
+from lemon.config import ConfigError
+from lemon.report import figures, studies
+from lemon.report.paper import PaperNumbers, read_paper
+from lemon.report.sections import images_seen
+from lemon.report.sentences import study_sentences
+from lemon.report.sources import Output, read_sweep
+from lemon.schema import SWEEP, SWEEP_FILE
+from lemon.storage import Store
+
+SEEDS = (0, 1, 2)
+
+
+def row(point: str, seed: int, mean: float | None, **more: Any) -> dict[str, Any]:
+    """A row of a sweep's table."""
+    known = {"study": "size", "point": point, "value": point, "seed": seed, "trial": f"size-{point}-s{seed}"}
+    known |= {"status": "done", "task": "t", "protocol": "leak-free", "metric": "balanced_accuracy", "mean": mean}
+    known |= {"spread": 0.1, "n_cells": 100, "n_slides": 2, "n_organs": 1}
+    return dict.fromkeys(SWEEP.names) | known | more
+
+
+def rows_of(scores: dict[str, list[float]], **more: Any) -> list[dict[str, Any]]:
+    """Rows seed by seed, as sweeps write them; a point that is a number has so many cells."""
+    return [
+        row(point, seed, values[seed], **({"n_cells": int(point)} if point.isdigit() else {}), **more)
+        for seed in SEEDS
+        for point, values in scores.items()
+        if seed < len(values)
+    ]
+
+
+def as_output(folder: Path, rows: list[dict[str, Any]]) -> Output:
+    store = Store(folder)
+    store.write_table(SWEEP_FILE, pa.Table.from_pylist(rows, schema=SWEEP))
+    return Output(store, read_sweep(store).to_pylist())
+
+
+def test_means_deviations_and_intervals_are_those_of_students_t() -> None:
+    values = [0.5, 0.61, 0.57]
+    over = studies.over_seeds(values)
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (over.n, over.mean) == (3, pytest.approx(np.mean(values)))
+    assert over.sd == pytest.approx(np.std(values, ddof=1))
+    assert over.se == pytest.approx(stats.sem(values))
+    assert (over.low, over.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
+
+
+def test_a_single_seed_has_a_mean_and_nothing_else() -> None:
+    over = studies.over_seeds([0.5])
+    assert over.mean == 0.5
+    assert all(math.isnan(value) for value in over[2:])
+
+
+def test_differences_are_paired_by_the_seeds_that_both_points_have() -> None:
+    scores = {"a": [0.5, 0.6, 0.7], "b": [0.56, 0.64], "c": [0.9]}
+    found = {each.point: each for each in studies.differences(studies.study_values(rows_of(scores)))}
+    expected = stats.ttest_rel(scores["b"], scores["a"][:2]).confidence_interval(0.95)
+    assert (found["b"].over.n, found["b"].over.mean) == (2, pytest.approx(0.05))
+    assert (found["b"].over.low, found["b"].over.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
+    assert (found["c"].over.n, found["c"].over.mean) == (1, pytest.approx(0.4))
+    assert {each.against for each in found.values()} == {"a"}
+    apart = studies.study_values([row("a", 0, 0.5), row("b", 1, 0.6)])
+    assert studies.differences(apart) == []
+
+
+def test_the_best_of_a_column_is_the_highest_mean_over_seeds() -> None:
+    values = studies.study_values(rows_of({"a": [0.5, 0.9], "b": [0.71, 0.71]}))
+    best = studies.best_points(values)
+    assert [value.point for value in values if value.over.mean == best[value.column]] == ["b"]
+
+
+def test_a_trial_or_a_score_that_is_lost_is_listed_and_counts_nowhere() -> None:
+    failed = row("b", 0, None, status="failed", error="no luck", task=None, protocol=None, metric=None)
+    found = [row("a", 0, 0.5), row("a", 1, math.nan), failed, row("a", 0, 0.9, metric="knn_balanced_accuracy")]
+    (value,) = studies.study_values(found)
+    assert value.by_seed == {0: 0.5}
+    assert [each["trial"] for each in studies.lost_trials(found)] == ["size-a-s1", "size-b-s0"]
+    assert "not a number" in studies.lost_trials(found)[0]["reason"]
+    assert studies.point_names(found) == ["a", "b"]
+
+
+def test_splits_without_leaks_are_preferred_task_by_task() -> None:
+    both = [row("a", 0, value, protocol=protocol) for value, protocol in ((0.9, "paper"), (0.5, "leak-free"))]
+    only = row("a", 0, 0.7, task="u", protocol="paper")
+    chosen = studies.main_values(studies.study_values([*both, only]))
+    assert {task: [value.over.mean for value in own] for task, own in chosen.items()} == {"t": [0.5], "u": [0.7]}
+
+
+def test_figure_3_has_a_line_a_task_in_the_order_of_x_and_bars_of_standard_error() -> None:
+    scores = {"1000": [0.7, 0.8, 0.75], "10": [0.5, 0.6], "100": [0.66]}
+    figure = figures.scaling_figure("size", studies.study_values(rows_of(scores)))
+    (axis,) = figure.axes
+    line = axis.lines[0]
+    assert list(line.get_xdata()) == [10, 100, 1000]
+    np.testing.assert_allclose(line.get_ydata(), [0.55, 0.66, 0.75])
+    (bars,) = [each for each in axis.containers if each.has_yerr]
+    segments = bars.lines[2][0].get_segments()
+    assert [segment[0][0] for segment in segments] == [10, 1000]  # none at the single seed
+    assert segments[1][1][1] - segments[1][0][1] == pytest.approx(2 * stats.sem(scores["1000"]))
+
+
+def test_organs_have_a_panel_a_task_and_a_line_a_number_of_slides() -> None:
+    found = [
+        row(f"o{organs}-s{slides}", 0, 0.5, n_organs=organs, n_slides=slides, task=task)
+        for organs in (1, 5)
+        for slides in (10, 40)
+        for task in ("t", "u")
+    ]
+    figure = figures.organs_figure(studies.study_values(found))
+    assert [len(axis.lines) for axis in figure.axes] == [2, 2]
+    assert [list(line.get_xdata()) for line in figure.axes[0].lines] == [[1, 5], [1, 5]]
+
+
+def test_sentences_say_what_is_gained_and_whether_seeds_explain_it(tmp_path: Path) -> None:
+    sure = rows_of({"10": [0.5, 0.51, 0.52], "100": [0.6, 0.61, 0.62], "1000": [0.601, 0.612, 0.619]})
+    (told,) = study_sentences(as_output(tmp_path / "a", sure))
+    assert "from 10 to 1000, 0.510 to 0.611" in told
+    assert "+0.101 (95 % interval" in told
+    assert "beyond the chance of seeds. The last step, from 100:" in told
+    assert told.endswith("over 3 seeds, no difference beyond seeds.")
+    views = rows_of({"a0": [0.5, 0.6], "a1": [0.56, 0.64]}, study="augmentation")
+    (told,) = study_sentences(as_output(tmp_path / "b", views))
+    assert "a1 0.600 is best, against a0 0.550: +0.050" in told
+    assert "over 2 seeds, no difference beyond seeds" in told
+    (told,) = study_sentences(as_output(tmp_path / "c", rows_of({"a0": [0.6], "a1": [0.5]}, study="ssl")))
+    assert "a0 0.600 is best, against a1 0.500: +0.100 with one seed, which says nothing about chance" in told
+
+
+def test_images_seen_are_whole_batches() -> None:
+    assert images_seen({"epochs": "150.0", "images_per_epoch": "1000000", "batch": "4096"}) == 150 * 244 * 4096
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("artefact,row,value\n", "has the columns artefact, row, value; expected artefact, row, column, value, spread"),
+        ("artefact,row,column,value,spread\nTable 9,a,b,1,\n", "line 2: got the artefact 'Table 9'"),
+        ("artefact,row,column,value,spread\nTable 1,a,b,high,\n", "line 2: got value 'high'"),
+        ("artefact,row,column,value,spread\nTable 1,a,b,nan,\n", "line 2: got the value 'nan'"),
+        ("artefact,row,column,value,spread\nTable 1,a\n", "line 2: got value None"),
+    ],
+)
+def test_a_mistake_in_the_papers_numbers_is_one_line(tmp_path: Path, text: str, part: str) -> None:
+    (tmp_path / "paper.csv").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_paper(str(tmp_path / "paper.csv"))
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_the_paper_are_found_however_names_are_spelt(tmp_path: Path) -> None:
+    lines = ["artefact,row,column,value,spread", "table 2,a1+gray,NuCLS super,0.5,0.1", '"Figure 3, size",1M,t,0.6,']
+    (tmp_path / "paper.csv").write_text("\n".join(lines))
+    numbers = PaperNumbers(read_paper(str(tmp_path / "paper.csv")))
+    found = numbers.find("table2", row=["a1_gray"], column="nucls-super")
+    assert found is not None
+    assert (found.value, found.spread) == (0.5, 0.1)
+    assert numbers.find("table2", row=["a0"], column="nucls-super") is None
+    assert numbers.left("table2") == []
+    assert [each.row for each in numbers.left("figure3_size")] == ["1M"]
