@@ -11,23 +11,31 @@ from pathlib import Path
 import shapely
 
 from lemon import curate
+from lemon.cells.ledger import read_ledger
 from lemon.cells.names import geojson_name, shard_name
 from lemon.cells.shard import images_from_arrow
 from lemon.config import EXIT_OK, CurateConfig, load
 from lemon.embed.config import EmbedConfig
 from lemon.pretrain.config import FitStainConfig, PretrainConfig
 from lemon.probe.config import ProbeConfig
+from lemon.report.atlas_config import AtlasConfig
 from lemon.report.pictures import draw_curation
 from lemon.slides.reader import SlideReader
 from lemon.slides.samples import fetch_real_slide, make_synthetic_slide
 from lemon.storage import Store
+from lemon.sweep.config import SweepConfig
 from lemon.tracking import metric_history
 
-# About a minute on two cores: an encoder of 0.5 M parameters sees each cell a few times. It shows the chain, not skill.
-PRETRAIN = (
+# An encoder of 0.5 M parameters: it shows the chain, not skill.
+TINY = (
     "variant=smoke encoder.name=vit_demo encoder.dim=96 encoder.depth=4 encoder.heads=3 ssl.hidden_dim=256 batch=128 "
-    "images_per_epoch=2560 epochs=8 log_every=5 checkpoint_every=80"
+    "log_every=5"
 )
+# About a minute on two cores: each cell is seen a few times.
+PRETRAIN = f"{TINY} images_per_epoch=2560 epochs=8 checkpoint_every=80"
+# Six times a few seconds, each the same number of images.
+TRIAL = f"{TINY} images_per_epoch=1280 epochs=2 checkpoint_every=20"
+SHARES = (16, 4, 1)  # of which a sixteenth, a quarter and all cells are one point each
 
 
 def run(output: Path, *, synthetic: bool = False) -> Path:
@@ -36,15 +44,21 @@ def run(output: Path, *, synthetic: bool = False) -> Path:
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{output / 'mlflow.db'}")
     slide = _slide(output / "slides", synthetic=synthetic)
     store = Store(output / "cells")
-    arguments = [f"slides={slide}", f"output={store.uri}", "cells_per_slide=null", "geojson=true", "workers.actors=1"]
-    if curate.main(load("curate", arguments, CurateConfig)) != EXIT_OK:
-        raise SystemExit("demo: curation failed, see above")
+    _curate(slide, store)
     picture = _picture(output / "nuclei.png", slide=slide, store=store)
     _gallery(output / "views.png", store=store, slide_id=slide.stem)
     _pretrain(store, output)
     _embed(store, output)
     _probe(store, output)
+    _sweep(store, output)
+    _atlas(store, output)
     return picture
+
+
+def _curate(slide: Path, store: Store) -> None:
+    """All nuclei of the slide."""
+    words = [f"slides={slide}", f"output={store.uri}", "cells_per_slide=null", "geojson=true", "workers.actors=1"]
+    _check("curation", curate.main(load("curate", words, CurateConfig)))
 
 
 def _gallery(path: Path, *, store: Store, slide_id: str) -> None:
@@ -71,8 +85,7 @@ def _pretrain(store: Store, output: Path) -> None:
     from lemon.pretrain import launch  # imports torch
 
     words = [f"cells={store.uri}", f"output={output / 'encoder'}", f"cache={output / 'cache'}", *PRETRAIN.split()]
-    if launch.main(load("pretrain", words, PretrainConfig)) != EXIT_OK:
-        raise SystemExit("demo: pretraining failed, see above")
+    _check("pretraining", launch.main(load("pretrain", words, PretrainConfig)))
     history = metric_history(launch.run_of(Store(output / "encoder")), "loss")
     print(f"demo: loss {history[0][1]:.2f} at step {history[0][0]}, {history[-1][1]:.2f} at step {history[-1][0]}")
     print(f"demo: curves in MLflow: make ui DB={output / 'mlflow.db'}")
@@ -83,8 +96,7 @@ def _embed(store: Store, output: Path) -> None:
     from lemon.embed import pipeline
 
     words = [f"model={output / 'encoder'}", f"cells={store.uri}", f"output={output / 'embeddings'}"]
-    if pipeline.main(load("embed", [*words, "format=[h5ad,geojson]"], EmbedConfig)) != EXIT_OK:
-        raise SystemExit("demo: embedding failed, see above")
+    _check("embedding", pipeline.main(load("embed", [*words, "format=[h5ad,geojson]"], EmbedConfig)))
 
 
 def _probe(store: Store, output: Path) -> None:
@@ -94,9 +106,34 @@ def _probe(store: Store, output: Path) -> None:
 
     models = f"models=[{output / 'encoder'},lemon_mini,untrained_vit_tiny8]"
     words = [models, f"tasks=['morphometry:{store.uri}']", f"output={output / 'probe'}"]
-    if run.main(load("probe", words, ProbeConfig)) != EXIT_OK:
-        raise SystemExit("demo: probing failed, see above")
+    _check("probing", run.main(load("probe", words, ProbeConfig)))
     print(write_table1(output / "probe"))
+
+
+def _sweep(store: Store, output: Path) -> None:
+    """Do more cells make a better encoder? The paper's Figure 3 in miniature: three points, two seeds."""
+    from lemon.sweep import run
+
+    n_cells = sum(row["n_cells"] for row in read_ledger(store).to_pylist())
+    places = [f"cells={store.uri}", f"output={output / 'sweep'}", f"pretrain.cache={output / 'cache'}"]
+    study = ["variant=smoke", "sweep=size", f"sweep.points={[n_cells // share for share in SHARES]}", "seeds=[0,1]"]
+    trial = [f"pretrain.{word}" for word in TRIAL.split()]
+    words = [*study, *places, f"tasks=['morphometry:{store.uri}']", *trial]
+    _check("the sweep", run.main(load("scaling_sweep", words, SweepConfig)))
+
+
+def _atlas(store: Store, output: Path) -> None:
+    """A map of the cells by their embeddings: the paper's Figure 4."""
+    from lemon.report import atlas
+
+    words = [f"embeddings={output / 'embeddings'}", f"cells={store.uri}", f"output={output / 'atlas'}", "n_cells=4000"]
+    _check("the atlas", atlas.main(load("atlas", [*words, "title=Cells of the demo"], AtlasConfig)))
+
+
+def _check(stage: str, code: int) -> None:
+    """Raises SystemExit where a stage did not end well; it has said why."""
+    if code != EXIT_OK:
+        raise SystemExit(f"demo: {stage} failed, see above")
 
 
 def _slide(folder: Path, *, synthetic: bool) -> Path:

@@ -5,6 +5,7 @@ Nothing imports this file: ``lemon.tracking`` names it, and MLflow keeps a copy 
 
 from typing import Any
 
+import numpy as np
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
@@ -19,8 +20,8 @@ class ServedEncoder(PythonModel):
         """Open the exported folder, on a GPU where there is one."""
         self._encoder = lemon.load_encoder(context.artifacts["encoder"], device=choose_device("auto"))
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
-        """Embeddings; MLflow has held the input against the signature (it would take annotations here for another)."""
+    def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> np.ndarray:  # noqa: ARG002
+        """Embeddings; MLflow has held the input against the model's signature."""
         return self._encoder.embed(model_input).cpu().numpy()
 
 

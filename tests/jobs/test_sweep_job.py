@@ -63,6 +63,15 @@ def kill_after_first_result(words: list[str], home: Path) -> dict[str, float]:
     return results(home)
 
 
+def end_times(home: Path) -> dict[str, int]:
+    """When MLflow was told that each finished trial's run has ended, by its id."""
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    found = [Store(path.parent).read_json(path.name) for path in (home / "out").glob("trials/*/result.json")]
+    return {result["run_id"]: client.get_run(result["run_id"]).info.end_time for result in found}
+
+
 def table_of(home: Path) -> list[dict]:
     return pq.read_table(home / "out" / table.PARQUET, schema=table.SWEEP).to_pylist()
 
@@ -82,15 +91,23 @@ def statuses(home: Path) -> dict[str, str]:
     return names
 
 
-def test_a_sweep_killed_half_way_goes_on_and_runs_no_finished_trial_again(home: Path) -> None:
-    words = command(home, "seeds=[0,1]")
+@pytest.mark.parametrize(
+    "launcher",
+    [["launcher=process"], pytest.param(["launcher=ray", "max_concurrent=2"], marks=pytest.mark.ray)],
+    ids=["process", "ray"],
+)
+def test_a_sweep_killed_half_way_goes_on_and_runs_no_finished_trial_again(home: Path, launcher: list[str]) -> None:
+    words = command(home, "seeds=[0,1]", *launcher)
     done = kill_after_first_result(words, home)
     assert 1 <= len(done) < 4
+    ended = end_times(home)
+    assert len(ended) == len(done)
     again = run(words, home)
     assert again.returncode == 0, again.stderr
     assert f"{len(done)} trials are done" in again.stdout
     now = results(home)
     assert {name: now[name] for name in done} == done
+    assert ended.items() <= end_times(home).items()
     assert len(now) == 4
     rows = table_of(home)
     assert {(row["point"], row["seed"]) for row in rows} == {(point, seed) for point in ("a0", "a1") for seed in (0, 1)}
@@ -119,6 +136,20 @@ def test_ray_runs_trials_side_by_side_and_one_that_fails_stops_no_other(home: Pa
     assert failed["error"].startswith("TrainingStoppedError: the loss became")
     names = ("calm", "wild", "tame")
     assert statuses(home) == {f"augmentation-{name}-s0": "FAILED" if name == "wild" else "FINISHED" for name in names}
+
+
+@pytest.mark.ray
+def test_a_trial_of_several_workers_on_ray_is_a_row_of_the_table(home: Path) -> None:
+    more = ["sweep.points=a0", "launcher=ray", "pretrain.workers.count=2"]
+    done = run(command(home, *more), home)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = table_of(home)
+    assert {(row["point"], row["status"]) for row in rows} == {("a0", "done")}
+    assert statuses(home) == {"augmentation-a0-s0": "FINISHED"}
+    import mlflow
+
+    versions = mlflow.MlflowClient(f"sqlite:///{home / 'mlflow.db'}").search_model_versions("name='lemon'")
+    assert [version.run_id for version in versions] == [rows[0]["run_id"]]
 
 
 @pytest.mark.ray
