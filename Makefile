@@ -45,6 +45,7 @@ bench: setup
 	$(RUN) -m benchmarks.embed
 	$(RUN) -m benchmarks.probe
 	$(RUN) -m benchmarks.cost --no-speed
+	$(RUN) -m benchmarks.local_cluster
 
 clean:
 	rm -rf demo .pytest_cache .mypy_cache .ruff_cache

@@ -9,9 +9,9 @@ lemon_mlflow_answers() {
     2>/dev/null
 }
 if ! lemon_mlflow_answers; then
-  setsid nohup mlflow server --host "$MLFLOW_HOST" --port "${MLFLOW_PORT:-5000}" --workers 2 \
+  setsid nohup mlflow server --host "$MLFLOW_HOST" --port "${MLFLOW_PORT:-5000}" --workers 1 \
     --backend-store-uri "sqlite:///$MLFLOW_FOLDER/mlflow.db" --artifacts-destination "$MLFLOW_FOLDER/artifacts" \
     >"$MLFLOW_FOLDER/server.log" 2>&1 &
-  for _ in $(seq 60); do lemon_mlflow_answers && break; sleep 1; done
+  for _ in $(seq 180); do lemon_mlflow_answers && break; sleep 1; done
 fi
 lemon_mlflow_answers || echo "MLflow does not answer at $MLFLOW_TRACKING_URI: see $MLFLOW_FOLDER/server.log" >&2

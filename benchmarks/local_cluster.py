@@ -1,0 +1,291 @@
+"""A drill of the cluster on one machine: a head without CPUs, two more nodes, MLflow, and jobs through the Jobs API.
+
+python -m benchmarks.local_cluster [--keep FOLDER]
+
+Ray starts as ``cluster/aws.yaml`` starts it: from the repository, with a token, after ``cluster/mlflow_server.sh``; but
+on ports, and with a home and a temporary folder, of its own. Jobs are submitted as an operator does it, without
+``--working-dir``: curate, pretrain with two workers, a sweep on Ray Tune; each is also submitted twice, at once and one
+after another, and once with a wrong key. What they leave is checked; seconds are recorded. Ends what it started, and
+nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from benchmarks.record import record
+from lemon.cells.ledger import read_ledger
+from lemon.slides.synthetic import make_tissue, write_pyramid
+from lemon.storage import Store
+from lemon.tracking import Run, metric_history
+
+ROOT = Path(__file__).resolve().parents[1]
+N_SLIDES = 4
+CURATE = ["variant=smoke", "region_px=512", "cells_per_slide=60", "workers.actors=2"]
+TINY = "encoder.dim=32 encoder.depth=2 encoder.heads=2 ssl.hidden_dim=32 ssl.out_dim=16 log_every=1".split()  # noqa: SIM905
+PRETRAIN = ["variant=smoke", *TINY, "batch=16", "images_per_epoch=64", "epochs=5", "checkpoint_every=4", "device=cpu"]
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """What became of a job: the exit code of ``ray job submit``, all that it printed, and how long it took."""
+
+    code: int
+    told: str
+    seconds: float
+
+    @property
+    def driver_code(self) -> int:
+        """Exit code of the job's own process."""
+        found = re.search(r"exit code (\d+)", self.told)
+        return int(found[1]) if found else self.code
+
+    def lines(self, stage: str) -> list[str]:
+        """What the job itself said."""
+        return list(dict.fromkeys(line for line in self.told.splitlines() if line.startswith(f"{stage}:")))
+
+
+class LocalCluster:
+    """A head, more nodes and MLflow, each a process of this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        ports = iter(free_ports(60))
+        self.port, self.dashboard_port, self.mlflow_port = next(ports), next(ports), next(ports)
+        self._ports = ports
+        (folder / "token").write_text(secrets.token_hex(32))
+        self.environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
+        self.environment |= {
+            "HOME": str(folder),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "RAY_TMPDIR": str(folder),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.dashboard_port}",
+            "MLFLOW_HOST": "127.0.0.1",
+            "MLFLOW_PORT": str(self.mlflow_port),
+            "MLFLOW_FOLDER": str(folder / "mlflow"),
+        }
+        self.tracking_uri = f"http://127.0.0.1:{self.mlflow_port}"
+        self._nodes: list[subprocess.Popen[bytes]] = []
+
+    def start(self, *, nodes: int = 2, cpus: int = 2) -> None:
+        """The head, of CPU 0, and so many nodes; returns when all have joined."""
+        head = (
+            f"--head --port={self.port} --dashboard-host=127.0.0.1 --dashboard-port={self.dashboard_port} --num-cpus=0"
+        )
+        self._start_node(f"source cluster/mlflow_server.sh && exec ray start {head}")
+        for _ in range(nodes):
+            join = f"--address=127.0.0.1:{self.port} --num-cpus={cpus}"
+            self._start_node(f"export MLFLOW_TRACKING_URI={self.tracking_uri}; exec ray start {join}")
+
+    def _start_node(self, command: str, *, tries: int = 3) -> None:
+        """Start a node and wait until it has joined; Ray gives up after 30 s, which a busy machine may need twice."""
+        before = self._alive() if self._nodes else 0
+        with (self.folder / f"node{len(self._nodes)}.log").open("ab") as log:
+            for _ in range(tries):
+                words = ["bash", "-c", f"{command} {self._own_options()}"]
+                node = subprocess.Popen(
+                    words, cwd=ROOT, env=self.environment, stdout=log, stderr=log, start_new_session=True
+                )
+                self._nodes.append(node)
+                while node.poll() is None:
+                    if self._alive() > before:
+                        return
+                    time.sleep(2)
+        raise SystemExit(f"local_cluster: a node did not start:\n{Path(log.name).read_text()[-3000:]}")
+
+    def _own_options(self) -> str:
+        """What nodes on one machine must not share, and a small object store."""
+        return (
+            f"--block --temp-dir={self.folder}/r --object-store-memory=200000000 --disable-usage-stats "
+            f"--dashboard-agent-listen-port={next(self._ports)} --dashboard-agent-grpc-port={next(self._ports)} "
+            f"--metrics-export-port={next(self._ports)} --runtime-env-agent-port={next(self._ports)}"
+        )
+
+    def _alive(self) -> int:
+        words = ["ray", "list", "nodes", "--filter", "state=ALIVE", "--limit", "10"]
+        done = subprocess.run(words, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False)
+        return len(re.findall(r"\bALIVE\b", done.stdout)) if done.returncode == 0 else 0
+
+    def submit(self, *words: str) -> subprocess.Popen[str]:
+        """``ray job submit -- python ...``, from another folder than the repository, as from an operator's machine."""
+        command = ["ray", "job", "submit", "--", "python", *words]
+        return subprocess.Popen(
+            command, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def run(self, *words: str) -> Submitted:
+        """Submit a job and wait for its end."""
+        return self.run_at_once([words])[0]
+
+    def run_at_once(self, jobs: list[tuple[str, ...]]) -> list[Submitted]:
+        """Submit several jobs and wait for all."""
+        start = time.monotonic()
+        started = [self.submit(*words) for words in jobs]
+        told = [job.communicate(timeout=900)[0] for job in started]
+        seconds = time.monotonic() - start
+        return [Submitted(job.returncode, text, seconds) for job, text in zip(started, told, strict=True)]
+
+    def stop(self) -> None:
+        """End the nodes and MLflow, which its database marks as ours, and all that they started."""
+        family = [process for node in self._nodes for process in tree(node.pid)]
+        for process in psutil.process_iter(["cmdline"]):
+            if f"sqlite:///{self.folder}/mlflow/mlflow.db" in (process.info["cmdline"] or []):
+                family += tree(process.pid)
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        for node in self._nodes:
+            node.wait()
+
+
+def tree(pid: int) -> list[psutil.Process]:
+    """A process with all below it; empty where it is gone."""
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@contextlib.contextmanager
+def local_cluster(folder: Path, *, nodes: int = 2) -> Iterator[LocalCluster]:
+    """A cluster while the block runs. The folder's path must be short: Ray's sockets lie in it."""
+    cluster = LocalCluster(folder)
+    try:
+        cluster.start(nodes=nodes)
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def make_slides(folder: Path, *, count: int = N_SLIDES) -> Path:
+    """Small synthetic slides."""
+    folder.mkdir(parents=True)
+    for seed in range(count):
+        write_pyramid(folder / f"s{seed}.tiff", make_tissue(1200, seed=seed, border_px=100).image, mpp=0.25)
+    return folder
+
+
+def expect(condition: object, message: str, *jobs: Submitted) -> None:
+    """End the drill where something is not as it must be."""
+    if not condition:
+        raise SystemExit("\n".join([f"local_cluster: {message}", *(job.told[-4000:] for job in jobs)]))
+
+
+def expect_one_done(jobs: list[Submitted], stage: str) -> None:
+    """Of jobs submitted at once with the same output, one did the work and the others said why they did not."""
+    codes = sorted(job.driver_code for job in jobs)
+    expect(codes == [0, *[2] * (len(jobs) - 1)], f"{stage}: exit codes {codes}, expected one 0 and else 2", *jobs)
+    for job in jobs:
+        if job.driver_code == 2:
+            lines = job.lines(stage)
+            expect(len(lines) == 1 and "is being written by" in lines[0], f"{stage}: told {lines}", job)
+
+
+def check_cells(output: Path, *, slides: int = N_SLIDES) -> None:
+    """Every slide is done, once, with all its cells."""
+    store = Store(output)
+    rows = read_ledger(store).to_pylist()
+    expect([row["status"] for row in rows] == ["done"] * slides, f"ledger: {rows}")
+    ids = [cell for name in store.list("cells") for cell in store.read_table(name)["cell_id"].to_pylist()]
+    expect(
+        len(ids) == len(set(ids)) == sum(row["n_cells"] for row in rows) > 0, f"{len(ids)} cells, {len(set(ids))} ids"
+    )
+
+
+def check_run(output: Path, tracking_uri: str, *, steps: int) -> None:
+    """The encoder is there, and MLflow has the loss of each step once, in one run."""
+    run = Run(tracking_uri, Store(output).read_json("run.json")["run_id"])
+    curve = metric_history(run, "loss")
+    expect([step for step, _ in curve] == list(range(1, steps + 1)), f"steps in MLflow: {curve}")
+    expect((output / "encoder" / "config.json").is_file(), f"no encoder in {output}")
+
+
+def drill(cluster: LocalCluster) -> dict[str, float]:
+    """All jobs; returns the seconds of each."""
+    folder, seconds = cluster.folder, {}
+    slides, cells = make_slides(folder / "slides"), folder / "cells"
+    curate = ("jobs/curate.py", f"slides={slides}", f"output={cells}", *CURATE)
+    pretrain = (
+        "jobs/pretrain.py",
+        f"cells={cells}",
+        f"output={folder / 'run'}",
+        f"cache={folder / 'cache'}",
+        *PRETRAIN,
+    )
+    pretrain = (*pretrain, "workers.count=2")
+    sweep = ("jobs/scaling_sweep.py", f"cells={cells}", f"output={folder / 'sweep'}", f"tasks=morphometry:{cells}")
+    sweep = (*sweep, "variant=smoke", "sweep=size", "sweep.points=[100,200]", "launcher=ray", "max_concurrent=2")
+    sweep = (*sweep, f"pretrain.cache={folder / 'cache'}", *(f"pretrain.{word}" for word in PRETRAIN[1:]))
+
+    wrong = cluster.run(*curate, "worker.actors=2")
+    expect(wrong.driver_code == 2, f"a wrong key: exit code {wrong.driver_code}", wrong)
+    told = wrong.lines("curate")
+    expect(len(told) == 1 and "unknown key" in told[0], f"a wrong key: told {told}", wrong)
+    seconds["wrong key"] = wrong.seconds
+    for stage, words in (("curate", curate), ("pretrain", pretrain), ("scaling_sweep", sweep)):
+        at_once = cluster.run_at_once([words, words])
+        expect_one_done(at_once, stage)
+        again = cluster.run(*words)
+        expect(again.driver_code == 0, f"{stage} again: exit code {again.driver_code}", again)
+        seconds |= {f"{stage}, twice at once": at_once[0].seconds, f"{stage} again": again.seconds}
+        print(f"{stage:<14} {at_once[0].seconds:>5.0f} s, again {again.seconds:>5.0f} s", flush=True)
+        if stage == "curate":
+            expect(f"{N_SLIDES} of an earlier run" in again.told, "curate again: redid slides", again)
+            check_cells(cells)
+        if stage == "pretrain":
+            check_run(folder / "run", cluster.tracking_uri, steps=20)
+    rows = Store(folder / "sweep").read_table("sweep.parquet").to_pylist()
+    expect({row["status"] for row in rows} == {"done"}, f"sweep: {rows}")
+    expect(len({row["trial"] for row in rows}) == 2, f"sweep: {rows}")
+    return seconds
+
+
+def main() -> None:
+    """Run the drill, print and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", type=Path, help="a new folder, by a short path, that is left behind")
+    options = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        if options.keep:
+            options.keep.mkdir(parents=True)
+        folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+        start = time.monotonic()
+        cluster = stack.enter_context(local_cluster(folder.absolute()))
+        up = time.monotonic() - start
+        print(f"up in {up:.0f} s: {cluster._alive()} nodes, MLflow at {cluster.tracking_uri}", flush=True)
+        seconds = {"up": up, **drill(cluster)}
+    for name, value in seconds.items():
+        print(f"{name:<30} {value:>6.1f} s")
+    record("local_cluster", {"nodes": 3, "seconds": seconds}, packages=("ray", "mlflow", "torch"))
+
+
+if __name__ == "__main__":
+    main()

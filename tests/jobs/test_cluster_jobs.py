@@ -1,0 +1,39 @@
+"""Jobs through the Jobs API, as an operator submits them; ``python -m benchmarks.local_cluster`` drills all stages."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.local_cluster import CURATE, LocalCluster, check_cells, expect_one_done, local_cluster, make_slides
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # short, for Ray's sockets
+        with local_cluster(Path(folder), nodes=1) as started:
+            yield started
+
+
+def test_a_job_with_a_wrong_key_fails_with_one_line(cluster: LocalCluster) -> None:
+    done = cluster.run("jobs/curate.py", "slides=s", "output=o", "worker.actors=2")
+    assert done.code != 0
+    assert done.driver_code == 2
+    (line,) = done.lines("curate")
+    assert "worker: unknown key" in line
+    assert "Traceback" not in done.told
+
+
+def test_the_same_job_submitted_twice_at_once_and_again_leaves_each_cell_once(cluster: LocalCluster) -> None:
+    slides, output = make_slides(cluster.folder / "slides", count=2), cluster.folder / "cells"
+    words = ("jobs/curate.py", f"slides={slides}", f"output={output}", *CURATE, "workers.actors=1")
+    expect_one_done(cluster.run_at_once([words, words]), "curate")
+    check_cells(output, slides=2)
+    again = cluster.run(*words)
+    assert again.driver_code == 0, again.told
+    assert "2 of an earlier run" in again.told
