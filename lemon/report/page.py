@@ -17,7 +17,7 @@ from lemon.report.provenance import provenance_section
 from lemon.report.sections import STUDIES, figure2_section, study_section, table1_section
 from lemon.report.sentences import probe_sentences, study_sentences
 from lemon.report.sources import Output, Sources, find_sources
-from lemon.storage import Store, code_version
+from lemon.storage import Store, code_version, open_output
 
 NAME = "index.html"
 
@@ -47,7 +47,7 @@ def main(config: ReportConfig) -> int:
 
     Raises ConfigError where there is nothing to show, or where it cannot be written.
     """
-    store = _open_output(config)
+    store = open_output(config.output)
     numbers = PaperNumbers(read_paper(config.paper) if config.paper else ())
     sources = find_sources(config)
     pasted = {
@@ -112,15 +112,6 @@ def about(config: ReportConfig) -> Iterator[str]:
         'Splits: "paper" are the paper\'s; "leak-free" never divide a slide, a patient or a hospital between training '
         "and test. Where both exist, sentences and figures use the second."
     )
-
-
-def _open_output(config: ReportConfig) -> Store:
-    try:
-        store = Store(config.output)
-        store.check_writable()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"output: cannot write to {config.output!r}: {error}") from None
-    return store
 
 
 def _sections(sources: Sources, numbers: PaperNumbers, store: Store, *, made: dict[str, Section]) -> Iterator[Section]:

@@ -29,7 +29,7 @@ def open_light(name: str, data: Path, *, seed: int = 0) -> Task:
 
 
 def write_outputs(folder: Path, patch: pytest.MonkeyPatch) -> str:
-    """``out`` (a sweep of two points with two seeds, and one that fails) and ``probe``; returns the address of MLflow."""
+    """``out`` (a sweep of two points with two seeds, and one that fails) and ``probe``; returns MLflow's address."""
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     patch.setenv("MLFLOW_TRACKING_URI", uri)
     for module in (grid, experiment, probe):
