@@ -43,8 +43,8 @@ READERS = 16
 
 # As pyarrow words it: AWS Error SLOW_DOWN during PutObject operation: Please reduce your request rate.
 _AWS_ERROR = re.compile(r"AWS Error (\w+)(?: \(HTTP status (\d+)\))? during (\w+) operation: (.*)")
-# The SDK writes what S3 answers into the buffer for the bytes that were asked for. Where that is smaller than the text of
-# a 503, it fails in this way and does not ask again (pyarrow 25).
+# The SDK writes what S3 answers into the buffer for the bytes that were asked for. Where that is smaller than the text
+# of a 503, it fails in this way and does not ask again (pyarrow 25).
 _NO_ROOM = "Failed to flush response stream"
 
 # pyarrow tells a status only where the SDK has no name for the error.
