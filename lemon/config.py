@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 EXIT_OK, EXIT_BAD_CONFIG, EXIT_FAILURES = 0, 2, 3
 
@@ -33,6 +33,16 @@ class Frozen(BaseModel):
 
 
 C = TypeVar("C", bound=Frozen)
+
+
+def _local(path: str) -> str:
+    if "://" in path:
+        raise ValueError(f"got {path!r}; expected a folder on a local disk")
+    return path
+
+
+LocalPath = Annotated[str, AfterValidator(_local)]
+"""A folder that cannot be at s3://: of files that are mapped into memory, or that libraries open by their path."""
 
 
 # --- curate -----------------------------------------------------------------------------------------------------------
@@ -88,7 +98,7 @@ class CurateConfig(Frozen):
     region_px: int = Field(1024, ge=256, multiple_of=8, description="side of a region at 0.25 um/px")
     overlap_px: int = Field(128, ge=80, multiple_of=2, description="overlap of neighbouring regions")
     tissue: TissueConfig = TissueConfig()
-    scratch: str | None = Field(
+    scratch: LocalPath | None = Field(
         None, description="local folder for a slide of s3://, one at a time an actor; null: the system's temporary one"
     )
     workers: WorkersConfig = WorkersConfig()
