@@ -210,8 +210,13 @@ def _compose(name: str, overrides: Sequence[str]) -> Any:
             for word in parsed:
                 _check_group(word, groups)
             # Unknown keys are pydantic's to report, in one form with the others: hence "++", add or override.
-            words = [word if _key(word) in groups else f"++{word.lstrip('+')}" for word in parsed]
-            return OmegaConf.to_container(compose(name, overrides=words) if words else base, resolve=True)
+            words = [
+                word if _key(word) in groups else f"++{word.lstrip('+')}"
+                for word in parsed
+                if not _is_plain(word, groups)
+            ]
+            composed = OmegaConf.to_container(compose(name, overrides=words) if words else base, resolve=True)
+            return composed | {_key(word): _value(word) for word in parsed if _is_plain(word, groups)}
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(" ".join(str(error).split())) from None
 
@@ -243,6 +248,17 @@ def _groups(name: str) -> set[str]:
 
 def _choices(group: str) -> list[str]:
     return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+def _is_plain(word: str, groups: set[str]) -> bool:
+    """Whether a key is a value of this stage though a folder of ``conf/`` bears its name, which Hydra would refuse."""
+    return _key(word) not in groups and (conf_dir() / _key(word)).is_dir()
+
+
+def _value(word: str) -> Any:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create().parse_override(word).value()
 
 
 def _key(word: str) -> str:

@@ -1,4 +1,4 @@
-"""The report's page: its numbers are those of the tables, nothing that a user wrote becomes markup, nothing is fetched."""
+"""The report's page: its numbers are those of the tables, no name becomes markup, nothing is fetched."""
 
 from __future__ import annotations
 
