@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from lemon.config import EXIT_BAD_CONFIG, ConfigError, CurateConfig, conf_dir, load, run_job
+from lemon.config import EXIT_BAD_CONFIG, ConfigError, CurateConfig, conf_dir, describe, load, run_job
 from lemon.pretrain.config import PretrainConfig
 from lemon.probe.config import ProbeConfig
+from lemon.report.config import ReportConfig
 
 GOOD = ["slides=s.svs", "output=out"]
 
@@ -125,3 +126,10 @@ def test_a_job_with_a_bad_config_exits_with_2_and_one_line_before_torch_or_ray_a
 def test_importing_lemon_is_light() -> None:
     code = "import sys, lemon; assert not {'torch', 'ray', 'mlflow', 'numpy', 'hydra'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_key_that_bears_the_name_of_another_stages_folder_is_a_plain_value() -> None:
+    config = load("report", ["views=a b.png", "atlas=out/atlas", "output=o"], ReportConfig)
+    assert (config.views, config.atlas, config.output) == ("a b.png", "out/atlas", "o")
+    assert "views=NAME" not in describe("report", ReportConfig)
+    assert "views=NAME: a0" in describe("pretrain", PretrainConfig)
