@@ -20,9 +20,10 @@ from typing import Any
 class Served:
     """A file that the server has.
 
-    ``faults`` are used up, one a request: ("status", 500), ("status", 429, seconds), ("cut", n) and ("reset", n) after n
-    bytes, ("stall", n) until the server is closed, ("slow", n) a block of n bytes each 50 ms, ("whole",) whatever range
-    was asked for, ("garbage",), ("page",). ``always`` is the fault of all other requests.
+    ``faults`` are used up, one a request: ("status", 500), ("status", 429, seconds), ("cut", n) and ("reset", n) after
+    n bytes, ("stall", n) until the server is closed, ("slow", n) a block of n bytes each 50 ms, ("whole",) whatever
+    range was asked for, ("whole", n) and that cut, ("garbage",), ("page",). ``always`` is the fault of all other
+    requests.
     """
 
     name: str
@@ -80,13 +81,18 @@ class GdcServer:
     def __init__(self, *files: Served) -> None:
         self.files = {file.file_id: file for file in files}
         self.requests: list[Request] = []
+        self.answer: bytes | None = None  # to all questions, instead of the right one
         self.closing = threading.Event()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"gdc": self}))
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
 
+    def asked(self, file: Served) -> list[Request]:
+        """The requests for a file."""
+        return [request for request in self.requests if request.path.endswith(file.file_id)]
+
     def offsets(self, file: Served) -> list[int]:
         """The first byte of each request for a file."""
-        return [request.offset for request in self.requests if request.path.endswith(file.file_id)]
+        return [request.offset for request in self.asked(file)]
 
     def downloads(self) -> int:
         """Requests for files, of whatever part."""
@@ -117,8 +123,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         query = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.gdc.requests.append(Request(time.monotonic(), self.path, 0))
-        assert self.path == "/files"
+        self.gdc.requests.append(Request(time.time(), self.path, 0))
+        if self.path != "/files":
+            self._answer(404, b"no such endpoint")
+            return
         assert query["filters"]["op"] == "and"
         found = [
             record
@@ -131,11 +139,12 @@ class _Handler(BaseHTTPRequestHandler):
         roots = {path.split(".")[0] for path in query["fields"].split(",")}
         hits = [{key: value for key, value in record.items() if key in roots} for record in page]
         pagination = {"total": len(found), "count": len(hits), "from": query["from"], "size": query["size"]}
-        self._answer(200, json.dumps({"data": {"hits": hits, "pagination": pagination}, "warnings": {}}).encode())
+        answer = json.dumps({"data": {"hits": hits, "pagination": pagination}, "warnings": {}}).encode()
+        self._answer(200, answer if self.gdc.answer is None else self.gdc.answer)
 
     def do_GET(self) -> None:
         offset = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
-        self.gdc.requests.append(Request(time.monotonic(), self.path, offset))
+        self.gdc.requests.append(Request(time.time(), self.path, offset))
         file = self.gdc.files.get(self.path.removeprefix("/data/"))
         if file is None:
             self._answer(404, b"no such file")
@@ -165,13 +174,14 @@ class _Handler(BaseHTTPRequestHandler):
                 if self.gdc.closing.wait(0.05):
                     return
             return
-        self.wfile.write(body[: details[0]] if kind in ("cut", "reset", "stall") else body)
+        cut = kind in ("cut", "reset", "stall", "whole") and bool(details)
+        self.wfile.write(body[: details[0]] if cut else body)
         self.wfile.flush()
         if kind == "stall":
             self.gdc.closing.wait()
         if kind == "reset":  # RST instead of FIN
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.close_connection = kind in ("cut", "reset", "stall")
+        self.close_connection = cut
 
     def _answer(self, status: int, body: bytes, **headers: str) -> None:
         self._send(status, body, "none", **{"Content-Type": "application/json", **headers})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import itertools
-import os
 import shutil
 import threading
 from pathlib import Path
@@ -74,8 +73,8 @@ def test_a_slow_but_steady_server_may_break_off_more_often_than_attempts_are_all
 
 def test_a_server_that_never_gets_further_is_given_up(tmp_path: Path) -> None:
     """It ignores ranges and breaks off at the same byte: each attempt has bytes, none brings anything new."""
-    with pytest.raises(DownloadError, match="broken off at byte 100000.*after 3 attempts"):
-        one(tmp_path, *[("cut", 100_000), *[("cut", 0)] * 9])
+    with pytest.raises(DownloadError, match=r"broken off at byte 100000.*after 3 attempts"):
+        one(tmp_path, always=("whole", 100_000))
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
@@ -195,7 +194,7 @@ def test_what_other_downloads_have_yet_to_write_is_not_free(tmp_path: Path, monk
 
 def test_a_disk_that_is_full_all_the_same_is_a_failure_with_its_reason(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with serving() as gdc, pytest.raises(DownloadError, match="cannot write .*file"):
+    with serving() as gdc, pytest.raises(DownloadError, match=r"cannot write .*file"):
         downloader(tmp_path / "file").get(remote(gdc, Served("a.svs", CONTENT)))
 
 
@@ -219,4 +218,4 @@ def test_two_jobs_do_not_write_to_the_same_file(tmp_path: Path) -> None:
         with pytest.raises(DownloadError, match="another process is downloading it"):
             one(tmp_path)
     assert one(tmp_path) == [0]
-    assert os.listdir(tmp_path) == ["a.svs"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.svs"]
