@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
+import threading
 import uuid
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError, CurateConfig, Hove
 from lemon.lease import hold
 from lemon.slide import OutputError, build_segmenter, curate_slide, start_processes
 from lemon.slides.cohort import Slide, list_slides
+from lemon.slides.download import DownloadError
 from lemon.storage import Store, open_output, path_exists
 
 FATAL = "output"  # status of a row that stops the job; never written to the ledger
@@ -35,8 +39,34 @@ class Summary:
     exit_code: int
 
 
-def run(config: CurateConfig) -> Summary:
+Locate = Callable[[Slide], contextlib.AbstractContextManager[str]]
+"""Makes a slide's file be there for the length of a block, and says where. Raises DownloadError."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the actors find the slides.
+
+    Attributes:
+        open: makes what locates them, in each actor; has to be picklable.
+        ahead: slides that an actor locates while it curates another.
+    """
+
+    open: Callable[[], Locate]
+    ahead: int
+
+
+def _in_place() -> Locate:
+    return lambda slide: contextlib.nullcontext(slide.path)
+
+
+IN_PLACE = Source(open=_in_place, ahead=0)
+
+
+def run(config: CurateConfig, *, source: Source = IN_PLACE) -> Summary:
     """Curate the slides of a config; returns what became of each.
+
+    A slide that its source could not provide gets no row, so that it is tried again by a rerun.
 
     Raises ConfigError for what the user must mend first; OutputError when the output cannot be written any more.
     """
@@ -45,18 +75,18 @@ def run(config: CurateConfig) -> Summary:
     finished = {row["slide_id"] for row in ledger.rows() if row["status"] not in config.retry}
     pending = [slide for slide in slides if slide.slide_id not in finished]
     if pending:
-        _run_on_ray(pending, config=config, ledger=ledger)
+        _run_on_ray(pending, config=config, ledger=ledger, source=source)
     rows = [row for row in ledger.rows() if row["slide_id"] in wanted]
     failed = sum(row["status"] == "failed" for row in rows)
     code = EXIT_FAILURES if failed > config.max_failed_share * len(rows) else EXIT_OK
     return Summary(rows=rows, n_skipped=len(slides) - len(pending), exit_code=code)
 
 
-def main(config: CurateConfig) -> int:
+def main(config: CurateConfig, *, source: Source = IN_PLACE) -> int:
     """``run`` with its outcome told; returns the exit code."""
     try:
         with hold(config.output, stage="curate"):
-            summary = run(config)
+            summary = run(config, source=source)
     except OutputError as error:
         print(
             f"curate: cannot write to {config.output}: {error}; what is committed stays, rerun goes on", file=sys.stderr
@@ -72,10 +102,14 @@ def main(config: CurateConfig) -> int:
 
 
 class SlideActor:
-    """Works on one slide at a time; holds the segmenter and the worker processes."""
+    """Works on one slide at a time; holds the segmenter and the worker processes.
 
-    def __init__(self, config: CurateConfig, config_fingerprint: str, run_id: str) -> None:
+    Called from several threads, it curates in one while the others wait for slides to be located.
+    """
+
+    def __init__(self, config: CurateConfig, config_fingerprint: str, run_id: str, source: Source = IN_PLACE) -> None:
         self.config, self.run_id = config, run_id
+        self.locate, self.turn = source.open(), threading.Lock()
         self.ledger = Ledger(Store(config.output), config_fingerprint=config_fingerprint)
         self.segmenter = build_segmenter(config.segmenter)
         self.processes = start_processes(config.workers.cpus)
@@ -87,23 +121,26 @@ class SlideActor:
         """
         slide = Slide(**json.loads(batch["slide"][0]))
         try:
-            row = self._attempt(slide)
+            with self.locate(slide) as path, self.turn:
+                row = self._attempt(slide, path=path)
+        except DownloadError as error:
+            row = _failed(slide, str(error))
         except (OutputError, OSError) as error:
             row = {"slide_id": slide.slide_id, "status": FATAL, "n_cells": 0, "error": str(error)}
         return {"row": np.array([json.dumps(row)])}
 
-    def _attempt(self, slide: Slide) -> dict[str, Any]:
-        """Curate and commit; a slide that keeps killing its workers is given up."""
+    def _attempt(self, slide: Slide, *, path: str) -> dict[str, Any]:
+        """Curate the file at ``path`` and commit; a slide that keeps killing its workers is given up."""
         while (crashes := self.ledger.begin(slide.slide_id, run_id=self.run_id)) < self.config.max_attempts:
             try:
                 row = curate_slide(
-                    slide,
+                    replace(slide, path=path),
                     config=self.config,
                     segmenter=self.segmenter,
                     processes=self.processes,
                     store=self.ledger.store,
                 )
-                return self.ledger.commit(row)
+                return self.ledger.commit(row | {"path": slide.path})
             except BrokenProcessPool:
                 self.processes = start_processes(self.config.workers.cpus)
             except OutputError:
@@ -131,7 +168,7 @@ def _prepare(config: CurateConfig) -> tuple[list[Slide], Ledger]:
     return slides, open_ledger(open_output(config.output), config)
 
 
-def _run_on_ray(slides: list[Slide], *, config: CurateConfig, ledger: Ledger) -> None:
+def _run_on_ray(slides: list[Slide], *, config: CurateConfig, ledger: Ledger, source: Source) -> None:
     import ray
 
     start_ray()
@@ -148,11 +185,15 @@ def _run_on_ray(slides: list[Slide], *, config: CurateConfig, ledger: Ledger) ->
             "config": located,
             "config_fingerprint": ledger.config_fingerprint,
             "run_id": uuid.uuid4().hex[:12],
+            "source": source,
         },
         batch_size=1,
         num_cpus=workers.cpus,
         num_gpus=workers.gpus,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(limit, len(slides))),
+        max_concurrency=1 + source.ahead,
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1, max_size=min(limit, len(slides)), enable_true_multi_threading=source.ahead > 0
+        ),
     )
     with tqdm(total=len(slides), unit="slide", desc="curate", disable=None) as bar:
         cells = failed = 0

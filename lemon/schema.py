@@ -16,6 +16,37 @@ CROP_BYTES = CROP_PX * CROP_PX * 3
 
 _IMAGE_METADATA = {"shape": json.dumps([CROP_PX, CROP_PX, 3]), "dtype": "uint8", "um_per_px": str(CROP_MPP)}
 
+COHORT = pa.schema(
+    [
+        pa.field("slide_id", pa.string(), nullable=False),
+        pa.field("path", pa.string(), nullable=False),
+        pa.field("patient_id", pa.string()),
+        pa.field("project", pa.string()),
+        pa.field("organ", pa.string()),
+        pa.field("site", pa.string()),
+    ]
+)
+"""Slides to work on, and what is known of each beforehand."""
+
+DOWNLOADS = pa.schema(
+    [
+        pa.field("slide_id", pa.string(), nullable=False),
+        pa.field("file_id", pa.string(), nullable=False),
+        pa.field("file_name", pa.string(), nullable=False),
+        pa.field("url", pa.string(), nullable=False),
+        pa.field("size_bytes", pa.int64(), nullable=False),
+        pa.field("md5", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("total_s", pa.float64(), nullable=False),
+        pa.field("error", pa.string()),
+        pa.field("code_version", pa.string(), nullable=False),
+    ]
+)
+"""The ledger of downloads: one row a slide, done or failed, written after the file has its name.
+
+``size_bytes`` and ``md5`` are those of the whole file, as announced; ``done`` means that they were found.
+"""
+
 SLIDE_STATUSES = ("done", "partial", "failed")
 
 SLIDES = pa.schema(

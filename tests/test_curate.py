@@ -267,7 +267,7 @@ def test_a_full_disk_stops_the_job_and_is_no_fault_of_the_slide(
 def test_a_job_on_a_full_disk_says_so_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(config: CurateConfig) -> None:
+    def run(config: CurateConfig, **options: object) -> None:
         raise OutputError("[Errno 28] No space left on device")
 
     monkeypatch.setattr(curate, "run", run)

@@ -6,12 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lemon.config import CurateConfig, Frozen, HematoxylinConfig, SegmenterConfig, validate
+from lemon.config import CELLS_FOLDER, CurateConfig, Frozen, HematoxylinConfig, SegmenterConfig, nested_curate_config
 
 IN_PROCESS_SLIDES = 16  # up to here the 10 s that Ray takes to start are not won back on one machine
-
-CELLS_FOLDER = "cells"
-"""Where in the output the cells of ``slides=`` go."""
 
 
 class ClusterConfig(Frozen):
@@ -80,13 +77,12 @@ class EmbedConfig(Frozen):
         return self
 
     def curate_config(self) -> CurateConfig:
-        """The settings of the curation that ``slides=`` asks for. Raises ConfigError."""
-        given = {"slides", "output", "segmenter"} & self.curation.keys()
-        if given:
-            raise ValueError(f"curation.{min(given)}: expected {min(given)}=... instead")
-        values = {"cells_per_slide": None, "segmenter": self.segmenter.model_dump(), **self.curation}
-        output = f"{self.output.rstrip('/')}/{CELLS_FOLDER}"
-        try:
-            return validate({"slides": self.slides, "output": output, **values}, CurateConfig)
-        except ValueError as error:
-            raise ValueError("; ".join(f"curation.{line}" for line in str(error).splitlines())) from None
+        """The settings of the curation that ``slides=`` asks for. Raises ValueError."""
+        own = {"slides": "slides", "output": "output", "segmenter": "segmenter"}
+        values = {
+            "slides": self.slides,
+            "output": f"{self.output.rstrip('/')}/{CELLS_FOLDER}",
+            "segmenter": self.segmenter.model_dump(),
+            "cells_per_slide": None,
+        }
+        return nested_curate_config(self.curation, own=own, values=values)

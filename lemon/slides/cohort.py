@@ -6,7 +6,7 @@ import glob
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 from fsspec.utils import glob_translate
 
 from lemon.config import ConfigError
+from lemon.schema import COHORT
 from lemon.storage import Store, is_uri, locate, path_exists
 
 SUFFIXES = frozenset(
     [".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm", ".czi"]
 )
-COHORT_COLUMNS = ("slide_id", "path", "patient_id", "project", "organ", "site")
 
 # TCGA-{TSS}-{patient}-{sample}{vial}-{portion}-{DX|TS|BS}{n}: https://docs.gdc.cancer.gov/Encyclopedia/pages/TCGA_Barcode
 _BARCODE = re.compile(
@@ -72,6 +72,11 @@ def with_barcode(slide: Slide) -> Slide:
     )
 
 
+def write_cohort(store: Store, name: str, slides: Iterable[Slide]) -> None:
+    """Write a cohort table that ``list_slides`` reads."""
+    store.write_table(name, pa.Table.from_pylist([asdict(slide) for slide in slides], schema=COHORT))
+
+
 def _expand(word: str) -> list[Slide]:
     if word.lower().endswith((".csv", ".parquet")):
         return _read_cohort(word)
@@ -117,7 +122,7 @@ def _read_cohort(path: str) -> list[Slide]:
         raise ConfigError(
             f"slides: cohort {path} has columns {', '.join(table.column_names)}; expected path among them"
         )
-    known = table.select([name for name in COHORT_COLUMNS if name in table.column_names])
+    known = table.select([name for name in COHORT.names if name in table.column_names])
     slides = []
     for number, row in enumerate(known.to_pylist(), start=1):
         values = {name: str(value) for name, value in row.items() if value not in (None, "")}
