@@ -22,11 +22,12 @@ from lemon.cells.ledger import read_ledger
 from lemon.cells.names import file_stem
 from lemon.cells.select import rank_of
 from lemon.config import COHORT_FILE, EXIT_FAILURES, EXIT_OK, ConfigError, FetchConfig
+from lemon.lease import hold
 from lemon.schema import DOWNLOADS
 from lemon.slides.cohort import Slide, write_cohort
 from lemon.slides.download import Downloader, DownloadError, StoppedError, open_session
 from lemon.slides.gdc import GdcError, GdcFile, list_files, organ_of, read_manifest, studies_of
-from lemon.storage import Store, code_version
+from lemon.storage import Store, code_version, open_output
 
 PASSING = "passing"
 """Folder in the output for slides that are deleted after their curation."""
@@ -45,7 +46,8 @@ def main(config: FetchConfig) -> int:
     """``run`` with its outcome told; returns the exit code."""
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # attempts that are repeated are no news
     try:
-        summary = run(config)
+        with hold(config.output, stage="fetch_tcga"):
+            summary = run(config)
     except (GdcError, OSError) as error:
         print(f"fetch_tcga: stopped: {error}; a rerun goes on", file=sys.stderr)
         return EXIT_FAILURES
@@ -70,11 +72,7 @@ def run(config: FetchConfig) -> Summary:
         GdcError: the GDC cannot be asked which slides there are.
         OSError: the ledger cannot be written.
     """
-    folder = Path(config.output).expanduser().absolute()
-    try:
-        Store(folder).check_writable()
-    except OSError as error:
-        raise ConfigError(f"output: cannot write to {config.output!r}: {error}") from None
+    folder = Path(open_output(config.output).root)
     files = _chosen(config)
     return _stream(files, folder, config) if config.stream else _keep(files, folder, config)
 
