@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import pickle
 from collections import Counter
-from concurrent.futures import as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from lemon import fetch, schema
+from lemon import curate, fetch, schema
+from lemon.cells.ledger import open_ledger
 from lemon.cells.select import rank_of
 from lemon.config import ConfigError, FetchConfig, load
 from lemon.fetch import choose
 from lemon.slides import download
 from lemon.slides.cohort import list_slides
 from lemon.slides.gdc import GdcFile
+from lemon.slides.synthetic import make_tissue, write_pyramid
 from lemon.storage import Store
 from tests.gdc_server import GdcServer, Served, serving
 
@@ -221,3 +227,36 @@ def test_the_number_of_slides_is_never_left_to_chance() -> None:
     with pytest.raises(ConfigError, match="slides_per_organ: missing"):
         load("fetch_tcga", ["organs=BRCA", "output=out"], FetchConfig)
     assert load("fetch_tcga", ["manifest=m.txt", "output=out"], FetchConfig).slides_per_organ is None
+
+
+def test_an_actor_downloads_the_next_slide_while_it_curates_one_and_commits_no_download_that_failed(
+    tmp_path: Path,
+) -> None:
+    """As Ray calls it from two threads: the second slide's download begins before the first slide is committed."""
+    write_pyramid(tmp_path / "s.tiff", make_tissue(1000, seed=0, border_px=80).image, mpp=0.25)
+    content = (tmp_path / "s.tiff").read_bytes()
+    files = [Served(f"TCGA-A2-A00{number}-01Z-00-DX1.tiff", content) for number in range(3)]
+    lost = Served("TCGA-A2-A003-01Z-00-DX1.tiff", content, always=("garbage",))
+    with serving(*files, lost) as server:
+        words = ["stream=true", "curation.region_px=512", "curation.workers.cpus=1", "curation.cells_per_slide=9"]
+        config = config_for(server, tmp_path, *words)
+        curation, chosen = config.curate_config(), fetch._chosen(config)
+        ledger = open_ledger(Store(curation.output), curation)
+        opening = functools.partial(fetch.Passing, chosen, tmp_path / fetch.PASSING, config, cells=curation.output)
+        source = pickle.loads(pickle.dumps(curate.Source(open=opening, ahead=1)))  # noqa: S301
+        actor = curate.SlideActor(curation, ledger.config_fingerprint, "run", source)
+
+        def call(file: Served) -> dict:
+            slide = chosen[file.slide_id].slide("https://there")
+            return json.loads(actor({"slide": np.array([json.dumps(asdict(slide))])})["row"][0])
+
+        with ThreadPoolExecutor(2) as pool:
+            rows = list(pool.map(call, [*files, lost]))
+        asked = sorted(request.at_s for file in files for request in server.asked(file))
+    assert [row["status"] for row in rows] == ["done"] * 3 + ["failed"]
+    assert "md5" in rows[3]["error"]
+    committed = [path.stat().st_mtime for path in Path(curation.output, "slides").iterdir()]
+    assert asked[1] < min(committed)
+    assert asked[2] > min(committed) - 1e-2  # the clock of files is coarser; never three slides on disk
+    assert [(row["path"], row["n_cells"]) for row in ledger.rows()] == [("https://there", 9)] * 3
+    assert list((tmp_path / fetch.PASSING).glob("*.tiff")) == []
