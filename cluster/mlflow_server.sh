@@ -9,6 +9,7 @@ lemon_mlflow_answers() {
     2>/dev/null
 }
 if ! lemon_mlflow_answers; then
+  # One worker: of several, uvicorn ends and replaces any that does not answer for 5 s, on a busy machine for ever.
   setsid nohup mlflow server --host "$MLFLOW_HOST" --port "${MLFLOW_PORT:-5000}" --workers 1 \
     --backend-store-uri "sqlite:///$MLFLOW_FOLDER/mlflow.db" --artifacts-destination "$MLFLOW_FOLDER/artifacts" \
     >"$MLFLOW_FOLDER/server.log" 2>&1 &
