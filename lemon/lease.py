@@ -34,6 +34,8 @@ BEAT_S = 5.0
 STALE_S = 30.0
 """A claim of another machine whose file stood still so long is that of a dead job."""
 
+_DYING_S = 2.0  # a process that was killed may be there for so long
+
 _POLL_S = 0.5
 
 
@@ -84,9 +86,12 @@ class _Claim:
                         file=sys.stderr,
                     )
                 seen, since = first.setdefault(name, (content, time.monotonic()))
-                if here is False or (here is None and content == seen and time.monotonic() - since > STALE_S):
+                watched = time.monotonic() - since
+                if here is False or (here is None and content == seen and watched > STALE_S):
                     self.store.delete(name)
-                elif (here or content != seen) and (content["holds"] or name < self.name):
+                    continue
+                lives = content != seen or (here and watched > _DYING_S)
+                if lives and (content["holds"] or name < self.name):
                     raise ConfigError(
                         f"output: {self.store.uri} is being written by {_told(content)}; "
                         "wait for it, stop it, or choose another output"
