@@ -215,7 +215,7 @@ def _compose(name: str, overrides: Sequence[str]) -> Any:
                 for word in parsed
                 if not _is_plain(word, groups)
             ]
-            composed = OmegaConf.to_container(compose(name, overrides=words) if words else base, resolve=True)
+            composed: Any = OmegaConf.to_container(compose(name, overrides=words) if words else base, resolve=True)
             return composed | {_key(word): _value(word) for word in parsed if _is_plain(word, groups)}
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(" ".join(str(error).split())) from None
