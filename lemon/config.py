@@ -346,7 +346,7 @@ def _compose(name: str, overrides: Sequence[str]) -> Any:
             own = [word for word in parsed if _is_ours(word, parsed, groups)]
             # Unknown keys are pydantic's to report, in one form with the others: hence "++", add or override.
             words = [word if _key(word) in groups else f"++{word.lstrip('+')}" for word in parsed if word not in own]
-            composed = OmegaConf.to_container(compose(name, overrides=words) if words else base, resolve=True)
+            composed: Any = OmegaConf.to_container(compose(name, overrides=words) if words else base, resolve=True)
             for word in own:
                 _set(composed, word, parsed, groups)
             return composed

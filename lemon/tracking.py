@@ -162,9 +162,10 @@ def find_runs(experiment: str) -> list[Record]:
     uri = tracking_uri()
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         return []  # the client would make an empty one
-    client, page = mlflow.MlflowClient(uri), None
     found: list[Any] = []
+    page: Any = None
     try:
+        client = mlflow.MlflowClient(uri)
         if (known := client.get_experiment_by_name(experiment)) is None:
             return []
         while page is None or page.token:

@@ -60,7 +60,7 @@ def fixed(value: float | None) -> str:
 
 def signed(value: float) -> str:
     """A difference of scores, with its sign."""
-    return f"{value:+.3f}".replace("-", "\u2212")
+    return f"{round(value, 3) + 0.0:+.3f}".replace("-", "\u2212")  # + 0.0: no negative zero
 
 
 def bracketed(mean: float, spread: float | None) -> str:

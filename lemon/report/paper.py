@@ -19,32 +19,35 @@ COLUMNS = ("artefact", "row", "column", "value", "spread")
 
 UNKNOWN = "not at hand"
 
+SCORE = "linear probe: balanced accuracy, or Pearson correlation over the top 50 genes; mean (s.d.) over folds"
+
 RECIPE = {
-    "Cells": "10 M of 10 organs",
+    "Cells": "10 M",
     "Slides": "about 10,000, TCGA diagnostic",
+    "Organs": "10",
     "Encoder": "ViT-S/8",
     "Method": "MoCo v3",
     "Images seen": "150 M (150 epochs of 1 M)",
     "Batch": "4,096",
     "Seeds": UNKNOWN,
-    "Score": "linear probe: balanced accuracy, or Pearson correlation over the top 50 genes; mean (s.d.) over folds",
+    "Score": SCORE,
 }
-"""Its default pretraining; a study that differs says so below."""
+"""Its default pretraining, which its studies vary; whether they change more than they say is not known here."""
+
+ENCODERS = {
+    "Encoders": "LEMON: ViT-S/8 by MoCo v3, 10 M cells of about 10,000 TCGA slides, 150 M images, batch 4,096; others",
+    "Score": SCORE,
+}
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """A table or figure of the paper: what it shows, and what it does otherwise than ``RECIPE``."""
+    """A table or figure of the paper: what it shows, and what it was made with as far as known."""
 
     key: str
     name: str
     shows: str
-    differs: dict[str, str]
-
-    @property
-    def facts(self) -> dict[str, str]:
-        """What it was made with, as far as known."""
-        return RECIPE | self.differs
+    facts: dict[str, str]
 
 
 ARTEFACTS = {
@@ -55,48 +58,48 @@ ARTEFACTS = {
             "Table 1",
             "LEMON beside other encoders on labelled nuclei: NuCLS (three levels of classes, folds by hospital), "
             "atypical mitoses (MIDOG 2025) and gene expression (HEST: bowel, breast, lung).",
-            {},
+            ENCODERS,
         ),
         Artefact(
             "figure2",
             "Figure 2",
             "Accuracy against arithmetic. Its FLOPs are multiply-adds without the products inside attention: 0.55 G "
             "for ViT-S/8, which is 1.12 GFLOP of true arithmetic.",
-            {"Encoder": "ViT-S/8 and ViT-B/8, beside other encoders"},
+            ENCODERS,
         ),
         Artefact(
             "table2",
             "Table 2",
             "How views are made: a0 (as MoCo), a1 (rotation, stronger colours, erasing), a1 with grayscale (its "
             "default), a1 with stain drawn from 1 or from 10 fitted Gaussians.",
-            {},
+            RECIPE,
         ),
         Artefact(
             "table5",
             "Table 5",
             "DINOv2 variants: as published; without the local-to-global term; without it and with KDE (von "
             "Mises-Fisher kernel, kappa 5, weight 0.05) in place of KoLeo.",
-            {"Method": "DINOv2 and its variants"},
+            RECIPE | {"Method": "DINOv2 and its variants"},
         ),
         Artefact(
             "figure3_size",
             "Figure 3, size",
             "Scores by the number of cells in pretraining. The paper reports that they saturate near 1 M cells.",
-            {"Cells": "varied"},
+            RECIPE | {"Cells": "varied"},
         ),
         Artefact(
             "figure3_slides",
             "Figure 3, slides",
             "Scores by the number of slides that the same number of cells comes from.",
-            {"Cells": "1 M", "Slides": "varied"},
+            RECIPE | {"Cells": "1 M", "Slides": "varied"},
         ),
         Artefact(
             "figure3_organs",
             "Figure 3, organs",
             "Scores by the number of organs that the same number of cells comes from.",
-            {"Cells": "1 M; organs varied", "Slides": UNKNOWN},
+            RECIPE | {"Cells": "1 M", "Slides": UNKNOWN, "Organs": "varied"},
         ),
-        Artefact("figure4", "Figure 4", "t-SNE of 100,000 cells of one slide.", {}),
+        Artefact("figure4", "Figure 4", "t-SNE of 100,000 cells of one slide.", {"Cells": "100,000", "Slides": "1"}),
         Artefact("figure5", "Figure 5", "Views of the same cells under each augmentation policy.", {}),
     )
 }

@@ -20,15 +20,19 @@ EMBEDDED_PX = 1600
 
 def atlas_section(folder: str, sources: Sources, store: Store) -> Section | None:
     """Figure 4 of an output of ``jobs/atlas.py``; None, with a line, where it is not there."""
+    copies = {"figure4.png": "atlas.png", "figure4.svg": "atlas.svg", "atlas.html": "atlas.html"}
     try:
         atlas = Store(folder)
-        copies = {"figure4.png": "atlas.png", "figure4.svg": "atlas.svg", "atlas.html": "atlas.html"}
+        absent = [name for name in (*copies.values(), MAP_NAME) if not atlas.exists(name)]
+        if absent:
+            sources.miss(f"atlas: {folder} holds no {absent[0]}; expected an output of jobs/atlas.py", asked=True)
+            return None
         for target, name in copies.items():
             store.write_bytes(target, atlas.read_bytes(name))
         source = embedded(store.read_bytes("figure4.png"))
         cells = atlas.read_table(MAP_NAME, columns=["slide_id"])
     except (OSError, ValueError) as error:
-        sources.miss(f"atlas: {folder}: {error}; expected an output of jobs/atlas.py", asked=True)
+        sources.miss(f"atlas: {folder} cannot be read: {error}", asked=True)
         return None
     artefact = ARTEFACTS["figure4"]
     section = Section("figure4", "Figure 4: an atlas of cells", artefact)

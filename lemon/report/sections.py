@@ -95,8 +95,7 @@ def probe_facts(probe: Output) -> dict[str, str]:
         if row["fold"] == -1 and row["n"]:
             counts[row["task"]] = max(counts.get(row["task"], 0), row["n"])
     return {
-        "Encoder": listed(encoder_labels(probe.rows).values()),
-        "Cells": "of each encoder's own pretraining",
+        "Encoders": listed(encoder_labels(probe.rows).values()),
         "Score": listed(f"{task} ({count:,} nuclei)" for task, count in counts.items()),
     }
 
@@ -283,7 +282,7 @@ def sweep_facts(sweep: Output, values: Sequence[studies.Value], runs: Runs) -> d
         "Slides": span(value.n_slides for value in values),
         "Organs": span(value.n_organs for value in values),
         "Encoder": listed(
-            f"{given['encoder.name']} (width {given['encoder.dim']}, {given['encoder.depth']} blocks)"
+            f"{given['encoder.name']} (width {given['encoder.dim']}, {plural(int(given['encoder.depth']), 'block')})"
             for given in params
         ),
         "Method": listed(given["ssl.name"] for given in params),

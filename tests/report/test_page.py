@@ -176,7 +176,7 @@ def test_what_was_used_is_read_from_the_runs_and_stands_beside_the_papers(seen: 
     assert used["Batch"] == ("4,096", "16")
     assert used["Images seen"] == ("150 M (150 epochs of 1 M)", "128")  # 4 epochs of 2 steps of 16
     assert used["Cells"][1] == "120"
-    assert used["Encoder"][1] == "vit_tiny8 (width 32, 1 blocks)"
+    assert used["Encoder"][1] == "vit_tiny8 (width 32, 1 block)"
     trials = {line["trial"] for line in read_csv(home, "table2_curves.csv")}
     assert {"augmentation-a0-s0", "augmentation-a0-s1"} <= trials
     provenance = {line["what"]: line for line in read_csv(home, "provenance.csv")}
@@ -221,13 +221,14 @@ def test_every_picture_says_what_it_shows_and_lies_beside_the_page(seen: Seen, h
 def test_folders_that_are_gone_are_told_on_the_page_and_in_a_line(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [f"output={tmp_path}", f"sweeps={home / 'out'},{tmp_path / '<b>gone'}", "probes=[]", "atlas=nowhere"]
-    assert page.main(load("report", words, ReportConfig)) == EXIT_FAILURES
+    folders = [str(home / "out"), str(tmp_path / "<b>gone")]
+    config = ReportConfig(output=str(tmp_path), sweeps=folders, probes=[], atlas="nowhere")
+    assert page.main(config) == EXIT_FAILURES
     printed = capsys.readouterr().out
     text = (tmp_path / page.NAME).read_text()
     assert "gone holds no sweep.parquet" in printed
     assert "&lt;b&gt;gone holds no sweep.parquet" in text
-    assert "atlas: nowhere" in printed
+    assert "atlas: nowhere holds no atlas.png" in printed
     assert "Not made yet: python jobs/probe.py" in text
 
 
