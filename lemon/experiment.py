@@ -22,7 +22,7 @@ from lemon.pretrain import launch
 from lemon.pretrain.config import PretrainConfig
 from lemon.pretrain.loop import Log
 from lemon.probe.config import ProbeConfig, ProbeSettings
-from lemon.probe.run import fold_means, probe_model
+from lemon.probe.run import fold_means, probe_model, short_name
 from lemon.probe.task import Task
 from lemon.probe.tasks.catalogue import open_task
 from lemon.storage import Store, code_version, fingerprint
@@ -156,9 +156,10 @@ def _open_run(trial: Trial, selection: Selection, *, parent: Run | None) -> Run:
         "config_fingerprint": trial.fingerprint,
         "code_version": code_version(),
         "host": os.uname().nodename,
+        "output": store.uri,  # no parameter: it would be a difference between any two runs
     }
     settings = {"tasks": trial.tasks, "data": trial.data, "probing": trial.probe.model_dump(mode="json")}
-    params = trial.pretrain.model_dump(mode="json") | settings | trial.params
+    params = trial.pretrain.model_dump(mode="json", exclude={"output", "cache"}) | settings | trial.params
     run = start_run(trial.experiment, trial.name, params=params, tags=tags, parent=parent, run_id=earlier)
     store.write_json(RUN, {"run_id": run.run_id})
     run.log_dataset("cells", digest=selection.fingerprint, source=selection.store.uri, context="training")
@@ -172,7 +173,7 @@ def _probed(trial: Trial, selection: Selection, run: Run, *, tasks: list[Task]) 
     rows = probe_model(encoder, tasks, config=config, store=Store(config.output), run=run)
     for name, digest in {row["task"]: row["data_fingerprint"] for row in rows}.items():
         run.log_dataset(name, digest=digest, source=trial.data, context="probe")
-        run.set_tag(f"data_fingerprint/{name.replace(':', '_')}", digest)
+        run.set_tag(f"data_fingerprint/{short_name(name)}", digest)
     run.set_tag("model_fingerprint", encoder.fingerprint)
     slides = {part.slide_id for part in selection.parts}
     organs = {row["organ"] for row in read_ledger(selection.store).to_pylist() if row["slide_id"] in slides}

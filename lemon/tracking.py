@@ -223,7 +223,7 @@ def start_run(
         _patiently(lambda: client.update_run(run_id, status="RUNNING"))
         return Run(uri, run_id)
     found = client.get_experiment_by_name(experiment)
-    experiment_id = found.experiment_id if found else client.create_experiment(experiment, _artifacts(uri, experiment))
+    experiment_id = found.experiment_id if found else _make_experiment(client, experiment, uri)
     labels = dict(tags or {}) | ({"mlflow.parentRunId": parent.run_id} if parent else {})
     made = _patiently(lambda: client.create_run(experiment_id, run_name=name, tags=labels))
     entries = [Param(key, str(value)[:_MAX_PARAM]) for key, value in flatten(params).items()]
@@ -321,11 +321,13 @@ def _release(package: str) -> str:
     return metadata.version(package).partition("+")[0]
 
 
-def _artifacts(uri: str, experiment: str) -> str | None:
-    """Where an experiment's files go: beside a SQLite database, else where its server puts them."""
-    if not uri.startswith("sqlite:///"):
-        return None
-    return str(Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlruns" / experiment)
+def _make_experiment(client: Any, name: str, uri: str) -> str:
+    """An experiment whose files lie beside a SQLite database, or where its server puts them; returns its id."""
+    beside = None
+    if uri.startswith("sqlite:///"):
+        beside = str(Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlruns" / name)
+    # Else MLflow's page shows an experiment as one of language models, without charts of training.
+    return client.create_experiment(name, beside, {"mlflow.experimentKind": "custom_model_development"})
 
 
 def _patiently(call: Callable[[], T]) -> T:

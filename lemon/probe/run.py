@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -169,7 +170,7 @@ def data_fingerprint(task: Task) -> str:
 
 def flat_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Metrics for MLflow: ``probe/<task>/<metric>`` without leaks, ``probe/<task>/<protocol>/<metric>`` otherwise."""
-    task = rows[0]["task"].replace(":", "_")
+    task = short_name(rows[0]["task"])
     found = [(protocol, metric, mean) for protocol, metric, mean, _ in fold_means(rows)]
     found += [(row["protocol"], row["metric"], row["value"]) for row in rows if row["protocol"] == "robustness"]
     plain = ("leak-free", "robustness")
@@ -178,6 +179,12 @@ def flat_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
         for protocol, metric, value in found
         if np.isfinite(value)
     }
+
+
+def short_name(task: str) -> str:
+    """A task in MLflow's names, where a slash begins a group: of a path its last two parts, morphometry_runs_cells."""
+    kind, _, place = task.partition(":")
+    return re.sub(r"[^\w.-]", "_", "_".join([kind, *Path(place).parts[-2:]]))
 
 
 def told(rows: list[dict[str, Any]]) -> str:

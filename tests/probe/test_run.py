@@ -169,3 +169,15 @@ def test_the_papers_protocol_alone_has_a_table_and_no_figure(tmp_path, encoders,
 def test_no_encoder_at_all_is_a_wrong_argument(tmp_path, tasks):
     with pytest.raises(ConfigError, match="models: none"):
         run.main(config(tmp_path, ["no-such-model"]))
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("nucls-super", "nucls-super"),
+        ("folder:mine", "folder_mine"),
+        ("morphometry:/data/runs/my cells+", "morphometry_runs_my_cells_"),
+    ],
+)
+def test_a_task_is_one_part_of_a_metrics_name_in_mlflow(task: str, name: str) -> None:
+    assert run.short_name(task) == name
