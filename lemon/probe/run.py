@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -184,7 +185,7 @@ def flat_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
 def short_name(task: str) -> str:
     """A task in MLflow's names, where a slash begins a group: of a path its last two parts, morphometry_runs_cells."""
     kind, _, place = task.partition(":")
-    return re.sub(r"[^\w.-]", "_", "_".join([kind, *Path(place).parts[-2:]]))
+    return re.sub(r"[^\w.-]", "_", "_".join([kind, *PurePosixPath(place).parts[-2:]]))
 
 
 def told(rows: list[dict[str, Any]]) -> str:
