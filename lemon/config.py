@@ -210,13 +210,11 @@ def _compose(name: str, overrides: Sequence[str]) -> Any:
             for word in parsed:
                 _check_group(word, groups)
             # Unknown keys are pydantic's to report, in one form with the others: hence "++", add or override.
-            words = [
-                word if _key(word) in groups else f"++{word.lstrip('+')}"
-                for word in parsed
-                if not _is_plain(word, groups)
-            ]
+            plain = {_key(word): _value(word) for word in parsed if _is_plain(word, groups)}
+            rest = [word for word in parsed if _key(word) not in plain]
+            words = [word if _key(word) in groups else f"++{word.lstrip('+')}" for word in rest]
             composed: Any = OmegaConf.to_container(compose(name, overrides=words) if words else base, resolve=True)
-            return composed | {_key(word): _value(word) for word in parsed if _is_plain(word, groups)}
+            return composed | plain
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(" ".join(str(error).split())) from None
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lemon.tracking import flatten, metric_history, start_run, tracking_uri
+from lemon.tracking import find_runs, flatten, metric_history, start_run, tracking_uri, without_user
 
 
 @pytest.fixture
@@ -62,3 +62,27 @@ def test_a_child_is_made_where_its_parent_is_and_tells_its_data_and_whether_it_e
     (given,) = mlflow.MlflowClient(parent.uri).get_run(child.run_id).inputs.dataset_inputs
     assert (given.dataset.name, given.dataset.digest, given.dataset.source_type) == ("cells", "abc", "s3")
     assert given.tags[0].value == "training"
+
+
+def test_where_there_is_no_database_no_runs_are_found_and_none_is_made(here: Path) -> None:
+    assert find_runs("probe") == []
+    assert not (here / "mlflow.db").exists()
+
+
+@pytest.mark.slow
+def test_runs_are_found_by_their_experiment_with_what_was_noted_of_them(here: Path) -> None:
+    made = [start_run("probe", name, params={"model": name}, tags={"output": f"/{name}"}) for name in ("a", "b")]
+    made[1].log({"score": 0.5}, step=0)
+    start_run("pretrain", "c", params={})
+    found = find_runs("probe")
+    assert [each.run for each in found] == made
+    assert [each.params["model"] for each in found] == ["a", "b"]
+    assert [each.tags["output"] for each in found] == ["/a", "/b"]
+    assert found[1].metrics == {"score": 0.5}
+    assert find_runs("scaling_sweep") == []
+
+
+def test_a_password_is_not_told() -> None:
+    uri = "https://me:secret@host:5000"
+    assert without_user(f"{uri}/api failed", uri=uri) == "https://host:5000/api failed"
+    assert without_user("sqlite:///a/b.db", uri="sqlite:///a/b.db") == "sqlite:///a/b.db"
