@@ -143,8 +143,6 @@ class Record:
     """What MLflow holds of a run: its tags and parameters as text, of each metric the last value."""
 
     run: Run
-    name: str
-    status: str
     tags: dict[str, str]
     params: dict[str, str]
     metrics: dict[str, float]
@@ -176,14 +174,7 @@ def find_runs(experiment: str) -> list[Record]:
         told = without_user(str(error).splitlines()[0], uri=uri)
         raise ConfigError(f"experiment: MLflow at {without_user(uri, uri=uri)} cannot be read: {told}") from None
     return [
-        Record(
-            Run(uri, run.info.run_id),
-            name=run.info.run_name,
-            status=run.info.status,
-            tags=run.data.tags,
-            params=run.data.params,
-            metrics=run.data.metrics,
-        )
+        Record(Run(uri, run.info.run_id), tags=run.data.tags, params=run.data.params, metrics=run.data.metrics)
         for run in found
     ]
 

@@ -14,7 +14,7 @@ from lemon.encoders.config import VIT_TINY8
 from lemon.encoders.export import CellInput, export_encoder
 from lemon.encoders.open import load_encoder
 from lemon.encoders.vit import build_vit
-from lemon.tracking import Run, flatten, metric_history, start_run, tracking_uri
+from lemon.tracking import Run, find_runs, flatten, metric_history, start_run, tracking_uri, without_user
 from tests.cells_table import synthetic_crops
 
 
@@ -180,3 +180,27 @@ def test_a_server_that_cannot_be_reached_costs_what_it_is_told_and_a_warning_and
     assert all("\n" not in line for line in told)
     assert told[0].startswith("the encoder is not registered as nuclei: ")
     assert "metrics of step 3" in told[1]
+
+
+def test_where_there_is_no_database_no_runs_are_found_and_none_is_made(here: Path) -> None:
+    assert find_runs("probe") == []
+    assert not (here / "mlflow.db").exists()
+
+
+@pytest.mark.slow
+def test_runs_are_found_by_their_experiment_with_what_was_noted_of_them(here: Path) -> None:
+    made = [start_run("probe", name, params={"model": name}, tags={"output": f"/{name}"}) for name in ("a", "b")]
+    made[1].log({"score": 0.5}, step=0)
+    start_run("pretrain", "c", params={})
+    found = find_runs("probe")
+    assert [each.run for each in found] == made
+    assert [each.params["model"] for each in found] == ["a", "b"]
+    assert [each.tags["output"] for each in found] == ["/a", "/b"]
+    assert found[1].metrics == {"score": 0.5}
+    assert find_runs("scaling_sweep") == []
+
+
+def test_a_password_is_not_told() -> None:
+    uri = "https://me:secret@host:5000"
+    assert without_user(f"{uri}/api failed", uri=uri) == "https://host:5000/api failed"
+    assert without_user("sqlite:///a/b.db", uri="sqlite:///a/b.db") == "sqlite:///a/b.db"

@@ -105,7 +105,8 @@ def _finish(axis: Any, *, title: str, metrics: Sequence[Value]) -> None:
     axis.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
     axis.minorticks_off()
     names = dict.fromkeys(value.metric.replace("_", " ") for value in metrics)
-    axis.set(xlabel=title, ylabel=f"{' / '.join(names)} (s.e. over seeds)")
+    bars = " (s.e. over seeds)" if any(value.over.n > 1 for value in metrics) else ""
+    axis.set(xlabel=title, ylabel=" / ".join(names) + bars)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
 
