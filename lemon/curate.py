@@ -72,11 +72,13 @@ def run(config: CurateConfig, *, source: Source = IN_PLACE) -> Summary:
     """
     slides, ledger = _prepare(config)
     wanted = {slide.slide_id for slide in slides}
-    finished = {row["slide_id"] for row in ledger.rows() if row["status"] not in config.retry}
+    rows = ledger.rows()
+    finished = {row["slide_id"] for row in rows if row["status"] not in config.retry}
     pending = [slide for slide in slides if slide.slide_id not in finished]
     if pending:
         _run_on_ray(pending, config=config, ledger=ledger, source=source)
-    rows = [row for row in ledger.rows() if row["slide_id"] in wanted]
+        rows = ledger.rows()
+    rows = [row for row in rows if row["slide_id"] in wanted]
     failed = sum(row["status"] == "failed" for row in rows)
     code = EXIT_FAILURES if failed > config.max_failed_share * len(rows) else EXIT_OK
     return Summary(rows=rows, n_skipped=len(slides) - len(pending), exit_code=code)

@@ -98,7 +98,7 @@ def test_cells_become_an_encoder_embeddings_scores_and_an_atlas_at_s3(bucket: s3
     assert store.exists("run/encoder/config.json")
 
     output = f"output={bucket.uri}/embeddings"
-    run("embed", f"model={bucket.uri}/run", f"cells={bucket.uri}/cells", output, "format=[h5ad,geojson]", home=home)
+    run("embed", f"model={bucket.uri}/run", f"cells={bucket.uri}/cells", output, "format=h5ad", home=home)
     assert len(store.list("embeddings/h5ad")) == len(store.list("embeddings/embeddings")) == 6
 
     write_crops(home / "data")
