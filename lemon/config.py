@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 EXIT_OK, EXIT_BAD_CONFIG, EXIT_FAILURES = 0, 2, 3
@@ -170,7 +171,7 @@ def describe(stage: str, model: type[Frozen]) -> str:
     variants = ", ".join(sorted(path.stem for path in (conf_dir() / stage).glob("*.yaml")))
     lines = [f"usage: python jobs/{stage}.py key=value ...", f"variants (variant=NAME): {variants}", ""]
     lines += _describe_fields(model, prefix="")
-    for group in sorted(name for name in model.model_fields if is_choice(name)):
+    for group in sorted(_groups(f"{stage}/default")):
         lines.append(f"  {group}=NAME: {', '.join(_choices(group))}")
     return "\n".join(lines)
 
@@ -205,15 +206,20 @@ def _compose(name: str, overrides: Sequence[str]) -> Any:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         try:
             base = compose(name)
-            parsed = [_readable(word) for word in overrides]
+            parsed, groups = [_readable(word) for word in overrides], _groups(name)
             for word in parsed:
-                _check_group(word)
-            own = [word for word in parsed if _is_ours(word, parsed)]
+                _check_group(word, groups)
             # Unknown keys are pydantic's to report, in one form with the others: hence "++", add or override.
-            words = [word if is_choice(_key(word)) else f"++{word.lstrip('+')}" for word in parsed if word not in own]
-            composed = OmegaConf.to_container(compose(name, overrides=words) if words else base, resolve=True)
-            for word in own:
-                _set(composed, word, parsed)
+            below = {word: above for word in parsed if (above := _above(word, parsed, groups)) is not None}
+            words = [
+                word if _key(word) in groups else f"++{word.lstrip('+')}"
+                for word in parsed
+                if not _is_plain(word, groups) and word not in below
+            ]
+            composed: Any = OmegaConf.to_container(compose(name, overrides=words) if words else base, resolve=True)
+            composed |= {_key(word): _value(word) for word in parsed if _is_plain(word, groups)}
+            for word, above in below.items():
+                _set_below(composed, word, above)
             return composed
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(" ".join(str(error).split())) from None
@@ -235,52 +241,56 @@ def _readable(word: str) -> str:
         return f"{key}='{escaped}'"
 
 
-def is_choice(key: str) -> bool:
-    """Whether ``key=NAME`` names a file of ``conf/<key>/``; a stage's own folder, which has a default, is no choice."""
-    folder = conf_dir() / key
-    return folder.is_dir() and not (folder / "default.yaml").exists()
+def _groups(name: str) -> set[str]:
+    """Groups that a stage's file chooses from, by its defaults list; another stage's folder may be a plain key here."""
+    listed = yaml.safe_load((conf_dir() / f"{name}.yaml").read_text(encoding="utf-8")).get("defaults", [])
+    found = {key.lstrip("/") for entry in listed if isinstance(entry, dict) for key in entry}
+    for other in (entry for entry in listed if isinstance(entry, str) and entry != "_self_"):
+        found |= _groups(f"{name.partition('/')[0]}/{other}")
+    return found
 
 
 def _choices(group: str) -> list[str]:
     return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
 
 
+def _is_plain(word: str, groups: set[str]) -> bool:
+    """Whether a key is a value of this stage though a folder of ``conf/`` bears its name, which Hydra would refuse."""
+    return _key(word) not in groups and (conf_dir() / _key(word)).is_dir()
+
+
+def _above(word: str, words: Sequence[str], groups: set[str]) -> str | None:
+    """The key above a word's that another word gives a value, which Hydra cannot bring together.
+
+    A sweep takes ``pretrain.ssl=NAME`` with ``pretrain.ssl.out_dim=64``: only its pretraining job knows the choice.
+    """
+    given, key = {_key(other) for other in words} - groups, _key(word)
+    parents = (key.rsplit(".", count)[0] for count in range(1, key.count(".") + 1))
+    return next((parent for parent in parents if parent in given), None)
+
+
+def _set_below(values: Any, word: str, above: str) -> None:
+    """Set a word beside the key above it: ``{"ssl": "dinov2", "ssl.out_dim": 64}``."""
+    *path, last = above.split(".")
+    for part in path:
+        values = values[part]
+    values[last + _key(word).removeprefix(above)] = _value(word)
+
+
+def _value(word: str) -> Any:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create().parse_override(word).value()
+
+
 def _key(word: str) -> str:
     return word.partition("=")[0].lstrip("+")
 
 
-def _check_group(word: str) -> None:
-    key, _, choice = word.partition("=")
-    group = key.lstrip("+")
-    if is_choice(group) and choice not in _choices(group):
-        raise ConfigError(f"{key}: got {choice!r}; expected one of {', '.join(_choices(group))}")
-
-
-def _is_ours(word: str, words: Sequence[str]) -> bool:
-    """Whether Hydra would misread a word: a stage's folder as a choice (``probe=null``), or a key below a name.
-
-    A sweep takes ``pretrain.ssl=NAME`` with ``pretrain.ssl.out_dim=64``; only its pretraining job knows the choice.
-    """
-    key = _key(word)
-    return ((conf_dir() / key).is_dir() and not is_choice(key)) or _above(key, words) is not None
-
-
-def _above(key: str, words: Sequence[str]) -> str | None:
-    """The key above, where another word gives it a value, as Hydra cannot have both."""
-    given = {_key(word) for word in words}
-    parents = (key.rsplit(".", count)[0] for count in range(1, key.count(".") + 1))
-    return next((parent for parent in parents if parent in given and not is_choice(parent)), None)
-
-
-def _set(values: Any, word: str, words: Sequence[str]) -> None:
-    """Set a word that is ours; a key below a name stays whole beside it: ``{"ssl": ..., "ssl.out_dim": ...}``."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    key = _key(word)
-    path = (_above(key, words) or key).split(".")[:-1]
-    for part in path:
-        values = values.setdefault(part, {})
-    values[key.removeprefix(".".join([*path, ""]))] = OverridesParser.create().parse_override(f"++{word}").value()
+def _check_group(word: str, groups: set[str]) -> None:
+    key, choice = _key(word), word.partition("=")[2]
+    if key in groups and choice not in (known := _choices(key)):
+        raise ConfigError(f"{key}: got {choice!r}; expected one of {', '.join(known)}")
 
 
 def _explain(fault: Any, model: type[BaseModel]) -> str:

@@ -119,16 +119,6 @@ class Store:
         return pq.read_table(self.path(name), filesystem=self.filesystem, **options)
 
     @contextlib.contextmanager
-    def local_copy(self) -> Iterator[Path]:
-        """The folder itself, or for as long as the block a copy of it on local disk: for libraries that read paths."""
-        if self.is_local:
-            yield Path(self.root)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            pafs.copy_files(self.root, folder, source_filesystem=self.filesystem)
-            yield Path(folder)
-
-    @contextlib.contextmanager
     def open_parquet(self, name: str) -> Iterator[pq.ParquetFile]:
         """A Parquet file to read piece by piece. Raises FileNotFoundError."""
         with self.filesystem.open_input_file(self.path(name)) as source:
@@ -161,6 +151,18 @@ class Store:
         probe = f"{TEMPORARY}probe-{uuid.uuid4().hex}"
         self.write_bytes(probe, b"lemon")
         self.delete(probe)
+
+
+@contextlib.contextmanager
+def local_copy(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A local folder for libraries that take no other: of a folder at s3:// a copy, while the block lasts."""
+    store = Store(path)
+    if store.is_local:
+        yield Path(store.root)
+        return
+    with tempfile.TemporaryDirectory(prefix="lemon-copy-") as copy:
+        pafs.copy_files(store.root, copy, source_filesystem=store.filesystem)
+        yield Path(copy)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lemon.config import ConfigError, Frozen, is_choice
+from lemon.config import ConfigError, Frozen, conf_dir
 from lemon.probe.config import ProbeSettings
 
 RESERVED = ("cells", "output", "seed")
@@ -125,8 +125,10 @@ def words(overrides: Overrides, prefix: str = "") -> list[str]:
         if isinstance(value, Mapping):
             found += words(dict(value), f"{name}.")
         else:
-            is_name = name == "variant" or is_choice(name)
-            found.append(f"{name}={value if is_name else _spelled(value)}")
+            is_choice = name == "variant" or (
+                isinstance(value, str) and (conf_dir() / name).is_dir()
+            )  # a file in conf/
+            found.append(f"{name}={value if is_choice else _spelled(value)}")
     return found
 
 
