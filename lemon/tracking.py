@@ -266,8 +266,8 @@ def _register(client: Any, run_id: str, name: str, encoder: Path, *, width: int,
     from mlflow.entities import LoggedModelOutput
     from mlflow.exceptions import MlflowException
 
-    experiment_id = client.get_run(run_id).info.experiment_id
-    model = _patiently(lambda: client.create_logged_model(experiment_id, name, run_id, tags))
+    run = client.get_run(run_id).info
+    model = _patiently(lambda: client.create_logged_model(run.experiment_id, name, run_id, tags))
     model_id = model.model_id
     with tempfile.TemporaryDirectory() as folder:
         _save(Path(folder) / "model", encoder, width=width, run_id=run_id, model_id=model_id)
@@ -280,8 +280,8 @@ def _register(client: Any, run_id: str, name: str, encoder: Path, *, width: int,
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     source = model.artifact_location  # "models:/<id>" would be looked for where the process logs by default
-    made = _patiently(lambda: client.create_model_version(name, source, run_id, tags, model_id=model_id))
-    return int(made.version)
+    facts = {"run_id": run_id, "model_id": model_id, "description": run.run_name, "tags": tags}
+    return int(_patiently(lambda: client.create_model_version(name, source, **facts)).version)
 
 
 def _save(path: Path, encoder: Path, *, width: int, run_id: str, model_id: str) -> None:

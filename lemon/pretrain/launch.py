@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from tqdm import tqdm
@@ -14,7 +15,7 @@ from lemon.cells.select import Selection
 from lemon.cluster import start_ray
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError
 from lemon.encoders.device import choose_device
-from lemon.encoders.export import CONFIG
+from lemon.encoders.export import CONFIG, CellInput
 from lemon.lease import hold
 from lemon.pretrain.assemble import EXPORT, select, train, with_stain
 from lemon.pretrain.config import PretrainConfig
@@ -77,15 +78,16 @@ def fit(config: PretrainConfig, run: Run, *, log: Log | None = None) -> str:
     encoder = f"{Store(config.output).uri}/{EXPORT}"
     run.set_tag("encoder", encoder)
     if config.register_as is not None:
-        _register(config.register_as, Store(encoder), run)
+        _register(config.register_as, encoder, run)
     return encoder
 
 
-def _register(name: str, encoder: Store, run: Run) -> None:
-    """Put the encoder into MLflow's registry; what its config.json says of it becomes the version's tags."""
-    described = encoder.read_json(CONFIG)
-    tags = {key: str(value) for key, value in described["lemon"].items() if value is not None}
-    with local_copy(encoder.uri) as folder:
+def _register(name: str, encoder: str, run: Run) -> None:
+    """Put the encoder into MLflow's registry; how it was made, as its config.json says, becomes the version's tags."""
+    described = Store(encoder).read_json(CONFIG)
+    expects = {each.name for each in fields(CellInput)}
+    tags = {key: str(value) for key, value in described["lemon"].items() if key not in expects}
+    with local_copy(encoder) as folder:
         version = run.register(name, folder, width=described["num_features"], tags=tags)
     if version is not None:
         print(f"pretrain: registered in MLflow as models:/{name}/{version}")

@@ -45,6 +45,7 @@ def test_a_finished_run_is_registered_once_and_opens_from_the_registry_with_the_
     assert version.run_id == launch.run_of(Store(config.output)).run_id
     assert version.tags["views"] == config.views.name
     assert int(version.tags["steps"]) == config.total_steps
+    assert version.description == "vit_tiny8-mocov3-a1_gray"
     mlflow.set_tracking_uri(uri)
     model = mlflow.pyfunc.load_model("models:/lemon/1")
     images = synthetic_crops(7)
