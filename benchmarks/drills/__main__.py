@@ -19,7 +19,7 @@ from benchmarks.drills.cluster import N_NODES, Cluster
 from benchmarks.drills.faults import FAULTS, NotApplicableError
 from benchmarks.drills.report import PAGE, Row, row_of, table, write_page
 from benchmarks.drills.scene import DrillError, Scene
-from benchmarks.drills.stages import STAGES, Output, Stage
+from benchmarks.drills.stages import STAGES, Output
 from benchmarks.record import record
 
 
@@ -28,9 +28,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for inputs, outputs and rows")
     parser.add_argument("--only", nargs="+", default=[], help="faults, stages or fault/stage; others keep their rows")
+    parser.add_argument("--limit", type=float, default=240.0, metavar="S", help="seconds after which a job hangs")
     options = parser.parse_args()
     work = options.work.absolute()
-    rows = run(work, wanted=lambda *names: not options.only or bool(set(names) & set(options.only)))
+    only = set(options.only)
+    rows = run(work, wanted=lambda *names: not only or bool(only & set(names)), limit_s=options.limit)
     record("drills", {"rows": [asdict(row) for row in rows]}, packages=("ray", "torch", "mlflow", "pyarrow"))
     every = write_page(_kept(rows, work / "rows.json"))
     print(table(rows))
@@ -38,12 +40,12 @@ def main() -> int:
     return 0 if all(row.good for row in rows) else 3
 
 
-def run(work: Path, *, wanted: Callable[..., bool]) -> list[Row]:
+def run(work: Path, *, wanted: Callable[..., bool], limit_s: float) -> list[Row]:
     """Every fault of ``FAULTS`` in every stage, those that are wanted."""
     plan = {
         stage: [fault for fault in FAULTS if wanted(fault, stage.name, f"{fault}/{stage.name}")] for stage in STAGES
     }
-    rows = []
+    rows: list[Row] = []
     cluster = Cluster(N_NODES)
     try:
         for kind, faults in plan.items():
@@ -52,40 +54,43 @@ def run(work: Path, *, wanted: Callable[..., bool]) -> list[Row]:
             stage = kind(work / "inputs" / kind.name)
             stage.write_inputs()
             cluster.whole()
-            reference = undisturbed(stage, cluster, work)
+            try:
+                reference = undisturbed(Scene(stage, cluster, _empty(work / f"{stage.name}-undisturbed"), limit_s))
+            except DrillError as error:
+                rows += [Row(stage.name, fault, failure=f"drill failed: undisturbed: {error}") for fault in faults]
+                continue
             for fault in faults:
                 start = time.monotonic()
-                rows.append(drill(fault, stage, cluster, work, reference))
+                scene = Scene(stage, cluster, _empty(work / f"{stage.name}-{fault}"), limit_s)
+                rows.append(drill(fault, scene, reference))
                 print(f"drills: {' | '.join(rows[-1].cells())} ({time.monotonic() - start:.0f} s)", flush=True)
     finally:
         cluster.close()
     return rows
 
 
-def undisturbed(stage: Stage, cluster: Cluster, work: Path) -> Output:
+def undisturbed(scene: Scene) -> Output:
     """What the job leaves when nothing happens."""
-    scene = Scene(stage, cluster, _empty(work / f"{stage.name}-undisturbed"))
     scene.start()
     if code := scene.finish():
-        raise SystemExit(f"{stage.name}, undisturbed, ended with {code}: {scene.told} ({scene.log})")
-    print(f"drills: {stage.name}, undisturbed: {scene.seconds[0]:.0f} s, {scene.told}", flush=True)
+        raise DrillError(f"exit code {code}: {scene.told}")
+    print(f"drills: {scene.stage.name}, undisturbed: {scene.seconds[0]:.0f} s, {scene.told}", flush=True)
     return scene.output
 
 
-def drill(fault: str, stage: Stage, cluster: Cluster, work: Path, reference: Output) -> Row:
+def drill(fault: str, scene: Scene, reference: Output) -> Row:
     """One fault in one stage; a drill that fails is a row too."""
-    scene = Scene(stage, cluster, _empty(work / f"{stage.name}-{fault}"))
     try:
-        cluster.whole()
+        scene.cluster.whole()
         FAULTS[fault](scene)
-        return row_of(scene, fault, stage.difference(reference, scene.output))
+        return row_of(scene, fault, scene.stage.difference(reference, scene.output))
     except NotApplicableError as reason:
-        return Row(stage.name, fault, not_applicable=str(reason))
+        return Row(scene.stage.name, fault, not_applicable=str(reason))
     except Exception as error:  # the other drills go on  # noqa: BLE001
         if not isinstance(error, DrillError):
             traceback.print_exc()
         told = " ".join(f"drill failed: {error!r}".split())
-        return Row(stage.name, fault, done=scene.done, failure=told)
+        return Row(scene.stage.name, fault, done=scene.done, failure=told)
     finally:
         scene.stop()
 

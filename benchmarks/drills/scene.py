@@ -13,9 +13,6 @@ from benchmarks.drills.cluster import Cluster, family, kill, waiting
 from benchmarks.drills.stages import Output, Stage
 from lemon.storage import Store
 
-LIMIT_S = 300.0
-"""A job that takes longer is taken to hang."""
-
 ORPHANS_END_S = 10.0
 """What is left of a job may take so long to notice its end."""
 
@@ -34,6 +31,8 @@ class Scene:
     stage: Stage
     cluster: Cluster
     folder: Path
+    limit_s: float
+    """A job that takes longer is taken to hang."""
     output_uri: str = ""
     environment: dict[str, str] = field(default_factory=dict)
     """Of the job, beyond the cluster's."""
@@ -92,13 +91,13 @@ class Scene:
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Wait for a condition while the job runs; raises DrillError when the job ends before."""
-        for _ in waiting(LIMIT_S, pause_s=0.05):
+        for _ in waiting(self.limit_s, pause_s=0.05):
             if condition():
                 return
             if self.job.poll() is not None:
                 raise DrillError(f"the job ended with {self.job.returncode} before the fault: {self.last_line()}")
         self.stop()
-        raise DrillError(f"the job did not come so far in {LIMIT_S:.0f} s: {self.last_line()}")
+        raise DrillError(f"the job did not come so far in {self.limit_s:.0f} s: {self.last_line()}")
 
     def committed(self) -> set[str]:
         """Pieces of work that are done."""
@@ -114,14 +113,16 @@ class Scene:
 
     def finish(self) -> int:
         """Watch the job to its end; returns its exit code. Raises DrillError where it hangs."""
-        for _ in waiting(LIMIT_S):
+        for _ in waiting(self.limit_s):
             ended = self.job.poll() is not None
             self._watch()
             if ended:
                 break
         else:
             self.stop()
-            raise DrillError(f"the job still ran {LIMIT_S:.0f} s after the fault ({self.done}): {self.last_line()}")
+            raise DrillError(
+                f"the job still ran {self.limit_s:.0f} s after the fault ({self.done}): {self.last_line()}"
+            )
         code = self.job.returncode
         self.exit_codes.append(code)
         if len(self.exit_codes) == 1:
