@@ -11,13 +11,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 EXIT_OK, EXIT_BAD_CONFIG, EXIT_FAILURES = 0, 2, 3
 
 
 class ConfigError(ValueError):
     """Something the user gave is wrong; the message is one line: what it was, what is expected, how to mend it."""
+
+
+class StorageError(OSError):
+    """Object storage refuses or does not answer; the message is one line: the path, the HTTP status, the reason."""
 
 
 class Frozen(BaseModel):
@@ -27,6 +31,16 @@ class Frozen(BaseModel):
 
 
 C = TypeVar("C", bound=Frozen)
+
+
+def _local(path: str) -> str:
+    if "://" in path:
+        raise ValueError(f"got {path!r}; expected a folder on a local disk")
+    return path
+
+
+LocalPath = Annotated[str, AfterValidator(_local)]
+"""A folder that cannot be at s3://: of files that are mapped into memory, or that libraries open by their path."""
 
 
 # --- curate -----------------------------------------------------------------------------------------------------------
@@ -73,7 +87,7 @@ class WorkersConfig(Frozen):
 class CurateConfig(Frozen):
     """``jobs/curate.py``: slides -> nuclei -> cells."""
 
-    slides: str | list[str] = Field(description="glob, folder, slide file, or a CSV/Parquet cohort")
+    slides: str | list[str] = Field(description="glob, folder, slide file, or a CSV/Parquet cohort; also at s3://")
     output: str = Field(description="folder or s3:// prefix of the tables cells/ and slides/")
     segmenter: SegmenterConfig
     cells_per_slide: int | None = Field(1000, ge=1, description="cells of lowest rank kept of a slide; null keeps all")
@@ -82,6 +96,9 @@ class CurateConfig(Frozen):
     region_px: int = Field(1024, ge=256, multiple_of=8, description="side of a region at 0.25 um/px")
     overlap_px: int = Field(128, ge=80, multiple_of=2, description="overlap of neighbouring regions")
     tissue: TissueConfig = TissueConfig()
+    scratch: LocalPath | None = Field(
+        None, description="local folder for a slide of s3://, one at a time an actor; null: the system's temporary one"
+    )
     workers: WorkersConfig = WorkersConfig()
     geojson: bool = Field(False, description="also write geojson/<slide>.geojson.gz for QuPath")
     retry: list[Literal["failed", "partial"]] = Field(["failed"], description="rows of an earlier run that are redone")
@@ -160,6 +177,9 @@ def run_job(stage: str, model: type[C], main: Callable[[C], int], argv: Sequence
         for line in str(error).splitlines():
             print(f"{stage}: {line}", file=sys.stderr)
         return EXIT_BAD_CONFIG
+    except StorageError as error:
+        print(f"{stage}: stopped: {error}; what is committed stays, rerun goes on", file=sys.stderr)
+        return EXIT_FAILURES
     except KeyboardInterrupt:
         print(f"{stage}: interrupted; the same command again goes on where it stopped", file=sys.stderr)
         return 130

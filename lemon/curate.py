@@ -8,7 +8,6 @@ import sys
 import uuid
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from lemon.cluster import quiet_ray_data, start_ray
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError, CurateConfig, HoverFastConfig
 from lemon.slide import OutputError, build_segmenter, curate_slide, start_processes
 from lemon.slides.cohort import Slide, list_slides
-from lemon.storage import Store
+from lemon.storage import Store, open_output, path_exists
 
 FATAL = "output"  # status of a row that stops the job; never written to the ledger
 
@@ -120,19 +119,14 @@ def _failed(slide: Slide, reason: str) -> dict[str, Any]:
 def _prepare(config: CurateConfig) -> tuple[list[Slide], Ledger]:
     """Everything that can be wrong before work begins: raises ConfigError."""
     slides = list_slides(config.slides)
-    if isinstance(config.segmenter, HoverFastConfig) and not Path(config.segmenter.checkpoint).is_file():
+    if isinstance(config.segmenter, HoverFastConfig) and not path_exists(config.segmenter.checkpoint):
         raise ConfigError(
             f"segmenter.checkpoint: got {config.segmenter.checkpoint!r}, which is no file; expected a HoverFast "
             "checkpoint, such as hoverfast_crosstissue_best_model.pth from HoverFast's repository"
         )
-    if config.tissue.masks is not None and not Path(config.tissue.masks).is_dir():
+    if config.tissue.masks is not None and not path_exists(config.tissue.masks):
         raise ConfigError(f"tissue.masks: got {config.tissue.masks!r}; expected a folder of <slide_id>.png")
-    try:
-        store = Store(config.output)
-        store.check_writable()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"output: cannot write to {config.output!r}: {error}") from None
-    return slides, open_ledger(store, config)
+    return slides, open_ledger(open_output(config.output), config)
 
 
 def _run_on_ray(slides: list[Slide], *, config: CurateConfig, ledger: Ledger) -> None:

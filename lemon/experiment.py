@@ -8,7 +8,6 @@ checkpoint and with the tasks that have no scores yet, in the same MLflow run.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,7 +68,7 @@ class Trial(Frozen):
 
     def located(self) -> Trial:
         """The same with absolute paths. Raises ConfigError where stain statistics are missing."""
-        data = str(Path(self.data).expanduser().absolute())
+        data = Store(self.data).uri
         return self.model_copy(update={"pretrain": launch.located(self.pretrain), "data": data})
 
 
@@ -145,7 +144,7 @@ def run_of(trial: Trial, *, uri: str) -> Run | None:
 
 
 def _open(trial: Trial) -> list[Task]:
-    return [open_task(name, Path(trial.data), seed=trial.probe.seed) for name in trial.tasks]
+    return [open_task(name, trial.data, seed=trial.probe.seed) for name in trial.tasks]
 
 
 def _open_run(trial: Trial, selection: Selection, *, parent: Run | None) -> Run:

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import cv2
@@ -27,6 +26,7 @@ from lemon.cells.shard import SlideShard
 from lemon.config import CurateConfig, HoverFastConfig, SegmenterConfig
 from lemon.nuclei.segmenter import Postprocess, Segmenter
 from lemon.slides.cohort import Slide
+from lemon.slides.fetch import local_slide
 from lemon.slides.reader import RegionError, SlideError, SlideReader
 from lemon.slides.tiles import Region, plan_regions, spread
 from lemon.slides.tissue import OVERVIEW_MPP, find_tissue, read_mask, reason_not_he
@@ -113,7 +113,11 @@ def curate_slide(
     row: dict[str, Any] = dict.fromkeys(schema.SLIDES.names)
     row |= {key: getattr(slide, key) for key in ("slide_id", "path", "patient_id", "project", "organ", "site")}
     try:
-        with contextlib.closing(SlideReader(slide.path, default_mpp=config.default_mpp)) as reader:
+        with contextlib.ExitStack() as stack:
+            with tally.clock("open"):
+                path = stack.enter_context(local_slide(slide.path, scratch=config.scratch))
+                reader = SlideReader(path, default_mpp=config.default_mpp)
+            stack.callback(reader.close)
             row |= {"mpp": reader.mpp, "mpp_assumed": reader.mpp_assumed}
             row |= {"width_px": reader.width_px, "height_px": reader.height_px}
             _curate_open(
@@ -198,7 +202,7 @@ def _plan(reader: SlideReader, *, slide: Slide, config: CurateConfig, tally: Tal
             raise SlideError(reason)
         mask = tissue.mask
     if config.tissue.masks is not None:
-        mask = read_mask(Path(config.tissue.masks) / f"{file_stem(slide.slide_id)}.png").mask
+        mask = read_mask(f"{config.tissue.masks}/{file_stem(slide.slide_id)}.png").mask
     regions = plan_regions(
         reader.bounds_base_px,
         size_px=config.region_px,

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from lemon import storage
+from tests import s3
 
 # Before Ray is imported anywhere: no token file in the home folder, no call home.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -20,3 +25,30 @@ def shared(path: str) -> Path:
     if not found.exists():
         pytest.skip(f"reference data {path} is absent (set LEMON_SHARED to the folder that holds it)")
     return found
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3.S3]:
+    """An S3 server with an empty bucket, for the whole session."""
+    process, port = s3.start_server(tmp_path_factory.mktemp("s3"))
+    try:
+        s3.make_bucket(process, port)
+        proxy, server = s3.start_proxy(port)
+        yield server
+        server.released.set()
+        proxy.shutdown()
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def bucket(s3_server: s3.S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3.Bucket]:
+    """An empty prefix of the server's bucket, with the environment that leads there."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    s3_server.faults.clear()
+    storage._s3.cache_clear()  # what a test sets is for the clients that it makes
+    yield s3.Bucket(s3_server, f"s3://{s3.BUCKET}/{uuid.uuid4().hex[:8]}")
+    s3_server.faults.clear()
+    storage._s3.cache_clear()

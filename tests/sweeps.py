@@ -28,7 +28,7 @@ TINY = [
 ]
 
 
-def write_cells(folder: Path, *, per_slide: int = 20) -> Path:
+def write_cells(folder: str | Path, *, per_slide: int = 20) -> str | Path:
     """Six slides, two of each organ."""
     for number in range(6):
         slide = {"organ": ORGANS[number % 3], "patient_id": f"p{number}"}

@@ -73,7 +73,7 @@ class Order:
         parts = []
         while count:
             turn, offset = divmod(start, self.n_cells)
-            part = _permutation(self.n_cells, self.seed, turn)[offset : offset + count]
+            part = _permutation(self.n_cells, self.seed, turn)[offset : offset + count].astype(np.int64)
             parts.append(part)
             start, count = start + len(part), count - len(part)
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
@@ -81,7 +81,9 @@ class Order:
 
 @functools.lru_cache(maxsize=2)
 def _permutation(n_cells: int, seed: int, turn: int) -> np.ndarray:
-    return np.random.default_rng([seed, turn]).permutation(n_cells)
+    order = np.arange(n_cells, dtype=np.uint32 if n_cells <= 1 << 32 else np.int64)
+    np.random.default_rng([seed, turn]).shuffle(order)
+    return order
 
 
 @dataclass

@@ -11,7 +11,7 @@ import pyarrow as pa
 from lemon import schema
 from lemon.cells.names import SETTINGS, file_stem, ledger_name
 from lemon.config import ConfigError, CurateConfig, HoverFastConfig
-from lemon.storage import Store, code_version, file_fingerprint, fingerprint
+from lemon.storage import Store, code_version, file_fingerprint, fingerprint, local_copy
 
 
 class Ledger:
@@ -61,17 +61,15 @@ def tell_statuses(rows: Sequence[dict[str, Any]]) -> str:
 
 def read_ledger(store: Store) -> pa.Table:
     """The slides table of an output, sorted by slide id; empty where there is none."""
-    tables = [store.read_table(name, schema=schema.SLIDES) for name in store.list("slides", suffix=".parquet")]
-    if not tables:
-        return schema.SLIDES.empty_table()
-    return pa.concat_tables(tables).sort_by("slide_id")
+    return store.read_tables("slides", schema=schema.SLIDES).sort_by("slide_id")
 
 
 def open_ledger(store: Store, config: CurateConfig) -> Ledger:
     """The ledger of an output; raises ConfigError when the output was made with other settings."""
     settings = config.result_settings()
     if isinstance(config.segmenter, HoverFastConfig):
-        settings["segmenter"]["checkpoint"] = file_fingerprint(config.segmenter.checkpoint)
+        with local_copy(config.segmenter.checkpoint) as checkpoint:
+            settings["segmenter"]["checkpoint"] = file_fingerprint(checkpoint)
     mark: dict[str, Any] = {"settings": settings, "fingerprint": fingerprint(settings)}
     if config.overwrite:
         for name in ("slides", "cells", "geojson", "attempts", SETTINGS):

@@ -13,7 +13,7 @@ import numpy as np
 from lemon.cells.ledger import read_ledger
 from lemon.cells.names import shard_name
 from lemon.config import ConfigError
-from lemon.storage import Store, fingerprint
+from lemon.storage import READERS, Store, fingerprint
 
 
 def rank_of(ids: Iterable[str]) -> np.ndarray:
@@ -101,15 +101,53 @@ def select_cells(
 
 
 def _prefixes(store: Store, slide_ids: Sequence[str], *, n_cells: int) -> list[int]:
-    """How many rows of each shard are among the ``n_cells`` lowest ranks of all."""
+    """How many rows of each shard are among the ``n_cells`` lowest ranks of all.
 
-    def ranks(slide_id: str) -> np.ndarray:
-        return store.read_table(shard_name(slide_id), columns=["rank"])["rank"].to_numpy()
+    The footers say between which ranks each row group lies. That bounds the rank sought, and only the groups that reach
+    into the bounds are read, about one a shard, so memory does not grow with the number of cells.
+    """
+    with ThreadPoolExecutor(READERS) as pool:
+        groups = list(pool.map(lambda slide_id: _groups(store, shard_name(slide_id)), slide_ids))
+        low, high = _bounds(np.concatenate(groups), n_cells=n_cells)
+        below = [int(own[own[:, 1] <= low, 2].sum()) for own in groups]
+        astride = [np.flatnonzero((own[:, 1] > low) & (own[:, 0] <= high)) for own in groups]
+        ranks = list(pool.map(lambda name, own: _ranks(store, shard_name(name), own), slide_ids, astride))
+    sought = n_cells - sum(below)
+    threshold = np.partition(np.concatenate(ranks), sought - 1)[sought - 1]
+    return [count + int(np.searchsorted(own, threshold, "right")) for count, own in zip(below, ranks, strict=True)]
 
-    with ThreadPoolExecutor(16) as pool:
-        per_slide = list(pool.map(ranks, slide_ids))
-    threshold = np.partition(np.concatenate(per_slide), n_cells - 1)[n_cells - 1]
-    return [int(np.searchsorted(ranks, threshold, "right")) for ranks in per_slide]
+
+def _groups(store: Store, name: str) -> np.ndarray:
+    """Lowest rank, highest rank and rows of each row group of a shard: float64 [G, 3]."""
+    with store.open_parquet(name) as file:
+        column, footer = file.schema_arrow.get_field_index("rank"), file.metadata
+        found = []
+        for index in range(footer.num_row_groups):
+            group = footer.row_group(index)
+            known = group.column(column).statistics
+            span = (known.min, known.max) if known is not None and known.has_min_max else (-np.inf, np.inf)
+            found.append((*span, group.num_rows))
+    return np.array(found, np.float64).reshape(-1, 3)
+
+
+def _bounds(groups: np.ndarray, *, n_cells: int) -> tuple[float, float]:
+    """Ranks between which the ``n_cells``-th lowest lies: above the first, at most the second."""
+    by_low, by_high = groups[groups[:, 0].argsort()], groups[groups[:, 1].argsort()]
+    # All cells of rank <= high are at least the rows of the groups that end there: the first high where these suffice.
+    high = by_high[np.searchsorted(by_high[:, 2].cumsum(), n_cells), 1]
+    # Below the start of a group lie at most the rows of the groups that start before it: the last start where these
+    # do not suffice.
+    before = by_low[:, 2].cumsum() - by_low[:, 2]
+    low = by_low[np.searchsorted(before, n_cells) - 1, 0]
+    return float(np.nextafter(low, -np.inf)), float(high)
+
+
+def _ranks(store: Store, name: str, groups: np.ndarray) -> np.ndarray:
+    """Ranks of some row groups of a shard, rising."""
+    if not len(groups):
+        return np.empty(0)
+    with store.open_parquet(name) as file:
+        return file.read_row_groups(groups.tolist(), columns=["rank"], use_threads=False)["rank"].to_numpy()
 
 
 def _check_names(rows: list[dict[str, Any]], *, column: str, wanted: Sequence[str] | None, key: str) -> None:

@@ -74,9 +74,10 @@ class Exporter:
         self.ledger, self.cells, self.clusters = ledger, cells, clusters
         self.formats = [name for name in formats if name in FORMATS]
 
-    def lacks(self, slide_id: str) -> bool:
-        """Whether a file of a slide is still to be written."""
-        return any(not self.ledger.store.exists(name(slide_id)) for _, name, _ in self._wanted())
+    def lacking(self, slide_ids: Iterable[str]) -> set[str]:
+        """The slides of which a file is still to be written."""
+        wanted = [(name, self.ledger.store.entries(name("").partition("/")[0])) for _, name, _ in self._wanted()]
+        return {slide_id for slide_id in slide_ids if any(name(slide_id) not in there for name, there in wanted)}
 
     def work(self, row: dict[str, Any]) -> dict[str, Any]:
         """Write what a slide lacks; returns its row of the ledger, ``partial`` where a format could not be made."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,8 +35,7 @@ class EmbedLedger:
 
     def rows(self) -> dict[str, dict[str, Any]]:
         """All rows by slide id."""
-        tables = [self.store.read_table(name, schema=EMBEDDED) for name in self.store.list("slides", suffix=".parquet")]
-        return {row["slide_id"]: row for table in tables for row in table.to_pylist()}
+        return {row["slide_id"]: row for row in self.store.read_tables("slides", schema=EMBEDDED).to_pylist()}
 
     def begin(self, slide_id: str, *, run_id: str) -> int:
         """Note that work on a slide begins; returns how often it began before in this run without coming to an end."""
@@ -57,15 +57,22 @@ class EmbedLedger:
             self.store.remove_temporaries(folder, file_stem(slide_id))
         return row
 
-    def has_embeddings(self, row: dict[str, Any] | None, *, of: dict[str, Any]) -> bool:
-        """Whether a row says that a slide's cells, ``of`` this number and fingerprint, are embedded."""
+    def without_embeddings(self, jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The slides whose cells, of this number and fingerprint, are not embedded yet."""
+        rows, files = self.rows(), set(self.store.list("embeddings"))
+        return [job for job in jobs if not (self._says(rows.get(job["slide_id"]), job) and _file(job) in files)]
+
+    def _says(self, row: dict[str, Any] | None, job: dict[str, Any]) -> bool:
         return (
             row is not None
             and row["status"] != "failed"
             and row["model_fingerprint"] == self.made.model_fingerprint
-            and all(row[name] == of[name] for name in ("n_cells", "cells_fingerprint"))
-            and self.store.exists(embeddings_name(row["slide_id"]))
+            and all(row[name] == job[name] for name in ("n_cells", "cells_fingerprint"))
         )
+
+
+def _file(job: dict[str, Any]) -> str:
+    return embeddings_name(job["slide_id"])
 
 
 def open_ledger(store: Store, made: Made, *, overwrite: bool) -> EmbedLedger:

@@ -32,7 +32,7 @@ from lemon.embed.ledger import EmbedLedger, Made, open_ledger
 from lemon.embed.spatialdata import check_spatialdata
 from lemon.embed.stream import ShardError
 from lemon.encoders.open import Encoder
-from lemon.storage import Store, fingerprint
+from lemon.storage import Store, fingerprint, open_output
 
 FATAL = "fatal"  # status of a row that stops the job; never written to the ledger
 
@@ -83,8 +83,7 @@ def run(config: EmbedConfig) -> Summary:
         code = _curate(config)
         with contextlib.suppress(ConfigError):  # no cells: the line that curation printed says why
             jobs = _jobs(cells)
-    known = ledger.rows()
-    pending = [job for job in jobs if not ledger.has_embeddings(known.get(job["slide_id"]), of=job)]
+    pending = ledger.without_embeddings(jobs)
     start = time.perf_counter()
     _embed(pending, config=config, ledger=ledger, cells=cells, encoder=encoder)
     seconds = time.perf_counter() - start
@@ -117,11 +116,7 @@ def main(config: EmbedConfig) -> int:
 
 def _located(config: EmbedConfig) -> tuple[EmbedConfig, Store]:
     """Paths made absolute, because actors run elsewhere; and the output, which can be written."""
-    try:
-        output = Store(config.output)
-        output.check_writable()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"output: cannot write to {config.output!r}: {error}") from None
+    output = open_output(config.output)
     if "spatialdata" in config.format:
         check_spatialdata(output)
     update: dict[str, Any] = {"output": output.uri, "model": located_model(config.model)}
@@ -200,10 +195,11 @@ def _export(
         raise StoppedError(f"{error}; delete that file to have it made again") from None
     make = functools.partial(Exporter, ledger=ledger, cells=cells, clusters=clusters, formats=config.format)
     here = make()
+    lacking = here.lacking([row["slide_id"] for row in embedded])
     pending = [
         row | {"path": paths[row["slide_id"]]}
         for row in embedded
-        if row["status"] == "partial" or here.lacks(row["slide_id"])
+        if row["status"] == "partial" or row["slide_id"] in lacking
     ]
     with tqdm(total=len(pending), unit="slide", desc="formats", disable=None if pending else True) as bar:
         if config.workers.in_process(len(pending), cluster="RAY_ADDRESS" in os.environ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,15 @@ from lemon.encoders.registry import REGISTRY, EncoderEntry, split_name
 from lemon.encoders.vit import load_lemon_checkpoint
 from lemon.encoders.weights import MissingWeightsError, find_weights, hub_file, load_weights
 from lemon.schema import CROP_PX
+from lemon.storage import is_uri, local_copy, locate
 
 RELEASED = Path(__file__).parent / "released"
 """Encoders that come with the package, in the layout of an export."""
+
+
+NO_ENCODER = (
+    f"no encoder there; expected the output of jobs/pretrain.py, a folder with {CONFIG}, or a file like lemon.pth.tar"
+)
 
 
 class Encoder(nn.Module):
@@ -79,9 +86,9 @@ def load_encoder(name_or_path: str | Path, *, device: str | torch.device = "cpu"
     """Open an encoder by its path or by its name.
 
     Args:
-        name_or_path: a path that exists wins: the output of ``jobs/pretrain.py``, its ``encoder`` folder, or the
-            released ``lemon.pth.tar`` (with its ``mean_std.json`` beside it, if that was downloaded); else a name of
-            ``registry.encoder_names()``, its hub id, or ``name:path`` for weights that lie in a file, such as
+        name_or_path: a path that exists wins, local or at s3://: the output of ``jobs/pretrain.py``, its ``encoder``
+            folder, or the released ``lemon.pth.tar`` (with its ``mean_std.json`` beside it, if that was downloaded);
+            else a name of ``registry.encoder_names()``, its hub id, or ``name:path`` for weights that lie in a file, as
             ``volta:checkpoint.pth.tar`` or ``uni:pytorch_model.bin``.
         device: where it computes.
 
@@ -91,12 +98,33 @@ def load_encoder(name_or_path: str | Path, *, device: str | torch.device = "cpu"
         ValueError: what is there is no encoder.
     """
     text = str(name_or_path)
+    if is_uri(text) and text.partition(":")[0] not in REGISTRY:
+        return load_uri(text).to(device)
     path = Path(text).expanduser()
     # A folder that only happens to have an encoder's name, such as lemon/ in a checkout, is no encoder.
     if path.is_file() or encoder_folder(path) or (path.exists() and text not in REGISTRY):
         return load_path(path).to(device)
     entry, weights = split_name(text)
     return load_entry(entry, weights).to(device)
+
+
+def load_uri(uri: str) -> Encoder:
+    """Open what lies at s3://, as ``load_path`` does. Of a run only the encoder is fetched, not the checkpoints."""
+    store, name = locate(uri)
+    if store.exists(f"{name}/{CONFIG}"):
+        wanted = name
+    elif store.exists(f"{name}/encoder/{CONFIG}"):
+        wanted = f"{name}/encoder"
+    elif name.endswith((".tar", ".pth", ".pt")) and store.exists(name):
+        wanted = name
+    else:
+        raise ConfigError(f"{uri}: {NO_ENCODER}")
+    with tempfile.TemporaryDirectory(prefix="lemon-encoder-") as scratch:
+        path = Path(scratch) / name
+        store.download(wanted, path)
+        if path.is_file() and store.exists("mean_std.json"):
+            store.download("mean_std.json", path.with_name("mean_std.json"))
+        return load_path(path)
 
 
 def encoder_folder(path: Path) -> Path | None:
@@ -110,9 +138,7 @@ def load_path(path: Path) -> Encoder:
         return load_lemon(path, name=path.name)
     if folder := encoder_folder(path):
         return Encoder(*load_exported(folder), name=path.name)
-    raise ConfigError(
-        f"{path}: no encoder there; expected the output of jobs/pretrain.py, a folder with {CONFIG}, or lemon.pth.tar"
-    )
+    raise ConfigError(f"{path}: {NO_ENCODER}")
 
 
 def load_lemon(path: Path, *, name: str) -> Encoder:
@@ -131,6 +157,9 @@ def load_entry(entry: EncoderEntry, weights: str | Path | None = None) -> Encode
         return Encoder(*load_exported(RELEASED / entry.name), name=entry.name)
     if entry.source == "transformers":
         import_transformers(entry)  # absent, it is told before gigabytes are downloaded
+    if weights is not None and is_uri(weights):
+        with local_copy(weights) as copy:
+            return load_entry(entry, copy)
     path = find_weights(entry, weights)
     if entry.architecture in LEMON_SIZES:
         if weights is None:

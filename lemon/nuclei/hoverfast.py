@@ -24,6 +24,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from lemon.nuclei.hoverfast_cpu import RowwiseUNet
 from lemon.nuclei.instances import HVLimits, HVPrediction, calibrate_limits, postprocess_hv
 from lemon.nuclei.segmenter import Postprocess
+from lemon.storage import local_copy
 
 WEIGHTS_SOURCE = (
     "HoverFast's repository https://github.com/choosehappy/HoverFast offers hoverfast_crosstissue_best_model.pth "
@@ -156,7 +157,8 @@ def load_checkpoint(path: str | Path) -> HoverFastNet:
         FileNotFoundError: there is no such file; the message says where the published weights come from.
         ValueError: the file is no checkpoint, lacks a key, or its weights do not fit the network that it names.
     """
-    checkpoint = _read_checkpoint(Path(path))
+    with local_copy(path) as file:
+        checkpoint = _read_checkpoint(file, path)
     missing = [k for k in ("model_dict", *(f.name for f in fields(Architecture))) if k not in checkpoint]
     if missing:
         raise ValueError(f"checkpoint {path}: lacks {', '.join(missing)}; expected HoverFast's format")
@@ -184,8 +186,8 @@ def save_checkpoint(net: HoverFastNet, path: str | Path, **extra: Any) -> None:
     torch.save({**extra, "model_dict": state, **asdict(net.architecture)}, path)
 
 
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+def _read_checkpoint(file: Path, path: str | Path) -> dict[str, Any]:
+    if not file.is_file():
         raise FileNotFoundError(f"checkpoint {path}: no such file; {WEIGHTS_SOURCE}")
     # HoverFast's trainer stores the best loss as a NumPy array of no dimensions, under NumPy 1's module name.
     rebuild = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
@@ -193,7 +195,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     harmless += [type(np.dtype(kind)) for kind in (np.float32, np.float64)]
     try:
         with torch.serialization.safe_globals(harmless):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(

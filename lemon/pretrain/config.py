@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from lemon.config import Frozen
+from lemon.config import Frozen, LocalPath
 from lemon.encoders.config import EncoderConfig
 from lemon.pretrain.policy import Policy
 
@@ -170,7 +170,7 @@ class PretrainConfig(Frozen):
     log_every: int = Field(50, ge=1, description="steps")
     checkpoint_every: int = Field(1000, ge=1, description="steps")
     keep_checkpoints: int = Field(2, ge=1, description="newest ones that are kept, besides the best")
-    cache: str = Field("~/.cache/lemon", description="local folder of uncompressed images")
+    cache: LocalPath = Field("~/.cache/lemon", description="local folder of uncompressed images")
 
     @property
     def steps_per_epoch(self) -> int:

@@ -17,7 +17,7 @@ from lemon.encoders.device import choose_device
 from lemon.pretrain.assemble import EXPORT, select, train, with_stain
 from lemon.pretrain.config import PretrainConfig
 from lemon.pretrain.loop import Log, TrainingStoppedError
-from lemon.storage import Store, fingerprint
+from lemon.storage import Store, fingerprint, open_output
 from lemon.tracking import Run, start_run, tracking_uri
 
 SETTINGS = "pretrain.json"
@@ -49,7 +49,7 @@ def prepare(config: PretrainConfig) -> tuple[PretrainConfig, Selection]:
     """
     config = located(config)
     selection = select(config)
-    _check_settings(config, Store(config.output))
+    _check_settings(config, open_output(config.output))
     if selection.n_cells < config.batch:
         print(f"pretrain: {selection.n_cells:,} cells are fewer than a batch of {config.batch:,}; cells repeat in it")
     slides = len(selection.parts)
@@ -95,7 +95,7 @@ def _train_on_ray(config: PretrainConfig, run: Run) -> None:
     from ray.train.torch import TorchTrainer
 
     start_ray()
-    workers = config.workers
+    workers, output = config.workers, Store(config.output)
     count: Any = workers.count  # a pair makes the run elastic
     trainer = TorchTrainer(
         _ray_worker,
@@ -107,7 +107,8 @@ def _train_on_ray(config: PretrainConfig, run: Run) -> None:
         ),
         run_config=ray.train.RunConfig(
             name=f"pretrain-{run.run_id[:8]}-{int(time.time())}",
-            storage_path=f"{config.output}/ray",
+            storage_path=output.path("ray"),
+            storage_filesystem=None if output.is_local else output.filesystem,
             failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
         ),
     )
@@ -138,10 +139,6 @@ def located(config: PretrainConfig) -> PretrainConfig:
 
 def _check_settings(config: PretrainConfig, store: Store) -> None:
     """An output goes on only with the settings that it was begun with."""
-    try:
-        store.check_writable()
-    except OSError as error:
-        raise ConfigError(f"output: cannot write to {config.output!r}: {error}") from None
     if changed := changed_settings(config, store):
         raise ConfigError(
             f"output: {store.uri} was begun with other settings ({', '.join(changed)}); choose another output"

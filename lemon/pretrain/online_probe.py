@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,7 +36,7 @@ class OnlineProbe:
     @classmethod
     def open(cls, config: OnlineProbeConfig, *, policy: Policy) -> OnlineProbe:
         """Read the labels and their cells. Raises ConfigError for a missing column, or labels that match no cell."""
-        wanted = read_labels(Path(config.labels), key="probe.labels")
+        wanted = read_labels(config.labels, key="probe.labels")
         store = Store(config.cells)
         cells = [store.read_table(name, columns=["cell_id", "slide_id", "image"]) for name in store.list("cells")]
         images, labels, groups = [], [], []

@@ -11,7 +11,6 @@ import io
 import json
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from lemon.probe.config import ProbeConfig
 from lemon.probe.score import MAIN_METRICS, fold_means, score_task
 from lemon.probe.task import Task, TaskError
 from lemon.probe.tasks.catalogue import counts_table, open_task
-from lemon.storage import CIRCUMSTANCES, Store, fingerprint
+from lemon.storage import CIRCUMSTANCES, Store, fingerprint, open_output
 from lemon.tracking import Run, start_run
 
 CROPS_A_TICK = 1024  # of the progress bar; the encoder chooses its own batches within
@@ -61,11 +60,7 @@ class Unit:
 
 def main(config: ProbeConfig) -> int:
     """Score every encoder on every task, tell what could not be done; returns the exit code."""
-    store = Store(config.output)
-    try:
-        store.check_writable()
-    except OSError as error:
-        raise ConfigError(f"output: cannot write to {config.output!r}: {error}") from None
+    store = open_output(config.output)
     tasks, faults = open_tasks(config)
     device = choose_device(config.device)
     for name in config.models:
@@ -87,7 +82,7 @@ def open_tasks(config: ProbeConfig) -> tuple[list[Task], list[str]]:
     tasks, faults = [], []
     for name in config.tasks:
         try:
-            task = open_task(name, Path(config.data).expanduser(), seed=config.seed)
+            task = open_task(name, config.data, seed=config.seed)
         except TaskError as error:
             faults.append(f"{name}: {error}")
             print(f"probe: left out {faults[-1]}", file=sys.stderr)

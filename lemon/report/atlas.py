@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from lemon.config import EXIT_OK, ConfigError
+from lemon.config import EXIT_OK
 from lemon.report.atlas_cells import AtlasCells, read_cells
 from lemon.report.atlas_config import AtlasConfig
 from lemon.report.atlas_fields import categories_of, measures_of
@@ -13,18 +13,14 @@ from lemon.report.atlas_figure import draw_atlas
 from lemon.report.atlas_map import open_method, to_unit_square
 from lemon.report.atlas_page import write_page
 from lemon.schema import MAP
-from lemon.storage import CIRCUMSTANCES, Store, fingerprint
+from lemon.storage import CIRCUMSTANCES, Store, fingerprint, open_output
 
 MAP_NAME = "map.parquet"
 
 
 def main(config: AtlasConfig) -> int:
     """Make the atlas and tell what it is; returns the exit code. Raises ConfigError."""
-    store = Store(config.output)
-    try:
-        store.check_writable()
-    except OSError as error:
-        raise ConfigError(f"output: cannot write to {config.output!r}: {error}") from None
+    store = open_output(config.output)
     place = open_method(config.method)  # before minutes are spent on reading
     cells = read_cells(config)
     circumstances = fingerprint([cells.fingerprint, config.map_settings()])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -52,7 +51,7 @@ def read_cells(config: AtlasConfig) -> AtlasCells:
     """Read what a config names. Raises ConfigError where a table is absent, does not fit the others or is too small."""
     cells, embeddings = Store(config.cells), Store(config.embeddings)
     made = _made(embeddings)
-    labels = None if config.labels is None else read_labels(Path(config.labels), key="labels")
+    labels = None if config.labels is None else read_labels(config.labels, key="labels")
     selection = _select(config, cells=cells, embeddings=embeddings)
     parts = [
         _read_part(part, cells=cells, embeddings=embeddings)
@@ -81,13 +80,15 @@ def _made(embeddings: Store) -> dict[str, Any]:
 def _select(config: AtlasConfig, *, cells: Store, embeddings: Store) -> Selection:
     """The cells of lowest rank of the slides that are wanted and embedded. Raises ConfigError."""
     chosen = select_cells(cells, organs=config.select.organs, slides=config.select.slides)
-    embedded = [part.slide_id for part in chosen.parts if embeddings.exists(embeddings_name(part.slide_id))]
+    files = embeddings.entries("embeddings")
+    embedded = [part.slide_id for part in chosen.parts if embeddings_name(part.slide_id) in files]
     if not embedded:
         raise ConfigError(
             f"embeddings: {embeddings.uri} holds none of the {len(chosen.parts)} slides; "
             f"expected the output of jobs/embed.py cells={cells.uri}"
         )
-    absent = [part.name for part in chosen.parts if not cells.exists(part.name)]
+    shards = cells.entries("cells")
+    absent = [part.name for part in chosen.parts if part.name not in shards]
     if absent:
         raise ConfigError(f"cells: {cells.uri} has no {absent[0]}; expected the output of jobs/curate.py")
     try:

@@ -36,10 +36,10 @@ class Cell(NamedTuple):
 
 def read_scores(store: Store) -> pa.Table:
     """All rows of the scores table of an output. Raises ConfigError where there are none."""
-    tables = [store.read_table(name).replace_schema_metadata() for name in store.list("scores", suffix=".parquet")]
-    if not tables:
+    rows = store.read_tables("scores", schema=schema.SCORES)
+    if not len(rows):
         raise ConfigError(f"{store.uri} holds no scores; expected the output of jobs/probe.py")
-    return pa.concat_tables(table.cast(schema.SCORES) for table in tables)
+    return rows
 
 
 def write_table1(output: str | Path) -> str:

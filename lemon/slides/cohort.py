@@ -7,13 +7,15 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
+from fsspec.utils import glob_translate
 
 from lemon.config import ConfigError
+from lemon.storage import Store, is_uri, locate, path_exists
 
 SUFFIXES = frozenset(
     [".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm", ".czi"]
@@ -71,24 +73,45 @@ def with_barcode(slide: Slide) -> Slide:
 
 
 def _expand(word: str) -> list[Slide]:
+    if word.lower().endswith((".csv", ".parquet")):
+        return _read_cohort(word)
+    try:
+        files = _remote_files(word) if is_uri(word) else _local_files(word)
+    except ValueError as error:
+        raise ConfigError(f"slides: {error}") from None
+    if not files:
+        raise ConfigError(
+            f"slides: got {word!r}, which matches no file; expected a glob, folder, slide or cohort table"
+        )
+    return [Slide(slide_id=PurePosixPath(file).stem, path=file) for file in sorted(files)]
+
+
+def _local_files(word: str) -> list[str]:
     path = Path(word).expanduser()
-    if path.suffix.lower() in (".csv", ".parquet"):
-        return _read_cohort(path)
     if path.is_dir():
         files: Iterable[Path] = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
     elif path.exists():
         files = [path]
     else:
         files = (Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())  # noqa: PTH207
-    found = [Slide(slide_id=file.stem, path=str(file.absolute())) for file in sorted(files)]
-    if not found:
-        raise ConfigError(
-            f"slides: got {word!r}, which matches no file; expected a glob, folder, slide or cohort table"
-        )
-    return found
+    return [str(file.absolute()) for file in files]
 
 
-def _read_cohort(path: Path) -> list[Slide]:
+def _remote_files(word: str) -> list[str]:
+    """The objects that a glob, a prefix or a name at s3:// matches."""
+    whole = not glob.has_magic(word)
+    folder = word if whole else word[: re.search(r"[*?[]", word).start()].rpartition("/")[0]  # type: ignore[union-attr]
+    store = Store(folder)
+    names = [f"{store.uri}/{name}" for name in store.list("")]
+    if not whole:
+        pattern = re.compile(glob_translate(word))
+        return [name for name in names if pattern.match(name)]
+    if names:
+        return [name for name in names if PurePosixPath(name).suffix.lower() in SUFFIXES]
+    return [store.uri] if path_exists(word) else []
+
+
+def _read_cohort(path: str) -> list[Slide]:
     table = _cohort_table(path)
     if "path" not in table.column_names:
         raise ConfigError(
@@ -101,33 +124,39 @@ def _read_cohort(path: Path) -> list[Slide]:
         if "path" not in values:
             raise ConfigError(f"slides: cohort {path}, row {number}: path is empty")
         values["path"] = _beside(path, values["path"])
-        slides.append(Slide(**{"slide_id": Path(values["path"]).stem, **values}))
+        slides.append(Slide(**{"slide_id": PurePosixPath(values["path"]).stem, **values}))
     if not slides:
         raise ConfigError(f"slides: cohort {path} has no rows")
     return slides
 
 
-def _cohort_table(path: Path) -> pa.Table:
-    if not path.is_file():
-        raise ConfigError(f"slides: cohort {path} not found")
+def _cohort_table(path: str) -> pa.Table:
     try:
-        if path.suffix.lower() == ".parquet":
-            return pq.read_table(path)
-        with path.open(encoding="utf-8-sig") as stream:
-            header = stream.readline().rstrip("\n").replace('"', "").split(",")
+        store, name = locate(path)
+        content = store.read_bytes(name)
+    except (FileNotFoundError, IsADirectoryError):
+        raise ConfigError(f"slides: cohort {path} not found") from None
+    except ValueError as error:
+        raise ConfigError(f"slides: {error}") from None
+    try:
+        if path.lower().endswith(".parquet"):
+            return pq.read_table(pa.BufferReader(content))
+        header = content.decode("utf-8-sig").partition("\n")[0].rstrip("\r").replace('"', "").split(",")
         # Ids are text also where they look like numbers (leading zeros).
         options = pa_csv.ConvertOptions(column_types={name.strip(): pa.string() for name in header})
-        return pa_csv.read_csv(path, convert_options=options)
+        return pa_csv.read_csv(pa.BufferReader(content), convert_options=options)
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
         raise ConfigError(f"slides: cohort {path} cannot be read: {str(error).splitlines()[0]}") from None
 
 
-def _beside(cohort: Path, name: str) -> str:
+def _beside(cohort: str, name: str) -> str:
     """A relative path in a cohort is meant from the cohort's folder, or from the working directory."""
-    if "://" in name:
+    if is_uri(name):
         return name
     file = Path(name).expanduser()
-    beside = cohort.parent / file
+    if is_uri(cohort):
+        return str(file) if file.is_absolute() else f"{cohort.rpartition('/')[0]}/{name}"
+    beside = Path(cohort).expanduser().parent / file
     return str((beside if beside.exists() else file).absolute())
 
 

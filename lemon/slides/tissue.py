@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 
 from lemon.slides.reader import SlideError
+from lemon.storage import locate
 
 OVERVIEW_MPP = 8.0
 """um/px of the picture on which tissue is looked for: a lymphocyte is one pixel, a gland is dozens."""
@@ -46,9 +47,14 @@ def find_tissue(overview: np.ndarray, *, mpp: float) -> Tissue:
     return Tissue(mask=mask.astype(bool), share=float(mask.mean()))
 
 
-def read_mask(path: Path) -> Tissue:
+def read_mask(path: str | Path) -> Tissue:
     """A mask image given by the user, any size, non-zero is tissue. Raises SlideError when it cannot be read."""
-    image = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) if path.is_file() else None
+    store, name = locate(path)
+    try:
+        content = np.frombuffer(store.read_bytes(name), np.uint8)
+    except (FileNotFoundError, IsADirectoryError):
+        content = np.empty(0, np.uint8)
+    image = cv2.imdecode(content, cv2.IMREAD_GRAYSCALE) if len(content) else None
     if image is None:
         raise SlideError(f"tissue mask {path} is absent or no image")
     return Tissue(mask=image > 0, share=float((image > 0).mean()))

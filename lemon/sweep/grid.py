@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,8 @@ from lemon.pretrain.config import FitStainConfig, PretrainConfig, TrainWorkers
 from lemon.pretrain.stain import statistics_name
 from lemon.probe.task import Task, TaskError
 from lemon.probe.tasks.catalogue import open_task
-from lemon.storage import Store
+from lemon.storage import Store, path_exists
+from lemon.storage import open_output as writable
 from lemon.sweep.config import Point, SweepConfig, words
 
 EXPERIMENT = "scaling_sweep"
@@ -113,13 +113,7 @@ def open_cells(config: SweepConfig) -> Store:
 
 def open_output(config: SweepConfig) -> Store:
     """The output, which can be written and holds no other sweep. Raises ConfigError."""
-    if "://" in config.output:  # the probes open the encoder as a folder
-        raise ConfigError(f"output: got {config.output!r}; expected a folder (on a cluster one that every node sees)")
-    output = Store(config.output)
-    try:
-        output.check_writable()
-    except OSError as error:
-        raise ConfigError(f"output: cannot write to {config.output!r}: {error}") from None
+    output = writable(config.output)
     if output.exists(MARK) and (study := output.read_json(MARK)["study"]) != config.sweep.name:
         raise ConfigError(f"output: {output.uri} holds the sweep {study!r}; choose another output")
     return output
@@ -189,7 +183,7 @@ def settings_faults(config: PretrainConfig, sweep: SweepConfig) -> list[str]:
     faults = []
     if sweep.asha and (config.probe is None or not config.workers.in_process):
         faults.append("probe: asha=true needs the online probe (probe.cells, probe.labels) and one worker a trial")
-    if config.probe is not None and not Path(config.probe.labels).is_file():
+    if config.probe is not None and not path_exists(config.probe.labels):
         faults.append(f"probe.labels: {config.probe.labels} not found; expected a CSV or Parquet file")
     if config.views.stain.statistics is not None:
         faults += _told(launch.located, config)
@@ -219,7 +213,7 @@ def trial_of(config: SweepConfig, point: Point, made: PretrainConfig, *, seed: i
         name=name,
         pretrain=made.model_copy(update=update),
         tasks=config.tasks,
-        data=str(Path(config.data).expanduser().absolute()),
+        data=Store(config.data).uri,
         probe=config.probe,
         experiment=EXPERIMENT,
         params={"sweep": {"study": config.sweep.name, "point": point.name, "value": point.value}},
@@ -241,7 +235,7 @@ def begun_faults(trial: Trial) -> list[str]:
 def _absolute(config: PretrainConfig) -> dict[str, str]:
     """Paths of the online probe: trials run in folders of their own."""
     assert config.probe is not None
-    return {"cells": Store(config.probe.cells).uri, "labels": str(Path(config.probe.labels).absolute())}
+    return {"cells": Store(config.probe.cells).uri, "labels": Store(config.probe.labels).uri}
 
 
 def _told(check: Callable[..., Any], argument: Any) -> list[str]:
@@ -256,7 +250,7 @@ def _open_tasks(config: SweepConfig) -> tuple[list[Task], list[str]]:
     tasks, faults = [], []
     for name in config.tasks:
         try:
-            tasks.append(open_task(name, Path(config.data).expanduser(), seed=config.probe.seed))
+            tasks.append(open_task(name, config.data, seed=config.probe.seed))
         except TaskError as error:
             faults.append(f"tasks: {error}".replace("tasks: tasks: ", "tasks: "))
     return tasks, faults

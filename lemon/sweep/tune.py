@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -63,7 +62,8 @@ def _fresh(pending: list[Entry], grid: Grid, config: SweepConfig, trainable: Any
         ),
         run_config=tune.RunConfig(
             name=name,
-            storage_path=f"{output.uri}/ray",
+            storage_path=output.path("ray"),
+            storage_filesystem=None if output.is_local else output.filesystem,
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
             callbacks=[_Told(pending)],
             verbose=0,
@@ -77,12 +77,13 @@ def _restored(pending: list[Entry], grid: Grid, config: SweepConfig, trainable: 
     if not output.exists(CURRENT):
         return None
     current = output.read_json(CURRENT)
-    path = f"{output.uri}/ray/{current['name']}"
+    path, where = output.path(f"ray/{current['name']}"), None if output.is_local else output.filesystem
     known = {entry.trial.name for entry in pending} <= set(current["trials"])
     same = known and current["settings"] == _settings(grid, config)
-    if not same or not tune.Tuner.can_restore(path) or not list(Path(path).glob("experiment_state-*.json")):
+    states = [name for name in output.entries(f"ray/{current['name']}") if "/experiment_state-" in name]
+    if not same or not states or not tune.Tuner.can_restore(path, storage_filesystem=where):
         return None
-    return tune.Tuner.restore(path, trainable, resume_errored=True)
+    return tune.Tuner.restore(path, trainable, storage_filesystem=where, resume_errored=True)
 
 
 def _settings(grid: Grid, config: SweepConfig) -> str:

@@ -3,11 +3,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from lemon.cells.ledger import Ledger
-from lemon.cells.select import rank_of, select_cells
+from lemon.cells.names import shard_name
+from lemon.cells.select import _prefixes, rank_of, select_cells
 from lemon.config import ConfigError
 from lemon.storage import Store
 from tests.cells_table import small_table
@@ -54,6 +56,24 @@ def test_the_lowest_ranks_of_all_slides_are_selected(tmp_path: Path) -> None:
             store.read_table(part.name, columns=["rank"])["rank"].to_numpy()[: part.n_rows] for part in selection.parts
         ]
         assert (np.sort(np.concatenate(chosen)) == ranks[:n_cells]).all()
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("statistics", [True, False])
+def test_the_lowest_ranks_are_found_from_footers_and_a_few_row_groups(
+    tmp_path: Path, seed: int, statistics: bool
+) -> None:
+    rng, store, shards = np.random.default_rng(seed), Store(tmp_path), {}
+    for index in range(int(rng.integers(1, 6))):
+        # Some slides kept all of their cells and some those of low rank, so that shards end at different ranks.
+        ranks = np.sort(rng.random(int(rng.integers(1, 300))) * rng.choice([0.05, 0.5, 1.0]))
+        shards[f"s{index}"] = ranks
+        options = {"row_group_size": int(rng.integers(1, 80)), "write_statistics": statistics}
+        store.write_table(shard_name(f"s{index}"), pa.table({"rank": ranks}), **options)
+    whole = np.sort(np.concatenate(list(shards.values())))
+    for n_cells in {1, len(whole), *rng.integers(1, len(whole) + 1, 8).tolist()}:
+        wanted = [int((ranks <= whole[n_cells - 1]).sum()) for ranks in shards.values()]
+        assert _prefixes(store, list(shards), n_cells=n_cells) == wanted
 
 
 def test_a_smaller_selection_lies_inside_a_larger_one(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from lemon.probe.task import Task, TaskError
 from lemon.probe.tasks import amibr, consep, folder, hest, midog, morphometry, nucls, nucls15
+from lemon.storage import is_uri, local_copy, path_exists
 
 FOLDER_PREFIX = "folder:"
 MORPHOMETRY_PREFIX = "morphometry:"
@@ -42,12 +43,12 @@ def task_names() -> tuple[str, ...]:
     return tuple(ENTRIES)
 
 
-def open_task(name: str, data: Path, *, seed: int = 0, **options: Any) -> Task:
+def open_task(name: str, data: str | Path, *, seed: int = 0, **options: Any) -> Task:
     """Read a benchmark.
 
     Args:
         name: one of ``task_names()``, ``folder:NAME`` or ``morphometry:PATH``.
-        data: the folder that holds those of the data sets.
+        data: the folder that holds those of the data sets; of one at s3:// the task's own is copied here to be read.
         seed: of folds and samples.
         options: of the loader, such as ``target="counts"`` of HEST.
 
@@ -55,10 +56,20 @@ def open_task(name: str, data: Path, *, seed: int = 0, **options: Any) -> Task:
         TaskError: the name is unknown, the folder is absent, or its files are not as expected.
     """
     entry = _entry(name)
-    path = Path(entry.folder) if name.startswith(MORPHOMETRY_PREFIX) else data / entry.folder
-    if not path.is_dir():
-        raise TaskError(f"{name}: no folder {path}; expected {entry.obtain}")
-    return entry.load(path, seed=seed, **options)
+    if name.startswith(MORPHOMETRY_PREFIX):
+        if not path_exists(entry.folder):
+            raise TaskError(f"{name}: no folder {entry.folder}; expected {entry.obtain}")
+        return entry.load(entry.folder, seed=seed, **options)
+    place = f"{data}/{entry.folder}"
+    try:
+        with local_copy(place) as path:
+            if path.is_dir():
+                return entry.load(path, seed=seed, **options)
+    except FileNotFoundError as error:
+        if not is_uri(place):
+            raise
+        raise TaskError(f"{name}: {error}; expected {entry.obtain}") from None
+    raise TaskError(f"{name}: no folder {path}; expected {entry.obtain}")
 
 
 def counts_table(task: Task) -> str:

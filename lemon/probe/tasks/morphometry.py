@@ -10,8 +10,6 @@ lowest rank are taken.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 
@@ -29,7 +27,7 @@ BLOCK_UM = 250.0
 _COLUMNS = ["cell_id", "slide_id", "x_level0_px", "y_level0_px", "mpp", *MORPHOMETRICS, "image"]
 
 
-def load(folder: Path, *, seed: int = 0, n_cells: int = 20_000) -> Task:
+def load(folder: str, *, seed: int = 0, n_cells: int = 20_000) -> Task:
     """Regression of the morphometrics of a cells table; raises TaskError where there is none, or of too few cells."""
     try:
         selection = select_cells(Store(folder), n_cells=n_cells)
