@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -100,3 +101,19 @@ def test_a_job_with_a_bad_config_exits_with_2_and_one_line_before_torch_or_ray_a
 def test_importing_lemon_is_light() -> None:
     code = "import sys, lemon; assert not {'torch', 'ray', 'mlflow', 'numpy', 'hydra'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_full_disk_is_one_line_and_exit_code_3_and_another_error_of_the_system_is_raised(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def ends_with(error: OSError) -> int:
+        def main(config: CurateConfig) -> int:
+            raise error
+
+        return run_job("curate", CurateConfig, main, GOOD)
+
+    assert ends_with(OSError(errno.ENOSPC, "No space left on device", "cells/a.parquet")) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("curate: stopped: [Errno 28] No space left on device: 'cells/a.parquet'")
+    with pytest.raises(FileNotFoundError):
+        ends_with(FileNotFoundError(errno.ENOENT, "No such file or directory"))

