@@ -23,7 +23,7 @@ from lemon.sweep.table import PARQUET
 from lemon.tracking import Run, metric_history
 from tests.cells_table import synthetic_crops, write_slide
 from tests.probe.tasks.test_folder import write_crops
-from tests.sweeps import write_cells
+from tests.sweeps import TINY, write_cells
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Pretrain(Stage):
     """Two workers of Ray Train that share each batch."""
 
     name, job, rows = "pretrain", "pretrain", "steps of the loss curve"
-    n_steps, checkpoint_every = 60, 5
+    n_steps, checkpoint_every = 100, 5
 
     def write_inputs(self) -> None:
         """Four hundred cells."""
@@ -148,7 +148,8 @@ class Pretrain(Stage):
 
     def words(self, output: str) -> list[str]:
         """A tiny encoder and many checkpoints."""
-        recipe = ["ssl.hidden_dim=128", "ssl.out_dim=64", "batch=64", "images_per_epoch=640", "epochs=6"]
+        recipe = ["encoder.dim=64", "encoder.depth=2", "encoder.heads=2", "ssl.hidden_dim=64", "ssl.out_dim=32"]
+        recipe += ["batch=32", "images_per_epoch=320", f"epochs={self.n_steps // 10}"]
         pace = ["log_every=1", f"checkpoint_every={self.checkpoint_every}", "workers.count=2"]
         cache = f"cache={self.inputs.parent / 'cache'}"
         return [f"cells={self.inputs}", f"output={output}", cache, "variant=smoke", *recipe, *pace]
@@ -190,12 +191,10 @@ class Sweep(Stage):
             write_crops(self.inputs / "data")
 
     def words(self, output: str) -> list[str]:
-        """Two views with two seeds; a trial that fails is begun again."""
+        """Two views with two seeds."""
         folders = [f"cells={self.inputs / 'cells'}", f"output={output}", f"data={self.inputs / 'data'}"]
-        recipe = ["batch=32", "images_per_epoch=320", "epochs=4", "ssl.hidden_dim=64", "ssl.out_dim=32"]
-        recipe += ["checkpoint_every=10", "device=cpu", f"cache={self.inputs.parent / 'cache'}"]
-        study = ["variant=smoke", "sweep.points=[a0,a1]", "seeds=[0,1]", "tasks=folder:mine"]
-        return [*study, *folders, *(f"pretrain.{word}" for word in recipe), "launcher=ray", "max_concurrent=2"]
+        study = ["sweep.points=[a0,a1]", "seeds=[0,1]", "tasks=folder:mine", "launcher=ray", "max_concurrent=2"]
+        return [*TINY, *study, *folders, "pretrain.epochs=20", f"pretrain.cache={self.inputs.parent / 'cache'}"]
 
     def workers(self, cluster: Cluster) -> list[psutil.Process]:
         """Those whose working directory is a trial's."""

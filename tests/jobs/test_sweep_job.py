@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -63,6 +64,16 @@ def kill_after_first_result(words: list[str], home: Path) -> dict[str, float]:
     return results(home)
 
 
+def trial_at_work(home: Path, pid: int) -> psutil.Process | None:
+    """A process of Tune's whose trial has a checkpoint and no result."""
+    begun = {path.parts[-3] for path in (home / "out").glob("trials/*/checkpoints/step-*.pt")} - results(home).keys()
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if Path(process.cwd()).name in begun:  # Tune runs a trial in a folder of its name
+                return process
+    return None
+
+
 def table_of(home: Path) -> list[dict]:
     return pq.read_table(home / "out" / table.PARQUET, schema=table.SWEEP).to_pylist()
 
@@ -119,6 +130,20 @@ def test_ray_runs_trials_side_by_side_and_one_that_fails_stops_no_other(home: Pa
     assert failed["error"].startswith("TrainingStoppedError: the loss became")
     names = ("calm", "wild", "tame")
     assert statuses(home) == {f"augmentation-{name}-s0": "FAILED" if name == "wild" else "FINISHED" for name in names}
+
+
+@pytest.mark.ray
+def test_a_trial_whose_process_was_lost_is_begun_again_at_once(home: Path) -> None:
+    words = command(home, "launcher=ray", "pretrain.epochs=20")
+    job = subprocess.Popen(words, env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (worker := trial_at_work(home, job.pid)):
+        assert job.poll() is None
+        time.sleep(0.05)
+    worker.kill()
+    told, _ = job.communicate(timeout=500)
+    assert job.returncode == 0, told
+    assert {row["status"] for row in table_of(home)} == {"done"}
+    assert set(statuses(home).values()) == {"FINISHED"}
 
 
 @pytest.mark.ray
