@@ -6,6 +6,7 @@ Nothing here imports torch or Ray, so a wrong key, type or value is told within 
 from __future__ import annotations
 
 import difflib
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -26,6 +27,10 @@ COHORT_FILE = "cohort.parquet"
 
 class ConfigError(ValueError):
     """Something the user gave is wrong; the message is one line: what it was, what is expected, how to mend it."""
+
+
+FULL_OR_GONE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOTCONN}
+"""Errors of a disk that is full or out of reach: no fault of the code, so a line and no traceback."""
 
 
 class StorageError(OSError):
@@ -292,7 +297,9 @@ def run_job(stage: str, model: type[C], main: Callable[[C], int], argv: Sequence
         for line in str(error).splitlines():
             print(f"{stage}: {line}", file=sys.stderr)
         return EXIT_BAD_CONFIG
-    except StorageError as error:
+    except OSError as error:
+        if not isinstance(error, StorageError) and error.errno not in FULL_OR_GONE:
+            raise
         print(f"{stage}: stopped: {error}; what is committed stays, rerun goes on", file=sys.stderr)
         return EXIT_FAILURES
     except KeyboardInterrupt:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import multiprocessing
+import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -83,8 +85,20 @@ def build_segmenter(config: SegmenterConfig) -> Segmenter:
 
 def start_processes(count: int) -> ProcessPoolExecutor:
     """Worker processes for instances and crops: started afresh (no fork), because threads and CUDA are about."""
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(count, mp_context=context, initializer=cv2.setNumThreads, initargs=(1,))
+    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_process)
+
+
+def _begin_process() -> None:
+    cv2.setNumThreads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """After kill -9 of its parent a process would wait for ever: it holds the other end of its queue's pipe itself."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def curate_slide(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -133,3 +134,19 @@ def test_a_key_that_bears_the_name_of_another_stages_folder_is_a_plain_value() -
     assert (config.views, config.atlas, config.output) == ("a b.png", "out/atlas", "o")
     assert "views=NAME" not in describe("report", ReportConfig)
     assert "views=NAME: a0" in describe("pretrain", PretrainConfig)
+
+
+def test_a_full_disk_is_one_line_and_exit_code_3_and_another_error_of_the_system_is_raised(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def ends_with(error: OSError) -> int:
+        def main(config: CurateConfig) -> int:
+            raise error
+
+        return run_job("curate", CurateConfig, main, GOOD)
+
+    assert ends_with(OSError(errno.ENOSPC, "No space left on device", "cells/a.parquet")) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("curate: stopped: [Errno 28] No space left on device: 'cells/a.parquet'")
+    with pytest.raises(FileNotFoundError):
+        ends_with(FileNotFoundError(errno.ENOENT, "No such file or directory"))

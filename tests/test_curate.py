@@ -16,6 +16,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -308,6 +309,30 @@ def test_an_output_of_other_settings_is_not_mixed_with_new_ones(slide_file: Path
         open_ledger(Store(tmp_path), config_for(slide_file, tmp_path, "cells_per_slide=5"))
     open_ledger(Store(tmp_path), config_for(slide_file, tmp_path, "cells_per_slide=5", "overwrite=true"))
     open_ledger(Store(tmp_path), config_for(slide_file, tmp_path, "cells_per_slide=5"))
+
+
+PARENT = """
+import os, time
+from lemon.slide import start_processes
+
+if __name__ == "__main__":
+    processes = start_processes(1)
+    print(processes.submit(os.getpid).result(), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_worker_processes_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
+    assert parent.stdout is not None
+    worker = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.communicate()
+    psutil.wait_procs([worker], timeout=60)
+    assert not worker.is_running()
 
 
 def test_a_map_over_workers_keeps_the_order_and_never_runs_far_ahead() -> None:

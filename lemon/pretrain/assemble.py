@@ -16,7 +16,7 @@ from lemon.encoders.export import CellInput, export_encoder
 from lemon.pretrain.checkpoint import Checkpoints
 from lemon.pretrain.config import DINOv2Config, FitStainConfig, PretrainConfig
 from lemon.pretrain.dinov2 import DINOv2
-from lemon.pretrain.loop import Log, Trainer
+from lemon.pretrain.loop import Log, Trainer, TrainingStoppedError
 from lemon.pretrain.mocov3 import MoCoV3
 from lemon.pretrain.online_probe import OnlineProbe
 from lemon.pretrain.stain import fit_stain_statistics, statistics_name
@@ -113,12 +113,18 @@ def train(
     log: Log | None = None,
     on_checkpoint: Callable[[int], None] | None = None,
 ) -> None:
-    """Train to the end, from the newest checkpoint where there is one, and export the encoder."""
+    """Train to the end, from the newest checkpoint where there is one, and export the encoder.
+
+    Raises TrainingStoppedError, also where checkpoints or the encoder cannot be written.
+    """
     trainer = build_trainer(config, device=device, rank=rank, world=world, log=log)
-    trainer.resume()
-    trainer.run(on_checkpoint=on_checkpoint)
-    if rank == 0:
-        export(trainer, config)
+    try:
+        trainer.resume()
+        trainer.run(on_checkpoint=on_checkpoint)
+        if rank == 0:
+            export(trainer, config)
+    except OSError as error:
+        raise TrainingStoppedError(f"storage failed at step {trainer.step}: {error}; rerun goes on") from error
 
 
 def export(trainer: Trainer, config: PretrainConfig) -> None:

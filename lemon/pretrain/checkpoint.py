@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -39,9 +39,11 @@ class Checkpoints:
             state: tensors, numbers, strings and containers of them (what ``weights_only=True`` opens).
             step: optimiser steps that were done.
             score: higher is better; the best so far is kept.
+
+        Raises OSError where it cannot be written, as on a full disk; the earlier ones stay.
         """
         with self.store.write(self._name(step)) as stream:
-            torch.save({**state, "step": step}, stream)
+            _save({**state, "step": step}, stream)
         if score is not None and score > self.best()[1]:
             self.store.write_json(BEST, {"step": step, "score": score})
         kept = {*self.steps()[-self.keep :], self.best()[0]}
@@ -67,3 +69,12 @@ class Checkpoints:
 
     def _name(self, step: int) -> str:
         return f"{FOLDER}/step-{step:08d}.pt"
+
+
+def _save(state: dict[str, Any], stream: IO[bytes]) -> None:
+    try:
+        torch.save(state, stream)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # the disk's own error, which torch covers with one of its format
+            raise error.__context__ from None
+        raise

@@ -58,15 +58,19 @@ def is_over(entry: Entry, config: SweepConfig) -> bool:
     return why is not None and why.status == "stopped" and config.asha
 
 
-def attempt(entry: Entry, *, tasks: list[Task] | None, parent: Run, log: Log | None = None) -> None:
-    """Run a trial; raises what it raises, after noting why in its folder."""
+def attempt(entry: Entry, *, tasks: list[Task] | None, parent: Run, tries: int, log: Log | None = None) -> bool:
+    """Run a trial, ``tries`` times if need be; returns whether it is done. Its folder holds why it is not."""
     store = entry.trial.store
-    store.delete(table.LOST)
-    try:
-        experiment.run(entry.trial, tasks=tasks, parent=parent, log=log)
-    except Exception as error:
-        table.write_lost(entry, status="failed", error=f"{type(error).__name__}: {error}")
-        raise
+    for _ in range(tries):
+        store.delete(table.LOST)
+        try:
+            experiment.run(entry.trial, tasks=tasks, parent=parent, log=log)
+        except Exception as error:  # the other trials go on
+            logger.debug("trial %s", entry.trial.name, exc_info=True)
+            table.write_lost(entry, status="failed", error=f"{type(error).__name__}: {error}")
+        else:
+            return True
+    return False
 
 
 def _run_pending(pending: list[Entry], grid: Grid, config: SweepConfig, output: Store) -> None:
@@ -89,14 +93,8 @@ def _run_here(pending: list[Entry], tasks: list[Task], *, parent: Run, tries: in
     """One trial after another, in this process."""
     for number, entry in enumerate(pending, 1):
         print(f"sweep: {entry.trial.name}, {number} of {len(pending)}")
-        for _ in range(tries):
-            try:
-                attempt(entry, tasks=tasks, parent=parent)
-            except Exception as error:  # noted in the trial's folder; the other trials go on
-                logger.debug("trial %s", entry.trial.name, exc_info=True)
-                print(f"sweep: {entry.trial.name} failed: {error}")
-            else:
-                break
+        if not attempt(entry, tasks=tasks, parent=parent, tries=tries) and (why := table.lost(entry)):
+            print(f"sweep: {entry.trial.name} failed: {why.error}")
 
 
 def _open_parent(config: SweepConfig, output: Store) -> Run:

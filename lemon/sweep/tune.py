@@ -26,6 +26,9 @@ from lemon.tracking import Run
 CURRENT = "ray/current.json"
 """Which experiment of Tune is going on; absent when none is."""
 
+LOSSES = 3
+"""Times that a trial is begun again whose process was lost, as with its node: no fault of the trial's."""
+
 PROBED = "probe/balanced_accuracy"  # as pretraining logs it
 METRIC, STEP = "online_probe", "step"  # as Tune is told: its own training_iteration begins anew after an interruption
 _PLACE: dict[str, float] = {"memory": 1 << 20}  # of a trial whose workers Ray Train places; nothing at all is refused
@@ -64,7 +67,7 @@ def _fresh(pending: list[Entry], grid: Grid, config: SweepConfig, trainable: Any
             name=name,
             storage_path=output.path("ray"),
             storage_filesystem=None if output.is_local else output.filesystem,
-            failure_config=tune.FailureConfig(max_failures=config.max_failures),
+            failure_config=tune.FailureConfig(max_failures=LOSSES),
             callbacks=[_Told(pending)],
             verbose=0,
         ),
@@ -95,17 +98,18 @@ def _settings(grid: Grid, config: SweepConfig) -> str:
 def _trainable(entries: list[Entry], config: SweepConfig, *, parent: Run) -> Any:
     """The function that Tune calls, with what each trial takes of the cluster."""
     by_name = {entry.trial.name: entry for entry in entries}
-    whole = tune.with_parameters(_trial, entries=by_name, parent=parent, reports=config.asha)
+    settings = {"parent": parent, "tries": 1 + config.max_failures, "reports": config.asha}
+    whole = tune.with_parameters(_trial, entries=by_name, **settings)
     return tune.with_resources(whole, lambda settings: _resources(by_name[settings["trial"]].trial))
 
 
-def _trial(settings: dict[str, Any], *, entries: dict[str, Entry], parent: Run, reports: bool) -> None:
-    """What Tune calls in a process of its own."""
+def _trial(settings: dict[str, Any], *, entries: dict[str, Entry], parent: Run, tries: int, reports: bool) -> None:
+    """What Tune calls in a process of its own; to Tune a trial fails only with that process."""
     entry = entries[settings["trial"]]
     if experiment.finished(entry.trial) is not None:
         return  # before an interruption; Tune had not noted it
     os.environ["LOKY_MAX_CPU_COUNT"] = str(entry.trial.pretrain.workers.cpus)  # of the probes; else all of the machine
-    attempt(entry, tasks=None, parent=parent, log=_report if reports else None)
+    attempt(entry, tasks=None, parent=parent, tries=tries, log=_report if reports else None)
 
 
 def _report(metrics: Mapping[str, float], step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -70,6 +71,16 @@ def end_times(home: Path) -> dict[str, int]:
     client = mlflow.MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
     found = [Store(path.parent).read_json(path.name) for path in (home / "out").glob("trials/*/result.json")]
     return {result["run_id"]: client.get_run(result["run_id"]).info.end_time for result in found}
+
+
+def trial_at_work(home: Path, pid: int) -> psutil.Process | None:
+    """A process of Tune's whose trial has a checkpoint and no result."""
+    begun = {path.parts[-3] for path in (home / "out").glob("trials/*/checkpoints/step-*.pt")} - results(home).keys()
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if Path(process.cwd()).name in begun:  # Tune runs a trial in a folder of its name
+                return process
+    return None
 
 
 def table_of(home: Path) -> list[dict]:
@@ -150,6 +161,20 @@ def test_a_trial_of_several_workers_on_ray_is_a_row_of_the_table(home: Path) -> 
 
     versions = mlflow.MlflowClient(f"sqlite:///{home / 'mlflow.db'}").search_model_versions("name='lemon'")
     assert [version.run_id for version in versions] == [rows[0]["run_id"]]
+
+
+@pytest.mark.ray
+def test_a_trial_whose_process_was_lost_is_begun_again_at_once(home: Path) -> None:
+    words = command(home, "launcher=ray", "pretrain.epochs=20")
+    job = subprocess.Popen(words, env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (worker := trial_at_work(home, job.pid)):
+        assert job.poll() is None
+        time.sleep(0.05)
+    worker.kill()
+    told, _ = job.communicate(timeout=500)
+    assert job.returncode == 0, told
+    assert {row["status"] for row in table_of(home)} == {"done"}
+    assert set(statuses(home).values()) == {"FINISHED"}
 
 
 @pytest.mark.ray

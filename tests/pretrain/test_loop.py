@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from lemon.config import ConfigError
 from lemon.encoders.features import effective_rank
-from lemon.pretrain.assemble import build_trainer, export
+from lemon.pretrain.assemble import build_trainer, export, train
 from lemon.pretrain.checkpoint import Checkpoints
 from lemon.pretrain.config import PretrainConfig
 from lemon.pretrain.loop import Trainer, TrainingStoppedError
@@ -78,6 +79,22 @@ def test_a_run_that_was_interrupted_equals_one_that_was_not_bit_for_bit(cells: P
     assert second.losses() == whole.losses()[4:]
     for one, other in zip(undisturbed.method.state_dict().values(), resumed.method.state_dict().values(), strict=True):  # type: ignore[attr-defined]
         assert torch.equal(one, other)
+
+
+def test_a_full_disk_stops_a_run_with_its_reason_and_the_same_run_goes_on_later(cells: Path, tmp_path: Path) -> None:
+    config = config_for(cells, tmp_path)
+    trainer_for(config).run(until=4)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # a checkpoint is larger
+    try:
+        with pytest.raises(TrainingStoppedError, match=r"storage failed at step 8: .*File too large"):
+            train(config, device=CPU)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert Checkpoints(Store(tmp_path)).steps() == [4]
+    assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
+    train(config, device=CPU)
+    assert (tmp_path / "encoder" / "model.safetensors").exists()
 
 
 def test_another_seed_is_another_run(cells: Path, tmp_path: Path) -> None:
