@@ -220,8 +220,8 @@ class Store:
 
         with ThreadPoolExecutor(READERS) as pool:
             tables = list(pool.map(read, self.list(folder, suffix=".parquet")))
-        whole = pa.concat_tables([schema.empty_table(), *tables], promote_options="default")
-        return whole.select(schema.names).cast(schema)
+        whole = pa.concat_tables([schema.empty_table(), *tables], promote_options="default").select(schema.names)
+        return whole.cast(pa.schema([field.with_nullable(True) for field in schema]))
 
     @contextlib.contextmanager
     def open_parquet(self, name: str) -> Iterator[pq.ParquetFile]:
