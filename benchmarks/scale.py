@@ -63,10 +63,10 @@ def main() -> None:
     idle = steps.pop("nothing")["peak_mb"]
     for name, figures in steps.items():
         figures["peak_mb"] -= idle
-        times = f"{figures['seconds']:>8.1f} s, {figures['cpu_s']:>6.1f} s of CPU"
-        print(f"{name:<28} {times}, {figures['peak_mb']:>6.0f} MB  {figures['found']}")
-    sizes = {"slides": options.slides, "cells": options.slides * options.cells, "curated": options.curated}
-    sizes["ordered"] = options.ordered
+        told = "{seconds:>8.1f} s, {cpu_s:>6.1f} s of CPU, {peak_mb:>6.0f} MB  {found}"
+        print(f"{name:<26} {told.format(**figures)}")
+    cells = options.slides * options.cells
+    sizes = {"slides": options.slides, "cells": cells, "curated": options.curated, "ordered": options.ordered}
     record("scale", {**sizes, "files": files, "steps": steps}, packages=("pyarrow", "ray"))
 
 
