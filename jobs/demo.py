@@ -9,8 +9,8 @@ from lemon.config import EXIT_OK, DemoConfig, run_job
 def main(config: DemoConfig) -> int:
     from lemon import demo
 
-    picture = demo.run(Path(config.output), synthetic=config.synthetic)
-    print(f"demo: look at {picture}")
+    page = demo.run(Path(config.output), synthetic=config.synthetic)
+    print(f"demo: the report is {page}")
     return EXIT_OK
 
 

@@ -19,6 +19,7 @@ from lemon.embed.config import EmbedConfig
 from lemon.pretrain.config import FitStainConfig, PretrainConfig
 from lemon.probe.config import ProbeConfig
 from lemon.report.atlas_config import AtlasConfig
+from lemon.report.config import ReportConfig
 from lemon.report.pictures import draw_curation
 from lemon.slides.reader import SlideReader
 from lemon.slides.samples import fetch_real_slide, make_synthetic_slide
@@ -39,20 +40,20 @@ SHARES = (16, 4, 1)  # of which a sixteenth, a quarter and all cells are one poi
 
 
 def run(output: Path, *, synthetic: bool = False) -> Path:
-    """Run the demo; returns the picture. A rerun goes on where an earlier one stopped."""
+    """Run the demo; returns the report's page. A rerun goes on where an earlier one stopped."""
     output = output.absolute()
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{output / 'mlflow.db'}")
     slide = _slide(output / "slides", synthetic=synthetic)
     store = Store(output / "cells")
     _curate(slide, store)
-    picture = _picture(output / "nuclei.png", slide=slide, store=store)
+    _picture(output / "nuclei.png", slide=slide, store=store)
     _gallery(output / "views.png", store=store, slide_id=slide.stem)
     _pretrain(store, output)
     _embed(store, output)
     _probe(store, output)
     _sweep(store, output)
     _atlas(store, output)
-    return picture
+    return _report(output)
 
 
 def _curate(slide: Path, store: Store) -> None:
@@ -130,6 +131,17 @@ def _atlas(store: Store, output: Path) -> None:
     _check("the atlas", atlas.main(load("atlas", [*words, "title=Cells of the demo"], AtlasConfig)))
 
 
+def _report(output: Path) -> Path:
+    """One page with what all stages found."""
+    from lemon.report import page
+
+    shown = {"sweeps": "sweep", "probes": "probe", "atlas": "atlas", "views": "views.png", "output": "report"}
+    words = [f"{key}={output / name}" for key, name in shown.items()]
+    words += ["experiment=[pretrain,scaling_sweep,probe]", "title=LEMON: the demo"]
+    _check("the report", page.main(load("report", words, ReportConfig)))
+    return output / "report" / "index.html"
+
+
 def _check(stage: str, code: int) -> None:
     """Raises SystemExit where a stage did not end well; it has said why."""
     if code != EXIT_OK:
@@ -145,10 +157,11 @@ def _slide(folder: Path, *, synthetic: bool) -> Path:
     return make_synthetic_slide(folder)
 
 
-def _picture(path: Path, *, slide: Path, store: Store) -> Path:
+def _picture(path: Path, *, slide: Path, store: Store) -> None:
+    """The slide with its nuclei, and some cells."""
     with gzip.open(store.path(geojson_name(slide.stem))) as stream:
         features = json.load(stream)["features"]
     polygons = [shapely.Polygon(feature["geometry"]["coordinates"][0]) for feature in features]
     with contextlib.closing(SlideReader(slide)) as reader:
         draw_curation(path, slide=reader, polygons=polygons, cells=store.read_table(shard_name(slide.stem)))
-    return path
+    print(f"demo: nuclei in {path}")

@@ -62,6 +62,13 @@ def test_the_demo_killed_in_its_sweep_goes_on_and_ends_with_every_stage(tmp_path
     assert {row["status"] for row in rows} == {"done"}
     (n_cells,) = {row["n_cells"] for row in Store(output / "cells").read_table("slides/synthetic.parquet").to_pylist()}
     assert {row["n_cells"] for row in rows} == {n_cells // 16, n_cells // 4, n_cells}
-    for name in ("nuclei.png", "views.png", "atlas/atlas.html", "atlas/atlas.png", "probe/table1.csv"):
+    for name in (
+        "nuclei.png",
+        "views.png",
+        "atlas/atlas.html",
+        "atlas/atlas.png",
+        "probe/table1.csv",
+        "report/index.html",
+    ):
         assert (output / name).stat().st_size > 0, name
     assert json.loads((output / "encoder" / "encoder" / "config.json").read_text())["lemon"]["name"] == "vit_demo"
