@@ -136,7 +136,7 @@ def _panel(axis: Any, points: Sequence[dict[str, Any]], *, task: str) -> None:
         axis.annotate(
             _plain(point["encoder"]),
             (point["gflop"], point["mean"]),
-            xytext=(-6 if side == "right" else 6, 5),
+            xytext=(-6 if side == "right" else 6, -11 if number % 2 else 5),  # encoders of one cost lie side by side
             textcoords="offset points",
             ha=side,
             fontsize=8,

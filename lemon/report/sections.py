@@ -158,7 +158,8 @@ def study_section(sweep: Output, numbers: PaperNumbers, runs: Runs, store: Store
     study = sweep.rows[0]["study"]
     artefact = ARTEFACTS.get(STUDIES.get(study, ""))
     values = studies.study_values(sweep.rows)
-    section = Section(stem, f"{artefact.name}: {study}" if artefact else f"Study: {study}", artefact)
+    title = f"Study: {study}" if artefact is None else artefact.name + (f": {study}" if "table" in artefact.key else "")
+    section = Section(stem, title, artefact)
     facts = sweep_facts(sweep, values, runs)
     section.facts = facts_of(artefact, facts)
     if any(value.task.startswith("nucls") for value in values) and facts.get("Patients left out") == "none":
@@ -195,7 +196,8 @@ def study_table(
         line = [Cell(point, own[0].value if own and own[0].value != point else "")]
         line += [Cell(plural(max((value.over.n for value in own), default=0), "seed"))]
         if is_scale:
-            line += [Cell(f"{getattr(own[0], name):,}" if own else "") for name in ("n_cells", "n_slides", "n_organs")]
+            counts = ("n_cells", "n_slides", "n_organs")
+            line += [Cell(span(getattr(value, name) or None for value in own)) for name in counts]
         for column in columns:
             value = found.get((point, column))
             if value is None:
@@ -280,7 +282,7 @@ def sweep_facts(sweep: Output, values: Sequence[studies.Value], runs: Runs) -> d
     known = {
         "Cells": span(value.n_cells for value in values),
         "Slides": span(value.n_slides for value in values),
-        "Organs": span(value.n_organs for value in values),
+        "Organs": span(value.n_organs or None for value in values),  # 0: none is known
         "Encoder": listed(
             f"{given['encoder.name']} (width {given['encoder.dim']}, {plural(int(given['encoder.depth']), 'block')})"
             for given in params

@@ -44,7 +44,7 @@ def probe_sentences(probe: Output) -> Iterator[str]:
     for task, found in sorted(by_task.items()):
         ranked = sorted(found, reverse=True)
         mean, spread, best = ranked[0]
-        text = f"{task} ({LEAK_FREE}): {best} {bracketed(mean, spread)} over folds"
+        text = f"encoders, {task} ({LEAK_FREE}): {best} {bracketed(mean, spread)} over folds"
         if len(ranked) == 1:
             yield f"{text}, the only encoder."
             continue
