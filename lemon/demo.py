@@ -34,9 +34,9 @@ TINY = (
 )
 # About a minute on two cores: each cell is seen a few times.
 PRETRAIN = f"{TINY} images_per_epoch=2560 epochs=8 checkpoint_every=80"
-# Six times a few seconds, each the same number of images.
+# A trial of the sweep takes some seconds; each sees the same number of images.
 TRIAL = f"{TINY} images_per_epoch=1280 epochs=2 checkpoint_every=20"
-SHARES = (16, 4, 1)  # of which a sixteenth, a quarter and all cells are one point each
+SHARES = (16, 4, 1)  # points of the sweep: a sixteenth of the cells, a quarter, all
 
 
 def run(output: Path, *, synthetic: bool = False) -> Path:
