@@ -20,6 +20,7 @@ from lemon.pretrain.config import FitStainConfig, PretrainConfig
 from lemon.probe.config import ProbeConfig
 from lemon.report.atlas_config import AtlasConfig
 from lemon.report.config import ReportConfig
+from lemon.report.config import ReportConfig
 from lemon.report.pictures import draw_curation
 from lemon.slides.reader import SlideReader
 from lemon.slides.samples import fetch_real_slide, make_synthetic_slide
@@ -129,6 +130,17 @@ def _atlas(store: Store, output: Path) -> None:
 
     words = [f"embeddings={output / 'embeddings'}", f"cells={store.uri}", f"output={output / 'atlas'}", "n_cells=4000"]
     _check("the atlas", atlas.main(load("atlas", [*words, "title=Cells of the demo"], AtlasConfig)))
+
+
+def _report(output: Path) -> Path:
+    """One page with what all stages found."""
+    from lemon.report import page
+
+    shown = {"sweeps": "sweep", "probes": "probe", "atlas": "atlas", "views": "views.png", "output": "report"}
+    words = [f"{key}={output / name}" for key, name in shown.items()]
+    words += ["experiment=[pretrain,scaling_sweep,probe]", "title=LEMON: the demo"]
+    _check("the report", page.main(load("report", words, ReportConfig)))
+    return output / "report" / "index.html"
 
 
 def _report(output: Path) -> Path:
