@@ -20,6 +20,7 @@ from lemon.pretrain.config import FitStainConfig, PretrainConfig
 from lemon.probe.config import ProbeConfig
 from lemon.report.atlas_config import AtlasConfig
 from lemon.report.config import ReportConfig
+from lemon.report.config import ReportConfig
 from lemon.report.pictures import draw_curation
 from lemon.slides.reader import SlideReader
 from lemon.slides.samples import fetch_real_slide, make_synthetic_slide
@@ -34,9 +35,9 @@ TINY = (
 )
 # About a minute on two cores: each cell is seen a few times.
 PRETRAIN = f"{TINY} images_per_epoch=2560 epochs=8 checkpoint_every=80"
-# Six times a few seconds, each the same number of images.
+# A trial of the sweep takes some seconds; each sees the same number of images.
 TRIAL = f"{TINY} images_per_epoch=1280 epochs=2 checkpoint_every=20"
-SHARES = (16, 4, 1)  # of which a sixteenth, a quarter and all cells are one point each
+SHARES = (16, 4, 1)  # points of the sweep: a sixteenth of the cells, a quarter, all
 
 
 def run(output: Path, *, synthetic: bool = False) -> Path:
@@ -129,6 +130,17 @@ def _atlas(store: Store, output: Path) -> None:
 
     words = [f"embeddings={output / 'embeddings'}", f"cells={store.uri}", f"output={output / 'atlas'}", "n_cells=4000"]
     _check("the atlas", atlas.main(load("atlas", [*words, "title=Cells of the demo"], AtlasConfig)))
+
+
+def _report(output: Path) -> Path:
+    """One page with what all stages found."""
+    from lemon.report import page
+
+    shown = {"sweeps": "sweep", "probes": "probe", "atlas": "atlas", "views": "views.png", "output": "report"}
+    words = [f"{key}={output / name}" for key, name in shown.items()]
+    words += ["experiment=[pretrain,scaling_sweep,probe]", "title=LEMON: the demo"]
+    _check("the report", page.main(load("report", words, ReportConfig)))
+    return output / "report" / "index.html"
 
 
 def _report(output: Path) -> Path:
