@@ -134,7 +134,7 @@ class LocalCluster:
         """Submit several jobs and wait for all."""
         start = time.monotonic()
         started = [self.submit(*words) for words in jobs]
-        told = [job.communicate(timeout=900)[0] for job in started]
+        told = [job.communicate(timeout=3600)[0] for job in started]
         seconds = time.monotonic() - start
         return [Submitted(job.returncode, text, seconds) for job, text in zip(started, told, strict=True)]
 
