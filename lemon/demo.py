@@ -20,7 +20,6 @@ from lemon.pretrain.config import FitStainConfig, PretrainConfig
 from lemon.probe.config import ProbeConfig
 from lemon.report.atlas_config import AtlasConfig
 from lemon.report.config import ReportConfig
-from lemon.report.config import ReportConfig
 from lemon.report.pictures import draw_curation
 from lemon.slides.reader import SlideReader
 from lemon.slides.samples import fetch_real_slide, make_synthetic_slide

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from lemon.report.studies import Value, main_values
 from lemon.report.tables import encoder_labels, main_cells, read_scores
@@ -126,6 +127,9 @@ def cost_points(store: Store) -> list[dict[str, Any]]:
 
 def _panel(axis: Any, points: Sequence[dict[str, Any]], *, task: str) -> None:
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
     costs = [point["gflop"] for point in points]
     middle = np.sqrt(min(costs) * max(costs))
     for number, point in enumerate(sorted(points, key=lambda point: point["gflop"])):
