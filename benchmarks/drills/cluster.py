@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 START_S = 120.0
-NODE_TRIES = 4
+NODE_TRIES = 8
 N_NODES = 3  # two work, so that one can be lost and replaced
 ROOT = Path(__file__).resolve().parents[2]
 OBJECT_STORE_BYTES = 80 << 20  # the least that Ray takes is 75 MiB
@@ -99,6 +99,7 @@ class Cluster:
             "RAY_ADDRESS": f"127.0.0.1:{self.port}",
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # Ray's 15 starves workers wherever the machine has anything else to do
             "PYTHONPATH": str(ROOT),
             MARK: self.token,
             **self.extra,
@@ -106,11 +107,13 @@ class Cluster:
 
     def whole(self) -> None:
         """Take away what is left of nodes that were struck, and start what is missing."""
-        for _ in range(NODE_TRIES):
+        for attempt in range(NODE_TRIES):
             for node in [node for node in self.nodes if not node.alive]:
                 self.drop(node)
-            new = [self.add() for _ in range(self.size - len(self.nodes))]
-            if all(node.is_up() for node in new):
+            missing = self.size - len(self.nodes)
+            new = [self.add() for _ in range(min(missing, 1) if attempt else missing)]  # where all is slow, one by one
+            up = [node.is_up() for node in new]
+            if all(up) and len(self.nodes) == self.size:
                 return
         raise RuntimeError(f"Ray nodes do not start: {self.nodes[-1].log.read_text()[-400:]}")
 
