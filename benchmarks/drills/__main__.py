@@ -65,6 +65,7 @@ def run(work: Path, *, wanted: Callable[..., bool], limit_s: float) -> list[Row]
                 start = time.monotonic()
                 scene = Scene(stage, cluster, _empty(work / f"{stage.name}-{fault}"), limit_s)
                 rows.append(drill(fault, scene, reference))
+                _kept(rows, work / "rows.json")  # a run that is stopped leaves what it found
                 print(f"drills: {' | '.join(rows[-1].cells())} ({time.monotonic() - start:.0f} s)", flush=True)
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
