@@ -34,6 +34,7 @@ def home(bucket: s3.Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """Where processes run: what they log, and the little that is local."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     monkeypatch.setenv("PYTHONPATH", str(JOBS.parent))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for each other on a busy machine take minutes
     return tmp_path
 
 
