@@ -142,17 +142,6 @@ def _report(output: Path) -> Path:
     return output / "report" / "index.html"
 
 
-def _report(output: Path) -> Path:
-    """One page with what all stages found."""
-    from lemon.report import page
-
-    shown = {"sweeps": "sweep", "probes": "probe", "atlas": "atlas", "views": "views.png", "output": "report"}
-    words = [f"{key}={output / name}" for key, name in shown.items()]
-    words += ["experiment=[pretrain,scaling_sweep,probe]", "title=LEMON: the demo"]
-    _check("the report", page.main(load("report", words, ReportConfig)))
-    return output / "report" / "index.html"
-
-
 def _check(stage: str, code: int) -> None:
     """Raises SystemExit where a stage did not end well; it has said why."""
     if code != EXIT_OK:
