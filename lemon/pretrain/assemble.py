@@ -124,7 +124,7 @@ def train(
         if rank == 0:
             export(trainer, config)
     except OSError as error:
-        raise TrainingStoppedError(f"storage failed at step {trainer.step}: {error}; rerun goes on") from error
+        raise TrainingStoppedError(f"storage failed at step {trainer.step}: {error}; rerun goes on") from None
 
 
 def export(trainer: Trainer, config: PretrainConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from lemon.tracking import Run, start_run, tracking_uri
 
 SETTINGS = "pretrain.json"
 _RUN = "run.json"
+_STOPPED = re.compile(rf"^(?:\w+\.)*{TrainingStoppedError.__name__}: (.*)$", re.MULTILINE)
 
 
 def main(config: PretrainConfig) -> int:
@@ -137,9 +139,8 @@ def _train_on_ray(config: PretrainConfig, run: Run) -> None:
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        stopped = [line for line in str(error).splitlines() if TrainingStoppedError.__name__ in line]
-        if stopped:
-            raise TrainingStoppedError(stopped[0].split(": ", 1)[-1]) from None
+        if stopped := _STOPPED.findall(str(error)):  # of a worker, whose traceback Ray gives as text
+            raise TrainingStoppedError(stopped[-1]) from None
         raise
 
 

@@ -163,6 +163,10 @@ class _Told(tune.Callback):
             table.write_lost(entry, status="stopped", error="by ASHA: its online probe fell behind")
         self._tell(entry)
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
+        """The process of a trial was lost."""
+        print(f"sweep: {self._entries[str(trial)].trial.name}: its process was lost, begun again", flush=True)
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
         """A trial failed; one whose process died could not note why."""
         entry = self._entries[str(trial)]
@@ -184,6 +188,7 @@ def _start_ray() -> None:
     """As ``lemon.cluster.start_ray``, with the dashboard on: without it an ASHA sweep never ended (Ray 2.60)."""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # else Tune draws boxes, also with verbose=0
+    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # a traceback; ``_Told`` has a line
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # else Tune returns after Ctrl-C as if all were done
     if "RAY_ADDRESS" not in os.environ and not ray.is_initialized():
         ray.init(
