@@ -1,6 +1,6 @@
 """Metadata at the size of a large study: 10,000 slides of 50,000 cells, without their images.
 
-python -m benchmarks.scale [--slides 10000] [--cells 50000] [--curated 2000] [--ordered 500000000]
+python -m benchmarks.scale [--slides 10000] [--cells 50000] [--curated 2000] [--ordered 500000000] [--steps ...]
 
 Simulated: no image is written. A shard has its true row groups and footer and true ranks; its other columns are null,
 and TEMPLATES shards stand for all (hard links), so reading them is from the page cache. Slide files are empty. Curation
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=50_000, help="of a slide")
     parser.add_argument("--curated", type=int, default=2000, help="slides of the curation that segments nothing")
     parser.add_argument("--ordered", type=int, default=500_000_000, help="cells whose order is made; 8 bytes each")
+    parser.add_argument("--steps", nargs="+", default=[name for name in STEPS if name != "nothing"], choices=STEPS)
     parser.add_argument("--step", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -59,15 +60,15 @@ def main() -> None:
         lay_out(options)
         files = sum(len(names) for _, _, names in os.walk(options.folder / "cells"))
         print(f"{files:,} files laid out in {time.perf_counter() - start:.0f} s")
-        steps = {name: in_own_process(name, options) for name in STEPS}
-    idle = steps.pop("nothing")["peak_mb"]
-    for name, figures in steps.items():
-        figures["peak_mb"] -= idle
-        told = "{seconds:>8.1f} s, {cpu_s:>6.1f} s of CPU, {peak_mb:>6.0f} MB  {found}"
-        print(f"{name:<26} {told.format(**figures)}")
-    cells = options.slides * options.cells
-    sizes = {"slides": options.slides, "cells": cells, "curated": options.curated, "ordered": options.ordered}
-    record("scale", {**sizes, "files": files, "steps": steps}, packages=("pyarrow", "ray"))
+        cells = options.slides * options.cells
+        sizes = {"slides": options.slides, "cells": cells, "curated": options.curated, "ordered": options.ordered}
+        idle = in_own_process("nothing", options)["peak_mb"]
+        for name in options.steps:
+            figures = in_own_process(name, options)
+            figures["peak_mb"] -= idle
+            told = "{seconds:>8.1f} s, {cpu_s:>6.1f} s of CPU, {peak_mb:>6.0f} MB  {found}"
+            print(f"{name:<26} {told.format(**figures)}", flush=True)
+            record("scale", {**sizes, "files": files, "step": name, **figures}, packages=("pyarrow", "ray"))
 
 
 def in_own_process(step: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -76,7 +77,6 @@ def in_own_process(step: str, options: argparse.Namespace) -> dict[str, Any]:
     command += [f"--{name}={getattr(options, name)}" for name in ("slides", "cells", "curated", "ordered")]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print(f"{step}: {figures}", flush=True)
     return figures
 
 
