@@ -10,7 +10,8 @@ lemon_mlflow_answers() {
 }
 if ! lemon_mlflow_answers; then
   # One worker: of several, uvicorn ends and replaces any that does not answer for 5 s, on a busy machine for ever.
-  setsid nohup mlflow server --host "$MLFLOW_HOST" --port "${MLFLOW_PORT:-5000}" --workers 1 \
+  # No jobs of MLflow's own (evaluations): they take eight processes that LEMON has no use for.
+  MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false setsid nohup mlflow server --host "$MLFLOW_HOST" --port "${MLFLOW_PORT:-5000}" --workers 1 \
     --backend-store-uri "sqlite:///$MLFLOW_FOLDER/mlflow.db" --artifacts-destination "$MLFLOW_FOLDER/artifacts" \
     >"$MLFLOW_FOLDER/server.log" 2>&1 &
   for _ in $(seq 180); do lemon_mlflow_answers && break; sleep 1; done
