@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -24,7 +25,7 @@ from lemon.sweep.run import attempt
 from lemon.tracking import Run
 
 CURRENT = "ray/current.json"
-"""Which experiment of Tune is going on; absent when none is."""
+"""Which experiment of Tune is going on, for ASHA; absent when none is."""
 
 LOSSES = 3
 """Times that a trial is begun again whose process was lost, as with its node: no fault of the trial's."""
@@ -40,8 +41,8 @@ def run_on_ray(pending: list[Entry], *, grid: Grid, config: SweepConfig, parent:
     for entry in pending:
         entry.trial.store.delete(table.LOST)
     trainable = _trainable(grid.entries, config, parent=parent)
-    if (interrupted := _restored(pending, grid, config, trainable)) is not None:
-        interrupted.fit()
+    if config.asha:
+        _go_on(pending, grid, config, trainable)
     if left := list(filter(_is_open, pending)):  # all, unless an interrupted experiment had them
         _fresh(left, grid, config, trainable).fit()
     for entry in filter(_is_open, pending):
@@ -74,19 +75,22 @@ def _fresh(pending: list[Entry], grid: Grid, config: SweepConfig, trainable: Any
     )
 
 
-def _restored(pending: list[Entry], grid: Grid, config: SweepConfig, trainable: Any) -> tune.Tuner | None:
-    """The interrupted experiment, which knows how far ASHA was; None where there is none for these trials."""
+def _go_on(pending: list[Entry], grid: Grid, config: SweepConfig, trainable: Any) -> None:
+    """Go on with the interrupted experiment of these trials, if there is one: it knows how far ASHA was."""
     output = Store(config.output)
     if not output.exists(CURRENT):
-        return None
+        return
     current = output.read_json(CURRENT)
     path, where = output.path(f"ray/{current['name']}"), None if output.is_local else output.filesystem
     known = {entry.trial.name for entry in pending} <= set(current["trials"])
     same = known and current["settings"] == _settings(grid, config)
     states = [name for name in output.entries(f"ray/{current['name']}") if "/experiment_state-" in name]
     if not same or not states or not tune.Tuner.can_restore(path, storage_filesystem=where):
-        return None
-    return tune.Tuner.restore(path, trainable, storage_filesystem=where, resume_errored=True)
+        return
+    try:
+        tune.Tuner.restore(path, trainable, storage_filesystem=where, resume_errored=True).fit()
+    except Exception as error:  # whatever Tune makes of a file of its own that was cut short  # noqa: BLE001
+        print(f"sweep: Ray Tune cannot go on with {path} ({type(error).__name__}); ASHA begins anew, trials go on")
 
 
 def _settings(grid: Grid, config: SweepConfig) -> str:
@@ -158,10 +162,7 @@ class _Told(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
         """A trial is done, or was ended by ASHA."""
-        entry = self._entries[str(trial)]
-        if _is_open(entry):
-            table.write_lost(entry, status="stopped", error="by ASHA: its online probe fell behind")
-        self._tell(entry)
+        self._end(self._entries[str(trial)], status="stopped", error="by ASHA: its online probe fell behind")
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
         """The process of a trial was lost."""
@@ -169,15 +170,15 @@ class _Told(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
         """A trial failed; one whose process died could not note why."""
-        entry = self._entries[str(trial)]
-        if _is_open(entry):
-            told = str(trial.get_error() or "its process died").strip().splitlines()
-            table.write_lost(entry, status="failed", error=told[-1])
-        self._tell(entry)
+        told = str(trial.get_error() or "its process died").strip().splitlines()
+        self._end(self._entries[str(trial)], status="failed", error=told[-1])
 
-    def _tell(self, entry: Entry) -> None:
-        left = sum(map(_is_open, self._entries.values()))
-        print(f"sweep: {entry.trial.name} ended, {left} of {len(self._entries)} to come", flush=True)
+    def _end(self, entry: Entry, *, status: str, error: str) -> None:
+        with contextlib.suppress(OSError):  # in here it would end Tune with a traceback; what comes after Tune tells it
+            if _is_open(entry):
+                table.write_lost(entry, status=status, error=error)
+            left = sum(map(_is_open, self._entries.values()))
+            print(f"sweep: {entry.trial.name} ended, {left} of {len(self._entries)} to come", flush=True)
 
 
 def _is_open(entry: Entry) -> bool:

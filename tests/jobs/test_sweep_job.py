@@ -178,8 +178,12 @@ def test_a_trial_whose_process_was_lost_is_begun_again_at_once(home: Path) -> No
 
 
 @pytest.mark.ray
-def test_a_sweep_on_ray_with_early_stops_goes_on_after_a_kill(home: Path) -> None:
-    """ASHA ends what falls behind; after a kill Tune goes on where it was, and all runs end."""
+@pytest.mark.parametrize("torn", [False, True], ids=["whole", "torn"])
+def test_a_sweep_on_ray_with_early_stops_goes_on_after_a_kill(home: Path, torn: bool) -> None:
+    """ASHA ends what falls behind; after a kill Tune goes on where it was, and all runs end.
+
+    Tune writes its own files in place: a full disk leaves them torn, and then all but ASHA's memory goes on.
+    """
     cells = [
         cell for path in (home / "cells" / "cells").iterdir() for cell in pq.read_table(path)["cell_id"].to_pylist()
     ]
@@ -189,8 +193,11 @@ def test_a_sweep_on_ray_with_early_stops_goes_on_after_a_kill(home: Path) -> Non
     more = ["launcher=ray", "asha=true", "max_concurrent=2", "pretrain.epochs=20", "sweep.points=a0,a1,a1_gray"]
     words = command(home, *more, *probe)
     done = kill_after_first_result(words, home)
+    for state in (home / "out" / "ray").glob("sweep-*/*-*.json") if torn else ():
+        os.truncate(state, state.stat().st_size // 2)
     again = run(words, home)
     assert again.returncode == 0, again.stdout + again.stderr
+    assert ("ASHA begins anew" in again.stdout) == torn
     now = results(home)
     assert {name: now[name] for name in done} == done
     found = {row["trial"]: row["status"] for row in table_of(home)}
