@@ -12,10 +12,16 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.learning import COLLECTIONS, write_collection
+from benchmarks.record import record
 from lemon.config import load
+from lemon.report import page
+from lemon.report.config import ReportConfig
+from lemon.report.studies import study_values
+from lemon.schema import SWEEP_FILE
 from lemon.storage import Store
 from lemon.sweep import run
 from lemon.sweep.config import SweepConfig
@@ -36,7 +42,7 @@ STUDIES = {
 
 
 def main() -> None:
-    """Write the cells, run the sweeps."""
+    """Write the cells, run the sweeps, record their means and intervals, write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
@@ -58,9 +64,18 @@ def main() -> None:
         *PRETRAIN.split(),
         *PROBE.split(),
     ]
+    found = {}
     for study in options.studies:
         words = [*STUDIES[study].split(), *common, f"output={work / study}", *options.overrides]
         run.main(load("scaling_sweep", words, SweepConfig))
+        rows = Store(work / study).read_table(SWEEP_FILE).to_pylist()
+        found[study] = [asdict(value) for value in study_values(rows)]
+    record(
+        "study", {"seeds": options.seeds, "overrides": options.overrides, "studies": found}, packages=("torch", "ray")
+    )
+    sweeps = ",".join(str(work / study) for study in found)
+    words = [f"output={work / 'report'}", f"sweeps=[{sweeps}]", "probes=[]", "title=Miniature studies on real nuclei"]
+    page.main(load("report", words, ReportConfig))
 
 
 def benchmarks_folder(data: Path, folder: Path) -> Path:

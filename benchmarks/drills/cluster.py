@@ -124,10 +124,10 @@ class Cluster:
             self.drop(node)
         self.whole()
 
-    def add(self, *, wrapper: Sequence[str] = (), environment: dict[str, str] | None = None) -> Node:
+    def add(self, *, wrapper: Sequence[str] = ()) -> Node:
         """One more node, its processes started by ``wrapper``; it may not be up yet."""
         address = f"--address=127.0.0.1:{self.port}"
-        node = self._start(address, "--num-cpus=1", wrapper=wrapper, environment=environment)
+        node = self._start(address, "--num-cpus=1", wrapper=wrapper)
         self.nodes.append(node)
         return node
 
@@ -167,7 +167,7 @@ class Cluster:
         kill(self.marked())
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _start(self, *words: str, wrapper: Sequence[str] = (), environment: dict[str, str] | None = None) -> Node:
+    def _start(self, *words: str, wrapper: Sequence[str] = ()) -> Node:
         self._count += 1
         log = self.folder / f"node-{self._count}.log"
         command = [*wrapper, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *words]
@@ -176,7 +176,7 @@ class Cluster:
         own = {name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"}
         with log.open("wb") as stream:
             process = subprocess.Popen(
-                command, stdout=stream, stderr=subprocess.STDOUT, env=own | (environment or {}), start_new_session=True
+                command, stdout=stream, stderr=subprocess.STDOUT, env=own, start_new_session=True
             )
         return Node(process, log)
 

@@ -82,7 +82,7 @@ def _find_runs(name: str, sources: Sources, *, needed: bool) -> None:
             raise
         sources.miss(str(error), asked=False)
         return
-    if not found:
+    if needed and not found:
         sources.miss(f"MLflow has no runs of the experiment {name!r} (MLFLOW_TRACKING_URI says where)", asked=False)
     sources.runs |= {record.run.run_id: record for record in found}
 
