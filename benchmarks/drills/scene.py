@@ -147,7 +147,7 @@ class Scene:
         """The last line of the job's own, which name the stage."""
         lines = self.log.read_text(errors="replace").replace("\r", "\n").splitlines() if self.log.exists() else []
         own = [line for line in lines if line.startswith((f"{self.stage.name}: ", f"{self.stage.job}: "))]
-        return own[-1].strip() if own else "nothing"
+        return own[-1].strip().replace(f"{self.folder}/", "") if own else "(no line)"
 
     def stop(self) -> None:
         """End the job and all below it."""
