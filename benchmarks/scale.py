@@ -17,6 +17,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -146,11 +147,11 @@ def write_shard(store: Store, name: str, ranks: np.ndarray) -> None:
 class Idle(curate.SlideActor):
     """An actor that segments nothing and commits a row."""
 
-    def __init__(self, config: CurateConfig, config_fingerprint: str, run_id: str) -> None:
+    def __init__(self, config: CurateConfig, config_fingerprint: str, run_id: str, source: curate.Source) -> None:
         self.ledger = Ledger(Store(config.output), config_fingerprint=config_fingerprint)
-        self.run_id = run_id
+        self.run_id, self.locate, self.turn = run_id, source.open(), threading.Lock()
 
-    def _attempt(self, slide: Any) -> dict[str, Any]:
+    def _attempt(self, slide: Any, *, path: str) -> dict[str, Any]:  # noqa: ARG002
         self.ledger.begin(slide.slide_id, run_id=self.run_id)
         return self.ledger.commit(row_of(slide.slide_id, slide.path, n_cells=0))
 
