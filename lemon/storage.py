@@ -221,7 +221,10 @@ class Store:
         with ThreadPoolExecutor(READERS) as pool:
             tables = list(pool.map(read, self.list(folder, suffix=".parquet")))
         whole = pa.concat_tables([schema.empty_table(), *tables], promote_options="default").select(schema.names)
-        return whole.cast(pa.schema([field.with_nullable(True) for field in schema]))
+        absent = [bool(column.null_count) for column in whole.columns]  # in tables of another kind, for readers to tell
+        return whole.cast(
+            pa.schema([field.with_nullable(field.nullable or some) for field, some in zip(schema, absent)])
+        )
 
     @contextlib.contextmanager
     def open_parquet(self, name: str) -> Iterator[pq.ParquetFile]:
