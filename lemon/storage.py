@@ -223,7 +223,9 @@ class Store:
         whole = pa.concat_tables([schema.empty_table(), *tables], promote_options="default").select(schema.names)
         absent = [bool(column.null_count) for column in whole.columns]  # in tables of another kind, for readers to tell
         return whole.cast(
-            pa.schema([field.with_nullable(field.nullable or some) for field, some in zip(schema, absent)])
+            pa.schema(
+                [field.with_nullable(field.nullable or some) for field, some in zip(schema, absent, strict=False)]
+            )
         )
 
     @contextlib.contextmanager
