@@ -16,7 +16,6 @@ import contextlib
 import os
 import re
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.processes import family, free_ports, kill
 from benchmarks.record import record
 from lemon.cells.ledger import read_ledger
 from lemon.slides.synthetic import make_tissue, write_pyramid
@@ -140,33 +140,13 @@ class LocalCluster:
 
     def stop(self) -> None:
         """End the nodes and MLflow, which its database marks as ours, and all that they started."""
-        family = [process for node in self._nodes for process in tree(node.pid)]
+        found = [process for node in self._nodes for process in family(node.pid)]
         for process in psutil.process_iter(["cmdline"]):
             if f"sqlite:///{self.folder}/mlflow/mlflow.db" in (process.info["cmdline"] or []):
-                family += tree(process.pid)
-        for process in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+                found += family(process.pid)
+        kill(found)
         for node in self._nodes:
             node.wait()
-
-
-def tree(pid: int) -> list[psutil.Process]:
-    """A process with all below it; empty where it is gone."""
-    try:
-        process = psutil.Process(pid)
-        return [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 @contextlib.contextmanager

@@ -123,9 +123,7 @@ class DownloadLedger:
 
     def rows(self) -> dict[str, dict[str, Any]]:
         """All rows by slide id."""
-        names = self.store.list("downloads", suffix=".parquet")
-        tables = (self.store.read_table(name, schema=DOWNLOADS) for name in names)
-        return {row["slide_id"]: row for table in tables for row in table.to_pylist()}
+        return {row["slide_id"]: row for row in self.store.read_tables("downloads", schema=DOWNLOADS).to_pylist()}
 
     def commit(self, file: GdcFile, *, url: str, seconds: float, error: str | None) -> None:
         """Write a slide's row."""

@@ -6,7 +6,6 @@ import http.client
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,8 @@ from typing import Any
 
 import pyarrow.fs as pafs
 import pytest
+
+from benchmarks.processes import free_ports
 
 KEY, SECRET = "AKIDLEMONTESTS", "secret-that-no-log-may-hold"
 BUCKET = "lemon"
@@ -193,12 +194,3 @@ def start_proxy(upstream: int) -> tuple[ThreadingHTTPServer, S3]:
     proxy = ThreadingHTTPServer(("127.0.0.1", 0), Relay)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     return proxy, S3(f"http://127.0.0.1:{proxy.server_port}", faults, released)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody listens on."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports

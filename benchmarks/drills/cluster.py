@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from benchmarks.processes import family, free_ports, kill
 
 START_S = 120.0
 NODE_TRIES = 8
@@ -84,10 +85,11 @@ class Cluster:
 
     def __post_init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="drills-", dir="/tmp"))  # short: paths of sockets have 107 bytes
-        self.port = _free_port()
+        self.port = free_ports(1)[0]
         self._count = 0
-        self.head = self._start("--head", f"--port={self.port}", "--num-cpus=0", "--include-dashboard=false",
-                                f"--temp-dir={self.folder}", f"--ray-client-server-port={_free_port()}")  # fmt: skip
+        words = ["--head", f"--port={self.port}", "--num-cpus=0", "--include-dashboard=false"]
+        words += [f"--temp-dir={self.folder}", f"--ray-client-server-port={free_ports(1)[0]}"]
+        self.head = self._start(*words)
         if not self.head.is_up():
             raise RuntimeError(f"Ray does not start: {self.head.log.read_text()[-400:]}")
 
@@ -172,29 +174,13 @@ class Cluster:
         log = self.folder / f"node-{self._count}.log"
         command = [*wrapper, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *words]
         command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--include-log-monitor=false"]
-        command += ["--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={_free_port()}"]
+        command += ["--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={free_ports(1)[0]}"]
         own = {name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"}
         with log.open("wb") as stream:
             process = subprocess.Popen(
                 command, stdout=stream, stderr=subprocess.STDOUT, env=own, start_new_session=True
             )
         return Node(process, log)
-
-
-def family(pid: int) -> list[psutil.Process]:
-    """A process and all below it; none where it is gone."""
-    try:
-        process = psutil.Process(pid)
-        return [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def kill(processes: Sequence[psutil.Process]) -> None:
-    """SIGKILL to each that still runs."""
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
 
 
 def waiting(seconds: float, *, pause_s: float = 0.1) -> Iterator[Any]:
@@ -224,9 +210,3 @@ def _born(process: psutil.Process) -> float:
         return process.create_time()
     except psutil.Error:
         return 0.0
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

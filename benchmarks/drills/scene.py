@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.drills.cluster import Cluster, family, kill, waiting
+from benchmarks.drills.cluster import Cluster, waiting
 from benchmarks.drills.stages import Output, Stage
+from benchmarks.processes import family, kill
 from lemon.storage import Store
 
 ORPHANS_END_S = 10.0

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.processes import family, kill
 from lemon.storage import Store
 
 SHORT = """
@@ -45,12 +44,8 @@ def test_the_demo_killed_in_its_sweep_goes_on_and_ends_with_every_stage(tmp_path
     while not trials(output):
         assert job.poll() is None
         time.sleep(0.05)
-    family = psutil.Process(job.pid).children(recursive=True)
-    job.send_signal(signal.SIGKILL)
+    kill(family(job.pid))
     job.wait()
-    for child in family:
-        if child.is_running():
-            child.kill()
     before = trials(output)
 
     done = subprocess.run(words, env=environment(output), capture_output=True, text=True, check=False, timeout=1000)

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.processes import family, kill
 from lemon.config import conf_dir, load
 from lemon.pretrain.config import PretrainConfig
 from lemon.storage import Store
@@ -138,9 +139,7 @@ def test_a_run_that_loses_half_of_its_workers_goes_on_with_the_same_batches(
     while not (output / "checkpoints").exists():
         assert job.poll() is None
         time.sleep(0.05)
-    for child in psutil.Process(job.pid).children(recursive=True):
-        child.kill()
-    job.kill()
+    kill(family(job.pid))
     job.wait()
     done = run([*words, f"workers.cpus={os.cpu_count()}"], output)
     assert done.returncode == 0, done.stderr

@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
+from benchmarks.processes import family, kill
 from lemon.cells.ledger import read_ledger
 from lemon.slides.fetch import PREFIX
 from lemon.slides.synthetic import make_tissue, write_pyramid
@@ -47,12 +47,9 @@ def started(job: str, *words: str, home: Path) -> Iterator[subprocess.Popen[str]
     try:
         yield process
     finally:
-        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        process.kill()
+        if process.poll() is None:
+            kill(family(process.pid))
         process.wait()
-        for child in family:
-            if child.is_running():
-                child.kill()
 
 
 def run(job: str, *words: str, home: Path, code: int = 0) -> None:

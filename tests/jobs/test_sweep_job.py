@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.processes import family, kill
 from lemon.storage import Store
 from lemon.sweep import table
 from lemon.sweep.grid import MARK
@@ -55,12 +55,8 @@ def kill_after_first_result(words: list[str], home: Path) -> dict[str, float]:
     while not results(home):
         assert job.poll() is None
         time.sleep(0.05)
-    family = psutil.Process(job.pid).children(recursive=True)
-    job.send_signal(signal.SIGKILL)
+    kill(family(job.pid))
     job.wait()
-    for child in family:
-        if child.is_running():
-            child.kill()
     return results(home)
 
 
