@@ -71,6 +71,7 @@ def run(config: CurateConfig, *, source: Source = IN_PLACE) -> Summary:
     Raises ConfigError for what the user must mend first; OutputError when the output cannot be written any more.
     """
     slides, ledger = _prepare(config)
+    ledger.store.delete("attempts")  # marks of a run that was killed; only this one's count
     wanted = {slide.slide_id for slide in slides}
     rows = ledger.rows()
     finished = {row["slide_id"] for row in rows if row["status"] not in config.retry}

@@ -80,6 +80,7 @@ def run(config: EmbedConfig) -> Summary:
     code, cells = EXIT_OK, Store(config.cells or config.curate_config().output)
     jobs = _jobs(cells) if config.cells is not None else []  # before anything is overwritten
     ledger = open_ledger(output, made, overwrite=config.overwrite)
+    ledger.store.delete("attempts")  # marks of a run that was killed; only this one's count
     if config.slides is not None:
         code = _curate(config)
         with contextlib.suppress(ConfigError):  # no cells: the line that curation printed says why

@@ -80,6 +80,7 @@ def test_slides_at_s3_become_cells_at_s3(bucket: s3.Bucket, home: Path) -> None:
     ledger = read_ledger(Store(f"{bucket.uri}/cells")).to_pylist()
     assert [row["status"] for row in ledger] == ["done"] * 3
     assert all(row["n_cells"] > 0 for row in ledger)
+    assert not store.list("cells/attempts")
     assert not list(scratch.glob(f"{PREFIX}*"))
     assert_no_secret(home)
 
