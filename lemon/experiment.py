@@ -7,7 +7,6 @@ checkpoint and with the tasks that have no scores yet, in the same MLflow run.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
@@ -154,8 +153,6 @@ def _open_run(trial: Trial, selection: Selection, *, parent: Run | None) -> Run:
     tags = {
         "cells_fingerprint": selection.fingerprint,
         "config_fingerprint": trial.fingerprint,
-        "code_version": code_version(),
-        "host": os.uname().nodename,
         "output": store.uri,  # no parameter: it would be a difference between any two runs
     }
     settings = {"tasks": trial.tasks, "data": trial.data, "probing": trial.probe.model_dump(mode="json")}

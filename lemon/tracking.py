@@ -22,6 +22,7 @@ import numpy as np
 
 from lemon.config import ConfigError
 from lemon.schema import CROP_PX
+from lemon.storage import code_version
 from lemon.version import __version__
 
 DATABASE = "mlflow.db"
@@ -200,7 +201,7 @@ def start_run(
         experiment: the stage's name; made where it is absent.
         name: of the run.
         params: flat or nested settings; nested keys are joined by dots.
-        tags: further tags.
+        tags: further tags, besides code_version and host.
         parent: the run of a sweep that this one belongs to; the run is made where the parent is.
         run_id: of an earlier run that was interrupted.
     """
@@ -215,7 +216,8 @@ def start_run(
         return Run(uri, run_id)
     found = client.get_experiment_by_name(experiment)
     experiment_id = found.experiment_id if found else _make_experiment(client, experiment, uri)
-    labels = dict(tags or {}) | ({"mlflow.parentRunId": parent.run_id} if parent else {})
+    labels = {"code_version": code_version(), "host": os.uname().nodename} | dict(tags or {})
+    labels |= {"mlflow.parentRunId": parent.run_id} if parent else {}
     made = _patiently(lambda: client.create_run(experiment_id, run_name=name, tags=labels))
     entries = [Param(key, str(value)[:_MAX_PARAM]) for key, value in flatten(params).items()]
     for first in range(0, len(entries), _PARAMS_A_CALL):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import time
@@ -187,7 +186,7 @@ def run_of(store: Store) -> Run:
 def _open_run(config: PretrainConfig, store: Store, *, cells_fingerprint: str) -> Run:
     """The MLflow run of this output: a rerun goes on in the same one."""
     earlier = store.read_json(_RUN)["run_id"] if store.exists(_RUN) else None
-    tags = {"cells_fingerprint": cells_fingerprint, "host": os.uname().nodename}
+    tags = {"cells_fingerprint": cells_fingerprint}
     name = f"{config.encoder.name}-{config.ssl.name}-{config.views.name}"
     run = start_run("pretrain", name, params=config.model_dump(mode="json"), tags=tags, run_id=earlier)
     store.write_json(_RUN, {"run_id": run.run_id})

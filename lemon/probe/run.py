@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 import sys
 from dataclasses import asdict, dataclass
@@ -31,7 +30,7 @@ from lemon.probe.config import ProbeConfig
 from lemon.probe.score import MAIN_METRICS, fold_means, score_task
 from lemon.probe.task import Task, TaskError
 from lemon.probe.tasks.catalogue import counts_table, open_task
-from lemon.storage import CIRCUMSTANCES, Store, code_version, fingerprint
+from lemon.storage import CIRCUMSTANCES, Store, fingerprint
 from lemon.tracking import Run, start_run
 
 CROPS_A_TICK = 1024  # of the progress bar; the encoder chooses its own batches within
@@ -200,12 +199,7 @@ def _open_run(encoder: Encoder, config: ProbeConfig, store: Store, *, cost: Cost
     mark = f"runs/{file_stem(encoder.name)}-{encoder.fingerprint}.json"
     earlier = store.read_json(mark)["run_id"] if store.exists(mark) else None
     params = {"model": encoder.name, "width": encoder.width, "cost": asdict(cost), **config.settings()}
-    tags = {
-        "output": store.uri,
-        "model_fingerprint": encoder.fingerprint,
-        "code_version": code_version(),
-        "host": os.uname().nodename,
-    }
+    tags = {"output": store.uri, "model_fingerprint": encoder.fingerprint}
     run = start_run("probe", encoder.name, params=params, tags=tags, run_id=earlier)
     store.write_json(mark, {"run_id": run.run_id})
     return run
