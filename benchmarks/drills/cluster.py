@@ -85,8 +85,11 @@ class Cluster:
 
     def __post_init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="drills-", dir="/tmp"))  # short: paths of sockets have 107 bytes
-        self.port = free_ports(1)[0]
         self._count = 0
+        self._start_head()
+
+    def _start_head(self) -> None:
+        self.port = free_ports(1)[0]
         words = ["--head", f"--port={self.port}", "--num-cpus=0", "--include-dashboard=false"]
         words += [f"--temp-dir={self.folder}", f"--ray-client-server-port={free_ports(1)[0]}"]
         self.head = self._start(*words)
@@ -120,10 +123,12 @@ class Cluster:
         raise RuntimeError(f"Ray nodes do not start: {self.nodes[-1].log.read_text()[-400:]}")
 
     def renew(self, extra: dict[str, str]) -> None:
-        """All nodes anew, with these variables in their environment and in that of jobs."""
+        """The cluster anew, with these variables in the environment of all nodes and of jobs."""
         self.extra = extra
         for node in list(self.nodes):
             self.drop(node)
+        self.head.kill()
+        self._start_head()  # it too: Ray Train's controller runs where the job does
         self.whole()
 
     def add(self, *, wrapper: Sequence[str] = ()) -> Node:

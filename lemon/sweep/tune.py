@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -23,6 +24,8 @@ from lemon.sweep.config import SweepConfig
 from lemon.sweep.grid import Entry, Grid, needed
 from lemon.sweep.run import attempt
 from lemon.tracking import Run
+
+logger = logging.getLogger(__name__)
 
 CURRENT = "ray/current.json"
 """Which experiment of Tune is going on, for ASHA; absent when none is."""
@@ -43,10 +46,15 @@ def run_on_ray(pending: list[Entry], *, grid: Grid, config: SweepConfig, parent:
     trainable = _trainable(grid.entries, config, parent=parent)
     if config.asha:
         _go_on(pending, grid, config, trainable)
+    why = "it is not done"
     if left := list(filter(_is_open, pending)):  # all, unless an interrupted experiment had them
-        _fresh(left, grid, config, trainable).fit()
+        try:
+            _fresh(left, grid, config, trainable).fit()
+        except Exception as error:  # as where a file of Tune's own was cut short by a full disk
+            logger.debug("Ray Tune", exc_info=True)
+            why = f"{type(error).__name__}: {error}"
     for entry in filter(_is_open, pending):
-        table.write_lost(entry, status="failed", error="Ray Tune ended without it; the same command runs it again")
+        table.write_lost(entry, status="failed", error=f"Ray Tune ended: {why}; the same command runs it again")
     Store(config.output).delete(CURRENT)
 
 
@@ -165,13 +173,12 @@ class _Told(tune.Callback):
         self._end(self._entries[str(trial)], status="stopped", error="by ASHA: its online probe fell behind")
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
-        """The process of a trial was lost."""
-        print(f"sweep: {self._entries[str(trial)].trial.name}: its process was lost, begun again", flush=True)
+        """The process of a trial was lost, or could not write why the trial failed."""
+        print(f"sweep: {self._entries[str(trial)].trial.name}: begun again: {_reason(trial)}", flush=True)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
         """A trial failed; one whose process died could not note why."""
-        told = str(trial.get_error() or "its process died").strip().splitlines()
-        self._end(self._entries[str(trial)], status="failed", error=told[-1])
+        self._end(self._entries[str(trial)], status="failed", error=_reason(trial))
 
     def _end(self, entry: Entry, *, status: str, error: str) -> None:
         with contextlib.suppress(OSError):  # in here it would end Tune with a traceback; what comes after Tune tells it
@@ -179,6 +186,14 @@ class _Told(tune.Callback):
                 table.write_lost(entry, status=status, error=error)
             left = sum(map(_is_open, self._entries.values()))
             print(f"sweep: {entry.trial.name} ended, {left} of {len(self._entries)} to come", flush=True)
+
+
+def _reason(trial: Any) -> str:
+    """Why the process of a trial ended: of this machine's copy of Tune's note the last line, its first sentence."""
+    note = Path(trial.error_file or "")
+    lines = note.read_text(errors="replace").split("\n") if note.is_file() else []
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "its process died")
+    return last.partition(". ")[0]
 
 
 def _is_open(entry: Entry) -> bool:
@@ -190,6 +205,7 @@ def _start_ray() -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # else Tune draws boxes, also with verbose=0
     os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # a traceback; ``_Told`` has a line
+    logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)  # the same
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # else Tune returns after Ctrl-C as if all were done
     if "RAY_ADDRESS" not in os.environ and not ray.is_initialized():
         ray.init(
