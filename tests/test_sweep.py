@@ -123,7 +123,7 @@ def test_nested_values_and_words_say_the_same() -> None:
         (["launcher=ray", "pretrain.workers.count=900"], ["workers: a trial needs 900 CPUs"]),
         (["tasks=[light,dark]"], ["tasks: unknown 'dark'"]),
         (["cells=/nowhere"], ["cells: /nowhere holds no cells"]),
-        (["output=s3://bucket/x"], ["output: "]),
+        (["output=gs://bucket/x"], ["output: ", "expected a local path or s3://bucket/prefix"]),
         (
             ["sweep.points=[{name: x, overrides: {views: {stain: {kind: gmm, statistics: no.json}}}}]"],
             ["views.stain.statistics: no.json not found"],

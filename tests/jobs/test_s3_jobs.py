@@ -140,14 +140,17 @@ def test_training_on_ray_train_at_s3_has_its_storage_there(bucket: s3.Bucket, ho
     assert Store(bucket.uri).exists("run/encoder/config.json")
 
 
-def test_a_server_that_refuses_everything_is_told_in_a_line(bucket: s3.Bucket, home: Path) -> None:
-    bucket.faults.slow_down = 100_000
+def test_a_server_that_refuses_the_key_is_told_in_a_line(
+    bucket: s3.Bucket, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret")
     words = [f"embeddings={bucket.uri}/e", f"cells={bucket.uri}/c", f"output={home / 'out'}"]
     run("atlas", *words, home=home, code=3)
     told = (home / "log.txt").read_text().splitlines()
     assert len(told) == 1
     assert told[0].startswith("atlas: stopped: s3://")
-    assert "HTTP 503" in told[0]
+    assert "HTTP 403" in told[0]
+    assert "another-secret" not in told[0]
 
 
 def assert_no_secret(home: Path) -> None:
