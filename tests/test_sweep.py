@@ -258,6 +258,23 @@ def test_a_trial_that_fails_is_a_row_with_its_reason_and_the_others_go_on(
     assert run.main(mended) == EXIT_OK  # with the same output
 
 
+@pytest.mark.ray
+def test_what_ends_ray_tune_is_the_reason_of_the_trials_that_are_not_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ray import tune
+
+    def fit(_: tune.Tuner) -> None:
+        raise EOFError("Ran out of input")  # as Tune does where its own file was cut short by a full disk
+
+    monkeypatch.setattr(tune.Tuner, "fit", fit)
+    write_cells(tmp_path / "cells")
+    assert run.main(config_of(tmp_path, "launcher=ray")) == EXIT_FAILURES
+    told = capsys.readouterr().out
+    for point in ("a0", "a1"):
+        assert f"augmentation-{point}-s0: failed: Ray Tune ended: EOFError: Ran out of input; the same command" in told
+
+
 @pytest.mark.slow
 def test_an_output_of_another_sweep_or_of_other_settings_is_refused(tmp_path: Path) -> None:
     write_cells(tmp_path / "cells")

@@ -169,6 +169,7 @@ def test_a_trial_whose_process_was_lost_is_begun_again_at_once(home: Path) -> No
     worker.kill()
     told, _ = job.communicate(timeout=500)
     assert job.returncode == 0, told
+    assert ": begun again: The actor" in told
     assert {row["status"] for row in table_of(home)} == {"done"}
     assert set(statuses(home).values()) == {"FINISHED"}
 
