@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from benchmarks.record import record
+from lemon.encoders.architectures import build
 from lemon.encoders.cost import Cost, cells_per_s, encoder_cost
 from lemon.encoders.open import Encoder, cell_input_of
-from lemon.encoders.registry import build_architecture, encoder_names, find_entry
+from lemon.encoders.registry import encoder_names, find_entry
 from lemon.encoders.weights import MissingWeightsError
 
 
@@ -59,8 +60,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any] | None:
 
 def speed_of(name: str, cost: Cost, options: argparse.Namespace) -> float:
     """Cells a second of a model with random weights."""
-    model = build_architecture(name, device=options.device)
-    encoder = Encoder(model, cell_input_of(find_entry(name)), name=name)
+    entry = find_entry(name)
+    encoder = Encoder(build(entry, device=options.device), cell_input_of(entry), name=name)
     cells = max(2, min(4096, int(options.tflop * 1e12 / cost.flop)))
     return cells_per_s(encoder, device=options.device, cells=cells, bf16=options.bf16)
 

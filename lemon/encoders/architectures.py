@@ -43,7 +43,15 @@ class TokenPool(nn.Module):
 
 
 def build(entry: EncoderEntry, *, device: str = "cpu") -> nn.Module:
-    """The network of an entry on a device (``meta``: without memory), in evaluation mode."""
+    """An encoder with random weights: normalised [B, 3, input_px, input_px] -> [B, width], in evaluation mode.
+
+    Args:
+        entry: of the registry.
+        device: where it is built; ``meta`` for one without memory.
+
+    Raises:
+        MissingWeightsError: transformers is needed and absent.
+    """
     with torch.device(device):
         if entry.source == "transformers":
             model: nn.Module = pool(dinov2_of_transformers(entry), entry)

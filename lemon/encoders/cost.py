@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lemon.encoders.architectures import build
 from lemon.encoders.features import default_batch
 from lemon.encoders.open import Encoder
-from lemon.encoders.registry import build_architecture, find_entry
+from lemon.encoders.registry import find_entry
 from lemon.schema import CROP_PX
 
 aten = torch.ops.aten
@@ -37,7 +38,8 @@ class Cost:
 
 def encoder_cost(name: str) -> Cost:
     """The cost of an encoder of the registry, counted without memory or weights (on the ``meta`` device)."""
-    return count(build_architecture(name, device="meta"), px=find_entry(name).input_px)
+    entry = find_entry(name)
+    return count(build(entry, device="meta"), px=entry.input_px)
 
 
 @torch.no_grad()

@@ -9,13 +9,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from lemon.config import ConfigError
 from lemon.encoders.config import LEMON_MEAN, LEMON_STD
-
-if TYPE_CHECKING:
-    from torch import nn
 
 Triple = tuple[float, float, float]
 
@@ -358,22 +355,6 @@ def split_name(text: str) -> tuple[EncoderEntry, str | None]:
     if colon and name in REGISTRY:
         return REGISTRY[name], path
     return find_entry(text), None
-
-
-def build_architecture(name: str, *, device: str = "cpu") -> nn.Module:
-    """An encoder with random weights: normalised [B, 3, input_px, input_px] -> [B, width], in evaluation mode.
-
-    Args:
-        name: of the registry.
-        device: where it is built; ``meta`` for one without memory.
-
-    Raises:
-        ConfigError: no such encoder.
-        MissingWeightsError: transformers is needed and absent.
-    """
-    from lemon.encoders.architectures import build
-
-    return build(find_entry(name), device=device)
 
 
 def describe() -> str:

@@ -6,21 +6,18 @@ The output is the only memory: ``trials/<name>/result.json`` says that a trial i
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 
 from lemon import experiment
 from lemon.config import EXIT_FAILURES, EXIT_OK
 from lemon.lease import hold
-from lemon.pretrain.loop import Log
 from lemon.probe.task import Task
 from lemon.storage import Store, fingerprint
 from lemon.sweep import table
+from lemon.sweep.attempt import attempt
 from lemon.sweep.config import SweepConfig
 from lemon.sweep.grid import EXPERIMENT, MARK, Entry, Grid, build
 from lemon.tracking import Run, start_run
-
-logger = logging.getLogger(__name__)
 
 
 def main(config: SweepConfig) -> int:
@@ -56,21 +53,6 @@ def is_over(entry: Entry, config: SweepConfig) -> bool:
         return True
     why = table.lost(entry)
     return why is not None and why.status == "stopped" and config.asha
-
-
-def attempt(entry: Entry, *, tasks: list[Task] | None, parent: Run, tries: int, log: Log | None = None) -> bool:
-    """Run a trial, ``tries`` times if need be; returns whether it is done. Its folder holds why it is not."""
-    store = entry.trial.store
-    for _ in range(tries):
-        store.delete(table.LOST)
-        try:
-            experiment.run(entry.trial, tasks=tasks, parent=parent, log=log)
-        except Exception as error:  # the other trials go on
-            logger.debug("trial %s", entry.trial.name, exc_info=True)
-            table.write_lost(entry, status="failed", error=f"{type(error).__name__}: {error}")
-        else:
-            return True
-    return False
 
 
 def _run_pending(pending: list[Entry], grid: Grid, config: SweepConfig, output: Store) -> None:

@@ -20,9 +20,9 @@ from lemon.cluster import start_ray
 from lemon.experiment import Trial
 from lemon.storage import Store, fingerprint
 from lemon.sweep import table
+from lemon.sweep.attempt import attempt
 from lemon.sweep.config import SweepConfig
 from lemon.sweep.grid import Entry, Grid, needed
-from lemon.sweep.run import attempt
 from lemon.tracking import Run
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from lemon.encoders.architectures import build
 from lemon.encoders.cost import cells_per_s, count, encoder_cost
 from lemon.encoders.open import load_encoder
-from lemon.encoders.registry import build_architecture, encoder_names, find_entry
+from lemon.encoders.registry import encoder_names, find_entry
 
 
 def layer_macs(model: nn.Module, *, px: int) -> int:
@@ -62,7 +63,7 @@ def test_a_transformer_of_transformers_is_counted_alike() -> None:
 def test_the_papers_number_is_the_sum_over_the_layers(name: str) -> None:
     if find_entry(name).source == "transformers":
         pytest.importorskip("transformers")
-    model = build_architecture(name, device="meta")
+    model = build(find_entry(name), device="meta")
     px = find_entry(name).input_px
     cost = count(model, px=px)
     assert cost.paper_mac == layer_macs(model, px=px)
@@ -70,7 +71,7 @@ def test_the_papers_number_is_the_sum_over_the_layers(name: str) -> None:
 
 
 def test_a_real_device_counts_what_meta_counts() -> None:
-    assert count(build_architecture("untrained_vit_tiny8"), px=40) == encoder_cost("untrained_vit_tiny8")
+    assert count(build(find_entry("untrained_vit_tiny8")), px=40) == encoder_cost("untrained_vit_tiny8")
 
 
 def test_cells_a_second_are_measured() -> None:

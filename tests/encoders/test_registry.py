@@ -14,7 +14,7 @@ from lemon.config import ConfigError
 from lemon.encoders import architectures
 from lemon.encoders.architectures import TokenPool, build
 from lemon.encoders.preact import PreActResNet
-from lemon.encoders.registry import REGISTRY, build_architecture, describe, encoder_names, find_entry, split_name
+from lemon.encoders.registry import REGISTRY, describe, encoder_names, find_entry, split_name
 from lemon.encoders.vit import seeded
 from lemon.encoders.weights import MissingWeightsError
 
@@ -51,7 +51,8 @@ def shallow(name: str) -> nn.Module:
 def test_each_architecture_embeds_its_input_in_its_width(name: str) -> None:
     if find_entry(name).source == "transformers":
         pytest.importorskip("transformers")
-    entry, model = find_entry(name), build_architecture(name, device="meta")
+    entry = find_entry(name)
+    model = build(entry, device="meta")
     with torch.no_grad():
         out = model(torch.empty(2, 3, entry.input_px, entry.input_px, device="meta"))
     assert out.shape == (2, entry.width)
@@ -89,17 +90,17 @@ def test_registers_and_positions_are_those_of_the_cards() -> None:
         "h0-mini": ([1, 4, 768], [1, 256, 768]),
     }
     for name, (registers, positions) in shapes.items():
-        state = build_architecture(name, device="meta").state_dict()
+        state = build(find_entry(name), device="meta").state_dict()
         prefix = "backbone." if name == "virchow2" else ""
         assert list(state[f"{prefix}reg_token"].shape) == registers
         assert list(state[f"{prefix}pos_embed"].shape) == positions
-    gigapath = build_architecture("prov-gigapath", device="meta").state_dict()
+    gigapath = build(find_entry("prov-gigapath"), device="meta").state_dict()
     assert list(gigapath["patch_embed.proj.weight"].shape) == [1536, 3, 16, 16]
 
 
 def test_the_untrained_encoders_are_the_same_every_time_and_leave_the_global_state() -> None:
     state = torch.get_rng_state()
-    first, second = (build_architecture("untrained_vit_tiny8").state_dict() for _ in range(2))
+    first, second = (build(find_entry("untrained_vit_tiny8")).state_dict() for _ in range(2))
     assert all(torch.equal(value, second[key]) for key, value in first.items())
     assert torch.equal(torch.get_rng_state(), state)
 

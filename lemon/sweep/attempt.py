@@ -1,0 +1,29 @@
+"""A trial of a sweep, tried as often as it may be; what became of it is in its folder."""
+
+from __future__ import annotations
+
+import logging
+
+from lemon import experiment
+from lemon.pretrain.loop import Log
+from lemon.probe.task import Task
+from lemon.sweep import table
+from lemon.sweep.grid import Entry
+from lemon.tracking import Run
+
+logger = logging.getLogger(__name__)
+
+
+def attempt(entry: Entry, *, tasks: list[Task] | None, parent: Run, tries: int, log: Log | None = None) -> bool:
+    """Run a trial, ``tries`` times if need be; returns whether it is done. Its folder holds why it is not."""
+    store = entry.trial.store
+    for _ in range(tries):
+        store.delete(table.LOST)
+        try:
+            experiment.run(entry.trial, tasks=tasks, parent=parent, log=log)
+        except Exception as error:  # the other trials go on
+            logger.debug("trial %s", entry.trial.name, exc_info=True)
+            table.write_lost(entry, status="failed", error=f"{type(error).__name__}: {error}")
+        else:
+            return True
+    return False
