@@ -46,15 +46,15 @@ def run_on_ray(pending: list[Entry], *, grid: Grid, config: SweepConfig, parent:
     trainable = _trainable(grid.entries, config, parent=parent)
     if config.asha:
         _go_on(pending, grid, config, trainable)
-    why = "it is not done"
+    why = "Ray Tune ended without it"
     if left := list(filter(_is_open, pending)):  # all, unless an interrupted experiment had them
         try:
             _fresh(left, grid, config, trainable).fit()
         except Exception as error:  # as where a file of Tune's own was cut short by a full disk
             logger.debug("Ray Tune", exc_info=True)
-            why = f"{type(error).__name__}: {error}"
+            why = f"Ray Tune ended: {type(error).__name__}: {error}"
     for entry in filter(_is_open, pending):
-        table.write_lost(entry, status="failed", error=f"Ray Tune ended: {why}; the same command runs it again")
+        table.write_lost(entry, status="failed", error=f"{why}; the same command runs it again")
     Store(config.output).delete(CURRENT)
 
 
@@ -191,9 +191,8 @@ class _Told(tune.Callback):
 def _reason(trial: Any) -> str:
     """Why the process of a trial ended: of this machine's copy of Tune's note the last line, its first sentence."""
     note = Path(trial.error_file or "")
-    lines = note.read_text(errors="replace").split("\n") if note.is_file() else []
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "its process died")
-    return last.partition(". ")[0]
+    lines = note.read_text(errors="replace").strip().splitlines() if note.is_file() else []
+    return lines[-1].partition(". ")[0] if lines else "its process died"
 
 
 def _is_open(entry: Entry) -> bool:

@@ -140,15 +140,27 @@ def test_training_on_ray_train_at_s3_has_its_storage_there(bucket: s3.Bucket, ho
     assert Store(bucket.uri).exists("run/encoder/config.json")
 
 
-def test_a_server_that_refuses_the_key_is_told_in_a_line(
-    bucket: s3.Bucket, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret")
+def test_a_server_that_refuses_everything_is_told_in_a_line(bucket: s3.Bucket, home: Path) -> None:
+    bucket.faults.slow_down = 100_000
     words = [f"embeddings={bucket.uri}/e", f"cells={bucket.uri}/c", f"output={home / 'out'}"]
     run("atlas", *words, home=home, code=3)
     told = (home / "log.txt").read_text().splitlines()
     assert len(told) == 1
     assert told[0].startswith("atlas: stopped: s3://")
+    assert "HTTP 503" in told[0]
+
+
+def test_an_output_whose_key_is_refused_is_told_in_a_line_before_a_sweep_starts(
+    bucket: s3.Bucket, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret")
+    write_cells(home / "cells")
+    write_crops(home / "data")
+    words = [*TINY, f"cells={home / 'cells'}", f"output={bucket.uri}/out", f"data={home / 'data'}", "tasks=folder:mine"]
+    run("scaling_sweep", *words, "sweep.points=[a0,a1]", home=home, code=2)
+    told = (home / "log.txt").read_text().splitlines()
+    assert len(told) == 1
+    assert told[0].startswith("scaling_sweep: output: ")
     assert "HTTP 403" in told[0]
     assert "another-secret" not in told[0]
 
