@@ -42,7 +42,7 @@ READERS = 16
 """Requests under way at once."""
 
 # As pyarrow words it: AWS Error SLOW_DOWN during PutObject operation: Please reduce your request rate.
-_AWS_ERROR = re.compile(r"AWS Error (\w+)(?: \(HTTP status (\d+)\))? during (\w+) operation: (.*)")
+_AWS_ERROR = re.compile(r"AWS Error (\w+)(?: \(HTTP status (\d+)\))? during (\w+) operation:(.*)")
 # The SDK writes what S3 answers into the buffer for the bytes that were asked for. Where that is smaller than the text
 # of a 503, it fails in this way and does not ask again (pyarrow 25).
 _NO_ROOM = "Failed to flush response stream"
@@ -382,7 +382,8 @@ def _aws_error(text: str) -> str | None:
     name, status, operation, words = found.groups()
     status = status or _STATUSES.get(name)
     words = re.split(r"; Details| \(Request ID", words)[0].strip().rstrip(".")
-    return f"{f'HTTP {status}, ' if status else ''}{name} in {operation} after {S3_ATTEMPTS} attempts at most: {words}"
+    told = f"{f'HTTP {status}, ' if status else ''}{name} in {operation} after {S3_ATTEMPTS} attempts at most"
+    return f"{told}: {words}" if words else told
 
 
 def fingerprint(value: Any) -> str:

@@ -34,6 +34,8 @@ class Faults:
 
     slow_down: int = 0
     """Requests that are answered 503 SlowDown."""
+    unavailable: int = 0
+    """Requests that are answered 503 without a word, as a load balancer may."""
     cut: int = 0
     """Answers that end in the middle of their body."""
     hang: int = 0
@@ -45,14 +47,14 @@ class Faults:
 
     def clear(self) -> None:
         """No faults, nothing seen."""
-        self.slow_down = self.cut = self.hang = 0
+        self.slow_down = self.unavailable = self.cut = self.hang = 0
         self.of = ""
         self.seen.clear()
 
     def take(self, request: str) -> str | None:
         """The fault of this request, if it has one."""
         self.seen[request.partition(" ")[0]] += 1
-        for kind in ("slow_down", "cut", "hang") if self.of in request else ():
+        for kind in ("slow_down", "unavailable", "cut", "hang") if self.of in request else ():
             if getattr(self, kind) > 0:
                 setattr(self, kind, getattr(self, kind) - 1)
                 return kind
@@ -151,6 +153,8 @@ def start_proxy(upstream: int) -> tuple[ThreadingHTTPServer, S3]:
                 fault = faults.take(f"{self.command} {self.path}")
             if fault == "slow_down":
                 return self.answer(503, {"Content-Type": "application/xml"}, SLOW_DOWN)
+            if fault == "unavailable":
+                return self.answer(503, {}, b"")
             if fault == "hang":
                 released.wait()
                 self.close_connection = True
@@ -176,15 +180,17 @@ def start_proxy(upstream: int) -> tuple[ThreadingHTTPServer, S3]:
                 pass
 
         def answer(self, status: int, headers: dict[str, str], content: bytes, *, cut: bool = False) -> None:
-            self.send_response_only(status)
-            if self.command != "HEAD":
+            self.close_connection = self.close_connection or cut
+            has_body = self.command != "HEAD"  # a client would take a body for the next answer
+            if has_body:
                 headers = {name: value for name, value in headers.items() if name.lower() != "content-length"}
                 headers["Content-Length"] = str(len(content))
+            self.send_response_only(status)
             for name, value in headers.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(content[: len(content) // 2] if cut else content)
-            self.close_connection = self.close_connection or cut
+            if has_body:
+                self.wfile.write(content[: len(content) // 2] if cut else content)
 
         do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = relay  # noqa: N815
 
