@@ -30,6 +30,7 @@ from lemon.config import ConfigError
 from lemon.storage import Store, open_output
 
 FOLDER = ".lease"
+CLAIM_BYTES = 1024
 BEAT_S = 5.0
 STALE_S = 30.0
 """A claim of another machine whose file stood still so long is that of a dead job."""
@@ -72,7 +73,8 @@ class _Claim:
         }
 
     def write(self) -> None:
-        self.store.write_json(self.name, self.content)
+        # Of one length: a reader at S3 asks for the length and then for so many bytes, of what may be a newer beat.
+        self.store.write_bytes(self.name, json.dumps(self.content).encode().ljust(CLAIM_BYTES))
 
     def settle(self) -> None:
         """Return when no other job writes the output; raises ConfigError when one does."""

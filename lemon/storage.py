@@ -47,6 +47,9 @@ _AWS_ERROR = re.compile(r"AWS Error (\w+)(?: \(HTTP status (\d+)\))? during (\w+
 # of a 503, it fails in this way and does not ask again (pyarrow 25).
 _NO_ROOM = "Failed to flush response stream"
 
+# Of a file that was removed after its size was asked for.
+_GONE = re.compile(r"AWS Error (NO_SUCH_KEY|RESOURCE_NOT_FOUND) during GetObject")
+
 # pyarrow tells a status only where the SDK has no name for the error.
 _STATUSES = {
     "SLOW_DOWN": "503",
@@ -123,8 +126,8 @@ class Store:
         return {info.path[len(self.root) :].strip("/") for info in infos}
 
     def delete(self, name: str) -> None:
-        """Remove a file or a folder with all below it; absent is fine."""
-        with self._plain_errors(name):
+        """Remove a file or a folder with all below it; absent is fine, also where another process removes it now."""
+        with self._plain_errors(name), contextlib.suppress(FileNotFoundError):
             kind = self.filesystem.get_file_info(self.path(name)).type
             if kind == pafs.FileType.Directory:
                 self.filesystem.delete_dir(self.path(name))
@@ -274,6 +277,8 @@ class Store:
             told = _aws_error(str(error))
             if told is None:
                 raise
+            if _GONE.search(str(error)):
+                raise FileNotFoundError(f"{self.uri}/{name}: no such file") from None
             raise StorageError(f"{self.uri}/{name}: {told}") from None
 
 

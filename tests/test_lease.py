@@ -140,6 +140,15 @@ def test_a_live_job_of_another_machine_is_left_alone(tmp_path: Path, quick: None
     assert [claim["stage"] for claim in claims(tmp_path)] == ["curate"]
 
 
+def test_a_claim_has_one_length_however_long_it_beats(tmp_path: Path) -> None:
+    claim, lengths = lease._Claim(Store(tmp_path), "curate"), set()
+    for beat, holds in ((0, False), (9, True), (10, True), (10**9, True)):
+        claim.content |= {"beat": beat, "holds": holds}
+        claim.write()
+        lengths.add(claim.store.size(claim.name))
+    assert lengths == {lease.CLAIM_BYTES}
+
+
 def test_an_output_that_cannot_be_written_is_a_config_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for output in (str(tmp_path / "file"), "floppy://a"):

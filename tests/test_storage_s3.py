@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -42,6 +43,37 @@ def test_bytes_tables_and_json_make_the_round_trip(bucket: s3.Bucket) -> None:
     assert store.list("nowhere") == []
     with pytest.raises(FileNotFoundError):
         store.read_bytes("absent")
+
+
+def test_what_two_jobs_remove_at_once_is_gone(bucket: s3.Bucket) -> None:
+    store = Store(bucket.uri)
+    for _ in range(5):
+        store.write_bytes("t/x", b"1")
+        with storage.ThreadPoolExecutor(8) as pool:
+            list(pool.map(store.delete, ["t"] * 8))
+        assert store.list("t") == []
+
+
+@pytest.mark.parametrize("size", [3, 1024])
+def test_a_file_that_comes_and_goes_is_read_whole_or_is_absent(bucket: s3.Bucket, size: int) -> None:
+    store, ended, seen = Store(bucket.uri), threading.Event(), set()
+
+    def read() -> None:
+        while not ended.is_set():
+            try:
+                seen.add(store.read_bytes("x"))
+            except FileNotFoundError:
+                seen.add(b"")
+
+    with storage.ThreadPoolExecutor(4) as pool:
+        readers = [pool.submit(read) for _ in range(4)]
+        for _ in range(100):
+            store.write_bytes("x", bytes(size))
+            store.delete("x")
+        ended.set()
+        for reader in readers:
+            reader.result()
+    assert seen == {b"", bytes(size)}
 
 
 def test_a_small_file_is_written_by_one_request_and_read_by_two(bucket: s3.Bucket) -> None:
