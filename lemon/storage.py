@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 import urllib.parse
 import uuid
@@ -26,6 +28,8 @@ import pyarrow.parquet as pq
 from lemon.config import ConfigError, StorageError
 from lemon.version import __version__
 
+logger = logging.getLogger(__name__)
+
 BATCH_ROWS = 2048
 """Rows that a reader holds at most: of cells, 22 MB of crops."""
 
@@ -37,6 +41,9 @@ S3_ATTEMPTS = 8
 
 S3_TIMEOUT_S = 20.0
 """Seconds until a connection, or an answer's next bytes, are given up."""
+
+NOTICE_S = 10.0
+"""Seconds without an answer after which a user is told what a job waits for."""
 
 READERS = 16
 """Requests under way at once."""
@@ -321,10 +328,23 @@ def open_output(uri: str) -> Store:
     """The store of ``output=``, after a file was made there. Raises ConfigError."""
     try:
         store = Store(uri)
-        store.check_writable()
+        with _noticed(f"output: {store.uri} does not answer yet; it is asked for a minute"):
+            store.check_writable()
     except (OSError, ValueError) as error:
         raise ConfigError(f"output: cannot write to {uri!r}: {error}") from None
     return store
+
+
+@contextlib.contextmanager
+def _noticed(line: str) -> Iterator[None]:
+    """Log a line when the block takes long."""
+    notice = threading.Timer(NOTICE_S, logger.warning, (line,))
+    notice.daemon = True
+    notice.start()
+    try:
+        yield
+    finally:
+        notice.cancel()
 
 
 @contextlib.contextmanager

@@ -223,6 +223,15 @@ def test_an_error_that_stays_is_one_line_with_path_and_status_and_no_secret(
     assert all("\n" not in line for line in told)
 
 
+def test_a_server_that_lets_a_job_wait_is_named_meanwhile(
+    bucket: s3.Bucket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(storage, "NOTICE_S", 0.0)
+    bucket.faults.slow_down = 1
+    open_output(bucket.uri)
+    assert caplog.messages == [f"output: {bucket.uri} does not answer yet; it is asked for a minute"]
+
+
 @pytest.mark.parametrize(
     "uri", ["s3://AKIDX:hidden@bucket/x", "s3://bucket/x?secret_key=hidden", "s3://bucket/x?endpoint_override=a:1"]
 )
