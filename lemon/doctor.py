@@ -315,8 +315,6 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--ray", action="store_true", help="start Ray (or join RAY_ADDRESS) and run a task")
     parser.add_argument("--path", nargs="+", default=[], metavar="URI", help="folders or s3:// prefixes to write to")
     options = parser.parse_args(words)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.ERROR)
     failed = 0
     for name, check in checks(start_ray=options.ray, paths=options.path).items():
         finding = examine(check, patience_s=120 if name == "ray" else _PATIENCE_S)
@@ -329,6 +327,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    logging.disable(logging.ERROR)
     code = main()
     sys.stdout.flush()
     os._exit(code)  # a check that hangs, in a library's thread, must not keep the process
