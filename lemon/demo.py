@@ -25,7 +25,7 @@ from lemon.slides.reader import SlideReader
 from lemon.slides.samples import fetch_real_slide, make_synthetic_slide
 from lemon.storage import Store
 from lemon.sweep.config import SweepConfig
-from lemon.tracking import metric_history
+from lemon.tracking import metric_history, run_of, tracking_uri
 
 # An encoder of 0.5 M parameters: it shows the chain, not skill.
 TINY = (
@@ -87,7 +87,9 @@ def _pretrain(store: Store, output: Path) -> None:
 
     words = [f"cells={store.uri}", f"output={output / 'encoder'}", f"cache={output / 'cache'}", *PRETRAIN.split()]
     _check("pretraining", launch.main(load("pretrain", words, PretrainConfig)))
-    history = metric_history(launch.run_of(Store(output / "encoder")), "loss")
+    run = run_of(Store(output / "encoder"), uri=tracking_uri())
+    assert run is not None  # it has just ended
+    history = metric_history(run, "loss")
     print(f"demo: loss {history[0][1]:.2f} at step {history[0][0]}, {history[-1][1]:.2f} at step {history[-1][0]}")
     print(f"demo: curves in MLflow: make ui DB={output / 'mlflow.db'}")
 

@@ -28,7 +28,6 @@ from lemon.storage import Store, code_version, fingerprint
 from lemon.tracking import Run, start_run
 
 RESULT = "result.json"
-RUN = "run.json"
 
 
 class Trial(Frozen):
@@ -137,28 +136,20 @@ def finished(trial: Trial) -> Result | None:
     return result if result.fingerprint == trial.fingerprint else None
 
 
-def run_of(trial: Trial, *, uri: str) -> Run | None:
-    """The MLflow run of a trial, in the store at ``uri``; None where it has not begun."""
-    return Run(uri, trial.store.read_json(RUN)["run_id"]) if trial.store.exists(RUN) else None
-
-
 def _open(trial: Trial) -> list[Task]:
     return [open_task(name, trial.data, seed=trial.probe.seed) for name in trial.tasks]
 
 
 def _open_run(trial: Trial, selection: Selection, *, parent: Run | None) -> Run:
     """The MLflow run of this folder: a rerun goes on in the same one."""
-    store = trial.store
-    earlier = store.read_json(RUN)["run_id"] if store.exists(RUN) else None
     tags = {
         "cells_fingerprint": selection.fingerprint,
         "config_fingerprint": trial.fingerprint,
-        "output": store.uri,  # no parameter: it would be a difference between any two runs
+        "output": trial.store.uri,  # no parameter: it would be a difference between any two runs
     }
     settings = {"tasks": trial.tasks, "data": trial.data, "probing": trial.probe.model_dump(mode="json")}
     params = trial.pretrain.model_dump(mode="json", exclude={"output", "cache"}) | settings | trial.params
-    run = start_run(trial.experiment, trial.name, params=params, tags=tags, parent=parent, run_id=earlier)
-    store.write_json(RUN, {"run_id": run.run_id})
+    run = start_run(trial.experiment, trial.name, store=trial.store, params=params, tags=tags, parent=parent)
     run.log_dataset("cells", digest=selection.fingerprint, source=selection.store.uri, context="training")
     return run
 

@@ -9,6 +9,7 @@ import random
 import sys
 import tempfile
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,10 +23,14 @@ import numpy as np
 
 from lemon.config import ConfigError
 from lemon.schema import CROP_PX
-from lemon.storage import code_version
+from lemon.storage import Store, code_version
 from lemon.version import __version__
 
 DATABASE = "mlflow.db"
+RUN = "run.json"
+"""In an output: which run of MLflow is its own."""
+
+_KEY = "lemon.key"
 _MAX_PARAM = 6000  # characters that MLflow keeps of a parameter
 _PARAMS_A_CALL = 100
 _TRIES = 8  # to write to a SQLite database that other runs hold; each waits for up to 20 s by itself
@@ -116,11 +121,6 @@ class Run:
             logger.warning("the encoder is not registered as %s: %s", name, _first_line(error))
             return None
 
-    def is_open(self) -> bool:
-        """Whether the run has not ended, as after its process was killed; a run that is gone is not open."""
-        client = self._client()
-        return _exists(client, self.run_id) and client.get_run(self.run_id).info.status == "RUNNING"
-
     def close(self, status: str = "FINISHED") -> None:
         """End the run: FINISHED, FAILED or KILLED."""
         self._tell(f"status {status}", lambda client: client.set_terminated(self.run_id, status))
@@ -190,40 +190,84 @@ def start_run(
     experiment: str,
     name: str,
     *,
+    store: Store,
+    mark: str = RUN,
     params: Mapping[str, Any],
     tags: Mapping[str, str] | None = None,
     parent: Run | None = None,
-    run_id: str | None = None,
 ) -> Run:
-    """Begin a run, or go on with ``run_id``. Call it on the driver: two processes that open a fresh database break it.
+    """Begin the run of an output, or go on with it. Call it on the driver: two that open a fresh database break it.
+
+    The mark gets a key before MLflow gets a run that has the key as its tag. So a process that is killed between any
+    two steps leaves no second run: the next one finds it, and completes its parameters.
 
     Args:
         experiment: the stage's name; made where it is absent.
         name: of the run.
+        store: the output.
+        mark: where in the output its run is noted.
         params: flat or nested settings; nested keys are joined by dots.
         tags: further tags, besides code_version and host.
         parent: the run of a sweep that this one belongs to; the run is made where the parent is.
-        run_id: of an earlier run that was interrupted.
     """
     import mlflow
-    from mlflow.entities import Param
 
     uri = parent.uri if parent else tracking_uri()
     _warn_of_other_nodes()
     client = mlflow.MlflowClient(uri)
-    if run_id is not None and _exists(client, run_id):
-        _patiently(lambda: client.update_run(run_id, status="RUNNING"))
-        return Run(uri, run_id)
-    found = client.get_experiment_by_name(experiment)
-    experiment_id = found.experiment_id if found else _make_experiment(client, experiment, uri)
-    labels = {"code_version": code_version(), "host": os.uname().nodename} | dict(tags or {})
-    labels |= {"mlflow.parentRunId": parent.run_id} if parent else {}
-    made = _patiently(lambda: client.create_run(experiment_id, run_name=name, tags=labels))
-    entries = [Param(key, str(value)[:_MAX_PARAM]) for key, value in flatten(params).items()]
-    for first in range(0, len(entries), _PARAMS_A_CALL):
-        some = entries[first : first + _PARAMS_A_CALL]
-        _patiently(partial(client.log_batch, made.info.run_id, params=some))
-    return Run(uri, made.info.run_id)
+    earlier = run_of(store, mark, uri=uri)
+    if earlier is None:
+        key = uuid.uuid4().hex
+        store.write_json(mark, {"experiment": experiment, "key": key})
+        labels = {"code_version": code_version(), "host": os.uname().nodename, _KEY: key} | dict(tags or {})
+        labels |= {"mlflow.parentRunId": parent.run_id} if parent else {}
+        found = client.get_experiment_by_name(experiment)
+        experiment_id = found.experiment_id if found else _make_experiment(client, experiment, uri)
+        made = _patiently(lambda: client.create_run(experiment_id, run_name=name, tags=labels))
+        run = Run(uri, made.info.run_id)
+    else:
+        run = earlier
+        _patiently(lambda: client.update_run(run.run_id, status="RUNNING"))
+    _complete_params(client, run.run_id, params)
+    if run_id_of(store, mark) != run.run_id:
+        store.write_json(mark, store.read_json(mark) | {"run_id": run.run_id})
+    return run
+
+
+def run_id_of(store: Store, mark: str = RUN) -> str | None:
+    """The id of an output's run as its mark tells it; None where the run was not begun, or just then."""
+    return store.read_json(mark).get("run_id") if store.exists(mark) else None
+
+
+def run_of(store: Store, mark: str = RUN, *, uri: str) -> Run | None:
+    """The run of an output in the MLflow at ``uri``; None where there is none (yet, any more, or in this MLflow).
+
+    Raises MlflowException where it does not answer.
+    """
+    import mlflow
+
+    if not store.exists(mark):
+        return None
+    client = mlflow.MlflowClient(uri)
+    told = store.read_json(mark)
+    if (run_id := told.get("run_id")) is not None:
+        return Run(uri, run_id) if _exists(client, run_id) else None
+    if (experiment := client.get_experiment_by_name(told["experiment"])) is None:
+        return None
+    found = client.search_runs([experiment.experiment_id], f"tags.`{_KEY}` = '{told['key']}'", max_results=1)
+    return Run(uri, found[0].info.run_id) if found else None
+
+
+def close_killed(store: Store, *, uri: str) -> None:
+    """End the run of an output whose process was killed before it could do that."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = run_of(store, uri=uri)
+        if run is not None and run._client().get_run(run.run_id).info.status == "RUNNING":
+            run.close("KILLED")
+    except MlflowException as error:
+        logger.warning("MLflow's run of %s is not ended: %s", store.uri, _first_line(error))
 
 
 @cache
@@ -253,14 +297,26 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _complete_params(client: Any, run_id: str, params: Mapping[str, Any]) -> None:
+    """Tell a run the parameters that it does not have yet; MLflow keeps the first value of each."""
+    from mlflow.entities import Param
+
+    known = client.get_run(run_id).data.params
+    entries = [Param(key, str(value)[:_MAX_PARAM]) for key, value in flatten(params).items() if key not in known]
+    for first in range(0, len(entries), _PARAMS_A_CALL):
+        some = entries[first : first + _PARAMS_A_CALL]
+        _patiently(partial(client.log_batch, run_id, params=some))
+
+
 def _exists(client: Any, run_id: str) -> bool:
     from mlflow.exceptions import MlflowException
 
     try:
-        client.get_run(run_id)
-    except MlflowException:
+        return client.get_run(run_id).info.lifecycle_stage == "active"  # it keeps those that a user deletes
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
         return False
-    return True
 
 
 def _register(client: Any, run_id: str, name: str, encoder: Path, *, width: int, tags: dict[str, str]) -> int:

@@ -13,7 +13,8 @@ from lemon.pretrain import launch
 from lemon.pretrain.config import PretrainConfig
 from lemon.pretrain.loop import TrainingStoppedError
 from lemon.probe.config import ProbeSettings
-from lemon.tracking import metric_history, start_run
+from lemon.storage import Store
+from lemon.tracking import metric_history, run_of, start_run
 from tests.sweeps import TINY, light_task, write_cells
 
 pytestmark = pytest.mark.slow
@@ -44,7 +45,7 @@ def trial_in(home: Path, name: str, *words: str) -> Trial:
 def test_a_trial_is_pretrained_and_scored_in_one_run_that_belongs_to_its_parent(home: Path, uri: str) -> None:
     import mlflow
 
-    parent = start_run("experiment", "parent", params={})
+    parent = start_run("experiment", "parent", store=Store(home), params={})
     seen: list[int] = []
     result = experiment.run(
         trial_in(home, "a", "select.n_cells=50"),
@@ -86,7 +87,7 @@ def test_a_finished_trial_is_not_run_again_and_further_tasks_cost_no_second_pret
     more = trial.model_copy(update={"probe": trial.probe.model_copy(update={"seed": 1})})
     again = experiment.run(more, tasks=[light_task()])
     assert (again.run_id, again.model_fingerprint) == (first.run_id, first.model_fingerprint)
-    run = experiment.run_of(more, uri=uri)
+    run = run_of(more.located().store, uri=uri)
     assert run is not None
     assert [step for step, _ in metric_history(run, "loss")] == [1, 2, 3, 4]
     assert len(mlflow.MlflowClient(uri).search_model_versions("name='other'")) == 1
@@ -99,7 +100,7 @@ def test_a_trial_that_diverges_leaves_no_result_and_a_failed_run(home: Path, uri
     with pytest.raises(TrainingStoppedError):
         experiment.run(trial, tasks=[light_task()])
     assert experiment.finished(trial.located()) is None
-    run = experiment.run_of(trial, uri=uri)
+    run = run_of(trial.located().store, uri=uri)
     assert run is not None
     assert mlflow.MlflowClient(uri).get_run(run.run_id).info.status == "FAILED"
 

@@ -17,6 +17,7 @@ from lemon.probe.task import Task, TaskError
 from lemon.storage import Store
 from lemon.sweep import grid, run, table
 from lemon.sweep.config import SweepConfig, words
+from lemon.tracking import RUN
 from tests.sweeps import ORGANS, light_task, sweep_words, write_cells
 
 STUDIES = sorted(path.stem for path in (conf_dir() / "sweep").glob("*.yaml"))
@@ -223,7 +224,7 @@ def test_a_sweep_gives_a_whole_table_and_nested_runs_and_a_rerun_does_nothing(
     assert len({row["model_fingerprint"] for row in rows}) == 4
     assert len((tmp_path / "out" / table.CSV).read_text().splitlines()) == len(rows) + 1
     client = mlflow.MlflowClient(circumstances)
-    parent = Store(tmp_path / "out").read_json(grid.MARK)["run_id"]
+    parent = Store(tmp_path / "out").read_json(RUN)["run_id"]
     assert client.get_run(parent).info.status == "FINISHED"
     for row in main:
         child = client.get_run(row["run_id"])

@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,20 @@ from lemon.encoders.config import VIT_TINY8
 from lemon.encoders.export import CellInput, export_encoder
 from lemon.encoders.open import load_encoder
 from lemon.encoders.vit import build_vit
-from lemon.tracking import Run, find_runs, flatten, metric_history, start_run, tracking_uri, without_user
+from lemon.storage import Store
+from lemon.tracking import (
+    RUN,
+    Run,
+    close_killed,
+    find_runs,
+    flatten,
+    metric_history,
+    run_id_of,
+    run_of,
+    start_run,
+    tracking_uri,
+    without_user,
+)
 from tests.cells_table import synthetic_crops
 
 
@@ -23,6 +37,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return tmp_path
+
+
+def begin(experiment: str, name: str, **facts: Any) -> Run:
+    """The run of an output of that name, here."""
+    return start_run(experiment, name, store=Store(name), **{"params": {}, **facts})
 
 
 def test_the_default_store_is_a_database_by_its_absolute_path(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,8 +60,8 @@ def test_a_database_on_one_node_of_a_cluster_is_warned_of_once(
 ) -> None:
     tracking._warn_of_other_nodes.cache_clear()
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    for _ in range(2):
-        start_run("pretrain", "one", params={})
+    for name in ("one", "two"):
+        begin("pretrain", name)
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tracking:")]
     assert len(told) == 1
     assert "MLFLOW_TRACKING_URI is not set" in told[0]
@@ -52,10 +71,10 @@ def test_a_database_on_one_node_of_a_cluster_is_warned_of_once(
 def test_a_run_keeps_parameters_metrics_parent_and_goes_on_after_an_interruption(here: Path) -> None:
     import mlflow
 
-    parent = start_run("pretrain", "sweep", params={})
-    run = start_run("pretrain", "one", params={"ssl": {"name": "mocov3"}, "text": "x" * 9000}, parent=parent)
+    parent = begin("pretrain", "sweep")
+    run = begin("pretrain", "one", params={"ssl": {"name": "mocov3"}, "text": "x" * 9000}, parent=parent)
     run.log({"loss": 2.0}, step=10)
-    again = start_run("pretrain", "one", params={}, run_id=run.run_id)
+    again = begin("pretrain", "one", params={"ssl": {"name": "dinov2"}}, parent=parent)
     again.log({"loss": 1.0}, step=20)
     (here / "f.txt").write_text("hello")
     again.log_file(here / "f.txt")
@@ -74,27 +93,79 @@ def test_a_child_is_made_where_its_parent_is_and_tells_its_data_and_whether_it_e
 ) -> None:
     import mlflow
 
-    parent = start_run("scaling_sweep", "sweep", params={})
+    parent = begin("scaling_sweep", "sweep")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{here / 'other.db'}")
-    child = start_run("scaling_sweep", "one", params={}, parent=parent)
+    child = begin("scaling_sweep", "one", parent=parent)
     assert child.uri == parent.uri
     for _ in range(2):  # a rerun says it again
         child.log_dataset("cells", digest="abc", source="s3://bucket/cells", context="training")
-    assert child.is_open()
-    child.close("KILLED")
-    assert not child.is_open()
-    (given,) = mlflow.MlflowClient(parent.uri).get_run(child.run_id).inputs.dataset_inputs
+    client = mlflow.MlflowClient(parent.uri)
+    assert client.get_run(child.run_id).info.status == "RUNNING"
+    close_killed(Store("one"), uri=parent.uri)
+    assert client.get_run(child.run_id).info.status == "KILLED"
+    parent.close()
+    close_killed(Store("sweep"), uri=parent.uri)
+    assert client.get_run(parent.run_id).info.status == "FINISHED", "it was not killed"
+    (given,) = client.get_run(child.run_id).inputs.dataset_inputs
     assert (given.dataset.name, given.dataset.digest, given.dataset.source_type) == ("cells", "abc", "s3")
     assert given.tags[0].value == "training"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", ["search_runs", "create_run", "log_batch"])
+def test_a_process_that_is_killed_while_it_begins_a_run_leaves_no_second_run(
+    here: Path, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    import mlflow
+
+    def killed_after(*words: Any, **facts: Any) -> None:
+        call(*words, **facts)
+        raise KeyboardInterrupt
+
+    begin("pretrain", "another")
+    call = getattr(mlflow.MlflowClient, last)
+    begun = {"experiment": "pretrain", "key": "k"}
+    if last == "search_runs":  # killed after the mark was written
+        Store("one").write_json(RUN, begun)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(mlflow.MlflowClient, last, killed_after)
+        begin("pretrain", "one", params={f"p{i}": i for i in range(150)})
+    assert run_id_of(Store("one")) is None
+    found = run_of(Store("one"), uri=tracking_uri())
+    assert (found is None) == (last == "search_runs")
+    run = begin("pretrain", "one", params={f"p{i}": i for i in range(150)})
+    assert found in (None, run)
+    assert run_id_of(Store("one")) == run.run_id
+    (stored,) = [record for record in find_runs("pretrain") if record.run != run_of(Store("another"), uri=run.uri)]
+    assert stored.run == run
+    assert stored.params == {f"p{i}": str(i) for i in range(150)}
+
+
+@pytest.mark.slow
+def test_a_run_is_made_anew_where_it_was_deleted_or_mlflow_is_another(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = begin("pretrain", "one")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{here / 'other.db'}")
+    assert run_of(Store("one"), uri=tracking_uri()) is None
+    second = begin("pretrain", "one")
+    assert second.uri != first.uri
+    assert begin("pretrain", "one") == second
+    second._client().delete_run(second.run_id)
+    third = begin("pretrain", "one")
+    assert third != second
+    assert [record.run for record in find_runs("pretrain")] == [third]
 
 
 WRITERS, STEPS = 4, 50
 
 ONE_WRITER = """
 import sys
+from lemon.storage import Store
 from lemon.tracking import Run, start_run
 uri, parent, number, steps = *sys.argv[1:4], int(sys.argv[4])
-run = start_run("sweep", f"trial-{number}", params={f"p{i}": i for i in range(150)}, parent=Run(uri, parent))
+params = {f"p{i}": i for i in range(150)}
+run = start_run("sweep", f"trial-{number}", store=Store(number), params=params, parent=Run(uri, parent))
 for step in range(steps):
     run.log({"loss": step + int(number), "lr": 0.1}, step=step)
 run.log_dataset("cells", digest="abc", source="/cells", context="training")
@@ -108,7 +179,7 @@ def test_processes_that_log_to_one_database_at_once_lose_nothing(here: Path) -> 
     """As trials of a sweep do: each makes a run of its own and logs without a pause."""
     import mlflow
 
-    parent = start_run("sweep", "parent", params={})
+    parent = begin("sweep", "parent")
     words = [sys.executable, "-c", ONE_WRITER, parent.uri, parent.run_id]
     jobs = [
         subprocess.Popen([*words, str(number), str(STEPS)], stderr=subprocess.PIPE, text=True)
@@ -142,11 +213,11 @@ def test_a_registered_encoder_gives_the_same_vectors_and_refuses_images_of_anoth
     import mlflow.pyfunc
     from mlflow.exceptions import MlflowException
 
-    run = start_run("pretrain", "one", params={})
+    run = begin("pretrain", "one")
     folder = exported(here / "encoder")
     assert run.register("nuclei", folder, width=192, tags={"ssl": "none"}) == 1
     assert run.register("nuclei", folder, width=192, tags={}) == 1, "a run has one version"
-    assert start_run("pretrain", "two", params={}).register("nuclei", folder, width=192, tags={}) == 2
+    assert begin("pretrain", "two").register("nuclei", folder, width=192, tags={}) == 2
     (found, _) = sorted(run._client().search_model_versions("name='nuclei'"), key=lambda each: int(each.version))
     assert (found.run_id, found.tags) == (run.run_id, {"ssl": "none"})
     mlflow.set_tracking_uri(run.uri)
@@ -175,8 +246,10 @@ def test_a_server_that_cannot_be_reached_costs_what_it_is_told_and_a_warning_and
         run.log({"loss": 1.0}, step=3)
         run.set_tag("a", "b")
         run.close()
+        Store("out").write_json(RUN, {"run_id": "abc"})
+        close_killed(Store("out"), uri=run.uri)
     told = [record.getMessage() for record in caplog.records if record.name == "lemon.tracking"]
-    assert len(told) == 4
+    assert len(told) == 5
     assert all("\n" not in line for line in told)
     assert told[0].startswith("the encoder is not registered as nuclei: ")
     assert "metrics of step 3" in told[1]
@@ -189,9 +262,9 @@ def test_where_there_is_no_database_no_runs_are_found_and_none_is_made(here: Pat
 
 @pytest.mark.slow
 def test_runs_are_found_by_their_experiment_with_what_was_noted_of_them(here: Path) -> None:
-    made = [start_run("probe", name, params={"model": name}, tags={"output": f"/{name}"}) for name in ("a", "b")]
+    made = [begin("probe", name, params={"model": name}, tags={"output": f"/{name}"}) for name in ("a", "b")]
     made[1].log({"score": 0.5}, step=0)
-    start_run("pretrain", "c", params={})
+    begin("pretrain", "c")
     found = find_runs("probe")
     assert [each.run for each in found] == made
     assert [each.params["model"] for each in found] == ["a", "b"]

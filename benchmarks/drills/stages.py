@@ -258,6 +258,6 @@ def _extra_runs(output: Output) -> int:
     import mlflow
 
     client = mlflow.MlflowClient(output.mlflow_uri)
-    parent = client.get_run(output.store.read_json("sweep.json")["run_id"]).info
+    parent = client.get_run(output.store.read_json("run.json")["run_id"]).info
     runs = client.search_runs([parent.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.run_id}'")
     return len(runs) - len({run.info.run_name for run in runs})

@@ -21,10 +21,9 @@ from lemon.pretrain.assemble import EXPORT, select, train, with_stain
 from lemon.pretrain.config import PretrainConfig
 from lemon.pretrain.loop import Log, TrainingStoppedError
 from lemon.storage import Store, fingerprint, local_copy, open_output
-from lemon.tracking import Run, start_run, tracking_uri
+from lemon.tracking import Run, start_run
 
 SETTINGS = "pretrain.json"
-_RUN = "run.json"
 _STOPPED = re.compile(rf"^(?:\w+\.)*{TrainingStoppedError.__name__}: (.*)$", re.MULTILINE)
 
 
@@ -178,16 +177,8 @@ def changed_settings(config: PretrainConfig, store: Store) -> list[str]:
     return [key for key in keys if fingerprint(settings.get(key)) != fingerprint(earlier.get(key))]
 
 
-def run_of(store: Store) -> Run:
-    """The MLflow run of an output."""
-    return Run(tracking_uri(), store.read_json(_RUN)["run_id"])
-
-
 def _open_run(config: PretrainConfig, store: Store, *, cells_fingerprint: str) -> Run:
     """The MLflow run of this output: a rerun goes on in the same one."""
-    earlier = store.read_json(_RUN)["run_id"] if store.exists(_RUN) else None
     tags = {"cells_fingerprint": cells_fingerprint}
     name = f"{config.encoder.name}-{config.ssl.name}-{config.views.name}"
-    run = start_run("pretrain", name, params=config.model_dump(mode="json"), tags=tags, run_id=earlier)
-    store.write_json(_RUN, {"run_id": run.run_id})
-    return run
+    return start_run("pretrain", name, store=store, params=config.model_dump(mode="json"), tags=tags)

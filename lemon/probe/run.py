@@ -197,9 +197,6 @@ def told(rows: list[dict[str, Any]]) -> str:
 
 def _open_run(encoder: Encoder, config: ProbeConfig, store: Store, *, cost: Cost) -> Run:
     mark = f"runs/{file_stem(encoder.name)}-{encoder.fingerprint}.json"
-    earlier = store.read_json(mark)["run_id"] if store.exists(mark) else None
     params = {"model": encoder.name, "width": encoder.width, "cost": asdict(cost), **config.settings()}
     tags = {"output": store.uri, "model_fingerprint": encoder.fingerprint}
-    run = start_run("probe", encoder.name, params=params, tags=tags, run_id=earlier)
-    store.write_json(mark, {"run_id": run.run_id})
-    return run
+    return start_run("probe", encoder.name, store=store, mark=mark, params=params, tags=tags)

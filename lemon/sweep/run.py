@@ -17,7 +17,7 @@ from lemon.sweep import table
 from lemon.sweep.attempt import attempt
 from lemon.sweep.config import SweepConfig
 from lemon.sweep.grid import EXPERIMENT, MARK, Entry, Grid, build
-from lemon.tracking import Run, start_run
+from lemon.tracking import Run, close_killed, start_run
 
 
 def main(config: SweepConfig) -> int:
@@ -67,7 +67,8 @@ def _run_pending(pending: list[Entry], grid: Grid, config: SweepConfig, output: 
             _run_here(pending, grid.tasks, parent=parent, tries=1 + config.max_failures)
         status = "FINISHED"
     finally:
-        _close_runs(grid.entries, parent)
+        for entry in grid.entries:
+            close_killed(entry.trial.store, uri=parent.uri)
         parent.close(status)
 
 
@@ -81,16 +82,7 @@ def _run_here(pending: list[Entry], tasks: list[Task], *, parent: Run, tries: in
 
 def _open_parent(config: SweepConfig, output: Store) -> Run:
     """The sweep's own MLflow run, which a rerun goes on with. It makes the database before trials open it at once."""
-    earlier = output.read_json(MARK)["run_id"] if output.exists(MARK) else None
-    tags = {"output": output.uri, "config_fingerprint": fingerprint(config.model_dump(mode="json"))}
-    run = start_run(EXPERIMENT, config.sweep.name, params=config.model_dump(mode="json"), tags=tags, run_id=earlier)
-    output.write_json(MARK, {"study": config.sweep.name, "run_id": run.run_id})
-    return run
-
-
-def _close_runs(entries: list[Entry], parent: Run) -> None:
-    """End the runs of trials that could not do it themselves: killed, or stopped by ASHA."""
-    for entry in entries:
-        run = experiment.run_of(entry.trial, uri=parent.uri)
-        if run is not None and run.is_open():
-            run.close("KILLED")
+    output.write_json(MARK, {"study": config.sweep.name})
+    settings = config.model_dump(mode="json")
+    tags = {"output": output.uri, "config_fingerprint": fingerprint(settings)}
+    return start_run(EXPERIMENT, config.sweep.name, store=output, params=settings, tags=tags)

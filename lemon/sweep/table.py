@@ -21,12 +21,13 @@ from typing import Any
 import pyarrow as pa
 
 from lemon.config import Frozen
-from lemon.experiment import RUN, Result, finished
+from lemon.experiment import Result, finished
 from lemon.report.studies import OverSeeds, point_names, study_values
 from lemon.report.tables import as_csv
 from lemon.schema import SWEEP, SWEEP_FILE
 from lemon.storage import Store
 from lemon.sweep.grid import Entry
+from lemon.tracking import run_id_of
 
 LOST = "lost.json"
 PARQUET, CSV = SWEEP_FILE, "sweep.csv"
@@ -66,8 +67,7 @@ def rows_of(entry: Entry, *, study: str) -> Iterator[dict[str, Any]]:
         for score in result.scores:
             yield named | facts | score.model_dump() | {"status": "done"}
     elif (why := lost(entry)) is not None:
-        run_id = trial.store.read_json(RUN)["run_id"] if trial.store.exists(RUN) else None
-        yield named | {"status": why.status, "error": why.error, "run_id": run_id}
+        yield named | {"status": why.status, "error": why.error, "run_id": run_id_of(trial.store)}
 
 
 def write(entries: Sequence[Entry], output: Store, *, study: str) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import pytest
 from benchmarks.processes import family, kill
 from lemon.storage import Store
 from lemon.sweep import table
-from lemon.sweep.grid import MARK
+from lemon.tracking import RUN
 from tests.probe.tasks.test_folder import write_crops
 from tests.sweeps import sweep_words, write_cells
 
@@ -88,7 +88,7 @@ def statuses(home: Path) -> dict[str, str]:
     import mlflow
 
     client = mlflow.MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
-    parent = client.get_run(Store(home / "out").read_json(MARK)["run_id"])
+    parent = client.get_run(Store(home / "out").read_json(RUN)["run_id"])
     found = client.search_runs(
         [parent.info.experiment_id], filter_string=f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
     )

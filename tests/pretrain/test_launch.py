@@ -12,6 +12,7 @@ from lemon.config import EXIT_OK, ConfigError, load
 from lemon.pretrain import launch
 from lemon.pretrain.config import PretrainConfig
 from lemon.storage import Store
+from lemon.tracking import RUN
 from tests.cells_table import synthetic_crops
 from tests.sweeps import TINY, write_cells
 
@@ -42,7 +43,7 @@ def test_a_finished_run_is_registered_once_and_opens_from_the_registry_with_the_
         assert launch.main(config) == EXIT_OK
         assert "registered in MLflow as models:/lemon/1" in capsys.readouterr().out
     (version,) = mlflow.MlflowClient(uri).search_model_versions("name='lemon'")
-    assert version.run_id == launch.run_of(Store(config.output)).run_id
+    assert version.run_id == Store(config.output).read_json(RUN)["run_id"]
     assert version.tags["views"] == config.views.name
     assert int(version.tags["steps"]) == config.total_steps
     assert version.description == "vit_tiny8-mocov3-a1_gray"
