@@ -17,8 +17,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import urllib.error
-import urllib.request
 import uuid
 import warnings
 from collections.abc import Callable, Sequence
@@ -154,27 +152,23 @@ def check_ray(*, start: bool) -> Finding:
 
 def check_mlflow() -> Finding:
     """The place where runs go."""
-    from lemon.tracking import tracking_uri, version
+    import requests
+
+    from lemon.tracking import reach, tracking_uri, version
 
     uri = tracking_uri()
     found, set_by = f"{version()}; runs go to {uri}", "MLFLOW_TRACKING_URI"
-    if uri.startswith(("http://", "https://")):
-        try:
-            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).close()
-        except urllib.error.HTTPError as error:
-            return Finding(
-                "fail", f"{found}, which answers {error.code}", f"is {set_by} right? a server may want a login"
-            )
-        except OSError as error:
-            mend = f"start the server (make ui, cluster/mlflow_server.sh) or mend {set_by}"
-            return Finding("fail", f"{found}, which does not answer: {getattr(error, 'reason', error)}", mend)
-    elif uri.startswith("sqlite:"):
-        folder = Path(uri.removeprefix("sqlite:///")).parent
-        if not os.access(folder, os.W_OK):
-            return Finding("fail", f"{found}, whose folder cannot be written", f"another folder, or set {set_by}")
-        if "RAY_ADDRESS" in os.environ:
-            mend = f"start a server that all nodes reach and set {set_by}: cluster/README.md"
-            return Finding("warn", f"{found} on this node, which other nodes do not see", mend)
+    try:
+        reach(uri)
+    except requests.HTTPError as error:
+        mend = f"is {set_by} right? a server may want a login"
+        return Finding("fail", f"{found}, which answers {error.response.status_code}", mend)
+    except OSError as error:
+        mend = f"start the server (make ui, cluster/mlflow_server.sh) or mend {set_by}"
+        return Finding("fail", f"{found}: {error}", mend)
+    if uri.startswith("sqlite:") and "RAY_ADDRESS" in os.environ:
+        mend = f"start a server that all nodes reach and set {set_by}: cluster/README.md"
+        return Finding("warn", f"{found} on this node, which other nodes do not see", mend)
     return Finding("ok", found)
 
 

@@ -11,7 +11,8 @@ import tempfile
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import metadata
@@ -20,6 +21,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
+import requests
 
 from lemon.config import ConfigError
 from lemon.schema import CROP_PX
@@ -52,6 +54,31 @@ def version() -> str:
     import mlflow
 
     return f"mlflow {mlflow.__version__}"
+
+
+def reach(uri: str) -> None:
+    """Find within seconds whether something speaks against ``uri`` as the place of runs; MLflow tries for minutes.
+
+    Raises:
+        requests.HTTPError: a server answers, but not that it is well. It may want the login that MLflow's client has.
+        OSError: no server answers, or the database's folder cannot be written.
+    """
+    if uri.startswith(("http://", "https://")):
+        try:
+            answer = requests.get(f"{uri.rstrip('/')}/health", timeout=5)
+        except requests.exceptions.SSLError:
+            return  # something is there, and MLflow's client may have a certificate for it
+        except requests.RequestException as error:
+            reason = getattr(error.args[0], "reason", None) if error.args else None
+            raise OSError(f"it does not answer: {_first_line(reason or error)}") from None
+        answer.raise_for_status()
+    elif uri.startswith("sqlite:///"):
+        database = Path(uri.removeprefix("sqlite:///"))
+        if database.is_dir():
+            raise OSError(f"{database} is a folder; expected a file or none")
+        folder = next(parent for parent in database.absolute().parents if parent.exists())  # MLflow makes the rest
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise OSError(f"{folder} is no folder that can be written")
 
 
 @dataclass(frozen=True)
@@ -155,15 +182,13 @@ def find_runs(experiment: str) -> list[Record]:
     Raises ConfigError where MLflow cannot be read.
     """
     import mlflow
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError  # MLflow lets those of its database through
 
     uri = tracking_uri()
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         return []  # the client would make an empty one
     found: list[Any] = []
     page: Any = None
-    try:
+    with _refused("experiment", uri):
         client = mlflow.MlflowClient(uri)
         if (known := client.get_experiment_by_name(experiment)) is None:
             return []
@@ -171,13 +196,33 @@ def find_runs(experiment: str) -> list[Record]:
             token = page and page.token
             page = client.search_runs([known.experiment_id], order_by=["attributes.start_time"], page_token=token)
             found += page
-    except (MlflowException, SQLAlchemyError) as error:
-        told = without_user(str(error).splitlines()[0], uri=uri)
-        raise ConfigError(f"experiment: MLflow at {without_user(uri, uri=uri)} cannot be read: {told}") from None
     return [
         Record(Run(uri, run.info.run_id), tags=run.data.tags, params=run.data.params, metrics=run.data.metrics)
         for run in found
     ]
+
+
+@contextmanager
+def _refused(key: str, uri: str) -> Iterator[None]:
+    """What MLflow at ``uri`` raises as a ConfigError of one line."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError  # MLflow lets those of its database through
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError) as error:
+        told = without_user(_first_line(error), uri=uri)
+        raise ConfigError(f"{key}: MLflow at {without_user(uri, uri=uri)} cannot be used: {told}") from None
+
+
+def _require(uri: str) -> None:
+    try:
+        reach(uri)
+    except requests.HTTPError:
+        pass  # MLflow's client tells why, or logs in
+    except OSError as error:
+        told = without_user(f"{uri}: {error}", uri=uri)
+        raise ConfigError(f"MLFLOW_TRACKING_URI: runs cannot go to {told}") from None
 
 
 def without_user(text: str, *, uri: str) -> str:
@@ -209,29 +254,39 @@ def start_run(
         params: flat or nested settings; nested keys are joined by dots.
         tags: further tags, besides code_version and host.
         parent: the run of a sweep that this one belongs to; the run is made where the parent is.
+
+    Raises ConfigError where MLflow cannot be used; within seconds where nothing answers, but for a child, whose parent
+    was answered.
     """
     import mlflow
 
     uri = parent.uri if parent else tracking_uri()
     _warn_of_other_nodes()
-    client = mlflow.MlflowClient(uri)
-    earlier = run_of(store, mark, uri=uri)
-    if earlier is None:
-        key = uuid.uuid4().hex
-        store.write_json(mark, {"experiment": experiment, "key": key})
-        labels = {"code_version": code_version(), "host": os.uname().nodename, _KEY: key} | dict(tags or {})
-        labels |= {"mlflow.parentRunId": parent.run_id} if parent else {}
-        found = client.get_experiment_by_name(experiment)
-        experiment_id = found.experiment_id if found else _make_experiment(client, experiment, uri)
-        made = _patiently(lambda: client.create_run(experiment_id, run_name=name, tags=labels))
-        run = Run(uri, made.info.run_id)
-    else:
-        run = earlier
-        _patiently(lambda: client.update_run(run.run_id, status="RUNNING"))
-    _complete_params(client, run.run_id, params)
+    if parent is None:
+        _require(uri)
+    with _refused("MLFLOW_TRACKING_URI", uri):
+        client = mlflow.MlflowClient(uri)
+        run = run_of(store, mark, uri=uri)
+        if run is None:
+            facts = {"code_version": code_version(), "host": os.uname().nodename} | dict(tags or {})
+            facts |= {"mlflow.parentRunId": parent.run_id} if parent else {}
+            run = Run(uri, _create(client, uri, experiment, name, store=store, mark=mark, tags=facts))
+        else:
+            _patiently(partial(client.update_run, run.run_id, status="RUNNING"))
+        _complete_params(client, run.run_id, params)
     if run_id_of(store, mark) != run.run_id:
         store.write_json(mark, store.read_json(mark) | {"run_id": run.run_id})
     return run
+
+
+def _create(client: Any, uri: str, experiment: str, name: str, *, store: Store, mark: str, tags: dict[str, str]) -> str:
+    """A new run under a new key, which the mark has first; returns the run's id."""
+    key = uuid.uuid4().hex
+    store.write_json(mark, {"experiment": experiment, "key": key})
+    found = client.get_experiment_by_name(experiment)
+    experiment_id = found.experiment_id if found else _make_experiment(client, experiment, uri)
+    made = _patiently(lambda: client.create_run(experiment_id, run_name=name, tags={**tags, _KEY: key}))
+    return str(made.info.run_id)
 
 
 def run_id_of(store: Store, mark: str = RUN) -> str | None:

@@ -118,9 +118,12 @@ def test_a_tracking_server_that_does_not_answer_fails(monkeypatch: pytest.Monkey
     assert "MLFLOW_TRACKING_URI" in finding.mend
 
 
-def test_runs_in_a_folder_that_is_not_there_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/absent/mlflow.db")
+def test_runs_in_a_folder_that_cannot_be_made_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/file/mlflow.db")
     assert doctor.check_mlflow().state == "fail"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/made/then/mlflow.db")
+    assert doctor.check_mlflow().state == "ok"
 
 
 def test_a_database_on_one_node_of_a_cluster_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

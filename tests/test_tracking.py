@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import requests
 import torch
 
 from lemon import tracking
+from lemon.config import ConfigError
 from lemon.encoders.config import VIT_TINY8
 from lemon.encoders.export import CellInput, export_encoder
 from lemon.encoders.open import load_encoder
@@ -253,6 +255,36 @@ def test_a_server_that_cannot_be_reached_costs_what_it_is_told_and_a_warning_and
     assert all("\n" not in line for line in told)
     assert told[0].startswith("the encoder is not registered as nuclei: ")
     assert "metrics of step 3" in told[1]
+
+
+@pytest.mark.parametrize(
+    ("uri", "why"),
+    [
+        ("http://me:secret@127.0.0.1:9", r"http://127\.0\.0\.1:9: it does not answer: .*Connection refused$"),
+        ("sqlite:///{here}", "is a folder; expected a file or none$"),
+        ("sqlite:///{here}/text.db/runs/mlflow.db", r"text\.db is no folder that can be written$"),
+        ("sqlite:///{here}/text.db", "cannot be used: .*not a database$"),
+        ("nonsense://x", "cannot be used: .*nonsense"),
+    ],
+)
+def test_a_run_cannot_begin_where_mlflow_cannot_be_used_and_one_line_says_why(
+    here: Path, monkeypatch: pytest.MonkeyPatch, uri: str, why: str
+) -> None:
+    (here / "text.db").write_text("no database" * 1000)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(here=here))
+    with pytest.raises(ConfigError, match=f"^MLFLOW_TRACKING_URI: .*{why}") as error:
+        begin("pretrain", "one")
+    assert "\n" not in str(error.value)
+    assert "secret" not in str(error.value)
+
+
+def test_a_server_that_wants_a_login_is_left_to_mlflow(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = requests.Response()
+    answer.status_code = 401
+    monkeypatch.setattr(requests, "get", lambda *_, **__: answer)
+    with pytest.raises(requests.HTTPError):
+        tracking.reach("http://127.0.0.1:9")
+    tracking._require("http://127.0.0.1:9")
 
 
 def test_where_there_is_no_database_no_runs_are_found_and_none_is_made(here: Path) -> None:

@@ -59,5 +59,5 @@ def test_a_database_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("no database" * 1000)
     done = run(tmp_path)
     assert done.returncode == 2
-    assert f"report: experiment: MLflow at sqlite:///{tmp_path}/mlflow.db cannot be read" in done.stderr
+    assert f"report: experiment: MLflow at sqlite:///{tmp_path}/mlflow.db cannot be used" in done.stderr
     assert "Traceback" not in done.stderr
