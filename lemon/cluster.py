@@ -14,7 +14,7 @@ def start_ray() -> None:
     import ray.data
 
     for handler in logging.getLogger("ray.data").handlers:
-        if not isinstance(handler, logging.FileHandler):
+        if handler.name == "console":  # Ray Data's own; others may have added theirs
             handler.setLevel(logging.ERROR)
     if ray.is_initialized():
         return
