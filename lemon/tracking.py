@@ -36,6 +36,8 @@ _KEY = "lemon.key"
 _MAX_PARAM = 6000  # characters that MLflow keeps of a parameter
 _PARAMS_A_CALL = 100
 _TRIES = 8  # to write to a SQLite database that other runs hold; each waits for up to 20 s by itself
+_KNOCKS = 4  # at a server that may have been started just now, or be busy
+_PAUSE_S = 3.0
 _SERVED = Path(__file__).with_name("served_encoder.py")
 _REQUIREMENTS = ("torch", "timm", "safetensors")  # besides the package: what the vectors depend on
 
@@ -216,13 +218,16 @@ def _refused(key: str, uri: str) -> Iterator[None]:
 
 
 def _require(uri: str) -> None:
-    try:
-        reach(uri)
-    except requests.HTTPError:
-        pass  # MLflow's client tells why, or logs in
-    except OSError as error:
-        told = without_user(f"{uri}: {error}", uri=uri)
-        raise ConfigError(f"MLFLOW_TRACKING_URI: runs cannot go to {told}") from None
+    for left in reversed(range(_KNOCKS)):
+        try:
+            return reach(uri)
+        except requests.HTTPError:
+            return  # MLflow's client tells why, or logs in
+        except OSError as error:
+            if not left or not uri.startswith("http"):
+                told = without_user(f"{uri}: {error}", uri=uri)
+                raise ConfigError(f"MLFLOW_TRACKING_URI: runs cannot go to {told}") from None
+        time.sleep(_PAUSE_S)
 
 
 def without_user(text: str, *, uri: str) -> str:

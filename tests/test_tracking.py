@@ -270,12 +270,28 @@ def test_a_server_that_cannot_be_reached_costs_what_it_is_told_and_a_warning_and
 def test_a_run_cannot_begin_where_mlflow_cannot_be_used_and_one_line_says_why(
     here: Path, monkeypatch: pytest.MonkeyPatch, uri: str, why: str
 ) -> None:
+    monkeypatch.setattr(tracking, "_PAUSE_S", 0.0)
     (here / "text.db").write_text("no database" * 1000)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(here=here))
     with pytest.raises(ConfigError, match=f"^MLFLOW_TRACKING_URI: .*{why}") as error:
         begin("pretrain", "one")
     assert "\n" not in str(error.value)
     assert "secret" not in str(error.value)
+
+
+def test_a_server_that_is_about_to_start_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = [OSError("refused"), OSError("refused"), None, OSError("refused")]
+
+    def reach(uri: str) -> None:
+        if (error := refused.pop(0)) is not None:
+            raise error
+
+    monkeypatch.setattr(tracking, "reach", reach)
+    monkeypatch.setattr(tracking, "_PAUSE_S", 0.0)
+    tracking._require("http://127.0.0.1:9")
+    assert len(refused) == 1
+    with pytest.raises(ConfigError, match="refused"):
+        tracking._require("sqlite:///mlflow.db")
 
 
 def test_a_server_that_wants_a_login_is_left_to_mlflow(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
