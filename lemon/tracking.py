@@ -380,25 +380,28 @@ def _exists(client: Any, run_id: str) -> bool:
 
 
 def _register(client: Any, run_id: str, name: str, encoder: Path, *, width: int, tags: dict[str, str]) -> int:
-    """A model of the run, and the version that points to it."""
+    """A model of the run, and the version that points to it. Goes on with a model that a killed process left."""
     from mlflow.entities import LoggedModelOutput
     from mlflow.exceptions import MlflowException
 
-    run = client.get_run(run_id).info
-    model = _patiently(lambda: client.create_logged_model(run.experiment_id, name, run_id, tags))
+    run = client.get_run(run_id)
+    place = run.info.experiment_id
+    left = client.search_logged_models([place], f"source_run_id = '{run_id}' AND name = '{name}'")
+    model = left[0] if left else _patiently(lambda: client.create_logged_model(place, name, run_id, tags))
     model_id = model.model_id
     with tempfile.TemporaryDirectory() as folder:
         _save(Path(folder) / "model", encoder, width=width, run_id=run_id, model_id=model_id)
         client.log_model_artifacts(model_id, f"{folder}/model")
     _patiently(lambda: client.finalize_logged_model(model_id, "READY"))
-    _patiently(lambda: client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)]))
+    if model_id not in (each.model_id for each in run.outputs.model_outputs):
+        _patiently(lambda: client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)]))
     try:
         _patiently(lambda: client.create_registered_model(name))
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     source = model.artifact_location  # "models:/<id>" would be looked for where the process logs by default
-    facts = {"run_id": run_id, "model_id": model_id, "description": run.run_name, "tags": tags}
+    facts = {"run_id": run_id, "model_id": model_id, "description": run.info.run_name, "tags": tags}
     return int(_patiently(lambda: client.create_model_version(name, source, **facts)).version)
 
 

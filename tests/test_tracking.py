@@ -238,6 +238,35 @@ def test_a_registered_encoder_gives_the_same_vectors_and_refuses_images_of_anoth
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("last", ["create_logged_model", "log_model_artifacts", "log_outputs", "create_model_version"])
+def test_a_process_that_is_killed_while_it_registers_an_encoder_leaves_no_second_model(
+    here: Path, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    import mlflow.pyfunc
+
+    run, folder = begin("pretrain", "one"), exported(here / "encoder")
+    call = getattr(mlflow.MlflowClient, last)
+
+    def killed_after(*words: Any, **facts: Any) -> None:
+        call(*words, **facts)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(mlflow.MlflowClient, last, killed_after)
+        run.register("nuclei", folder, width=192, tags={})
+    assert run.register("nuclei", folder, width=192, tags={}) == 1
+    client = run._client()
+    (version,) = client.search_model_versions("name='nuclei'")
+    (model,) = client.search_logged_models([client.get_run(run.run_id).info.experiment_id])
+    (output,) = client.get_run(run.run_id).outputs.model_outputs
+    assert output.model_id == model.model_id
+    assert version.source == model.artifact_location
+    assert model.status == "READY"
+    mlflow.set_tracking_uri(run.uri)
+    assert mlflow.pyfunc.load_model("models:/nuclei/1").predict(synthetic_crops(2)).shape == (2, 192)
+
+
+@pytest.mark.slow
 def test_a_server_that_cannot_be_reached_costs_what_it_is_told_and_a_warning_and_not_the_run(
     here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
