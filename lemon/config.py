@@ -307,6 +307,12 @@ def run_job(stage: str, model: type[C], main: Callable[[C], int], argv: Sequence
         return 130
 
 
+def one_line(error: Exception) -> str:
+    """An error of ``requests`` in one line, without the names of its inner objects where it has a cause."""
+    reason = getattr(error.args[0], "reason", None) if error.args else None
+    return " ".join(str(reason or error).split()) or type(error).__name__
+
+
 def describe(stage: str, model: type[Frozen]) -> str:
     """The help text: every key with its type, default and meaning."""
     variants = ", ".join(sorted(path.stem for path in (conf_dir() / stage).glob("*.yaml")))

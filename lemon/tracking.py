@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import requests
 
-from lemon.config import ConfigError
+from lemon.config import ConfigError, one_line
 from lemon.schema import CROP_PX
 from lemon.storage import Store, code_version
 from lemon.version import __version__
@@ -71,8 +71,7 @@ def reach(uri: str) -> None:
         except requests.exceptions.SSLError:
             return  # something is there, and MLflow's client may have a certificate for it
         except requests.RequestException as error:
-            reason = getattr(error.args[0], "reason", None) if error.args else None
-            raise OSError(f"it does not answer: {_first_line(reason or error)}") from None
+            raise OSError(f"it does not answer: {one_line(error)}") from None
         answer.raise_for_status()
     elif uri.startswith("sqlite:///"):
         database = Path(uri.removeprefix("sqlite:///"))
@@ -271,32 +270,47 @@ def start_run(
         _require(uri)
     with _refused("MLFLOW_TRACKING_URI", uri):
         client = mlflow.MlflowClient(uri)
-        run = run_of(store, mark, uri=uri)
-        if run is None:
-            facts = {"code_version": code_version(), "host": os.uname().nodename} | dict(tags or {})
+        told = _told(store, mark)
+        run_id = _find(client, told)
+        if run_id is None:
+            told = {"experiment": experiment, "key": uuid.uuid4().hex}
+            store.write_json(mark, told)
+            facts = {"code_version": code_version(), "host": os.uname().nodename, _KEY: told["key"]} | dict(tags or {})
             facts |= {"mlflow.parentRunId": parent.run_id} if parent else {}
-            run = Run(uri, _create(client, uri, experiment, name, store=store, mark=mark, tags=facts))
+            run_id = _create(client, uri, experiment, name, tags=facts)
         else:
-            _patiently(partial(client.update_run, run.run_id, status="RUNNING"))
-        _complete_params(client, run.run_id, params)
-    if run_id_of(store, mark) != run.run_id:
-        store.write_json(mark, store.read_json(mark) | {"run_id": run.run_id})
-    return run
+            _patiently(partial(client.update_run, run_id, status="RUNNING"))
+        _complete_params(client, run_id, params)
+    if told.get("run_id") != run_id:
+        store.write_json(mark, told | {"run_id": run_id})
+    return Run(uri, run_id)
 
 
-def _create(client: Any, uri: str, experiment: str, name: str, *, store: Store, mark: str, tags: dict[str, str]) -> str:
-    """A new run under a new key, which the mark has first; returns the run's id."""
-    key = uuid.uuid4().hex
-    store.write_json(mark, {"experiment": experiment, "key": key})
+def _create(client: Any, uri: str, experiment: str, name: str, *, tags: dict[str, str]) -> str:
+    """A new run; returns its id."""
     found = client.get_experiment_by_name(experiment)
     experiment_id = found.experiment_id if found else _make_experiment(client, experiment, uri)
-    made = _patiently(lambda: client.create_run(experiment_id, run_name=name, tags={**tags, _KEY: key}))
-    return str(made.info.run_id)
+    return str(_patiently(lambda: client.create_run(experiment_id, run_name=name, tags=tags)).info.run_id)
+
+
+def _told(store: Store, mark: str) -> dict[str, str]:
+    """What a mark holds: experiment and key, then the run's id too; empty where there is no mark."""
+    return store.read_json(mark) if store.exists(mark) else {}
+
+
+def _find(client: Any, told: Mapping[str, str]) -> str | None:
+    """The id of the run that a mark tells of; None where MLflow has none."""
+    if (run_id := told.get("run_id")) is not None:
+        return run_id if _exists(client, run_id) else None
+    if not told or (experiment := client.get_experiment_by_name(told["experiment"])) is None:
+        return None
+    found = client.search_runs([experiment.experiment_id], f"tags.`{_KEY}` = '{told['key']}'", max_results=1)
+    return str(found[0].info.run_id) if found else None
 
 
 def run_id_of(store: Store, mark: str = RUN) -> str | None:
     """The id of an output's run as its mark tells it; None where the run was not begun, or just then."""
-    return store.read_json(mark).get("run_id") if store.exists(mark) else None
+    return _told(store, mark).get("run_id")
 
 
 def run_of(store: Store, mark: str = RUN, *, uri: str) -> Run | None:
@@ -306,16 +320,8 @@ def run_of(store: Store, mark: str = RUN, *, uri: str) -> Run | None:
     """
     import mlflow
 
-    if not store.exists(mark):
-        return None
-    client = mlflow.MlflowClient(uri)
-    told = store.read_json(mark)
-    if (run_id := told.get("run_id")) is not None:
-        return Run(uri, run_id) if _exists(client, run_id) else None
-    if (experiment := client.get_experiment_by_name(told["experiment"])) is None:
-        return None
-    found = client.search_runs([experiment.experiment_id], f"tags.`{_KEY}` = '{told['key']}'", max_results=1)
-    return Run(uri, found[0].info.run_id) if found else None
+    run_id = _find(mlflow.MlflowClient(uri), _told(store, mark))
+    return None if run_id is None else Run(uri, run_id)
 
 
 def close_killed(store: Store, *, uri: str) -> None:

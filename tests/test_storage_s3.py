@@ -229,7 +229,7 @@ def test_a_server_that_lets_a_job_wait_is_named_meanwhile(
     monkeypatch.setattr(storage, "NOTICE_S", 0.0)
     bucket.faults.slow_down = 3
     open_output(bucket.uri)
-    assert f"output: {bucket.uri} does not answer yet; it is asked for a minute" in caplog.messages
+    assert caplog.messages == [f"output: {bucket.uri} does not answer yet; it is asked for a minute"]
 
 
 @pytest.mark.parametrize(

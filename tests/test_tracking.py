@@ -3,6 +3,8 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,22 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def begin(experiment: str, name: str, **facts: Any) -> Run:
     """The run of an output of that name, here."""
     return start_run(experiment, name, store=Store(name), **{"params": {}, **facts})
+
+
+@contextmanager
+def killed_after(last: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The block ends as by a kill, right after its first call of that method of MLflow's client."""
+    from mlflow import MlflowClient
+
+    call = getattr(MlflowClient, last)
+
+    def call_and_end(*words: Any, **facts: Any) -> None:
+        call(*words, **facts)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MlflowClient, last, call_and_end)
+        yield
 
 
 def test_the_default_store_is_a_database_by_its_absolute_path(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,19 +136,12 @@ def test_a_child_is_made_where_its_parent_is_and_tells_its_data_and_whether_it_e
 def test_a_process_that_is_killed_while_it_begins_a_run_leaves_no_second_run(
     here: Path, monkeypatch: pytest.MonkeyPatch, last: str
 ) -> None:
-    import mlflow
-
-    def killed_after(*words: Any, **facts: Any) -> None:
-        call(*words, **facts)
-        raise KeyboardInterrupt
 
     begin("pretrain", "another")
-    call = getattr(mlflow.MlflowClient, last)
     begun = {"experiment": "pretrain", "key": "k"}
     if last == "search_runs":  # killed after the mark was written
         Store("one").write_json(RUN, begun)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(mlflow.MlflowClient, last, killed_after)
+    with killed_after(last, monkeypatch):
         begin("pretrain", "one", params={f"p{i}": i for i in range(150)})
     assert run_id_of(Store("one")) is None
     found = run_of(Store("one"), uri=tracking_uri())
@@ -245,14 +256,8 @@ def test_a_process_that_is_killed_while_it_registers_an_encoder_leaves_no_second
     import mlflow.pyfunc
 
     run, folder = begin("pretrain", "one"), exported(here / "encoder")
-    call = getattr(mlflow.MlflowClient, last)
 
-    def killed_after(*words: Any, **facts: Any) -> None:
-        call(*words, **facts)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(mlflow.MlflowClient, last, killed_after)
+    with killed_after(last, monkeypatch):
         run.register("nuclei", folder, width=192, tags={})
     assert run.register("nuclei", folder, width=192, tags={}) == 1
     client = run._client()

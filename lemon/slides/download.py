@@ -19,7 +19,7 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
-from lemon.config import DownloadConfig
+from lemon.config import DownloadConfig, one_line
 from lemon.version import __version__
 
 BLOCK_BYTES = 1 << 18
@@ -71,12 +71,6 @@ def open_session(config: DownloadConfig) -> requests.Session:
     for scheme in ("http://", "https://"):
         session.mount(scheme, HTTPAdapter(max_retries=retry))
     return session
-
-
-def one_line(error: Exception) -> str:
-    """An error of ``requests`` in one line, without the names of its inner objects where it has a cause."""
-    reason = getattr(error.args[0], "reason", None) if error.args else None
-    return " ".join(str(reason or error).split()) or type(error).__name__
 
 
 class Downloader:

@@ -11,9 +11,9 @@ from typing import Any
 import requests
 from pydantic import Field
 
-from lemon.config import ConfigError, Frozen, validate
+from lemon.config import ConfigError, Frozen, one_line, validate
 from lemon.slides.cohort import SUFFIXES, Slide, with_barcode
-from lemon.slides.download import RemoteFile, one_line
+from lemon.slides.download import RemoteFile
 
 PAGE = 500
 """Files that one answer of the API lists."""
