@@ -27,7 +27,7 @@ from lemon.report.atlas_cells import THUMBNAIL_PX
 from lemon.report.atlas_fields import categories_of, measures_of
 from lemon.report.atlas_map import map_tsne, to_unit_square
 from lemon.report.atlas_page import write_page
-from lemon.storage import Store
+from lemon.runtime.store import Store
 
 DIFFERENT_CROPS = 4096  # repeated; sheets are compressed one by one, so that repetition saves nothing
 FLAGS = (

@@ -27,7 +27,7 @@ from lemon.cells.shard import PARQUET_OPTIONS, ROW_GROUP_ROWS, images_to_arrow
 from lemon.encoders.config import LEMON_MEAN, LEMON_STD, EncoderConfig
 from lemon.encoders.export import CellInput, export_encoder
 from lemon.encoders.vit import build_vit
-from lemon.storage import Store
+from lemon.runtime.store import Store
 
 JOB = Path(__file__).resolve().parents[1] / "jobs" / "embed.py"
 

@@ -34,8 +34,8 @@ from lemon.probe.config import ProbeSettings
 from lemon.probe.score import POOLED, score_task
 from lemon.probe.task import Task
 from lemon.probe.tasks import consep
+from lemon.runtime.store import Store
 from lemon.schema import CELLS, CROP_PX
-from lemon.storage import Store
 
 COLLECTIONS = ("monuseg_train", "consep_train", "gbm40", "cpm15")
 BASELINES = ("hog_and_colour", "untrained_vit_s8", "efficientnet_lite0")

@@ -29,9 +29,9 @@ import psutil
 from benchmarks.processes import family, free_ports, kill
 from benchmarks.record import record
 from lemon.cells.ledger import read_ledger
+from lemon.runtime.store import Store
+from lemon.runtime.tracking import Run, metric_history
 from lemon.slides.synthetic import make_tissue, write_pyramid
-from lemon.storage import Store
-from lemon.tracking import Run, metric_history
 
 ROOT = Path(__file__).resolve().parents[1]
 N_SLIDES = 4

@@ -37,7 +37,7 @@ from lemon.pretrain.config import MoCoV3Config
 from lemon.pretrain.loop import Trainer
 from lemon.pretrain.mocov3 import MoCoV3
 from lemon.pretrain.policy import load_policy
-from lemon.storage import Store
+from lemon.runtime.store import Store
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lemon.storage import code_version
+from lemon.runtime.store import code_version
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -35,7 +35,7 @@ from lemon.cells.names import ledger_name, shard_name
 from lemon.cells.select import select_cells
 from lemon.cells.shard import PARQUET_OPTIONS, ROW_GROUP_ROWS
 from lemon.config import CurateConfig, load
-from lemon.storage import Store
+from lemon.runtime.store import Store
 
 TEMPLATES = 20
 ORGANS = ("breast", "colon", "kidney", "lung", "ovary")

@@ -33,7 +33,7 @@ from skimage.segmentation import watershed
 
 from benchmarks.record import hardware
 from lemon.nuclei.hematoxylin import Gate, calibrate, candidates, choose, score, segment
-from lemon.storage import code_version
+from lemon.runtime.store import code_version
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/segmentation.json"

@@ -21,8 +21,8 @@ from lemon.config import load
 from lemon.report import page
 from lemon.report.config import ReportConfig
 from lemon.report.studies import study_values
+from lemon.runtime.store import Store
 from lemon.schema import SWEEP_FILE
-from lemon.storage import Store
 from lemon.sweep import run
 from lemon.sweep.config import SweepConfig
 

@@ -17,13 +17,13 @@ import numpy as np
 from tqdm import tqdm
 
 from lemon.cells.ledger import Ledger, open_ledger, tell_statuses
-from lemon.cluster import quiet_ray_data, start_ray
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError, CurateConfig, HoverFastConfig
-from lemon.lease import hold
+from lemon.runtime.cluster import quiet_ray_data, start_ray
+from lemon.runtime.lease import hold
+from lemon.runtime.store import Store, open_output, path_exists
 from lemon.slide import OutputError, build_segmenter, curate_slide, start_processes
 from lemon.slides.cohort import Slide, list_slides
 from lemon.slides.download import DownloadError
-from lemon.storage import Store, open_output, path_exists
 
 FATAL = "output"  # status of a row that stops the job; never written to the ledger
 

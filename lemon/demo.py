@@ -21,11 +21,11 @@ from lemon.probe.config import ProbeConfig
 from lemon.report.atlas_config import AtlasConfig
 from lemon.report.config import ReportConfig
 from lemon.report.pictures import draw_curation
+from lemon.runtime.store import Store
+from lemon.runtime.tracking import metric_history, run_of, tracking_uri
 from lemon.slides.reader import SlideReader
 from lemon.slides.samples import fetch_real_slide, make_synthetic_slide
-from lemon.storage import Store
 from lemon.sweep.config import SweepConfig
-from lemon.tracking import metric_history, run_of, tracking_uri
 
 # An encoder of 0.5 M parameters: it shows the chain, not skill.
 TINY = (

@@ -135,7 +135,7 @@ def check_encoder() -> Finding:
 
 def check_ray(*, start: bool) -> Finding:
     """Ray's version; with ``start``, a cluster is joined or started and runs a task."""
-    from lemon.cluster import ray_version, try_ray
+    from lemon.runtime.cluster import ray_version, try_ray
 
     address = os.environ.get("RAY_ADDRESS")
     place = re.search(r"([^:/]+):(\d+)", address or "")
@@ -154,7 +154,7 @@ def check_mlflow() -> Finding:
     """The place where runs go."""
     import requests
 
-    from lemon.tracking import reach, tracking_uri, version
+    from lemon.runtime.tracking import reach, tracking_uri, version
 
     uri = tracking_uri()
     found, set_by = f"{version()}; runs go to {uri}", "MLFLOW_TRACKING_URI"
@@ -181,7 +181,7 @@ def check_configs() -> Finding:
 
 def check_storage(path: str) -> Finding:
     """A file is written, listed, read and deleted."""
-    from lemon.storage import Store
+    from lemon.runtime.store import Store
 
     store, name = Store(path), f"lemon-doctor-{uuid.uuid4().hex[:8]}/probe"
     store.write_bytes(name, b"lemon")

@@ -24,8 +24,8 @@ from lemon.probe.config import ProbeConfig, ProbeSettings
 from lemon.probe.run import fold_means, probe_model, short_name
 from lemon.probe.task import Task
 from lemon.probe.tasks.catalogue import open_task
-from lemon.storage import Store, code_version, fingerprint
-from lemon.tracking import Run, start_run
+from lemon.runtime.store import Store, code_version, fingerprint
+from lemon.runtime.tracking import Run, start_run
 
 RESULT = "result.json"
 

@@ -22,12 +22,12 @@ from lemon.cells.ledger import read_ledger
 from lemon.cells.names import file_stem
 from lemon.cells.select import rank_of
 from lemon.config import COHORT_FILE, EXIT_FAILURES, EXIT_OK, ConfigError, FetchConfig
-from lemon.lease import hold
+from lemon.runtime.lease import hold
+from lemon.runtime.store import Store, code_version, open_output
 from lemon.schema import DOWNLOADS
 from lemon.slides.cohort import Slide, write_cohort
 from lemon.slides.download import Downloader, DownloadError, StoppedError, open_session
 from lemon.slides.gdc import GdcError, GdcFile, list_files, organ_of, read_manifest, studies_of
-from lemon.storage import Store, code_version, open_output
 
 PASSING = "passing"
 """Folder in the output for slides that are deleted after their curation."""

@@ -1,6 +1,7 @@
 """The code that MLflow runs to open an encoder of its registry: weights from safetensors, no pickle.
 
-Nothing imports this file: ``lemon.tracking`` names it, and MLflow keeps a copy with each model and executes that.
+Nothing imports this file: ``lemon.runtime.tracking`` names it, and MLflow keeps a copy with each model and
+executes that.
 """
 
 from typing import Any

@@ -25,12 +25,12 @@ from lemon.cells.qupath import GeoJsonWriter
 from lemon.cells.shard import SlideShard
 from lemon.config import CurateConfig, HoverFastConfig, SegmenterConfig
 from lemon.nuclei.segmenter import Postprocess, Segmenter
+from lemon.runtime.store import Store
 from lemon.slides.cohort import Slide
 from lemon.slides.fetch import local_slide
 from lemon.slides.reader import RegionError, SlideError, SlideReader
 from lemon.slides.tiles import Region, plan_regions, spread
 from lemon.slides.tissue import OVERVIEW_MPP, find_tissue, read_mask, reason_not_he
-from lemon.storage import Store
 
 CALIBRATION_REGIONS = 8  # enough that a slide's thresholds no longer move; read twice, so not more
 

@@ -13,8 +13,8 @@ from lemon.cells.ledger import Ledger
 from lemon.cells.names import shard_name
 from lemon.cells.select import rank_of
 from lemon.cells.shard import PARQUET_OPTIONS, images_to_arrow
+from lemon.runtime.store import Store
 from lemon.slides.synthetic import make_tissue
-from lemon.storage import Store
 
 
 def synthetic_crops(count: int, *, seed: int = 0) -> np.ndarray:

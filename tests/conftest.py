@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lemon import storage
+from lemon.runtime import store as storage
 from tests import s3
 
 # Before Ray is imported anywhere: no token file in the home folder, no call home.

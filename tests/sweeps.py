@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from lemon.probe.task import Task
-from lemon.storage import Store
+from lemon.runtime.store import Store
 from tests.cells_table import synthetic_crops, write_slide
 from tests.probe.made_up import task_of
 

@@ -27,11 +27,11 @@ from lemon.cells.ledger import open_ledger, read_ledger
 from lemon.cells.names import shard_name
 from lemon.config import ConfigError, CurateConfig, load
 from lemon.nuclei.instances import Nucleus
+from lemon.runtime.store import Store
 from lemon.slide import OutputError, build_segmenter, curate_slide, ordered_map, start_processes
 from lemon.slides import reader as reader_module
 from lemon.slides.cohort import Slide, list_slides
 from lemon.slides.synthetic import SyntheticTissue, make_tissue, write_pyramid
-from lemon.storage import Store
 from tests.conftest import shared
 
 SIDE_PX = 1600

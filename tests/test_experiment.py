@@ -13,8 +13,8 @@ from lemon.pretrain import launch
 from lemon.pretrain.config import PretrainConfig
 from lemon.pretrain.loop import TrainingStoppedError
 from lemon.probe.config import ProbeSettings
-from lemon.storage import Store
-from lemon.tracking import metric_history, run_of, start_run
+from lemon.runtime.store import Store
+from lemon.runtime.tracking import metric_history, run_of, start_run
 from tests.sweeps import TINY, light_task, write_cells
 
 pytestmark = pytest.mark.slow

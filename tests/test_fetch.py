@@ -19,11 +19,11 @@ from lemon.cells.ledger import open_ledger
 from lemon.cells.select import rank_of
 from lemon.config import ConfigError, FetchConfig, load
 from lemon.fetch import choose
+from lemon.runtime.store import Store
 from lemon.slides import download
 from lemon.slides.cohort import list_slides
 from lemon.slides.gdc import GdcFile
 from lemon.slides.synthetic import make_tissue, write_pyramid
-from lemon.storage import Store
 from tests.gdc_server import GdcServer, Served, serving
 
 

@@ -14,10 +14,10 @@ from lemon.cells.select import select_cells
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError, conf_dir, load
 from lemon.pretrain.config import DINOv2Config
 from lemon.probe.task import Task, TaskError
-from lemon.storage import Store
+from lemon.runtime.store import Store
+from lemon.runtime.tracking import RUN
 from lemon.sweep import grid, run, table
 from lemon.sweep.config import SweepConfig, words
-from lemon.tracking import RUN
 from tests.sweeps import ORGANS, light_task, sweep_words, write_cells
 
 STUDIES = sorted(path.stem for path in (conf_dir() / "sweep").glob("*.yaml"))

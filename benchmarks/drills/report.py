@@ -10,7 +10,7 @@ from benchmarks.drills.cluster import ROOT
 from benchmarks.drills.scene import Scene
 from benchmarks.drills.stages import STAGES, Difference
 from benchmarks.record import hardware
-from lemon.storage import code_version
+from lemon.runtime.store import code_version
 
 PAGE = ROOT / "docs" / "drills.md"
 

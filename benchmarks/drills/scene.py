@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.drills.cluster import Cluster, waiting
 from benchmarks.drills.stages import Output, Stage
 from benchmarks.processes import family, kill
-from lemon.storage import Store
+from lemon.runtime.store import Store
 
 ORPHANS_END_S = 10.0
 """What is left of a job may take so long to notice its end."""

@@ -17,10 +17,10 @@ import psutil
 from benchmarks.drills.cluster import ROOT, Cluster
 from lemon.cells.ledger import read_ledger
 from lemon.pretrain.checkpoint import Checkpoints
+from lemon.runtime.store import Store
+from lemon.runtime.tracking import Run, metric_history
 from lemon.slides.synthetic import make_tissue, write_pyramid
-from lemon.storage import Store
 from lemon.sweep.table import PARQUET
-from lemon.tracking import Run, metric_history
 from tests.cells_table import synthetic_crops, write_slide
 from tests.probe.tasks.test_folder import write_crops
 from tests.sweeps import TINY, write_cells

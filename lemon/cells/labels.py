@@ -9,7 +9,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from lemon.config import ConfigError
-from lemon.storage import locate
+from lemon.runtime.store import locate
 
 
 def read_labels(path: str | Path, *, key: str) -> dict[str, str]:

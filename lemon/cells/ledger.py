@@ -11,7 +11,7 @@ import pyarrow as pa
 from lemon import schema
 from lemon.cells.names import SETTINGS, file_stem, ledger_name
 from lemon.config import ConfigError, CurateConfig, HoverFastConfig
-from lemon.storage import Store, code_version, file_fingerprint, fingerprint, local_copy
+from lemon.runtime.store import Store, code_version, file_fingerprint, fingerprint, local_copy
 
 
 class Ledger:

@@ -13,7 +13,7 @@ import numpy as np
 from lemon.cells.ledger import read_ledger
 from lemon.cells.names import shard_name
 from lemon.config import ConfigError
-from lemon.storage import READERS, Store, fingerprint
+from lemon.runtime.store import READERS, Store, fingerprint
 
 
 def rank_of(ids: Iterable[str]) -> np.ndarray:

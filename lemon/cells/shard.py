@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from lemon import schema
 from lemon.cells.crop import SEAM_PX, Claims
-from lemon.storage import Store
+from lemon.runtime.store import Store
 
 ROW_GROUP_ROWS = 2048  # 22 MB of crops: what a reader holds at least
 SPILL_ROWS = 8192  # 88 MB of crops in memory before a sorted run goes to disk

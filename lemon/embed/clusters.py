@@ -14,8 +14,8 @@ from sklearn.cluster import MiniBatchKMeans
 from lemon.cells.select import Selection
 from lemon.embed.names import CENTRES, DERIVED, clusters_name, embeddings_name
 from lemon.embed.stream import read_ahead, vectors_of
+from lemon.runtime.store import Store, fingerprint
 from lemon.schema import CLUSTERS
-from lemon.storage import Store, fingerprint
 
 # matplotlib's tab10: ten colours that are told apart on H&E as well.
 _PALETTE = ("1f77b4", "ff7f0e", "2ca02c", "d62728", "9467bd", "8c564b", "e377c2", "7f7f7f", "bcbd22", "17becf")

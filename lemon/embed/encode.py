@@ -14,7 +14,7 @@ from lemon.embed.names import embeddings_name
 from lemon.embed.stream import ShardError, embed_shard
 from lemon.encoders.device import choose_device
 from lemon.encoders.open import Encoder, load_encoder
-from lemon.storage import Store
+from lemon.runtime.store import Store
 
 
 def open_encoder(model: str) -> Encoder:

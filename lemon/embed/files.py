@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from lemon.storage import TEMPORARY, Store
+from lemon.runtime.store import TEMPORARY, Store
 
 
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ from lemon.cells.ledger import begin_attempt
 from lemon.cells.names import file_stem, geojson_name, ledger_name
 from lemon.config import ConfigError
 from lemon.embed.names import DERIVED, SETTINGS, clusters_name, embeddings_name, h5ad_name, spatialdata_name
+from lemon.runtime.store import Store, code_version
 from lemon.schema import EMBEDDED
-from lemon.storage import Store, code_version
 
 
 @dataclass(frozen=True)

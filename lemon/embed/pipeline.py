@@ -22,7 +22,6 @@ from tqdm import tqdm
 from lemon import curate
 from lemon.cells.ledger import read_ledger, tell_statuses
 from lemon.cells.select import select_cells
-from lemon.cluster import quiet_ray_data, start_ray
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError
 from lemon.embed.clusters import open_clusters
 from lemon.embed.config import EmbedConfig
@@ -32,8 +31,9 @@ from lemon.embed.ledger import EmbedLedger, Made, open_ledger
 from lemon.embed.spatialdata import check_spatialdata
 from lemon.embed.stream import ShardError
 from lemon.encoders.open import Encoder
-from lemon.lease import hold
-from lemon.storage import Store, fingerprint, open_output
+from lemon.runtime.cluster import quiet_ray_data, start_ray
+from lemon.runtime.lease import hold
+from lemon.runtime.store import Store, fingerprint, open_output
 
 FATAL = "fatal"  # status of a row that stops the job; never written to the ledger
 

@@ -15,8 +15,8 @@ from lemon.embed.clusters import Clusters
 from lemon.embed.ledger import Made
 from lemon.embed.names import clusters_name, embeddings_name
 from lemon.embed.stream import ShardError, read_ahead, vectors_of
+from lemon.runtime.store import Store
 from lemon.slides.reader import SlideError, SlideReader
-from lemon.storage import Store
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from lemon.embed.anndata import EMBEDDING, annotate
 from lemon.embed.files import whole
 from lemon.embed.names import spatialdata_name
 from lemon.embed.slide import EmbeddedSlide
-from lemon.storage import Store
+from lemon.runtime.store import Store
 
 SHAPES, TABLE = "cells", "cells_features"
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from lemon import schema
 from lemon.cells.shard import images_from_arrow
 from lemon.encoders.open import Encoder
-from lemon.storage import Store
+from lemon.runtime.store import Store
 
 COLUMNS = ["cell_id", "slide_id", "x_level0_px", "y_level0_px", "image"]
 

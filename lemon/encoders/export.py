@@ -14,8 +14,8 @@ from timm.layers import LayerScale
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from lemon.runtime.store import Store
 from lemon.schema import CROP_PX
-from lemon.storage import Store
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 

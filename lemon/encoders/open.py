@@ -19,8 +19,8 @@ from lemon.encoders.features import encode_cells
 from lemon.encoders.registry import REGISTRY, EncoderEntry, split_name
 from lemon.encoders.vit import load_lemon_checkpoint
 from lemon.encoders.weights import MissingWeightsError, find_weights, hub_file, load_weights
+from lemon.runtime.store import is_uri, local_copy, locate
 from lemon.schema import CROP_PX
-from lemon.storage import is_uri, local_copy, locate
 
 RELEASED = Path(__file__).parent / "released"
 """Encoders that come with the package, in the layout of an export."""

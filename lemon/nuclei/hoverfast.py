@@ -24,7 +24,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from lemon.nuclei.hoverfast_cpu import RowwiseUNet
 from lemon.nuclei.instances import HVLimits, HVPrediction, calibrate_limits, postprocess_hv
 from lemon.nuclei.segmenter import Postprocess
-from lemon.storage import local_copy
+from lemon.runtime.store import local_copy
 
 WEIGHTS_SOURCE = (
     "HoverFast's repository https://github.com/choosehappy/HoverFast offers hoverfast_crosstissue_best_model.pth "

@@ -20,7 +20,7 @@ from lemon.pretrain.loop import Log, Trainer, TrainingStoppedError
 from lemon.pretrain.mocov3 import MoCoV3
 from lemon.pretrain.online_probe import OnlineProbe
 from lemon.pretrain.stain import fit_stain_statistics, statistics_name
-from lemon.storage import Store, code_version, fingerprint
+from lemon.runtime.store import Store, code_version, fingerprint
 
 WATCHED_CELLS = 512  # cells on which the effective rank is taken
 EXPORT = "encoder"

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import torch
 
-from lemon.storage import Store
+from lemon.runtime.store import Store
 
 FOLDER = "checkpoints"
 _NAME = re.compile(rf"{FOLDER}/step-(\d+)\.pt$")

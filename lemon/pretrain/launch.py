@@ -12,16 +12,16 @@ from typing import Any
 from tqdm import tqdm
 
 from lemon.cells.select import Selection
-from lemon.cluster import start_ray
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError
 from lemon.encoders.device import choose_device
 from lemon.encoders.export import CONFIG, CellInput
-from lemon.lease import hold
 from lemon.pretrain.assemble import EXPORT, select, train, with_stain
 from lemon.pretrain.config import PretrainConfig
 from lemon.pretrain.loop import Log, TrainingStoppedError
-from lemon.storage import Store, fingerprint, local_copy, open_output
-from lemon.tracking import Run, start_run
+from lemon.runtime.cluster import start_ray
+from lemon.runtime.lease import hold
+from lemon.runtime.store import Store, fingerprint, local_copy, open_output
+from lemon.runtime.tracking import Run, start_run
 
 SETTINGS = "pretrain.json"
 _STOPPED = re.compile(rf"^(?:\w+\.)*{TrainingStoppedError.__name__}: (.*)$", re.MULTILINE)

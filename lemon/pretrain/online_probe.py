@@ -19,7 +19,7 @@ from lemon.config import ConfigError
 from lemon.encoders.features import encode_cells
 from lemon.pretrain.config import OnlineProbeConfig
 from lemon.pretrain.policy import Policy
-from lemon.storage import Store
+from lemon.runtime.store import Store
 
 FOLDS = 3
 

@@ -133,7 +133,7 @@ class StainStatistics:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON, atomically; ``path`` is local or s3://."""
-        from lemon.storage import Store
+        from lemon.runtime.store import Store
 
         folder, _, name = str(path).rpartition("/")
         Store(folder or ".").write_json(name, asdict(self) | {"fingerprint": self.fingerprint})
@@ -141,7 +141,7 @@ class StainStatistics:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StainStatistics:
         """Read what ``save`` wrote. Raises ValueError, one line, for a missing, unreadable or altered file."""
-        from lemon.storage import Store
+        from lemon.runtime.store import Store
 
         remedy = "fit it with `python jobs/fit_stain.py cells=...`"
         folder, _, name = str(path).rpartition("/")

@@ -25,13 +25,13 @@ from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError
 from lemon.encoders.cost import Cost, count
 from lemon.encoders.device import choose_device
 from lemon.encoders.open import Encoder, load_encoder
-from lemon.lease import hold
 from lemon.probe.config import ProbeConfig
 from lemon.probe.score import MAIN_METRICS, fold_means, score_task
 from lemon.probe.task import Task, TaskError
 from lemon.probe.tasks.catalogue import counts_table, open_task
-from lemon.storage import CIRCUMSTANCES, Store, fingerprint
-from lemon.tracking import Run, start_run
+from lemon.runtime.lease import hold
+from lemon.runtime.store import CIRCUMSTANCES, Store, fingerprint
+from lemon.runtime.tracking import Run, start_run
 
 CROPS_A_TICK = 1024  # of the progress bar; the encoder chooses its own batches within
 

@@ -6,15 +6,15 @@ import numpy as np
 import pyarrow as pa
 
 from lemon.config import EXIT_OK
-from lemon.lease import hold
 from lemon.report.atlas_cells import AtlasCells, read_cells
 from lemon.report.atlas_config import AtlasConfig
 from lemon.report.atlas_fields import categories_of, measures_of
 from lemon.report.atlas_figure import draw_atlas
 from lemon.report.atlas_map import open_method, to_unit_square
 from lemon.report.atlas_page import write_page
+from lemon.runtime.lease import hold
+from lemon.runtime.store import CIRCUMSTANCES, Store, fingerprint
 from lemon.schema import MAP
-from lemon.storage import CIRCUMSTANCES, Store, fingerprint
 
 MAP_NAME = "map.parquet"
 

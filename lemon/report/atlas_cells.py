@@ -18,8 +18,8 @@ from lemon.config import ConfigError
 from lemon.embed.names import SETTINGS, clusters_name, embeddings_name
 from lemon.embed.stream import vectors_of
 from lemon.report.atlas_config import AtlasConfig
+from lemon.runtime.store import Store, fingerprint
 from lemon.schema import CROP_MPP, CROP_PX, MORPHOMETRICS
-from lemon.storage import Store, fingerprint
 
 THUMBNAIL_PX = 48
 """Side of a thumbnail. It shows the whole crop, since a tumour's nuclei fill it; a multiple of JPEG's 16 px blocks."""

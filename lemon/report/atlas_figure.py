@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 
 from lemon.report.atlas_fields import MISSING, MISSING_COLOR, Category
 from lemon.report.atlas_map import nearest_in_squares
-from lemon.storage import Store
+from lemon.runtime.store import Store
 
 EDGE_PX = 3  # of a square's frame, in the colour of its cell's category
 MOST_LISTED = 12

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from lemon.report.atlas_cells import THUMBNAIL_MPP
 from lemon.report.atlas_fields import Category, Measure
 from lemon.report.atlas_map import curve_order, quantise
-from lemon.storage import Store
+from lemon.runtime.store import Store
 
 SHEET_SIDE = 16  # cells; a sheet is decoded as soon as one of its cells is looked at
 

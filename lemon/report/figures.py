@@ -12,7 +12,7 @@ from matplotlib.ticker import LogLocator
 
 from lemon.report.studies import Value, main_values
 from lemon.report.tables import encoder_labels, main_cells, read_scores
-from lemon.storage import Store
+from lemon.runtime.store import Store
 
 AXES = {"size": ("cells", "n_cells"), "slides": ("slides", "n_slides")}
 """Study -> what its x axis is, in words and as a field of a value; ``organs`` has a figure of its own kind."""

@@ -17,7 +17,7 @@ from lemon.report.provenance import provenance_section
 from lemon.report.sections import STUDIES, figure2_section, study_section, table1_section
 from lemon.report.sentences import probe_sentences, study_sentences
 from lemon.report.sources import Output, Sources, find_sources
-from lemon.storage import Store, code_version, open_output
+from lemon.runtime.store import Store, code_version, open_output
 
 NAME = "index.html"
 

@@ -12,7 +12,7 @@ from lemon.report.blocks import Picture, Section, plural
 from lemon.report.paper import ARTEFACTS
 from lemon.report.sections import data_uri, facts_of
 from lemon.report.sources import Sources
-from lemon.storage import Store
+from lemon.runtime.store import Store
 
 EMBEDDED_PX = 1600
 """Width at which the page holds a picture; the file beside it is the whole."""

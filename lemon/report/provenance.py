@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from lemon.report.blocks import Cell, Section, Table
 from lemon.report.sources import Output, Sources
 from lemon.report.tables import as_csv, encoder_stem
-from lemon.storage import Store
-from lemon.tracking import Record
+from lemon.runtime.store import Store
+from lemon.runtime.tracking import Record
 
 FILE = "provenance.csv"
 

@@ -28,8 +28,8 @@ from lemon.report.blocks import (
 from lemon.report.paper import ARTEFACTS, UNKNOWN, Artefact, PaperNumbers
 from lemon.report.sources import Output
 from lemon.report.tables import as_csv, encoder_labels, main_cells, paired_differences, table1_records
-from lemon.storage import Store
-from lemon.tracking import Record, metric_history
+from lemon.runtime.store import Store
+from lemon.runtime.tracking import Record, metric_history
 
 Runs = Mapping[str, Record]
 

@@ -11,9 +11,9 @@ import pyarrow as pa
 from lemon.config import ConfigError
 from lemon.report.config import ReportConfig
 from lemon.report.tables import read_scores
+from lemon.runtime.store import Store
+from lemon.runtime.tracking import Record, find_runs
 from lemon.schema import SWEEP, SWEEP_FILE
-from lemon.storage import Store
-from lemon.tracking import Record, find_runs
 
 
 @dataclass(frozen=True)

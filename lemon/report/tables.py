@@ -22,7 +22,7 @@ from lemon.cells.names import file_stem
 from lemon.config import ConfigError
 from lemon.probe.metrics import DRAWS, Interval, cluster_draws, confusion_by_cluster, paired_difference
 from lemon.probe.score import MAIN_METRICS, POOLED, fold_means
-from lemon.storage import Store
+from lemon.runtime.store import Store
 
 
 class Cell(NamedTuple):

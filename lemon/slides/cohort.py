@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from fsspec.utils import glob_translate
 
 from lemon.config import ConfigError
+from lemon.runtime.store import Store, is_uri, locate, path_exists
 from lemon.schema import COHORT
-from lemon.storage import Store, is_uri, locate, path_exists
 
 SUFFIXES = frozenset(
     [".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm", ".czi"]

@@ -13,8 +13,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from lemon.runtime.store import is_uri, locate
 from lemon.slides.reader import SlideError
-from lemon.storage import is_uri, locate
 
 PREFIX = "lemon-slide-"
 SEVERAL_FILES = (".mrxs", ".vms", ".vmu", ".dcm")

@@ -8,8 +8,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from lemon.runtime.store import locate
 from lemon.slides.reader import SlideError
-from lemon.storage import locate
 
 OVERVIEW_MPP = 8.0
 """um/px of the picture on which tissue is looked for: a lymphocyte is one pixel, a gland is dozens."""

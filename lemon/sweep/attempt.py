@@ -7,9 +7,9 @@ import logging
 from lemon import experiment
 from lemon.pretrain.loop import Log
 from lemon.probe.task import Task
+from lemon.runtime.tracking import Run
 from lemon.sweep import table
 from lemon.sweep.grid import Entry
-from lemon.tracking import Run
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from lemon.pretrain.config import FitStainConfig, PretrainConfig, TrainWorkers
 from lemon.pretrain.stain import statistics_name
 from lemon.probe.task import Task, TaskError
 from lemon.probe.tasks.catalogue import open_task
-from lemon.storage import Store, path_exists
-from lemon.storage import open_output as writable
+from lemon.runtime.store import Store, path_exists
+from lemon.runtime.store import open_output as writable
 from lemon.sweep.config import Point, SweepConfig, words
 
 EXPERIMENT = "scaling_sweep"

@@ -10,14 +10,14 @@ from collections import Counter
 
 from lemon import experiment
 from lemon.config import EXIT_FAILURES, EXIT_OK
-from lemon.lease import hold
 from lemon.probe.task import Task
-from lemon.storage import Store, fingerprint
+from lemon.runtime.lease import hold
+from lemon.runtime.store import Store, fingerprint
+from lemon.runtime.tracking import Run, close_killed, start_run
 from lemon.sweep import table
 from lemon.sweep.attempt import attempt
 from lemon.sweep.config import SweepConfig
 from lemon.sweep.grid import EXPERIMENT, MARK, Entry, Grid, build
-from lemon.tracking import Run, close_killed, start_run
 
 
 def main(config: SweepConfig) -> int:

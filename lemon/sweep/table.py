@@ -24,10 +24,10 @@ from lemon.config import Frozen
 from lemon.experiment import Result, finished
 from lemon.report.studies import OverSeeds, point_names, study_values
 from lemon.report.tables import as_csv
+from lemon.runtime.store import Store
+from lemon.runtime.tracking import run_id_of
 from lemon.schema import SWEEP, SWEEP_FILE
-from lemon.storage import Store
 from lemon.sweep.grid import Entry
-from lemon.tracking import run_id_of
 
 LOST = "lost.json"
 PARQUET, CSV = SWEEP_FILE, "sweep.csv"

@@ -16,14 +16,14 @@ from ray.tune.schedulers import ASHAScheduler
 
 from lemon import experiment
 from lemon.cells.names import file_stem
-from lemon.cluster import start_ray
 from lemon.experiment import Trial
-from lemon.storage import Store, fingerprint
+from lemon.runtime.cluster import start_ray
+from lemon.runtime.store import Store, fingerprint
+from lemon.runtime.tracking import Run
 from lemon.sweep import table
 from lemon.sweep.attempt import attempt
 from lemon.sweep.config import SweepConfig
 from lemon.sweep.grid import Entry, Grid, needed
-from lemon.tracking import Run
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +200,10 @@ def _is_open(entry: Entry) -> bool:
 
 
 def _start_ray() -> None:
-    """As ``lemon.cluster.start_ray``, with the dashboard on: without it an ASHA sweep never ended (Ray 2.60)."""
+    """As ``lemon.runtime.cluster.start_ray``, with the dashboard on: without it an ASHA sweep never ended.
+
+    (Ray 2.60.)
+    """
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # else Tune draws boxes, also with verbose=0
     os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # a traceback; ``_Told`` has a line

@@ -11,7 +11,7 @@ from lemon.cells.ledger import Ledger
 from lemon.cells.names import shard_name
 from lemon.cells.select import _prefixes, rank_of, select_cells
 from lemon.config import ConfigError
-from lemon.storage import Store
+from lemon.runtime.store import Store
 from tests.cells_table import small_table
 
 IDS = [f"slide_{index}_{index * 7}" for index in range(20_000)]

@@ -11,7 +11,7 @@ from lemon import schema
 from lemon.cells.crop import Claims
 from lemon.cells.select import rank_of
 from lemon.cells.shard import LowestRanks, Seams, SlideShard, images_from_arrow, images_to_arrow
-from lemon.storage import Store
+from lemon.runtime.store import Store
 
 
 def rows_of(count: int, *, start: int = 0) -> pa.Table:

@@ -15,7 +15,7 @@ from lemon.cells.shard import PARQUET_OPTIONS
 from lemon.encoders.config import LEMON_MEAN, LEMON_STD, EncoderConfig
 from lemon.encoders.export import CellInput, export_encoder
 from lemon.encoders.vit import build_vit
-from lemon.storage import Store
+from lemon.runtime.store import Store
 from tests.cells_table import write_slide
 
 WIDTH = 32

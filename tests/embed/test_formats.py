@@ -13,7 +13,6 @@ import pytest
 import shapely
 from scipy import sparse
 
-from lemon import storage
 from lemon.cells.names import shard_name
 from lemon.config import ConfigError, load
 from lemon.embed import pipeline, spatialdata
@@ -22,10 +21,11 @@ from lemon.embed.config import EmbedConfig
 from lemon.embed.files import whole
 from lemon.embed.ledger import Made
 from lemon.embed.slide import EmbeddedSlide
+from lemon.runtime import store as storage
+from lemon.runtime.store import Store
 from lemon.schema import CLUSTERS
 from lemon.slides import reader
 from lemon.slides.synthetic import make_tissue, write_pyramid
-from lemon.storage import Store
 from tests.embed.tables import WIDTH, write_cells, write_encoder
 from tests.s3 import Bucket
 

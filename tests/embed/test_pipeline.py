@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import lemon
-from lemon import schema, storage
+from lemon import schema
 from lemon.cells.names import shard_name
 from lemon.cells.shard import images_from_arrow
 from lemon.config import ConfigError, load
@@ -22,9 +22,10 @@ from lemon.embed.config import EmbedConfig, EmbedWorkers
 from lemon.embed.ledger import EmbedLedger, Made
 from lemon.embed.names import embeddings_name
 from lemon.embed.stream import ShardError, embed_shard
+from lemon.runtime import store as storage
+from lemon.runtime.store import Store
 from lemon.schema import EMBEDDED
 from lemon.slides.synthetic import make_tissue, write_pyramid
-from lemon.storage import Store
 from tests.embed.tables import WIDTH, write_cells, write_encoder
 
 SLIDES = {"a": 40, "b c": 30, "d": 1}

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from lemon.cells.ledger import read_ledger
+from lemon.runtime.store import Store
 from lemon.slides.synthetic import make_tissue, write_pyramid
-from lemon.storage import Store
 
 JOB = Path(__file__).resolve().parents[2] / "jobs" / "curate.py"
 N_SLIDES = 4

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.processes import family, kill
-from lemon.storage import Store
+from lemon.runtime.store import Store
 
 SHORT = """
 import sys

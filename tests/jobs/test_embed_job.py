@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lemon.cells.names import shard_name
-from lemon.storage import Store
+from lemon.runtime.store import Store
 from tests.cells_table import synthetic_crops, write_slide
 from tests.embed.tables import write_encoder
 

@@ -13,8 +13,8 @@ import pytest
 
 from lemon.cells.ledger import read_ledger
 from lemon.fetch import DownloadLedger
+from lemon.runtime.store import Store
 from lemon.slides.samples import make_synthetic_slide
-from lemon.storage import Store
 from tests.gdc_server import GdcServer, Served, serving
 from tests.jobs.test_curate_job import kill_all, wait_for
 

@@ -15,8 +15,8 @@ import pytest
 from benchmarks.processes import family, kill
 from lemon.config import conf_dir, load
 from lemon.pretrain.config import PretrainConfig
-from lemon.storage import Store
-from lemon.tracking import Run, metric_history
+from lemon.runtime.store import Store
+from lemon.runtime.tracking import Run, metric_history
 from tests.cells_table import synthetic_crops, write_slide
 
 JOB = Path(__file__).resolve().parents[2] / "jobs" / "pretrain.py"

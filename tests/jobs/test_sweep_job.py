@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.processes import family, kill
-from lemon.storage import Store
+from lemon.runtime.store import Store
+from lemon.runtime.tracking import RUN
 from lemon.sweep import table
-from lemon.tracking import RUN
 from tests.probe.tasks.test_folder import write_crops
 from tests.sweeps import sweep_words, write_cells
 

@@ -11,8 +11,8 @@ from lemon import load_encoder
 from lemon.config import EXIT_OK, ConfigError, load
 from lemon.pretrain import launch
 from lemon.pretrain.config import PretrainConfig
-from lemon.storage import Store
-from lemon.tracking import RUN
+from lemon.runtime.store import Store
+from lemon.runtime.tracking import RUN
 from tests.cells_table import synthetic_crops
 from tests.sweeps import TINY, write_cells
 

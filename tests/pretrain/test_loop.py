@@ -18,7 +18,7 @@ from lemon.pretrain.config import PretrainConfig
 from lemon.pretrain.loop import Trainer, TrainingStoppedError
 from lemon.pretrain.online_probe import OnlineProbe
 from lemon.pretrain.policy import load_policy
-from lemon.storage import Store
+from lemon.runtime.store import Store
 from tests.cells_table import synthetic_crops, write_slide
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from lemon.encoders.vit import build_vit, seeded
 from lemon.probe import run
 from lemon.probe.config import ProbeConfig
 from lemon.report import figures, tables
-from lemon.storage import Store
+from lemon.runtime.store import Store
 from tests.cells_table import synthetic_crops
 from tests.probe.made_up import made_up, task_of
 

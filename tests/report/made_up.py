@@ -13,8 +13,8 @@ from lemon.config import load
 from lemon.embed import pipeline
 from lemon.embed.config import EmbedConfig
 from lemon.report.atlas_config import AtlasConfig
+from lemon.runtime.store import Store
 from lemon.schema import CELLS
-from lemon.storage import Store
 from tests.cells_table import write_slide
 from tests.embed.tables import write_encoder
 

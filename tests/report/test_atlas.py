@@ -27,7 +27,7 @@ from lemon.report.atlas_fields import MISSING, categories_of, measures_of
 from lemon.report.atlas_figure import EDGE_PX, grid_of_cells
 from lemon.report.atlas_map import LEVELS, curve_order, map_tsne, nearest_in_squares, quantise, to_unit_square
 from lemon.report.atlas_page import SHEET_SIDE, script_json, sheets_of
-from lemon.storage import Store
+from lemon.runtime.store import Store
 from tests.report.made_up import MALICIOUS, SLIDES, K, config_for, flat_images, write_embedded
 
 N_CELLS = sum(SLIDES.values())

@@ -22,7 +22,7 @@ from lemon.report.atlas_cells import AtlasCells, read_cells
 from lemon.report.atlas_fields import CATEGORIES, categories_of
 from lemon.report.atlas_map import to_unit_square
 from lemon.report.atlas_page import write_page
-from lemon.storage import Store
+from lemon.runtime.store import Store
 from tests.report.made_up import MALICIOUS, K, config_for, flat_images, write_embedded
 
 pytestmark = pytest.mark.slow

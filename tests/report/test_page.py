@@ -19,8 +19,8 @@ from lemon.probe.run import fold_means
 from lemon.report import page
 from lemon.report.config import ReportConfig
 from lemon.report.tables import read_scores
+from lemon.runtime.store import Store
 from lemon.schema import SWEEP_FILE
-from lemon.storage import Store
 from lemon.sweep.grid import EXPERIMENT
 from lemon.sweep.table import PARQUET
 from tests.report.outputs import SCRIPT, write_outputs

@@ -17,8 +17,8 @@ from lemon.report.paper import PaperNumbers, read_paper
 from lemon.report.sections import images_seen
 from lemon.report.sentences import study_sentences
 from lemon.report.sources import Output, read_sweep
+from lemon.runtime.store import Store
 from lemon.schema import SWEEP, SWEEP_FILE
-from lemon.storage import Store
 
 SEEDS = (0, 1, 2)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from lemon.probe.task import Task, TaskError
 from lemon.probe.tasks import amibr, consep, folder, hest, midog, morphometry, nucls, nucls15
-from lemon.storage import is_uri, local_copy, path_exists
+from lemon.runtime.store import is_uri, local_copy, path_exists
 
 FOLDER_PREFIX = "folder:"
 MORPHOMETRY_PREFIX = "morphometry:"

@@ -19,8 +19,8 @@ from lemon.config import ConfigError
 from lemon.probe.folds import LEAK_FREE, N_FOLDS, grouped_folds
 from lemon.probe.task import Count, Protocol, Task, TaskError
 from lemon.probe.tasks.assemble import check_protocols
+from lemon.runtime.store import Store
 from lemon.schema import MORPHOMETRICS
-from lemon.storage import Store
 
 OBTAIN = "the output of python jobs/curate.py"
 BLOCK_UM = 250.0

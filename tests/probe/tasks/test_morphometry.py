@@ -11,7 +11,7 @@ import pytest
 from lemon.cells.names import shard_name
 from lemon.probe.task import TaskError
 from lemon.probe.tasks.catalogue import open_task
-from lemon.storage import Store
+from lemon.runtime.store import Store
 from tests.cells_table import numbered, write_slide
 
 

@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
-from lemon import lease
 from lemon.config import ConfigError
-from lemon.lease import hold
-from lemon.storage import Store
+from lemon.runtime import lease
+from lemon.runtime.lease import hold
+from lemon.runtime.store import Store
 
 HOLDER = """
 import sys, time
-from lemon.lease import hold
+from lemon.runtime.lease import hold
 with hold(sys.argv[1], stage="first"):
     print("held", flush=True)
     time.sleep(600)
@@ -30,7 +30,7 @@ RACER = """
 import sys, time
 from pathlib import Path
 from lemon.config import ConfigError
-from lemon.lease import hold
+from lemon.runtime.lease import hold
 while time.time() < float(sys.argv[3]): pass
 try:
     with hold(sys.argv[1], stage="racer"):
@@ -158,7 +158,9 @@ def test_an_output_that_cannot_be_written_is_a_config_error(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_job_whose_claim_was_taken_over_is_ended(tmp_path: Path) -> None:
-    program = HOLDER.replace("import sys, time", "import sys, time\nfrom lemon import lease\nlease.BEAT_S = 0.1")
+    program = HOLDER.replace(
+        "import sys, time", "import sys, time\nfrom lemon.runtime import lease\nlease.BEAT_S = 0.1"
+    )
     job = subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from lemon.storage import CIRCUMSTANCES, Store, file_fingerprint, fingerprint
+from lemon.runtime.store import CIRCUMSTANCES, Store, file_fingerprint, fingerprint
 
 
 def test_a_file_appears_only_when_its_writer_ends_well(tmp_path: Path) -> None:

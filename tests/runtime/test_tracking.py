@@ -13,14 +13,14 @@ import pytest
 import requests
 import torch
 
-from lemon import tracking
 from lemon.config import ConfigError
 from lemon.encoders.config import VIT_TINY8
 from lemon.encoders.export import CellInput, export_encoder
 from lemon.encoders.open import load_encoder
 from lemon.encoders.vit import build_vit
-from lemon.storage import Store
-from lemon.tracking import (
+from lemon.runtime import tracking
+from lemon.runtime.store import Store
+from lemon.runtime.tracking import (
     RUN,
     Run,
     close_killed,
@@ -174,8 +174,8 @@ WRITERS, STEPS = 4, 50
 
 ONE_WRITER = """
 import sys
-from lemon.storage import Store
-from lemon.tracking import Run, start_run
+from lemon.runtime.store import Store
+from lemon.runtime.tracking import Run, start_run
 uri, parent, number, steps = *sys.argv[1:4], int(sys.argv[4])
 params = {f"p{i}": i for i in range(150)}
 run = start_run("sweep", f"trial-{number}", store=Store(number), params=params, parent=Run(uri, parent))
@@ -277,14 +277,14 @@ def test_a_server_that_cannot_be_reached_costs_what_it_is_told_and_a_warning_and
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     run = Run("http://127.0.0.1:9", "abc")  # the port that discards: nothing listens
-    with caplog.at_level(logging.WARNING, "lemon.tracking"):
+    with caplog.at_level(logging.WARNING, "lemon.runtime.tracking"):
         assert run.register("nuclei", exported(here / "encoder"), width=192, tags={}) is None
         run.log({"loss": 1.0}, step=3)
         run.set_tag("a", "b")
         run.close()
         Store("out").write_json(RUN, {"run_id": "abc"})
         close_killed(Store("out"), uri=run.uri)
-    told = [record.getMessage() for record in caplog.records if record.name == "lemon.tracking"]
+    told = [record.getMessage() for record in caplog.records if record.name == "lemon.runtime.tracking"]
     assert len(told) == 5
     assert all("\n" not in line for line in told)
     assert told[0].startswith("the encoder is not registered as nuclei: ")

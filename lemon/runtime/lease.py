@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 
 from lemon.config import ConfigError
-from lemon.storage import Store, open_output
+from lemon.runtime.store import Store, open_output
 
 FOLDER = ".lease"
 CLAIM_BYTES = 1024

@@ -16,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from lemon import storage
 from lemon.config import ConfigError, StorageError
+from lemon.runtime import store as storage
+from lemon.runtime.store import CIRCUMSTANCES, Store, local_copy, open_output
 from lemon.slides.cohort import list_slides
 from lemon.slides.fetch import PREFIX, local_slide
 from lemon.slides.reader import SlideError
-from lemon.storage import CIRCUMSTANCES, Store, local_copy, open_output
 from tests import s3
 
 
@@ -108,7 +108,7 @@ def test_a_writer_that_fails_leaves_the_earlier_object(bucket: s3.Bucket) -> Non
 
 def test_a_writer_that_is_killed_in_the_middle_of_an_upload_leaves_no_object(bucket: s3.Bucket) -> None:
     bucket.faults.of, bucket.faults.hang = "partNumber=2", 100
-    code = f"from lemon.storage import Store; Store({bucket.uri!r}).write_bytes('x', bytes(30 << 20))"
+    code = f"from lemon.runtime.store import Store; Store({bucket.uri!r}).write_bytes('x', bytes(30 << 20))"
     writer = subprocess.Popen([sys.executable, "-c", code])
     end = time.monotonic() + 60
     while bucket.faults.hang == 100 and time.monotonic() < end:
@@ -290,5 +290,7 @@ def test_a_slide_lies_in_scratch_only_while_it_is_worked_on(
 
 
 def test_a_process_that_used_s3_ends(bucket: s3.Bucket) -> None:
-    code = f"from lemon.storage import Store; s = Store({bucket.uri!r}); s.write_bytes('x', b'1'); s.read_bytes('x')"
+    code = (
+        f"from lemon.runtime.store import Store; s = Store({bucket.uri!r}); s.write_bytes('x', b'1'); s.read_bytes('x')"
+    )
     assert subprocess.run([sys.executable, "-c", code], env=os.environ, timeout=60, check=False).returncode == 0

@@ -24,8 +24,8 @@ import numpy as np
 import requests
 
 from lemon.config import ConfigError, one_line
+from lemon.runtime.store import Store, code_version
 from lemon.schema import CROP_PX
-from lemon.storage import Store, code_version
 from lemon.version import __version__
 
 DATABASE = "mlflow.db"

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from lemon.cluster import start_ray
+from lemon.runtime.cluster import start_ray
 
 
 def test_starting_ray_quiets_the_console_of_ray_data_and_no_handler_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
