@@ -426,7 +426,7 @@ def file_fingerprint(path: str | os.PathLike[str]) -> str:
 @cache
 def code_version() -> str:
     """The package's version, with the git commit (and ``+`` for uncommitted changes) where it runs from a checkout."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]
     if not (here.parent / ".git").exists():
         return __version__
     command = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=10"]

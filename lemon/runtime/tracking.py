@@ -38,7 +38,7 @@ _PARAMS_A_CALL = 100
 _TRIES = 8  # to write to a SQLite database that other runs hold; each waits for up to 20 s by itself
 _KNOCKS = 4  # at a server that may have been started just now, or be busy
 _PAUSE_S = 3.0
-_SERVED = Path(__file__).with_name("served_encoder.py")
+_SERVED = Path(__file__).parents[1] / "served_encoder.py"
 _REQUIREMENTS = ("torch", "timm", "safetensors")  # besides the package: what the vectors depend on
 
 T = TypeVar("T")
