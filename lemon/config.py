@@ -136,6 +136,8 @@ class CurateConfig(Frozen):
         settings = self.model_dump(include=kept)
         for speed_only in ("device", "batch"):
             settings["segmenter"].pop(speed_only, None)
+        # Where the masks lie says nothing of them: each slide's row has the digest of its own.
+        settings["tissue"]["masks"] = self.tissue.masks is not None
         return settings
 
 

@@ -11,19 +11,25 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from lemon.cells.ledger import Ledger, open_ledger, tell_statuses
+from lemon.cells.names import FOLDERS, SETTINGS, file_stem, ledger_name
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError, CurateConfig, HoverFastConfig
 from lemon.runtime.cluster import quiet_ray_data, start_ray
 from lemon.runtime.lease import hold
-from lemon.runtime.store import Store, open_output, path_exists
+from lemon.runtime.store import Store, is_uri, open_output, path_exists
 from lemon.slide import OutputError, build_segmenter, curate_slide, start_processes
 from lemon.slides.cohort import Slide, list_slides
 from lemon.slides.download import DownloadError
+from lemon.slides.source import changed_masks, changed_sources
+
+OWNS = (*FOLDERS, SETTINGS)
+"""What curation writes in its output."""
 
 FATAL = "output"  # status of a row that stops the job; never written to the ledger
 
@@ -70,16 +76,13 @@ def run(config: CurateConfig, *, source: Source = IN_PLACE) -> Summary:
 
     Raises ConfigError for what the user must mend first; OutputError when the output cannot be written any more.
     """
-    slides, ledger = _prepare(config)
-    ledger.store.delete("attempts")  # marks of a run that was killed; only this one's count
-    wanted = {slide.slide_id for slide in slides}
-    rows = ledger.rows()
-    finished = {row["slide_id"] for row in rows if row["status"] not in config.retry}
-    pending = [slide for slide in slides if slide.slide_id not in finished]
+    slides = check(config)
+    ledger = open_ledger(open_output(config.output, owns=OWNS), config)
+    pending = _pending(slides, ledger, config)
     if pending:
         _run_on_ray(pending, config=config, ledger=ledger, source=source)
-        rows = ledger.rows()
-    rows = [row for row in rows if row["slide_id"] in wanted]
+    wanted = {slide.slide_id for slide in slides}
+    rows = [row for row in ledger.rows() if row["slide_id"] in wanted]
     failed = sum(row["status"] == "failed" for row in rows)
     code = EXIT_FAILURES if failed > config.max_failed_share * len(rows) else EXIT_OK
     return Summary(rows=rows, n_skipped=len(slides) - len(pending), exit_code=code)
@@ -87,8 +90,9 @@ def run(config: CurateConfig, *, source: Source = IN_PLACE) -> Summary:
 
 def main(config: CurateConfig, *, source: Source = IN_PLACE) -> int:
     """``run`` with its outcome told; returns the exit code."""
+    check(config)
     try:
-        with hold(config.output, stage="curate"):
+        with hold(config.output, stage="curate", owns=OWNS):
             summary = run(config, source=source)
     except OutputError as error:
         print(
@@ -158,9 +162,16 @@ def _failed(slide: Slide, reason: str) -> dict[str, Any]:
     return asdict(slide) | {"status": "failed", "n_cells": 0, "error": " ".join(reason.split())}
 
 
-def _prepare(config: CurateConfig) -> tuple[list[Slide], Ledger]:
-    """Everything that can be wrong before work begins: raises ConfigError."""
+def check(config: CurateConfig) -> list[Slide]:
+    """The slides of a config. Raises ConfigError for all that can be wrong before work begins."""
     slides = list_slides(config.slides)
+    for slide in slides:
+        for folder in FOLDERS:
+            if _lies_in(slide.path, f"{config.output.rstrip('/')}/{folder}"):
+                raise ConfigError(
+                    f"slides: {slide.path} lies in the folder of a table of output={config.output}; expected another "
+                    "output"
+                )
     if isinstance(config.segmenter, HoverFastConfig) and not path_exists(config.segmenter.checkpoint):
         raise ConfigError(
             f"segmenter.checkpoint: got {config.segmenter.checkpoint!r}, which is no file; expected a HoverFast "
@@ -168,7 +179,36 @@ def _prepare(config: CurateConfig) -> tuple[list[Slide], Ledger]:
         )
     if config.tissue.masks is not None and not path_exists(config.tissue.masks):
         raise ConfigError(f"tissue.masks: got {config.tissue.masks!r}; expected a folder of <slide_id>.png")
-    return slides, open_ledger(open_output(config.output), config)
+    return slides
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    if is_uri(path) or is_uri(folder):
+        return path.startswith(f"{folder}/")
+    return Path(path).resolve().is_relative_to(Path(folder).expanduser().resolve())
+
+
+def _pending(slides: list[Slide], ledger: Ledger, config: CurateConfig) -> list[Slide]:
+    """The slides that are to be worked on: new ones, those to be retried, and those whose pixels or mask changed.
+
+    Of these the row goes first, so that after a kill they are new.
+    """
+    paths = {slide.slide_id: slide.path for slide in slides}
+    finished = [row for row in ledger.rows() if row["status"] not in config.retry and row["slide_id"] in paths]
+    again = {
+        "changed since they were curated": changed_sources(finished, paths),
+        "have other tissue masks": changed_masks(finished, config.tissue.masks, stem=file_stem),
+        "lost their cells": ledger.without_shard(finished),
+    }
+    for why, slide_ids in again.items():
+        if slide_ids:
+            some = ", ".join(sorted(slide_ids)[:5]) + (", ..." if len(slide_ids) > 5 else "")
+            print(f"curate: {len(slide_ids)} slides {why}, and are curated again: {some}")
+    redone = set().union(*again.values())
+    for slide_id in redone:
+        ledger.store.delete(ledger_name(slide_id))
+    done = {row["slide_id"] for row in finished} - redone
+    return [slide for slide in slides if slide.slide_id not in done]
 
 
 def _run_on_ray(slides: list[Slide], *, config: CurateConfig, ledger: Ledger, source: Source) -> None:

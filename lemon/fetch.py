@@ -132,7 +132,6 @@ class DownloadLedger:
         table = pa.Table.from_pylist([row | {"code_version": code_version()}], schema=DOWNLOADS)
         stem = file_stem(file.slide_id)
         self.store.write_table(f"downloads/{stem}.parquet", table)
-        self.store.remove_temporaries("downloads", stem)
 
 
 class Fetcher:

@@ -6,6 +6,40 @@ import json
 
 import pyarrow as pa
 
+VERSION = 2
+"""Of all tables below; those of version 1 had no mark. Tables of another version are refused, in one line."""
+
+TABLE = b"lemon.table"
+"""Key in a Parquet file's metadata: which table it is, and of which version."""
+
+DIGEST = b"lemon.digest"
+"""Key in a shard's metadata: SHA-256 of its rows (lemon.runtime.shards)."""
+
+
+def marked(schema: pa.Schema, **more: str) -> pa.Schema:
+    """A schema with further entries in its metadata."""
+    known = dict(schema.metadata or {})
+    return schema.with_metadata(known | {key.encode(): value.encode() for key, value in more.items()})
+
+
+def _table(name: str, fields: list[pa.Field]) -> pa.Schema:
+    return pa.schema(fields, metadata={TABLE: f"{name}/{VERSION}"})
+
+
+def fault_of(found: pa.Schema, expected: pa.Schema) -> str | None:
+    """Why a file's schema is not that of the expected table; None where it is."""
+    wanted, _, _ = expected.metadata[TABLE].decode().partition("/")
+    got, _, version = (found.metadata or {}).get(TABLE, b"").decode().partition("/")
+    if not got:
+        return f"is no table of lemon's, or one of an earlier version (before {VERSION}); expected the table {wanted}"
+    if got != wanted:
+        return f"is the table {got}; expected {wanted}"
+    if version != str(VERSION):
+        mend = "install the lemon that wrote it" if version > str(VERSION) else "make it again in another output"
+        return f"is the table {got} of version {version}; this lemon reads version {VERSION}: {mend}"
+    return None
+
+
 CROP_PX = 60
 """Side of a stored crop. A 40 px view needs 40 * sqrt(2) = 56.6 px to turn freely without a black corner."""
 
@@ -16,7 +50,8 @@ CROP_BYTES = CROP_PX * CROP_PX * 3
 
 _IMAGE_METADATA = {"shape": json.dumps([CROP_PX, CROP_PX, 3]), "dtype": "uint8", "um_per_px": str(CROP_MPP)}
 
-COHORT = pa.schema(
+COHORT = _table(
+    "cohort",
     [
         pa.field("slide_id", pa.string(), nullable=False),
         pa.field("path", pa.string(), nullable=False),
@@ -24,11 +59,12 @@ COHORT = pa.schema(
         pa.field("project", pa.string()),
         pa.field("organ", pa.string()),
         pa.field("site", pa.string()),
-    ]
+    ],
 )
 """Slides to work on, and what is known of each beforehand."""
 
-DOWNLOADS = pa.schema(
+DOWNLOADS = _table(
+    "downloads",
     [
         pa.field("slide_id", pa.string(), nullable=False),
         pa.field("file_id", pa.string(), nullable=False),
@@ -40,7 +76,7 @@ DOWNLOADS = pa.schema(
         pa.field("total_s", pa.float64(), nullable=False),
         pa.field("error", pa.string()),
         pa.field("code_version", pa.string(), nullable=False),
-    ]
+    ],
 )
 """The ledger of downloads: one row a slide, done or failed, written after the file has its name.
 
@@ -49,7 +85,8 @@ DOWNLOADS = pa.schema(
 
 SLIDE_STATUSES = ("done", "partial", "failed")
 
-SLIDES = pa.schema(
+SLIDES = _table(
+    "slides",
     [
         pa.field("slide_id", pa.string(), nullable=False),
         pa.field("path", pa.string(), nullable=False),
@@ -75,16 +112,24 @@ SLIDES = pa.schema(
         pa.field("write_s", pa.float64()),
         pa.field("total_s", pa.float64()),
         pa.field("error", pa.string()),
+        pa.field("source_size_bytes", pa.int64()),
+        pa.field("source_mtime_ns", pa.int64()),
+        pa.field("source_digest", pa.string()),
+        pa.field("mask_digest", pa.string()),
+        pa.field("cells_digest", pa.string()),
         pa.field("config_fingerprint", pa.string(), nullable=False),
         pa.field("code_version", pa.string(), nullable=False),
-    ]
+    ],
 )
 """The ledger: one row a slide, written last, so that a row means that the slide's cells are complete.
 
 ``read_s``, ``network_s`` and ``instances_s`` are summed over threads and processes, so they may exceed ``total_s``.
+``source_*`` is the slide's file as it was read, ``mask_digest`` the tissue mask that was given for it; ``cells_digest``
+is that of the rows of the slide's shard. Null where there is none.
 """
 
-CELLS = pa.schema(
+CELLS = _table(
+    "cells",
     [
         pa.field("cell_id", pa.string(), nullable=False),
         pa.field("slide_id", pa.string(), nullable=False),
@@ -101,7 +146,7 @@ CELLS = pa.schema(
         pa.field("polygon", pa.binary(), nullable=False),
         pa.field("rank", pa.float64(), nullable=False),
         pa.field("image", pa.binary(CROP_BYTES), nullable=False, metadata=_IMAGE_METADATA),
-    ]
+    ],
 )
 """One row a nucleus. ``mpp`` is the slide's own; ``polygon`` is WKB in level-0 px; ``rank`` is uniform in [0, 1)."""
 
@@ -112,7 +157,8 @@ MORPHOMETRICS = ("area_um2", "eccentricity", "solidity", "hematoxylin_od_mean")
 
 def embeddings(width: int, *, dtype: pa.DataType | None = None) -> pa.Schema:
     """Schema of an embeddings table whose vectors have ``width`` values (float16 unless told otherwise)."""
-    return pa.schema(
+    return _table(
+        "embeddings",
         [
             pa.field("cell_id", pa.string(), nullable=False),
             pa.field("slide_id", pa.string(), nullable=False),
@@ -120,41 +166,48 @@ def embeddings(width: int, *, dtype: pa.DataType | None = None) -> pa.Schema:
             pa.field("y_level0_px", pa.float64(), nullable=False),
             pa.field("embedding", pa.list_(dtype or pa.float16(), width), nullable=False),
             pa.field("model_fingerprint", pa.string(), nullable=False),
-        ]
+        ],
     )
 
 
-EMBEDDED = pa.schema(
+EMBEDDINGS = embeddings(1)
+"""Stands for embeddings of any width where only the table's mark is compared."""
+
+EMBEDDED = _table(
+    "embedded",
     [
         pa.field("slide_id", pa.string(), nullable=False),
         pa.field("status", pa.string(), nullable=False),
         pa.field("n_cells", pa.int64()),
         pa.field("model", pa.string(), nullable=False),
         pa.field("model_fingerprint", pa.string(), nullable=False),
-        pa.field("cells_fingerprint", pa.string()),
+        pa.field("cells_digest", pa.string()),
+        pa.field("embeddings_digest", pa.string()),
         pa.field("total_s", pa.float64()),
         pa.field("error", pa.string()),
         pa.field("code_version", pa.string(), nullable=False),
-    ]
+    ],
 )
 """The ledger of embedding: one row a slide, written after its embeddings; ``partial`` lacks a format."""
 
-CLUSTERS = pa.schema(
-    [pa.field("cell_id", pa.string(), nullable=False), pa.field("cluster", pa.int16(), nullable=False)]
+CLUSTERS = _table(
+    "clusters", [pa.field("cell_id", pa.string(), nullable=False), pa.field("cluster", pa.int16(), nullable=False)]
 )
 """The cluster of each of a slide's cells, in the order of its embeddings."""
 
-MAP = pa.schema(
+MAP = _table(
+    "map",
     [
         pa.field("cell_id", pa.string(), nullable=False),
         pa.field("slide_id", pa.string(), nullable=False),
         pa.field("x", pa.float32(), nullable=False),
         pa.field("y", pa.float32(), nullable=False),
-    ]
+    ],
 )
 """Where each cell lies on the map (no unit), in the order of rank."""
 
-SCORES = pa.schema(
+SCORES = _table(
+    "scores",
     [
         pa.field("model", pa.string(), nullable=False),
         pa.field("task", pa.string(), nullable=False),
@@ -166,10 +219,11 @@ SCORES = pa.schema(
         pa.field("seed", pa.int64()),
         pa.field("model_fingerprint", pa.string()),
         pa.field("data_fingerprint", pa.string()),
-    ]
+    ],
 )
 
-SWEEP = pa.schema(
+SWEEP = _table(
+    "sweep",
     [
         pa.field("study", pa.string(), nullable=False),
         pa.field("point", pa.string(), nullable=False),
@@ -191,7 +245,7 @@ SWEEP = pa.schema(
         pa.field("model_fingerprint", pa.string()),
         pa.field("data_fingerprint", pa.string()),
         pa.field("run_id", pa.string()),
-    ]
+    ],
 )
 """A sweep: one row a trial, task, protocol and metric; a trial without a result has one row, with its reason.
 

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import cv2
@@ -29,6 +30,7 @@ from lemon.runtime.store import Store
 from lemon.slides.cohort import Slide
 from lemon.slides.fetch import local_slide
 from lemon.slides.reader import RegionError, SlideError, SlideReader
+from lemon.slides.source import mask_digest, read_source
 from lemon.slides.tiles import Region, plan_regions, spread
 from lemon.slides.tissue import OVERVIEW_MPP, find_tissue, read_mask, reason_not_he
 
@@ -54,6 +56,7 @@ class Tally:
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("open", "read", "network", "instances", "write"), 0.0)
     )
+    cells_digest: str | None = None
     notes: list[str] = field(default_factory=list)
 
     @contextlib.contextmanager
@@ -116,6 +119,9 @@ def curate_slide(
         with contextlib.ExitStack() as stack:
             with tally.clock("open"):
                 path = stack.enter_context(local_slide(slide.path, scratch=config.scratch))
+                if source := read_source(slide.path, local=Path(path)):
+                    row |= source.columns()
+                row["mask_digest"] = mask_digest(config.tissue.masks, file_stem(slide.slide_id))
                 reader = SlideReader(path, default_mpp=config.default_mpp)
             stack.callback(reader.close)
             row |= {"mpp": reader.mpp, "mpp_assumed": reader.mpp_assumed}
@@ -128,7 +134,15 @@ def curate_slide(
         row["status"] = "failed"
         tally.notes.append(str(error))
     row |= {
-        name: getattr(tally, name) for name in ("n_regions", "n_failed_regions", "n_nuclei", "n_cells", "n_edge_cells")
+        name: getattr(tally, name)
+        for name in (
+            "n_regions",
+            "n_failed_regions",
+            "n_nuclei",
+            "n_cells",
+            "n_edge_cells",
+            "cells_digest",
+        )
     }
     row |= {f"{stage}_s": round(seconds, 3) for stage, seconds in tally.seconds.items()}
     return row | {"error": "; ".join(tally.notes) or None, "total_s": round(time.perf_counter() - start, 3)}
@@ -175,7 +189,7 @@ def _curate_open(
                     geojson.write(held)
         _check_regions(tally, config=config)
         with tally.clock("write"), _as_output_error():
-            tally.n_cells, tally.n_edge_cells = shard.commit(store, shard_name(slide.slide_id))
+            tally.n_cells, tally.n_edge_cells, tally.cells_digest = shard.commit(store, shard_name(slide.slide_id))
             stack.close()  # completes the GeoJSON, so that it is there before the slide's row
         tally.n_nuclei = shard.n_nuclei
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lemon.runtime import store as storage
+from lemon.runtime import s3 as s3_client
 from tests import s3
 
 # Before Ray is imported anywhere: no token file in the home folder, no call home.
@@ -48,7 +48,7 @@ def bucket(s3_server: s3.S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3.Buc
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     s3_server.faults.clear()
-    storage._s3.cache_clear()  # what a test sets is for the clients that it makes
+    s3_client.client.cache_clear()  # what a test sets is for the clients that it makes
     yield s3.Bucket(s3_server, f"s3://{s3.BUCKET}/{uuid.uuid4().hex[:8]}")
     s3_server.faults.clear()
-    storage._s3.cache_clear()
+    s3_client.client.cache_clear()

@@ -45,13 +45,10 @@ def _fill(target: np.memmap, selection: Selection) -> None:
     def copy(index: int) -> None:
         part = selection.parts[index]
         done = int(starts[index])
-        left = part.n_rows
-        for batch in selection.store.iter_batches(part.name, columns=["image"]):
-            images = images_from_arrow(batch["image"])[:left]
+        for batch in selection.batches(part, ["image"]):
+            images = images_from_arrow(batch["image"])
             target[done : done + len(images)] = images
-            done, left = done + len(images), left - len(images)
-            if not left:
-                break
+            done += len(images)
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(copy, range(len(selection.parts))))

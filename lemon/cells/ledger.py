@@ -1,4 +1,4 @@
-"""What happened to every slide: rows of the slides table, attempts, and the settings that an output was made with."""
+"""What happened to every slide: rows of the slides table, and the settings that an output was made with."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Any
 import pyarrow as pa
 
 from lemon import schema
-from lemon.cells.names import SETTINGS, file_stem, ledger_name
-from lemon.config import ConfigError, CurateConfig, HoverFastConfig
+from lemon.cells.names import FOLDERS, SETTINGS, file_stem, ledger_name, shard_name
+from lemon.config import CurateConfig, HoverFastConfig
+from lemon.runtime.attempts import FOLDER as ATTEMPTS
+from lemon.runtime.attempts import begin_attempt, end_attempts
+from lemon.runtime.settings import keep_settings
 from lemon.runtime.store import Store, code_version, file_fingerprint, fingerprint, local_copy
 
 
@@ -27,27 +30,18 @@ class Ledger:
     def commit(self, row: dict[str, Any]) -> dict[str, Any]:
         """Write a slide's row and forget its attempts; returns the whole row."""
         row = row | {"config_fingerprint": self.config_fingerprint, "code_version": code_version()}
-        stem = file_stem(row["slide_id"])
         self.store.write_table(ledger_name(row["slide_id"]), pa.Table.from_pylist([row], schema=schema.SLIDES))
-        self.store.delete(f"attempts/{stem}")
-        for folder in ("cells", "geojson", "slides"):
-            self.store.remove_temporaries(folder, stem)
+        end_attempts(self.store, file_stem(row["slide_id"]))
         return row
 
     def begin(self, slide_id: str, *, run_id: str) -> int:
-        """Note that work on a slide begins; returns how often it began before in this run without coming to an end.
+        """Note that work on a slide begins; returns how often it began before in this run without coming to an end."""
+        return begin_attempt(self.store, file_stem(slide_id), run_id=run_id)
 
-        Attempts of other runs do not count: that a whole job was killed says nothing against the slide.
-        """
-        return begin_attempt(self.store, slide_id, run_id=run_id)
-
-
-def begin_attempt(store: Store, slide_id: str, *, run_id: str) -> int:
-    """Leave a mark that work on a slide begins; returns how many marks of this run were there."""
-    folder = f"attempts/{file_stem(slide_id)}"
-    earlier = sum(f"/{run_id}-" in name for name in store.list(folder))
-    store.write_bytes(f"{folder}/{run_id}-{earlier}", b"")
-    return earlier
+    def without_shard(self, rows: Sequence[dict[str, Any]]) -> set[str]:
+        """Slides whose rows say that they have cells, and whose shard is gone."""
+        there = set(self.store.list("cells"))
+        return {row["slide_id"] for row in rows if row["n_cells"] and shard_name(row["slide_id"]) not in there}
 
 
 def tell_statuses(rows: Sequence[dict[str, Any]]) -> str:
@@ -60,7 +54,7 @@ def tell_statuses(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def read_ledger(store: Store) -> pa.Table:
-    """The slides table of an output, sorted by slide id; empty where there is none."""
+    """The slides table of an output, sorted by slide id; empty where there is none. Raises ConfigError."""
     return store.read_tables("slides", schema=schema.SLIDES).sort_by("slide_id")
 
 
@@ -70,28 +64,15 @@ def open_ledger(store: Store, config: CurateConfig) -> Ledger:
     if isinstance(config.segmenter, HoverFastConfig):
         with local_copy(config.segmenter.checkpoint) as checkpoint:
             settings["segmenter"]["checkpoint"] = file_fingerprint(checkpoint)
-    mark: dict[str, Any] = {"settings": settings, "fingerprint": fingerprint(settings)}
     if config.overwrite:
-        for name in ("slides", "cells", "geojson", "attempts", SETTINGS):
+        for name in (*FOLDERS, SETTINGS):
             store.delete(name)
-    if store.exists(SETTINGS):
-        earlier = store.read_json(SETTINGS)
-        if earlier["fingerprint"] != mark["fingerprint"]:
-            raise ConfigError(
-                f"output: {store.uri} was made with other settings ({_difference(earlier['settings'], settings)}); "
-                "choose another output or overwrite=true"
-            )
-    else:
-        store.write_json(SETTINGS, mark)
-    return Ledger(store, config_fingerprint=mark["fingerprint"])
-
-
-def _difference(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
-    parts = []
-    for key in sorted(earlier.keys() | now.keys()):
-        before, after = earlier.get(key), now.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            parts.append(_difference(before, after, f"{prefix}{key}."))
-        elif before != after:
-            parts.append(f"{prefix}{key} {before} then, {after} now")
-    return ", ".join(part for part in parts if part)
+    store.delete(ATTEMPTS)  # marks of a run that was killed; only this one's count
+    keep_settings(
+        store,
+        SETTINGS,
+        settings,
+        is_empty=lambda: not store.list("slides"),
+        remedy="choose another output or overwrite=true",
+    )
+    return Ledger(store, config_fingerprint=fingerprint(settings))

@@ -6,6 +6,9 @@ import urllib.parse
 
 SETTINGS = "curate.json"
 
+FOLDERS = ("slides", "cells", "geojson")
+"""Folders of curation in its output."""
+
 
 def file_stem(slide_id: str) -> str:
     """A slide id as a file name: what a file system or a URL would take amiss is percent-encoded."""

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from lemon.cells.ledger import read_ledger
 from lemon.cells.names import shard_name
 from lemon.config import ConfigError
+from lemon.runtime.shards import ShardError, read_shard
 from lemon.runtime.store import READERS, Store, fingerprint
+from lemon.schema import CELLS
 
 
 def rank_of(ids: Iterable[str]) -> np.ndarray:
@@ -32,6 +35,8 @@ class Part:
     slide_id: str
     name: str
     n_rows: int
+    digest: str | None = None
+    """Of the rows of the whole shard."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,6 @@ class Selection:
 
     store: Store
     parts: tuple[Part, ...]
-    made_with: tuple[str, ...] = ()
-    """Fingerprints of the settings that curation made the table with."""
 
     @property
     def n_cells(self) -> int:
@@ -50,8 +53,18 @@ class Selection:
 
     @property
     def fingerprint(self) -> str:
-        """Names the selected cells: equal for equal tables and equal selections."""
-        return fingerprint([self.store.uri, self.made_with, [(part.slide_id, part.n_rows) for part in self.parts]])
+        """Names the selected cells by their content: equal for equal cells, wherever the table lies."""
+        return fingerprint([(part.digest, part.n_rows) for part in self.parts])
+
+    def batches(self, part: Part, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """The selected rows of one part, in their order, a batch at a time. Raises ShardError."""
+        left = part.n_rows
+        for batch in read_shard(self.store, part.name, schema=CELLS, columns=columns, digest=part.digest):
+            yield batch.slice(0, left)
+            left -= min(left, len(batch))
+            if not left:
+                return
+        raise ShardError(f"{part.name}: lacks {left:,} of its cells")
 
 
 def select_cells(
@@ -95,9 +108,11 @@ def select_cells(
     counts = [row["n_cells"] for row in kept]
     if n_cells is not None and n_cells < sum(counts):
         counts = _prefixes(store, [row["slide_id"] for row in kept], n_cells=n_cells)
-    parts = (Part(row["slide_id"], shard_name(row["slide_id"]), count) for row, count in zip(kept, counts, strict=True))
-    made_with = tuple(sorted({row["config_fingerprint"] for row in kept}))
-    return Selection(store, tuple(part for part in parts if part.n_rows), made_with)
+    parts = (
+        Part(row["slide_id"], shard_name(row["slide_id"]), count, row["cells_digest"])
+        for row, count in zip(kept, counts, strict=True)
+    )
+    return Selection(store, tuple(part for part in parts if part.n_rows))
 
 
 def _prefixes(store: Store, slide_ids: Sequence[str], *, n_cells: int) -> list[int]:

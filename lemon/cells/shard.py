@@ -9,10 +9,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from lemon import schema
 from lemon.cells.crop import SEAM_PX, Claims
+from lemon.runtime.shards import write_shard
 from lemon.runtime.store import Store
 
 ROW_GROUP_ROWS = 2048  # 22 MB of crops: what a reader holds at least
@@ -137,15 +137,17 @@ class SlideShard:
         self._cells.add(rows.cast(schema.CELLS))
         return claims.rows.filter(pa.array(holds))
 
-    def commit(self, store: Store, name: str) -> tuple[int, int]:
-        """Write the shard in rank order, atomically; returns the number of cells and of those over the slide's edge."""
-        n_cells = n_edge = 0
-        with store.write(name) as stream, pq.ParquetWriter(stream, schema.CELLS, **PARQUET_OPTIONS) as writer:
+    def commit(self, store: Store, name: str) -> tuple[int, int, str]:
+        """Write the shard in rank order, atomically.
+
+        Returns the number of cells, of those over the slide's edge, and the digest of the rows.
+        """
+        n_edge = 0
+        with write_shard(store, name, schema.CELLS, **PARQUET_OPTIONS) as shard:
             for rows in self._cells.sorted_rows(chunk_rows=ROW_GROUP_ROWS):
-                writer.write_table(rows, row_group_size=ROW_GROUP_ROWS)
-                n_cells += len(rows)
+                shard.write(rows, row_group_size=ROW_GROUP_ROWS)
                 n_edge += sum(cell_id in self._edge_ids for cell_id in rows["cell_id"].to_pylist())
-        return n_cells, n_edge
+        return shard.n_rows, n_edge, shard.digest
 
     def close(self) -> None:
         """Remove what was spilled."""

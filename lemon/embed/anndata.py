@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from lemon.embed.files import whole
 from lemon.embed.names import h5ad_name
 from lemon.embed.slide import EmbeddedSlide
 from lemon.schema import MORPHOMETRICS
@@ -23,7 +22,7 @@ def write_h5ad(slide: EmbeddedSlide) -> None:
     Embeddings are added to the finished file a batch at a time; all else is in memory, under 1 kB a cell (measured by
     benchmarks/embed.py). Raises ShardError when a table cannot be read, OSError when the file cannot be written.
     """
-    with whole(slide.store, h5ad_name(slide.slide_id)) as path:
+    with slide.store.write_path(h5ad_name(slide.slide_id)) as path:
         annotated = annotate(slide)
         annotated.write_h5ad(path)
         with h5py.File(path, "r+") as file:

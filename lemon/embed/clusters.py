@@ -15,7 +15,7 @@ from lemon.cells.select import Selection
 from lemon.embed.names import CENTRES, DERIVED, clusters_name, embeddings_name
 from lemon.embed.stream import read_ahead, vectors_of
 from lemon.runtime.store import Store, fingerprint
-from lemon.schema import CLUSTERS
+from lemon.schema import CLUSTERS, EMBEDDINGS
 
 # matplotlib's tab10: ten colours that are told apart on H&E as well.
 _PALETTE = ("1f77b4", "ff7f0e", "2ca02c", "d62728", "9467bd", "8c564b", "e377c2", "7f7f7f", "bcbd22", "17becf")
@@ -77,7 +77,6 @@ def open_clusters(
         earlier: dict[str, Any] = store.read_json(CENTRES)
         if earlier["fingerprint"] == name:
             return Clusters(**earlier) if k else None
-        store.delete(CENTRES)
     for folder in DERIVED:
         store.delete(folder)
     if k is None:
@@ -92,7 +91,7 @@ def assign_clusters(clusters: Clusters, store: Store, slide_id: str) -> None:
     """Write the cluster of each of a slide's cells, in the order of its embeddings. Raises ShardError."""
     parts = [
         pa.table([batch["cell_id"], clusters.assign(vectors_of(batch["embedding"]))], schema=CLUSTERS)
-        for batch in read_ahead(store, embeddings_name(slide_id), columns=["cell_id", "embedding"])
+        for batch in read_ahead(store, embeddings_name(slide_id), schema=EMBEDDINGS, columns=["cell_id", "embedding"])
     ]
     store.write_table(clusters_name(slide_id), pa.concat_tables(parts or [CLUSTERS.empty_table()]), compression="zstd")
 
@@ -103,7 +102,7 @@ def _sample(selection: Selection, store: Store) -> np.ndarray:
 
 
 def _prefix(store: Store, slide_id: str, count: int) -> Iterable[np.ndarray]:
-    for batch in read_ahead(store, embeddings_name(slide_id), columns=["embedding"]):
+    for batch in read_ahead(store, embeddings_name(slide_id), schema=EMBEDDINGS, columns=["embedding"]):
         vectors = vectors_of(batch["embedding"])[:count]
         yield vectors
         count -= len(vectors)

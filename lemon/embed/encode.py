@@ -11,9 +11,11 @@ from lemon.config import ConfigError
 from lemon.embed.config import EmbedConfig
 from lemon.embed.ledger import EmbedLedger
 from lemon.embed.names import embeddings_name
-from lemon.embed.stream import ShardError, embed_shard
+from lemon.embed.stream import embed_shard
 from lemon.encoders.device import choose_device
 from lemon.encoders.open import Encoder, load_encoder
+from lemon.runtime.records import ForeignFileError
+from lemon.runtime.shards import ShardError
 from lemon.runtime.store import Store
 
 
@@ -57,9 +59,9 @@ class Embedder:
     def work(self, job: dict[str, Any]) -> dict[str, Any]:
         """Embed and commit a slide; returns its row of the ledger, ``failed`` where its cells cannot be embedded."""
         start, slide_id = time.perf_counter(), job["slide_id"]
-        self.ledger.discard(slide_id)
         try:
-            embed_shard(
+            self.ledger.discard(slide_id)
+            digest = embed_shard(
                 self.cells,
                 shard_name(slide_id),
                 encoder=self.encoder,
@@ -68,11 +70,13 @@ class Embedder:
                 n_cells=job["n_cells"],
                 dtype=self.config.dtype,
                 precision=self.config.precision,
+                digest=job["cells_digest"],
                 progress=self.progress,
             )
-        except ShardError as error:
+        except (ShardError, ForeignFileError) as error:
             return self.fail(job, str(error))
-        return self.ledger.commit(job | {"status": "done", "total_s": round(time.perf_counter() - start, 3)})
+        seconds = round(time.perf_counter() - start, 3)
+        return self.ledger.commit(job | {"status": "done", "embeddings_digest": digest, "total_s": seconds})
 
     def fail(self, job: dict[str, Any], reason: str) -> dict[str, Any]:
         """Give a slide up."""

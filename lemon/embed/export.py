@@ -14,7 +14,7 @@ from lemon.embed.clusters import Clusters, assign_clusters
 from lemon.embed.ledger import EmbedLedger
 from lemon.embed.names import clusters_name, h5ad_name, spatialdata_name
 from lemon.embed.slide import EmbeddedSlide
-from lemon.embed.stream import ShardError
+from lemon.runtime.shards import ShardError
 from lemon.runtime.store import Store
 
 Format: TypeAlias = tuple[str, Callable[[str], str], Callable[[EmbeddedSlide], None]]

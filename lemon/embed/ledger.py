@@ -8,10 +8,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from lemon.cells.ledger import begin_attempt
 from lemon.cells.names import file_stem, geojson_name, ledger_name
-from lemon.config import ConfigError
-from lemon.embed.names import DERIVED, SETTINGS, clusters_name, embeddings_name, h5ad_name, spatialdata_name
+from lemon.embed.names import CENTRES, FOLDERS, SETTINGS, clusters_name, embeddings_name, h5ad_name, spatialdata_name
+from lemon.runtime.attempts import FOLDER as ATTEMPTS
+from lemon.runtime.attempts import begin_attempt, end_attempts
+from lemon.runtime.settings import keep_settings
 from lemon.runtime.store import Store, code_version
 from lemon.schema import EMBEDDED
 
@@ -39,7 +40,7 @@ class EmbedLedger:
 
     def begin(self, slide_id: str, *, run_id: str) -> int:
         """Note that work on a slide begins; returns how often it began before in this run without coming to an end."""
-        return begin_attempt(self.store, slide_id, run_id=run_id)
+        return begin_attempt(self.store, file_stem(slide_id), run_id=run_id)
 
     def discard(self, slide_id: str) -> None:
         """Forget a slide, its embeddings and what was made from them, because they are about to be replaced."""
@@ -52,13 +53,11 @@ class EmbedLedger:
         known = {"model": self.made.model, "model_fingerprint": self.made.model_fingerprint}
         row = {name: row.get(name) for name in EMBEDDED.names} | known | {"code_version": code_version()}
         self.store.write_table(ledger_name(slide_id), pa.Table.from_pylist([row], schema=EMBEDDED))
-        self.store.delete(f"attempts/{file_stem(slide_id)}")
-        for folder in ("embeddings", "slides", "clusters", "geojson"):
-            self.store.remove_temporaries(folder, file_stem(slide_id))
+        end_attempts(self.store, file_stem(slide_id))
         return row
 
     def without_embeddings(self, jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The slides whose cells, of this number and fingerprint, are not embedded yet."""
+        """The slides whose cells, of this digest, are not embedded yet."""
         rows, files = self.rows(), set(self.store.list("embeddings"))
         return [job for job in jobs if not (self._says(rows.get(job["slide_id"]), job) and _file(job) in files)]
 
@@ -67,7 +66,7 @@ class EmbedLedger:
             row is not None
             and row["status"] != "failed"
             and row["model_fingerprint"] == self.made.model_fingerprint
-            and all(row[name] == job[name] for name in ("n_cells", "cells_fingerprint"))
+            and all(row[name] == job[name] for name in ("n_cells", "cells_digest"))
         )
 
 
@@ -78,25 +77,14 @@ def _file(job: dict[str, Any]) -> str:
 def open_ledger(store: Store, made: Made, *, overwrite: bool) -> EmbedLedger:
     """The ledger of an output; raises ConfigError when the output was begun with another model or other numbers."""
     if overwrite:
-        for name in ("slides", "embeddings", "attempts", *DERIVED, SETTINGS):
+        for name in (*FOLDERS, CENTRES, SETTINGS):
             store.delete(name)
-    if store.exists(SETTINGS):
-        earlier = Made(**store.read_json(SETTINGS))
-        if (difference := _difference(earlier, made)) is not None:
-            raise ConfigError(
-                f"output: {store.uri} was begun with {difference}; choose another output or overwrite=true"
-            )
-    else:
-        store.write_json(SETTINGS, asdict(made))
+    store.delete(ATTEMPTS)  # marks of a run that was killed; only this one's count
+    keep_settings(
+        store,
+        SETTINGS,
+        asdict(made),
+        is_empty=lambda: not store.list("slides"),
+        remedy="choose another output or overwrite=true",
+    )
     return EmbedLedger(store, made)
-
-
-def _difference(earlier: Made, now: Made) -> str | None:
-    if earlier.model_fingerprint != now.model_fingerprint:
-        names = (f"{made.model} ({made.model_fingerprint})" for made in (earlier, now))
-        return "model {}, now it is {}".format(*names)
-    for name in ("dtype", "precision"):
-        before, after = getattr(earlier, name), getattr(now, name)
-        if before != after:
-            return f"{name}={before}, now it is {after}"
-    return None

@@ -10,6 +10,9 @@ CENTRES = "clusters.json"
 DERIVED = ("clusters", "h5ad", "geojson", "spatialdata")
 """Folders of what is made from embeddings and clusters."""
 
+FOLDERS = ("slides", "embeddings", *DERIVED)
+"""Folders of embedding in its output."""
+
 
 def embeddings_name(slide_id: str) -> str:
     """A slide's embeddings, in the order of its shard of cells."""

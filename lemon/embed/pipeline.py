@@ -28,12 +28,16 @@ from lemon.embed.config import EmbedConfig
 from lemon.embed.encode import Embedder, open_encoder
 from lemon.embed.export import Exporter
 from lemon.embed.ledger import EmbedLedger, Made, open_ledger
+from lemon.embed.names import CENTRES, FOLDERS, SETTINGS
 from lemon.embed.spatialdata import check_spatialdata
-from lemon.embed.stream import ShardError
 from lemon.encoders.open import Encoder
 from lemon.runtime.cluster import quiet_ray_data, start_ray
 from lemon.runtime.lease import hold
-from lemon.runtime.store import Store, fingerprint, open_output
+from lemon.runtime.shards import ShardError
+from lemon.runtime.store import Store, open_output
+
+OWNS = (*FOLDERS, CENTRES, SETTINGS)
+"""What embedding writes in its output."""
 
 FATAL = "fatal"  # status of a row that stops the job; never written to the ledger
 
@@ -80,7 +84,6 @@ def run(config: EmbedConfig) -> Summary:
     code, cells = EXIT_OK, Store(config.cells or config.curate_config().output)
     jobs = _jobs(cells) if config.cells is not None else []  # before anything is overwritten
     ledger = open_ledger(output, made, overwrite=config.overwrite)
-    ledger.store.delete("attempts")  # marks of a run that was killed; only this one's count
     if config.slides is not None:
         code = _curate(config)
         with contextlib.suppress(ConfigError):  # no cells: the line that curation printed says why
@@ -100,7 +103,7 @@ def run(config: EmbedConfig) -> Summary:
 def main(config: EmbedConfig) -> int:
     """``run`` with its outcome told; returns the exit code."""
     try:
-        with hold(config.output, stage="embed"):
+        with hold(config.output, stage="embed", owns=OWNS):
             summary = run(config)
     except (StoppedError, OSError) as error:
         print(f"embed: stopped: {error}; what is committed stays, rerun goes on", file=sys.stderr)
@@ -119,7 +122,7 @@ def main(config: EmbedConfig) -> int:
 
 def _located(config: EmbedConfig) -> tuple[EmbedConfig, Store]:
     """Paths made absolute, because actors run elsewhere; and the output, which can be written."""
-    output = open_output(config.output)
+    output = open_output(config.output, owns=OWNS)
     if "spatialdata" in config.format:
         check_spatialdata(output)
     update: dict[str, Any] = {"output": output.uri, "model": located_model(config.model)}
@@ -156,7 +159,7 @@ def _jobs(cells: Store) -> list[dict[str, Any]]:
             "slide_id": row["slide_id"],
             "path": row["path"],
             "n_cells": row["n_cells"],
-            "cells_fingerprint": fingerprint([row["config_fingerprint"], row["n_cells"]]),
+            "cells_digest": row["cells_digest"],
         }
         for row in rows
     ]
@@ -189,7 +192,7 @@ def _export(
     if not embedded:
         return rows
     selection = select_cells(cells, slides=[row["slide_id"] for row in embedded], n_cells=config.clusters.n_cells)
-    parents = [ledger.made.model_fingerprint, *(row["cells_fingerprint"] for row in embedded)]
+    parents = [ledger.made.model_fingerprint, *(row["cells_digest"] for row in embedded)]
     try:
         clusters = open_clusters(
             selection, ledger.store, k=config.clusters.k, seed=config.clusters.seed, parents=parents

@@ -14,8 +14,10 @@ from lemon.cells.names import shard_name
 from lemon.embed.clusters import Clusters
 from lemon.embed.ledger import Made
 from lemon.embed.names import clusters_name, embeddings_name
-from lemon.embed.stream import ShardError, read_ahead, vectors_of
+from lemon.embed.stream import read_ahead, vectors_of
+from lemon.runtime.shards import ShardError
 from lemon.runtime.store import Store
+from lemon.schema import CELLS, CLUSTERS, EMBEDDINGS
 from lemon.slides.reader import SlideError, SlideReader
 
 
@@ -32,25 +34,27 @@ class EmbeddedSlide:
 
     def rows(self, *columns: str) -> Iterator[pa.Table]:
         """Columns of the cells table, a batch at a time. Raises ShardError."""
-        for batch in read_ahead(self.cells, shard_name(self.slide_id), columns=list(columns)):
+        for batch in read_ahead(self.cells, shard_name(self.slide_id), schema=CELLS, columns=list(columns)):
             yield pa.Table.from_batches([batch])
 
     def table(self, *columns: str) -> pa.Table:
         """``cell_id`` and other columns of the cells table (not images: they may not fit). Raises ShardError."""
         rows = pa.concat_tables(list(self.rows("cell_id", *columns)))
-        embedded = self._own(embeddings_name(self.slide_id), "cell_id")
+        embedded = self._own(embeddings_name(self.slide_id), "cell_id", schema=EMBEDDINGS)
         if not embedded.equals(rows["cell_id"]):
             raise ShardError(f"{self.slide_id}: cells and embeddings differ; the same command again embeds anew")
         return rows
 
     def vectors(self) -> Iterator[np.ndarray]:
         """Embeddings, a batch at a time: [n, D] of the stored type. Raises ShardError."""
-        for batch in read_ahead(self.store, embeddings_name(self.slide_id), columns=["embedding"]):
+        for batch in read_ahead(self.store, embeddings_name(self.slide_id), schema=EMBEDDINGS, columns=["embedding"]):
             yield vectors_of(batch["embedding"])
 
     def cluster_codes(self) -> np.ndarray | None:
         """The cluster of each cell, int16 [N]; None where there are none. Raises ShardError."""
-        return None if self.clusters is None else self._own(clusters_name(self.slide_id), "cluster").to_numpy()
+        if self.clusters is None:
+            return None
+        return self._own(clusters_name(self.slide_id), "cluster", schema=CLUSTERS).to_numpy()
 
     def origin_px(self) -> tuple[int, int]:
         """The corner of the scanned area, which QuPath counts from; (0, 0) where the slide's file is not at hand."""
@@ -64,6 +68,7 @@ class EmbeddedSlide:
         """What a file says of its making."""
         return {"model": self.made.model, "model_fingerprint": self.made.model_fingerprint, "mpp": mpp}
 
-    def _own(self, name: str, column: str) -> pa.ChunkedArray:
+    def _own(self, name: str, column: str, *, schema: pa.Schema) -> pa.ChunkedArray:
         """A small column of a table that this job wrote."""
-        return pa.chunked_array([batch[column] for batch in read_ahead(self.store, name, columns=[column])])
+        batches = read_ahead(self.store, name, schema=schema, columns=[column])
+        return pa.chunked_array([batch[column] for batch in batches], schema.field(column).type)

@@ -11,7 +11,6 @@ import shapely
 
 from lemon.config import ConfigError
 from lemon.embed.anndata import EMBEDDING, annotate
-from lemon.embed.files import whole
 from lemon.embed.names import spatialdata_name
 from lemon.embed.slide import EmbeddedSlide
 from lemon.runtime.store import Store
@@ -50,6 +49,6 @@ def write_spatialdata(slide: EmbeddedSlide) -> None:
         shapes={SHAPES: ShapesModel.parse(shapes)},
         tables={TABLE: TableModel.parse(table, region=SHAPES, region_key="region", instance_key="cell_id")},
     )
-    with whole(slide.store, spatialdata_name(slide.slide_id)) as path, warnings.catch_warnings():
+    with slide.store.write_path(spatialdata_name(slide.slide_id)) as path, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="zarr v3 autosharding")  # nothing that a user could do about it
         data.write(path)

@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from lemon import schema
 from lemon.cells.shard import images_from_arrow
 from lemon.encoders.open import Encoder
+from lemon.runtime.shards import ShardError, read_shard, write_shard
 from lemon.runtime.store import Store
 
 COLUMNS = ["cell_id", "slide_id", "x_level0_px", "y_level0_px", "image"]
@@ -26,32 +26,16 @@ PARQUET_OPTIONS = {
 }
 
 
-class ShardError(Exception):
-    """A slide's cells cannot be embedded; the message is the reason that its row in the ledger gives."""
-
-
-def read_ahead(store: Store, name: str, *, columns: list[str]) -> Generator[pa.RecordBatch]:
-    """Batches of a Parquet file in order, each read by a thread while the caller works on the one before.
-
-    Raises ShardError when the file is absent, unreadable or lacks a column.
-    """
-    batches = _batches(store, name, columns=columns)
+def read_ahead(
+    store: Store, name: str, *, schema: pa.Schema, columns: list[str], digest: str | None = None
+) -> Generator[pa.RecordBatch]:
+    """Batches of ``read_shard``, each read by a thread while the caller works on the one before. Raises ShardError."""
+    batches = read_shard(store, name, schema=schema, columns=columns, digest=digest)
     with contextlib.closing(batches), ThreadPoolExecutor(1) as thread:
         following = thread.submit(next, batches, None)
         while (batch := following.result()) is not None:
             following = thread.submit(next, batches, None)
             yield batch
-
-
-def _batches(store: Store, name: str, *, columns: list[str]) -> Generator[pa.RecordBatch]:
-    try:
-        with store.open_parquet(name) as file:
-            absent = [column for column in columns if column not in file.schema_arrow.names]
-        if absent:
-            raise ShardError(f"{name}: has no column {absent[0]}; expected a table of jobs/curate.py")
-        yield from store.iter_batches(name, columns=columns)
-    except (OSError, pa.ArrowException) as error:
-        raise ShardError(f"{name}: cannot be read: {' '.join(str(error).split())}") from None
 
 
 def embed_shard(
@@ -64,9 +48,10 @@ def embed_shard(
     n_cells: int,
     dtype: str = "float16",
     precision: str = "fp32",
+    digest: str | None = None,
     progress: Callable[[int], None] | None = None,
-) -> None:
-    """Write the embeddings of a shard, in its order, atomically.
+) -> str:
+    """Write the embeddings of a shard, in its order, atomically; returns the digest of the table.
 
     Args:
         cells, shard: the store and name of a slide's cells.
@@ -75,28 +60,27 @@ def embed_shard(
         n_cells: rows that the shard must have.
         dtype: float16 or float32, of the stored vectors.
         precision: fp32 or bf16, of the arithmetic.
+        digest: of the rows that the shard must hold; None takes any.
         progress: told the number of cells of each batch.
 
     Raises:
-        ShardError: the shard cannot be read, has other rows, or a vector does not fit dtype.
+        ShardError: the shard cannot be read, is damaged or has other rows, or a vector does not fit dtype.
         OSError, pa.ArrowException: the output cannot be written.
     """
     table = schema.embeddings(encoder.width, dtype=pa.type_for_alias(dtype))
     facts = {"model": encoder.name, "model_fingerprint": encoder.fingerprint, "precision": precision}
-    done = 0
     with (
-        output.write(name) as stream,
-        pq.ParquetWriter(stream, table.with_metadata(facts), **PARQUET_OPTIONS) as writer,
-        contextlib.closing(read_ahead(cells, shard, columns=COLUMNS)) as batches,
+        write_shard(output, name, schema.marked(table, **facts), **PARQUET_OPTIONS) as written,
+        contextlib.closing(read_ahead(cells, shard, schema=schema.CELLS, columns=COLUMNS, digest=digest)) as batches,
     ):
         for batch in batches:
             vectors = _vectors(batch["image"], encoder=encoder, dtype=dtype, precision=precision)
-            writer.write_table(_rows(batch, vectors, table=table, fingerprint=encoder.fingerprint))
-            done += len(batch)
+            written.write(_rows(batch, vectors, table=table, fingerprint=encoder.fingerprint))
             if progress is not None:
                 progress(len(batch))
-        if done != n_cells:
-            raise ShardError(f"{shard}: holds {done:,} cells; expected {n_cells:,}, as the slides table says")
+        if written.n_rows != n_cells:
+            raise ShardError(f"{shard}: holds {written.n_rows:,} cells; expected {n_cells:,}, as the slides table says")
+    return written.digest
 
 
 def _vectors(column: pa.Array, *, encoder: Encoder, dtype: str, precision: str) -> np.ndarray:

@@ -152,7 +152,7 @@ def scores_table(rows: list[dict[str, Any]], unit: Unit, *, seed: int) -> pa.Tab
         "model_fingerprint": unit.model_fingerprint,
         "data_fingerprint": unit.data_fingerprint,
     }
-    columns = schema.SCORES.with_metadata({CIRCUMSTANCES: unit.circumstances})
+    columns = schema.marked(schema.SCORES, **{CIRCUMSTANCES: unit.circumstances})
     return pa.Table.from_pylist([row | named for row in rows], schema=columns)
 
 

@@ -14,7 +14,7 @@ from lemon.report.atlas_map import open_method, to_unit_square
 from lemon.report.atlas_page import write_page
 from lemon.runtime.lease import hold
 from lemon.runtime.store import CIRCUMSTANCES, Store, fingerprint
-from lemon.schema import MAP
+from lemon.schema import MAP, marked
 
 MAP_NAME = "map.parquet"
 
@@ -88,5 +88,5 @@ def read_map(store: Store, cells: AtlasCells, *, circumstances: str) -> np.ndarr
 def write_map(store: Store, cells: AtlasCells, positions: np.ndarray, *, circumstances: str) -> None:
     """Keep the positions, so that other labels or another picture cost no new map."""
     columns = [cells.table["cell_id"], cells.table["slide_id"], *(pa.array(axis) for axis in positions.T)]
-    table = pa.table(columns, schema=MAP.with_metadata({CIRCUMSTANCES: circumstances}))
+    table = pa.table(columns, schema=marked(MAP, **{CIRCUMSTANCES: circumstances}))
     store.write_table(MAP_NAME, table, compression="zstd")

@@ -18,6 +18,7 @@ from lemon.config import ConfigError
 from lemon.embed.names import SETTINGS, clusters_name, embeddings_name
 from lemon.embed.stream import vectors_of
 from lemon.report.atlas_config import AtlasConfig
+from lemon.runtime.shards import ShardError
 from lemon.runtime.store import Store, fingerprint
 from lemon.schema import CROP_MPP, CROP_PX, MORPHOMETRICS
 
@@ -54,7 +55,7 @@ def read_cells(config: AtlasConfig) -> AtlasCells:
     labels = None if config.labels is None else read_labels(config.labels, key="labels")
     selection = _select(config, cells=cells, embeddings=embeddings)
     parts = [
-        _read_part(part, cells=cells, embeddings=embeddings)
+        _read_part(part, selection=selection, embeddings=embeddings)
         for part in tqdm(selection.parts, unit="slide", desc="cells", disable=None)
     ]
     table = pa.concat_tables([facts for facts, _, _ in parts])
@@ -100,9 +101,9 @@ def _select(config: AtlasConfig, *, cells: Store, embeddings: Store) -> Selectio
     return selection
 
 
-def _read_part(part: Part, *, cells: Store, embeddings: Store) -> tuple[pa.Table, np.ndarray, np.ndarray]:
+def _read_part(part: Part, *, selection: Selection, embeddings: Store) -> tuple[pa.Table, np.ndarray, np.ndarray]:
     """The first rows of a slide: facts and cluster, embeddings [n, D], thumbnails [n, 48, 48, 3]."""
-    facts = _prefix(cells, part.name, FACTS, count=part.n_rows)
+    facts = _facts(part, selection)
     name = embeddings_name(part.slide_id)
     embedded = _prefix(embeddings, name, ("cell_id", "embedding"), count=part.n_rows)
     clusters = np.full(part.n_rows, -1, np.int16)
@@ -112,10 +113,18 @@ def _read_part(part: Part, *, cells: Store, embeddings: Store) -> tuple[pa.Table
         embedded = embedded if known["cell_id"].equals(embedded["cell_id"]) else embedded.slice(0, 0)
     if not embedded["cell_id"].equals(facts["cell_id"]):
         raise ConfigError(
-            f"embeddings: {name} is of other cells than {cells.uri}/{part.name}; the same jobs/embed.py again mends it"
+            f"embeddings: {name} is of other cells than {selection.store.uri}/{part.name}; "
+            "the same jobs/embed.py again mends it"
         )
     facts = facts.append_column("cluster", pa.array(clusters, mask=clusters < 0))
-    return facts, vectors_of(embedded["embedding"].combine_chunks()), _thumbnails(part, cells)
+    return facts, vectors_of(embedded["embedding"].combine_chunks()), _thumbnails(part, selection)
+
+
+def _facts(part: Part, selection: Selection) -> pa.Table:
+    try:
+        return pa.Table.from_batches(list(selection.batches(part, FACTS))).select(list(FACTS))
+    except ShardError as error:
+        raise ConfigError(f"cells: {selection.store.uri}: {error}") from None
 
 
 def _prefix(store: Store, name: str, columns: Sequence[str], *, count: int) -> pa.Table:
@@ -132,16 +141,14 @@ def _prefix(store: Store, name: str, columns: Sequence[str], *, count: int) -> p
         raise ConfigError(f"{store.uri}/{name}: cannot be read: {' '.join(str(error).split())}") from None
 
 
-def _thumbnails(part: Part, cells: Store) -> np.ndarray:
+def _thumbnails(part: Part, selection: Selection) -> np.ndarray:
     """Made a row group at a time: the crops of 100,000 cells would take 1.1 GB, their thumbnails take 0.7."""
     thumbnails = np.empty((part.n_rows, THUMBNAIL_PX, THUMBNAIL_PX, 3), np.uint8)
     done = 0
-    for batch in cells.iter_batches(part.name, columns=["image"]):
-        for image in images_from_arrow(batch["image"])[: part.n_rows - done]:
+    for batch in selection.batches(part, ["image"]):
+        for image in images_from_arrow(batch["image"]):
             cv2.resize(image, (THUMBNAIL_PX, THUMBNAIL_PX), dst=thumbnails[done], interpolation=cv2.INTER_AREA)
             done += 1
-        if done == part.n_rows:
-            break
     return thumbnails
 
 

@@ -1,6 +1,6 @@
 """One job at a time writes an output: a claim in it, kept fresh by a heartbeat, and free again once its job is dead.
 
-A claim is a file ``.lease/<time>-<random>.json`` of the output. A job writes its own and then lists: it holds the
+A claim is a file ``.lemon/lease/<time>-<random>.json`` of the output. A job writes its own and then lists: it holds the
 output when it sees no other live claim. Of two that start at once at least one sees the other, because each writes
 before it lists, and S3 lists what was written; the later name withdraws. No clocks of two machines are compared: a
 claim lives while its file changes, or, on the same machine, while its process is there. So a job that was killed is
@@ -20,16 +20,17 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from lemon.config import ConfigError
+from lemon.runtime.records import OWN
 from lemon.runtime.store import Store, open_output
 
-FOLDER = ".lease"
+FOLDER = f"{OWN}/lease"
 CLAIM_BYTES = 1024
 BEAT_S = 5.0
 STALE_S = 30.0
@@ -41,17 +42,18 @@ _POLL_S = 0.5
 
 
 @contextlib.contextmanager
-def hold(output: str, *, stage: str) -> Iterator[None]:
-    """Hold an output while the block runs.
+def hold(output: str, *, stage: str, owns: Sequence[str] = ()) -> Iterator[Store]:
+    """Hold an output while the block runs: its store, rid of what killed jobs left half written.
 
-    Raises ConfigError, one line that names the other job, where it is being written, and where it cannot be written.
+    Raises ConfigError, one line that names the other job, where it is being written, and as ``open_output`` does.
     A job that finds its claim taken over, as after a long sleep of its machine, is ended by SIGTERM.
     """
-    claim = _Claim(open_output(output), stage)
+    claim = _Claim(open_output(output, owns=owns), stage)
     claim.write()
     with claim.beating():
         claim.settle()
-        yield
+        claim.store.remove_temporaries()
+        yield claim.store
 
 
 class _Claim:
@@ -74,7 +76,7 @@ class _Claim:
 
     def write(self) -> None:
         # Of one length: a reader at S3 asks for the length and then for so many bytes, of what may be a newer beat.
-        self.store.write_bytes(self.name, json.dumps(self.content).encode().ljust(CLAIM_BYTES))
+        self.store.write_own(self.name, json.dumps(self.content).encode().ljust(CLAIM_BYTES))
 
     def settle(self) -> None:
         """Return when no other job writes the output; raises ConfigError when one does."""
@@ -90,7 +92,7 @@ class _Claim:
                 seen, since = first.setdefault(name, (content, time.monotonic()))
                 watched = time.monotonic() - since
                 if here is False or (here is None and content == seen and watched > STALE_S):
-                    self.store.delete(name)
+                    self.store.remove_own(name)
                     continue
                 lives = content != seen or (here and watched > _DYING_S)
                 if lives and (content["holds"] or name < self.name):
@@ -122,7 +124,7 @@ class _Claim:
             ended.set()
             thread.join()
             with contextlib.suppress(OSError):  # then it goes stale
-                self.store.delete(self.name)
+                self.store.remove_own(self.name)
 
     def _beat(self, ended: threading.Event) -> None:
         while not ended.wait(BEAT_S):

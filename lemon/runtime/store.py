@@ -7,13 +7,11 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import subprocess
 import tempfile
 import threading
 import time
-import urllib.parse
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +24,9 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from lemon.config import ConfigError, StorageError
+from lemon.runtime import s3
+from lemon.runtime.records import OWN, Record, Records, is_own
+from lemon.schema import fault_of
 from lemon.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -33,14 +34,8 @@ logger = logging.getLogger(__name__)
 BATCH_ROWS = 2048
 """Rows that a reader holds at most: of cells, 22 MB of crops."""
 
-CIRCUMSTANCES = b"lemon.circumstances"
+CIRCUMSTANCES = "lemon.circumstances"
 """Key in a Parquet file's metadata: a fingerprint of all that the file was made from."""
-
-S3_ATTEMPTS = 8
-"""Tries of a request that S3 answers with 500, 503 or not at all; they wait for longer each time, a minute in all."""
-
-S3_TIMEOUT_S = 20.0
-"""Seconds until a connection, or an answer's next bytes, are given up."""
 
 NOTICE_S = 10.0
 """Seconds without an answer after which a user is told what a job waits for."""
@@ -48,37 +43,18 @@ NOTICE_S = 10.0
 READERS = 16
 """Requests under way at once."""
 
-# As pyarrow words it: AWS Error SLOW_DOWN during PutObject operation: Please reduce your request rate.
-_AWS_ERROR = re.compile(r"AWS Error (\w+)(?: \(HTTP status (\d+)\))? during (\w+) operation:(.*)")
-# The SDK writes what S3 answers into the buffer for the bytes that were asked for. Where that is smaller than the text
-# of a 503, it fails in this way and does not ask again (pyarrow 25).
-_NO_ROOM = "Failed to flush response stream"
-
-# Of a file that was removed after its size was asked for.
-_GONE = re.compile(r"AWS Error (NO_SUCH_KEY|RESOURCE_NOT_FOUND) during GetObject")
-
-# pyarrow tells a status only where the SDK has no name for the error.
-_STATUSES = {
-    "SLOW_DOWN": "503",
-    "SERVICE_UNAVAILABLE": "503",
-    "INTERNAL_FAILURE": "500",
-    "ACCESS_DENIED": "403",
-    "SIGNATURE_DOES_NOT_MATCH": "403",
-    "INVALID_ACCESS_KEY_ID": "403",
-    "NO_SUCH_BUCKET": "404",
-}
-
 COPY_BYTES = 16 << 20
 """Bytes of a copy that are in memory; each is a request."""
 
-TEMPORARY = ".tmp-"
-"""Marks a file that is being written; readers and listings pass over it."""
+TEMPORARY = ".lemon-tmp-"
+"""Begins the name of a file that is being written; listings pass over it."""
 
 
 class Store:
     """A folder of files, local or on object storage.
 
-    Names are relative, with forward slashes. ``write`` is atomic on both: a reader sees the whole file or none.
+    Names are relative, with forward slashes, and never lead out of the folder. ``write`` is atomic on both: a reader
+    sees the whole file or none. It and ``delete`` touch no file that LEMON did not write (lemon.runtime.records).
     On S3, endpoint, region and credentials come from where AWS's own tools have them: the environment, a profile, the
     machine's role. Raises ValueError for a URI that is not ``s3://bucket/prefix``, or that holds more than that.
     """
@@ -90,8 +66,9 @@ class Store:
             self.root = str(Path(uri.removeprefix("file://")).expanduser().absolute())
             self.filesystem, self.uri = pafs.LocalFileSystem(), self.root
         else:
-            self.root = _s3_root(uri)
-            self.filesystem, self.uri = _s3(self.root.partition("/")[0], *_endpoint()), f"s3://{self.root}"
+            self.root = s3.bucket_and_prefix(uri)
+            self.filesystem, self.uri = s3.client(self.root.partition("/")[0], *s3.endpoint()), f"s3://{self.root}"
+        self.records = Records(self)
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
         return Store, (self.uri,)  # pyarrow's S3 filesystem would lose its retries on the way to a worker
@@ -100,30 +77,45 @@ class Store:
         return f"Store({self.uri!r})"
 
     def path(self, name: str) -> str:
-        """The path of ``name`` as ``self.filesystem`` spells it."""
+        """The path of ``name`` as ``self.filesystem`` spells it. Raises ValueError for a name that leads elsewhere."""
+        if name.startswith("/") or not {".", ".."}.isdisjoint(name.split("/")):
+            raise ValueError(f"{name!r} leads out of {self.uri}")
         return f"{self.root}/{name}" if name else self.root
+
+    def info(self, name: str) -> pafs.FileInfo:
+        """Type, size and time of what is there; of type NotFound where nothing is."""
+        with self._plain_errors(name):
+            return self.filesystem.get_file_info(self.path(name))
 
     def exists(self, name: str) -> bool:
         """Whether a file (or folder) of that name is there. On S3 two requests: for many, ``list`` once."""
-        with self._plain_errors(name):
-            return self.filesystem.get_file_info(self.path(name)).type != pafs.FileType.NotFound
+        return bool(self.info(name).type != pafs.FileType.NotFound)
 
     def size(self, name: str) -> int:
         """Bytes of a file. Raises FileNotFoundError."""
-        with self._plain_errors(name):
-            info = self.filesystem.get_file_info(self.path(name))
+        info = self.info(name)
         if info.type != pafs.FileType.File:
             raise FileNotFoundError(f"{self.uri}/{name}: no such file")
         return int(info.size)
 
     def list(self, folder: str, *, suffix: str = "") -> list[str]:
-        """Names of the files below ``folder`` that end in ``suffix``, sorted; an absent folder is empty."""
+        """Names of the files below ``folder`` that end in ``suffix``, sorted; an absent folder is empty.
+
+        Files that are being written, and LEMON's own (``.lemon/``) unless they are asked for, are left out.
+        """
         selector = pafs.FileSelector(self.path(folder), allow_not_found=True, recursive=True)
         with self._plain_errors(folder):
             infos = self.filesystem.get_file_info(selector)
         found = (info.path for info in infos if info.type == pafs.FileType.File)
         names = (path[len(self.root) :].lstrip("/") for path in found)
-        return sorted(name for name in names if name.endswith(suffix) and TEMPORARY not in name)
+        hidden = () if is_own(folder) else (OWN,)
+        return sorted(
+            name
+            for name in names
+            if name.endswith(suffix)
+            and not name.rpartition("/")[2].startswith(TEMPORARY)
+            and not any(part in hidden for part in name.split("/"))
+        )
 
     def entries(self, folder: str) -> set[str]:
         """Names of the files and folders right in a folder; an absent folder is empty."""
@@ -133,32 +125,87 @@ class Store:
         return {info.path[len(self.root) :].strip("/") for info in infos}
 
     def delete(self, name: str) -> None:
-        """Remove a file or a folder with all below it; absent is fine, also where another process removes it now."""
-        with self._plain_errors(name), contextlib.suppress(FileNotFoundError):
-            kind = self.filesystem.get_file_info(self.path(name)).type
-            if kind == pafs.FileType.Directory:
-                self.filesystem.delete_dir(self.path(name))
-            elif kind == pafs.FileType.File:
+        """Remove a file that LEMON wrote, or all such files of a folder; absent is fine.
+
+        Raises ForeignFileError for a single file that is not LEMON's; those of a folder stay where they are.
+        """
+        if self.info(name).type != pafs.FileType.Directory or self.records.of(name):
+            self.records.require(name)
+            self._remove(name)
+            self.records.forget(name)
+            return
+        for each in self.list(name) if is_own(name) else self.records.names(name):
+            if self.records.agree(each):
+                self._remove(each)
+                self.records.forget(each)
+        self._remove_empty(name)
+
+    def _remove(self, name: str) -> None:
+        with self._plain_errors(name), contextlib.suppress(FileNotFoundError):  # another process may be removing it
+            if self.is_local and Path(self.path(name)).is_dir():
+                shutil.rmtree(self.path(name))
+            elif self.info(name).type == pafs.FileType.File:
                 self.filesystem.delete_file(self.path(name))
+
+    def _remove_empty(self, folder: str) -> None:
+        """Remove a local folder and those in it as far as nothing is left in them."""
+        if self.is_local:
+            for path, _, _ in os.walk(self.path(folder), topdown=False):
+                with contextlib.suppress(OSError):
+                    Path(path).rmdir()
 
     @contextlib.contextmanager
     def write(self, name: str) -> Iterator[IO[bytes]]:
-        """A binary stream whose content appears under ``name`` when the block ends well, and never otherwise."""
-        if self.is_local:
-            with _write_local(Path(self.path(name))) as stream:
-                yield stream
-            return
-        # An object appears when its upload completes, and closing a stream completes it, also after an error. So the
-        # content is made whole on local disk first, and uploaded by a thread, which no signal interrupts.
-        with tempfile.NamedTemporaryFile(prefix="lemon-upload-") as spool:
-            yield spool
-            spool.flush()
-            with self._plain_errors(name), ThreadPoolExecutor(1) as thread:
-                thread.submit(self._upload, spool.name, name).result()
+        """A binary stream whose content appears under ``name`` when the block ends well, and never otherwise.
 
-    def _upload(self, path: str, name: str) -> None:
+        Raises ForeignFileError where a file of that name is not LEMON's.
+        """
+        with self.write_path(name) as path, path.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    @contextlib.contextmanager
+    def write_path(self, name: str) -> Iterator[Path]:
+        """A local path to write a file, or in a local store a folder, to, for libraries that take no stream.
+
+        As ``write``: it becomes ``name`` when the block ends well.
+        """
+        self.records.require(name)
+        with self._unnamed(name) as path:
+            yield path
+            self.records.note(name, Record.of(path, local=self.is_local))
+            self._give_name(path, name)
+
+    @contextlib.contextmanager
+    def _unnamed(self, name: str) -> Iterator[Path]:
+        if not self.is_local:
+            # An object appears when its upload completes, and closing a stream completes it, also after an error. So
+            # the content is made whole on local disk first.
+            with tempfile.TemporaryDirectory(prefix="lemon-upload-") as scratch:
+                yield Path(scratch) / name.rpartition("/")[2]
+            return
+        final = Path(self.path(name))
+        final.parent.mkdir(parents=True, exist_ok=True)
+        path = final.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{final.name}")
+        try:
+            yield path
+        finally:
+            _discard(path)
+
+    def _give_name(self, path: Path, name: str) -> None:
+        if self.is_local:
+            final = Path(self.path(name))
+            if final.is_dir():
+                shutil.rmtree(final)
+            path.replace(final)
+            return
+        with self._plain_errors(name), ThreadPoolExecutor(1) as thread:  # a thread, which no signal interrupts
+            thread.submit(self._upload, path, name).result()
+
+    def _upload(self, path: Path, name: str) -> None:
         # Not pyarrow's copy_files: where the server refuses a small file, it reports success (pyarrow 25).
-        with Path(path).open("rb") as source, self.filesystem.open_output_stream(self.path(name)) as target:
+        with path.open("rb") as source, self.filesystem.open_output_stream(self.path(name)) as target:
             shutil.copyfileobj(source, target, COPY_BYTES)
 
     def download(self, name: str, target: str | os.PathLike[str]) -> None:
@@ -183,6 +230,18 @@ class Store:
         with ThreadPoolExecutor(READERS) as pool:
             list(pool.map(fetch, names))
 
+    def write_own(self, name: str, content: bytes) -> None:
+        """Write a small file below ``.lemon/`` atomically; no record is kept of it."""
+        assert is_own(name)
+        with self._unnamed(name) as path:
+            path.write_bytes(content)
+            self._give_name(path, name)
+
+    def remove_own(self, name: str) -> None:
+        """Remove a file below ``.lemon/``; absent is fine."""
+        assert is_own(name)
+        self._remove(name)
+
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write a small file atomically."""
         with self.write(name) as stream:
@@ -193,19 +252,25 @@ class Store:
         self.write_bytes(name, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
     def write_table(self, name: str, table: pa.Table, **options: Any) -> None:
-        """Write one Parquet file atomically."""
+        """Write one Parquet file atomically, with checksums of its pages."""
         with self.write(name) as stream:
-            pq.write_table(table, stream, **options)
+            pq.write_table(table, stream, write_page_checksum=True, **options)
+
+    @contextlib.contextmanager
+    def open_binary(self, name: str) -> Iterator[pa.NativeFile]:
+        """A file to read from start to end. Raises FileNotFoundError."""
+        with self._plain_errors(name), self.filesystem.open_input_file(self.path(name)) as source:
+            yield source
 
     def read_bytes(self, name: str) -> bytes:
         """The whole of a file. Raises FileNotFoundError."""
-        for attempt in range(1, S3_ATTEMPTS + 1):
+        for attempt in range(1, s3.ATTEMPTS + 1):
             try:
                 # Not a stream: that asks S3 for 256 KB at a time.
                 with self._plain_errors(name), self.filesystem.open_input_file(self.path(name)) as file:
                     return bytes(file.read(file.size()))
             except StorageError as error:
-                if _NO_ROOM not in str(error) or attempt == S3_ATTEMPTS:
+                if s3.NO_ROOM not in str(error) or attempt == s3.ATTEMPTS:
                     raise
                 time.sleep(min(10.0, 0.2 * 2**attempt))
         raise AssertionError
@@ -217,38 +282,46 @@ class Store:
     def read_table(self, name: str, **options: Any) -> pa.Table:
         """One Parquet file. Raises FileNotFoundError."""
         with self._plain_errors(name):
-            return pq.read_table(self.path(name), filesystem=self.filesystem, **options)
+            return pq.read_table(
+                self.path(name), filesystem=self.filesystem, page_checksum_verification=True, **options
+            )
 
     def read_tables(self, folder: str, *, schema: pa.Schema) -> pa.Table:
-        """The small Parquet files of a folder as one table, in the order of their names; columns they lack are null.
+        """The small Parquet files of a folder as one table, in the order of their names.
 
-        Each file is read whole, several at a time: what it takes are requests, not bytes.
+        Each file is read whole, several at a time: what it takes are requests, not bytes. Raises ConfigError for a file
+        that is damaged or is not of this table.
         """
 
         def read(name: str) -> pa.Table:
-            return pq.ParquetFile(pa.BufferReader(self.read_bytes(name))).read(use_threads=False)
+            try:
+                source = pa.BufferReader(self.read_bytes(name))
+                file = pq.ParquetFile(source, page_checksum_verification=True)
+                fault = fault_of(file.schema_arrow, schema)
+                if fault is None:
+                    return file.read(use_threads=False)
+            except (pa.ArrowException, OSError) as error:
+                if isinstance(error, StorageError):
+                    raise
+                told = " ".join(str(error).split())
+                fault = f"is damaged ({told}); delete it, and the job that wrote it makes it again"
+            raise ConfigError(f"{self.uri}/{name} {fault}")
 
         with ThreadPoolExecutor(READERS) as pool:
             tables = list(pool.map(read, self.list(folder, suffix=".parquet")))
-        whole = pa.concat_tables([schema.empty_table(), *tables], promote_options="default").select(schema.names)
-        absent = [bool(column.null_count) for column in whole.columns]  # in tables of another kind, for readers to tell
-        return whole.cast(
-            pa.schema(
-                [field.with_nullable(field.nullable or some) for field, some in zip(schema, absent, strict=False)]
-            )
-        )
+        return pa.concat_tables([schema.empty_table(), *(table.cast(schema) for table in tables)])
 
     @contextlib.contextmanager
     def open_parquet(self, name: str) -> Iterator[pq.ParquetFile]:
         """A Parquet file to read piece by piece. Raises FileNotFoundError."""
         with self._plain_errors(name), self.filesystem.open_input_file(self.path(name)) as source:
-            yield pq.ParquetFile(source)
+            yield pq.ParquetFile(source, page_checksum_verification=True)
 
     def circumstances(self, name: str) -> str | None:
         """What a Parquet file says that it was made from; None where it is absent or does not say."""
         try:
             with self.open_parquet(name) as file:
-                found = (file.schema_arrow.metadata or {}).get(CIRCUMSTANCES)
+                found = (file.schema_arrow.metadata or {}).get(CIRCUMSTANCES.encode())
         except FileNotFoundError:
             return None
         return None if found is None else found.decode()
@@ -260,18 +333,26 @@ class Store:
             for group in range(file.num_row_groups):
                 yield from file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[*columns])
 
-    def remove_temporaries(self, folder: str, stem: str) -> None:
-        """Remove what writers of ``<folder>/<stem>*`` that were killed left behind (local only: S3 leaves nothing)."""
+    def remove_temporaries(self) -> None:
+        """Remove what writers that were killed left in this output (local only: S3 leaves nothing).
+
+        Only for a job that holds the output. Folders that are outputs themselves are left to their own jobs.
+        """
         if self.is_local:
-            for left in Path(self.path(folder)).glob(f"{TEMPORARY}*"):
-                if left.name.split("-", 2)[2].startswith(stem):
-                    left.unlink(missing_ok=True)
+            for folder, inner, files in os.walk(self.root):
+                here = Path(folder)
+                if folder != self.root and (here / OWN).is_dir():
+                    inner.clear()
+                    continue
+                for left in [name for name in (*inner, *files) if name.startswith(TEMPORARY)]:
+                    _discard(here / left)
+                inner[:] = [name for name in inner if not name.startswith(TEMPORARY)]
 
     def check_writable(self) -> None:
         """Raise OSError unless a file can be made here."""
-        probe = f"{TEMPORARY}probe-{uuid.uuid4().hex}"
-        self.write_bytes(probe, b"lemon")
-        self.delete(probe)
+        probe = f"{OWN}/probe-{uuid.uuid4().hex}"
+        self.write_own(probe, b"lemon")
+        self.remove_own(probe)
 
     @contextlib.contextmanager
     def _plain_errors(self, name: str) -> Iterator[None]:
@@ -281,10 +362,10 @@ class Store:
         except StorageError:
             raise
         except OSError as error:
-            told = _aws_error(str(error))
+            told = s3.reason_of(str(error))
             if told is None:
                 raise
-            if _GONE.search(str(error)):
+            if s3.GONE.search(str(error)):
                 raise FileNotFoundError(f"{self.uri}/{name}: no such file") from None
             raise StorageError(f"{self.uri}/{name}: {told}") from None
 
@@ -324,12 +405,19 @@ def local_copy(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield copy
 
 
-def open_output(uri: str) -> Store:
-    """The store of ``output=``, after a file was made there. Raises ConfigError."""
+def open_output(uri: str, *, owns: Sequence[str] = ()) -> Store:
+    """The store of ``output=``, after a file was made there.
+
+    Raises ConfigError where it cannot be written, or where what LEMON did not write has a name that the stage ``owns``:
+    files and folders, by their names in the output.
+    """
     try:
         store = Store(uri)
         with _noticed(f"output: {store.uri} does not answer yet; it is asked for a minute"):
+            store.records.require_all(owns)  # first: nothing is written into somebody else's folder
             store.check_writable()
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError(f"output: cannot write to {uri!r}: {error}") from None
     return store
@@ -347,68 +435,11 @@ def _noticed(line: str) -> Iterator[None]:
         notice.cancel()
 
 
-@contextlib.contextmanager
-def _write_local(path: Path) -> Iterator[IO[bytes]]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
-    try:
-        with temporary.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _s3_root(uri: str) -> str:
-    """bucket/prefix of a URI, which is told in errors only where it holds no secret."""
-    parts = urllib.parse.urlsplit(uri)
-    if parts.query or parts.username or parts.password:
-        raise ValueError(
-            f"{parts.scheme}://...{parts.path}: holds a key or an option; expected s3://bucket/prefix alone, the rest "
-            "in AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL or a profile"
-        )
-    if parts.scheme != "s3" or not parts.netloc:
-        raise ValueError(f"{uri}: expected a local path or s3://bucket/prefix")
-    return uri.removeprefix("s3://").rstrip("/")
-
-
-def _endpoint() -> tuple[str | None, str | None]:
-    """Endpoint and region that the environment names."""
-    env = os.environ
-    endpoint = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL")
-    return endpoint, env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION")
-
-
-@cache
-def _s3(bucket: str, endpoint: str | None, region: str | None) -> pafs.S3FileSystem:
-    """One client a process, endpoint and bucket, so that connections are used again."""
-    if region is None and endpoint is None:
-        with contextlib.suppress(OSError):  # what comes next tells it
-            region = pafs.resolve_s3_region(bucket)
-    host = urllib.parse.urlsplit(endpoint or "").hostname or (endpoint or "").partition(":")[0]
-    return pafs.S3FileSystem(
-        region=region or ("us-east-1" if endpoint else None),
-        endpoint_override=endpoint,
-        scheme="http" if host in ("localhost", "127.0.0.1", "::1") else "https",  # of an endpoint that names none
-        connect_timeout=S3_TIMEOUT_S,
-        request_timeout=S3_TIMEOUT_S,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS),
-        allow_delayed_open=True,  # a small file is one request and not three
-    )
-
-
-def _aws_error(text: str) -> str | None:
-    """The reason in an error of pyarrow's S3 client: HTTP status and words; None for another error."""
-    found = _AWS_ERROR.search(" ".join(text.split()))
-    if found is None:
-        return None
-    name, status, operation, words = found.groups()
-    status = status or _STATUSES.get(name)
-    words = re.split(r"; Details| \(Request ID", words)[0].strip().rstrip(".")
-    told = f"{f'HTTP {status}, ' if status else ''}{name} in {operation} after {S3_ATTEMPTS} attempts at most"
-    return f"{told}: {words}" if words else told
+def _discard(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def fingerprint(value: Any) -> str:

@@ -18,7 +18,6 @@ from lemon.config import ConfigError, load
 from lemon.embed import pipeline, spatialdata
 from lemon.embed.clusters import fit_clusters, palette
 from lemon.embed.config import EmbedConfig
-from lemon.embed.files import whole
 from lemon.embed.ledger import Made
 from lemon.embed.slide import EmbeddedSlide
 from lemon.runtime import store as storage
@@ -216,12 +215,12 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     store = Store(tmp_path)
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / ".tmp-00000000-x.zarr").mkdir()  # of a writer that was killed
-    with pytest.raises(ZeroDivisionError), whole(store, "f/x.zarr") as path:
+    with pytest.raises(ZeroDivisionError), store.write_path("f/x.zarr") as path:
         path.mkdir()
         raise ZeroDivisionError
     assert list((tmp_path / "f").iterdir()) == []
     for _ in range(2):
-        with whole(store, "f/x.zarr") as path:
+        with store.write_path("f/x.zarr") as path:
             path.mkdir()
             (path / "inside").write_text("a")
     assert [found.name for found in (tmp_path / "f").iterdir()] == ["x.zarr"]
@@ -229,11 +228,11 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_a_file_on_object_storage_is_made_here_and_appears_there_when_it_is_whole(bucket: Bucket) -> None:
     store = Store(bucket.uri)
-    with pytest.raises(ZeroDivisionError), whole(store, "h5ad/a.h5ad") as path:
+    with pytest.raises(ZeroDivisionError), store.write_path("h5ad/a.h5ad") as path:
         path.write_bytes(b"half")
         raise ZeroDivisionError
     assert not store.exists("h5ad/a.h5ad")
-    with whole(store, "h5ad/a.h5ad") as path:
+    with store.write_path("h5ad/a.h5ad") as path:
         path.write_bytes(b"whole")
     assert store.read_bytes("h5ad/a.h5ad") == b"whole"
     with pytest.raises(ConfigError, match="expected a local output"):

@@ -21,8 +21,9 @@ from lemon.embed import pipeline, stream
 from lemon.embed.config import EmbedConfig, EmbedWorkers
 from lemon.embed.ledger import EmbedLedger, Made
 from lemon.embed.names import embeddings_name
-from lemon.embed.stream import ShardError, embed_shard
+from lemon.embed.stream import embed_shard
 from lemon.runtime import store as storage
+from lemon.runtime.shards import ShardError
 from lemon.runtime.store import Store
 from lemon.schema import EMBEDDED
 from lemon.slides.synthetic import make_tissue, write_pyramid

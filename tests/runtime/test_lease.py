@@ -54,7 +54,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def claims(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted((output / ".lease").glob("*.json"))]
+    return [json.loads(path.read_text()) for path in sorted((output / ".lemon" / "lease").glob("*.json"))]
 
 
 def start_holder(output: Path) -> subprocess.Popen[str]:
@@ -166,7 +166,7 @@ def test_a_job_whose_claim_was_taken_over_is_ended(tmp_path: Path) -> None:
     )
     assert job.stdout is not None
     job.stdout.readline()
-    for path in (tmp_path / ".lease").iterdir():
+    for path in (tmp_path / ".lemon" / "lease").iterdir():
         path.unlink()
     _, told = job.communicate(timeout=60)
     assert job.returncode == -signal.SIGTERM

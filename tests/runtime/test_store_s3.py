@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 
 from lemon.config import ConfigError, StorageError
+from lemon.runtime import s3 as s3_client
 from lemon.runtime import store as storage
 from lemon.runtime.store import CIRCUMSTANCES, Store, local_copy, open_output
 from lemon.slides.cohort import list_slides
@@ -126,7 +127,7 @@ def test_a_writer_that_is_killed_in_the_middle_of_an_upload_leaves_no_object(buc
 def test_an_upload_of_which_a_part_is_refused_leaves_no_object(
     bucket: s3.Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "S3_ATTEMPTS", 2)
+    monkeypatch.setattr(s3_client, "ATTEMPTS", 2)
     store = Store(bucket.uri)
     bucket.faults.of, bucket.faults.slow_down = "partNumber=2", 100
     with pytest.raises(StorageError, match="HTTP 503"):
@@ -139,7 +140,7 @@ def test_an_upload_of_which_a_part_is_refused_leaves_no_object(
 def test_a_copy_that_the_server_refuses_is_no_copy(
     bucket: s3.Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    monkeypatch.setattr(storage, "S3_ATTEMPTS", 2)
+    monkeypatch.setattr(s3_client, "ATTEMPTS", 2)
     store = Store(bucket.uri)
     store.write_bytes("x", bytes(17 << 20))
     bucket.faults.of = "GET"
@@ -150,7 +151,7 @@ def test_a_copy_that_the_server_refuses_is_no_copy(
 
 def test_a_refusal_whose_text_the_client_lost_has_its_status_still() -> None:
     # Seen where a GET of several MB is answered 503: in one try of four the SDK does not find the answer's text.
-    told = storage._aws_error("AWS Error SERVICE_UNAVAILABLE during GetObject operation: ")
+    told = s3_client.reason_of("AWS Error SERVICE_UNAVAILABLE during GetObject operation: ")
     assert told == "HTTP 503, SERVICE_UNAVAILABLE in GetObject after 8 attempts at most"
 
 
@@ -186,7 +187,7 @@ def test_a_server_that_asks_for_patience_gets_it(bucket: s3.Bucket) -> None:
 def test_an_answer_that_is_cut_or_never_comes_is_asked_for_again(
     bucket: s3.Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "S3_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(s3_client, "TIMEOUT_S", 2.0)
     store = Store(bucket.uri)
     content = np.random.default_rng(0).bytes(1 << 20)
     store.write_bytes("x", content)
@@ -199,7 +200,7 @@ def test_an_error_that_stays_is_one_line_with_path_and_status_and_no_secret(
     bucket: s3.Bucket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    monkeypatch.setattr(storage, "S3_ATTEMPTS", 2)
+    monkeypatch.setattr(s3_client, "ATTEMPTS", 2)
     store = Store(bucket.uri)
     bucket.faults.slow_down = 1000
     told = []
@@ -213,7 +214,7 @@ def test_an_error_that_stays_is_one_line_with_path_and_status_and_no_secret(
         open_output(bucket.uri)
     bucket.faults.clear()
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret")
-    storage._s3.cache_clear()
+    s3_client.client.cache_clear()
     with pytest.raises(StorageError, match="HTTP 403") as error:
         Store(bucket.uri).list("")
     for line in [*told, str(error.value), caplog.text]:
