@@ -26,14 +26,28 @@ def _table(name: str, fields: list[pa.Field]) -> pa.Schema:
     return pa.schema(fields, metadata={TABLE: f"{name}/{VERSION}"})
 
 
+_MADE_BY = {
+    "slides": "curate",
+    "cells": "curate",
+    "embedded": "embed",
+    "embeddings": "embed",
+    "clusters": "embed",
+    "scores": "probe",
+    "sweep": "scaling_sweep",
+    "downloads": "fetch_tcga",
+    "map": "atlas",
+}
+
+
 def fault_of(found: pa.Schema, expected: pa.Schema) -> str | None:
     """Why a file's schema is not that of the expected table; None where it is."""
     wanted, _, _ = expected.metadata[TABLE].decode().partition("/")
     got, _, version = (found.metadata or {}).get(TABLE, b"").decode().partition("/")
+    job = f"the output of jobs/{_MADE_BY.get(wanted, wanted)}.py"
     if not got:
-        return f"is no table of lemon's, or one of an earlier version (before {VERSION}); expected the table {wanted}"
+        return f"is no table of lemon's, or of a version before {VERSION}; expected the table {wanted}, {job}"
     if got != wanted:
-        return f"is the table {got}; expected {wanted}"
+        return f"is the table {got}; expected {wanted}, {job}"
     if version != str(VERSION):
         mend = "install the lemon that wrote it" if version > str(VERSION) else "make it again in another output"
         return f"is the table {got} of version {version}; this lemon reads version {VERSION}: {mend}"

@@ -13,6 +13,7 @@ from lemon.cells.ledger import Ledger
 from lemon.cells.names import shard_name
 from lemon.cells.select import rank_of
 from lemon.cells.shard import PARQUET_OPTIONS, images_to_arrow
+from lemon.runtime.shards import write_shard
 from lemon.runtime.store import Store
 from lemon.slides.synthetic import make_tissue
 
@@ -26,8 +27,19 @@ def synthetic_crops(count: int, *, seed: int = 0) -> np.ndarray:
     return windows[corners[chosen, 1], corners[chosen, 0]]
 
 
-def write_slide(store: Store, slide_id: str, images: np.ndarray, **columns: Any) -> np.ndarray:
-    """One slide of a cells table and its row of the ledger; returns the images in the order of the shard (by rank)."""
+def write_slide(
+    store: Store,
+    slide_id: str,
+    images: np.ndarray,
+    *,
+    arrays: dict[str, Any] | None = None,
+    row_group_size: int | None = None,
+    **columns: Any,
+) -> np.ndarray:
+    """One slide of a cells table and its row of the ledger; returns the images in the order of the shard (by rank).
+
+    ``arrays`` are columns of the shard, in its order.
+    """
     ids = [f"{slide_id}_{index}_{index}" for index in range(len(images))]
     rank = rank_of(ids)
     order = np.argsort(rank)
@@ -35,11 +47,13 @@ def write_slide(store: Store, slide_id: str, images: np.ndarray, **columns: Any)
     values: dict[str, Any] = {"cell_id": np.array(ids, object)[order], "rank": rank[order]}
     values["image"] = images_to_arrow(images[order])
     values |= {name: [value] * len(images) for name, value in (slide | {"slide_id": slide_id}).items()}
-    values |= {"polygon": [b""] * len(images)}
-    arrays = [pa.array(values.get(name, np.zeros(len(images)))) for name in schema.CELLS.names]
-    table = pa.table(dict(zip(schema.CELLS.names, arrays, strict=True))).cast(schema.CELLS)
-    store.write_table(shard_name(slide_id), table, **PARQUET_OPTIONS)
+    values |= {"polygon": [b""] * len(images)} | (arrays or {})
+    made = [pa.array(values.get(name, np.zeros(len(images)))) for name in schema.CELLS.names]
+    table = pa.table(dict(zip(schema.CELLS.names, made, strict=True))).cast(schema.CELLS)
+    with write_shard(store, shard_name(slide_id), schema.CELLS, **PARQUET_OPTIONS) as shard:
+        shard.write(table, row_group_size=row_group_size)
     row = {"slide_id": slide_id, "path": "", "status": "done", "n_cells": len(images), "n_nuclei": len(images)} | slide
+    row["cells_digest"] = shard.digest
     Ledger(store, config_fingerprint="test").commit(row)
     return images[order]
 

@@ -266,13 +266,13 @@ def test_a_full_disk_stops_the_job_and_is_no_fault_of_the_slide(
 
 
 def test_a_job_on_a_full_disk_says_so_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    slide_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(config: CurateConfig, **options: object) -> None:
         raise OutputError("[Errno 28] No space left on device")
 
     monkeypatch.setattr(curate, "run", run)
-    assert curate.main(config_for("x", tmp_path)) == 3
+    assert curate.main(config_for(slide_file, tmp_path)) == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert "No space left on device" in line
     assert "rerun goes on" in line
@@ -303,7 +303,10 @@ def test_a_path_that_is_not_there_is_told_before_work_begins(
 
 
 def test_an_output_of_other_settings_is_not_mixed_with_new_ones(slide_file: Path, tmp_path: Path) -> None:
-    open_ledger(Store(tmp_path), config_for(slide_file, tmp_path))
+    open_ledger(Store(tmp_path), config_for(slide_file, tmp_path, "cells_per_slide=7"))  # in which nothing was made
+    open_ledger(Store(tmp_path), config_for(slide_file, tmp_path)).commit(
+        {"slide_id": "a", "path": "", "status": "done"}
+    )
     open_ledger(Store(tmp_path), config_for(slide_file, tmp_path, "geojson=true"))
     with pytest.raises(ConfigError, match="cells_per_slide 1000 then, 5 now"):
         open_ledger(Store(tmp_path), config_for(slide_file, tmp_path, "cells_per_slide=5"))
@@ -359,7 +362,7 @@ def test_the_ledger_has_the_columns_of_the_schema(slide_file: Path, tmp_path: Pa
     assert isinstance(ledger, pa.Table)
     (row,) = ledger.to_pylist()
     missing = {name for name, value in row.items() if value is None}
-    assert missing == {"patient_id", "project", "organ", "site", "error"}
+    assert missing == {"patient_id", "project", "organ", "site", "error", "mask_digest"}
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from timm.layers import LayerScale
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from lemon.runtime.store import Store
+from lemon.runtime.store import locate
 from lemon.schema import CROP_PX
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -63,10 +63,10 @@ def export_encoder(
             f"{given}={cell_input.px}: expected the encoder's input size, {encoder.patch_embed.img_size[0]}"
         )
     weights = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
-    store = Store(destination)
-    with store.write(WEIGHTS) as stream:
+    store, folder = locate(destination)
+    with store.write(f"{folder}/{WEIGHTS}") as stream:
         stream.write(safetensors.torch.save(weights, metadata={"format": "pt"}))
-    with store.write(CONFIG) as stream:
+    with store.write(f"{folder}/{CONFIG}") as stream:
         stream.write(json.dumps(timm_config(encoder, cell_input=cell_input, facts=facts or {}), indent=2).encode())
 
 

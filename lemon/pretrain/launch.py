@@ -20,6 +20,7 @@ from lemon.pretrain.config import PretrainConfig
 from lemon.pretrain.loop import Log, TrainingStoppedError
 from lemon.runtime.cluster import start_ray
 from lemon.runtime.lease import hold
+from lemon.runtime.records import OWN
 from lemon.runtime.store import Store, fingerprint, local_copy, open_output
 from lemon.runtime.tracking import Run, start_run
 
@@ -129,7 +130,7 @@ def _train_on_ray(config: PretrainConfig, run: Run) -> None:
         ),
         run_config=ray.train.RunConfig(
             name=f"pretrain-{run.run_id[:8]}-{int(time.time())}",
-            storage_path=output.path("ray"),
+            storage_path=output.path(f"{OWN}/ray"),
             storage_filesystem=None if output.is_local else output.filesystem,
             failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
         ),

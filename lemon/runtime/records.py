@@ -78,11 +78,10 @@ class Records:
         names = self.store.list(f"{FILES}/{folder}" if folder else FILES, suffix=".json")
         return {name.removeprefix(f"{FILES}/").removesuffix(".json") for name in names}
 
-    def note(self, name: str, record: Record) -> None:
+    def note(self, name: str, record: Record, *, replaced: Record | None) -> None:
         """Record a file that is about to get its name; what it replaces stays known until the next time."""
-        if not is_own(name):
-            both = [record, *self.of(name)[:1]]
-            self.store.write_own(_record_name(name), json.dumps([asdict(each) for each in both]).encode())
+        both = [record] if replaced is None else [record, replaced]
+        self.store.write_own(_record_name(name), json.dumps([asdict(each) for each in both]).encode())
 
     def forget(self, name: str) -> None:
         """Drop the record of a file that is gone."""
@@ -91,37 +90,54 @@ class Records:
 
     def agree(self, name: str) -> bool:
         """Whether a file is absent, or one that LEMON wrote, unchanged."""
-        if is_own(name):
-            return True
-        info = self.store.info(name)
-        if info.type == pafs.FileType.NotFound:
-            return True
-        found = self.of(name)
+        try:
+            self.require(name)
+        except ForeignFileError:
+            return False
+        return True
+
+    def require(self, name: str) -> Record | None:
+        """The record of a file that may be replaced or removed; None where no file is there.
+
+        Raises ForeignFileError where LEMON did not write it, or somebody changed it.
+        """
+        if is_own(name) or (info := self.store.info(name)).type == pafs.FileType.NotFound:
+            return None
+        known = self.of(name)
+        try:
+            found = self._matching(name, info, known)
+        except FileNotFoundError:  # another process is removing it
+            return None
+        if found is None:
+            why = "was changed since lemon wrote it" if known else "was not written by lemon"
+            raise ForeignFileError(f"{self.store.uri}/{name} {why}; move it away, or choose another output")
+        return found
+
+    def _matching(self, name: str, info: pafs.FileInfo, known: Sequence[Record]) -> Record | None:
+        """Which of its records a file agrees with: by size and time, else by its digest."""
         if info.type == pafs.FileType.Directory:
-            return bool(found) and Record.of(Path(self.store.path(name))).sha256 in {each.sha256 for each in found}
-        alike = [each for each in found if each.size_bytes == info.size]
-        if not alike or any(each.mtime_ns == info.mtime_ns for each in alike):
-            return bool(alike)
+            now = Record.of(Path(self.store.path(name))) if known else None
+            return next((each for each in known if now and each.sha256 == now.sha256), None)
+        alike = [each for each in known if each.size_bytes == info.size]
+        in_time = [each for each in alike if each.mtime_ns == info.mtime_ns]
+        if in_time or not alike:
+            return next(iter(in_time), None)
         if not self.store.is_local and info.size > MOST_REMOTE_BYTES:
-            return True
-        return self.digest(name) in {each.sha256 for each in alike}
+            return alike[0]
+        digest = self.digest(name)
+        return next((each for each in alike if each.sha256 == digest), None)
 
     def digest(self, name: str) -> str:
         """SHA-256 of a file as it is now. Raises FileNotFoundError."""
         if self.store.is_local:
             return Record.of(Path(self.store.path(name))).sha256
+        if self.store.size(name) <= MOST_REMOTE_BYTES:
+            return hashlib.sha256(self.store.read_bytes(name)).hexdigest()
         with self.store.open_binary(name) as stream:
             digest = hashlib.sha256()
             while block := stream.read(1 << 20):
                 digest.update(block)
         return digest.hexdigest()
-
-    def require(self, name: str) -> None:
-        """Raise ForeignFileError unless a file may be replaced or removed."""
-        if not self.agree(name):
-            known = bool(self.of(name))
-            why = "was changed since lemon wrote it" if known else "was not written by lemon"
-            raise ForeignFileError(f"{self.store.uri}/{name} {why}; move it away, or choose another output")
 
     def require_all(self, names: Sequence[str]) -> None:
         """Raise ForeignFileError where one of these files, or a file in one of these folders, has no record.

@@ -171,10 +171,10 @@ class Store:
 
         As ``write``: it becomes ``name`` when the block ends well.
         """
-        self.records.require(name)
+        replaced = self.records.require(name)
         with self._unnamed(name) as path:
             yield path
-            self.records.note(name, Record.of(path, local=self.is_local))
+            self.records.note(name, Record.of(path, local=self.is_local), replaced=replaced)
             self._give_name(path, name)
 
     @contextlib.contextmanager

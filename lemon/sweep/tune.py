@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import time
@@ -18,6 +19,7 @@ from lemon import experiment
 from lemon.cells.names import file_stem
 from lemon.experiment import Trial
 from lemon.runtime.cluster import start_ray
+from lemon.runtime.records import OWN
 from lemon.runtime.store import Store, fingerprint
 from lemon.runtime.tracking import Run
 from lemon.sweep import table
@@ -27,7 +29,10 @@ from lemon.sweep.grid import Entry, Grid, needed
 
 logger = logging.getLogger(__name__)
 
-CURRENT = "ray/current.json"
+FOLDER = f"{OWN}/ray"
+"""Of Tune's own files."""
+
+CURRENT = f"{FOLDER}/current.json"
 """Which experiment of Tune is going on, for ASHA; absent when none is."""
 
 LOSSES = 3
@@ -62,7 +67,7 @@ def _fresh(pending: list[Entry], grid: Grid, config: SweepConfig, trainable: Any
     """A new experiment of Tune with the trials that are to do."""
     name, output = f"sweep-{int(time.time())}", Store(config.output)
     names = [entry.trial.name for entry in pending]
-    output.write_json(CURRENT, {"name": name, "trials": names, "settings": _settings(grid, config)})
+    output.write_own(CURRENT, json.dumps({"name": name, "trials": names, "settings": _settings(grid, config)}).encode())
     return tune.Tuner(
         trainable,
         param_space={"trial": tune.grid_search(names)},
@@ -74,7 +79,7 @@ def _fresh(pending: list[Entry], grid: Grid, config: SweepConfig, trainable: Any
         ),
         run_config=tune.RunConfig(
             name=name,
-            storage_path=output.path("ray"),
+            storage_path=output.path(FOLDER),
             storage_filesystem=None if output.is_local else output.filesystem,
             failure_config=tune.FailureConfig(max_failures=LOSSES),
             callbacks=[_Told(pending)],
@@ -89,10 +94,10 @@ def _go_on(pending: list[Entry], grid: Grid, config: SweepConfig, trainable: Any
     if not output.exists(CURRENT):
         return
     current = output.read_json(CURRENT)
-    path, where = output.path(f"ray/{current['name']}"), None if output.is_local else output.filesystem
+    path, where = output.path(f"{FOLDER}/{current['name']}"), None if output.is_local else output.filesystem
     known = {entry.trial.name for entry in pending} <= set(current["trials"])
     same = known and current["settings"] == _settings(grid, config)
-    states = [name for name in output.entries(f"ray/{current['name']}") if "/experiment_state-" in name]
+    states = [name for name in output.entries(f"{FOLDER}/{current['name']}") if "/experiment_state-" in name]
     if not same or not states or not tune.Tuner.can_restore(path, storage_filesystem=where):
         return
     try:

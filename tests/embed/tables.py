@@ -5,13 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import shapely
 import torch
 
-from lemon import schema
-from lemon.cells.names import shard_name
-from lemon.cells.shard import PARQUET_OPTIONS
 from lemon.encoders.config import LEMON_MEAN, LEMON_STD, EncoderConfig
 from lemon.encoders.export import CellInput, export_encoder
 from lemon.encoders.vit import build_vit
@@ -32,17 +28,13 @@ def write_encoder(folder: Path, *, seed: int = 0) -> Path:
 def write_cells(store: Store, slide_id: str, count: int, *, seed: int = 0, organ: str | None = "breast") -> None:
     """A slide of ``count`` cells: noise for images, ellipses for polygons, in small row groups."""
     generator = np.random.default_rng(seed)
-    write_slide(store, slide_id, generator.integers(0, 256, (count, 60, 60, 3), np.uint8), organ=organ)
-    table = store.read_table(shard_name(slide_id), schema=schema.CELLS)
+    images = generator.integers(0, 256, (count, 60, 60, 3), np.uint8)
     center = generator.uniform(50, 4000, (count, 2))
-    values = {
+    arrays = {
         "x_level0_px": center[:, 0],
         "y_level0_px": center[:, 1],
         "mpp": np.full(count, 0.25),
         "area_um2": generator.uniform(20, 90, count),
-        "polygon": pa.array(list(shapely.to_wkb(shapely.buffer(shapely.points(center), 12)))),
+        "polygon": list(shapely.to_wkb(shapely.buffer(shapely.points(center), 12))),
     }
-    for name, column in values.items():
-        index = table.schema.get_field_index(name)
-        table = table.set_column(index, schema.CELLS.field(name), pa.array(column).cast(schema.CELLS.field(name).type))
-    store.write_table(shard_name(slide_id), table, row_group_size=16, **PARQUET_OPTIONS)
+    write_slide(store, slide_id, images, arrays=arrays, row_group_size=16, organ=organ)

@@ -190,7 +190,7 @@ def test_a_sweep_on_ray_with_early_stops_goes_on_after_a_kill(home: Path, torn: 
     more = ["launcher=ray", "asha=true", "max_concurrent=2", "pretrain.epochs=20", "sweep.points=a0,a1,a1_gray"]
     words = command(home, *more, *probe)
     done = kill_after_first_result(words, home)
-    for state in (home / "out" / "ray").glob("sweep-*/*-*.json") if torn else ():
+    for state in (home / "out" / ".lemon" / "ray").glob("sweep-*/*-*.json") if torn else ():
         os.truncate(state, state.stat().st_size // 2)
     again = run(words, home)
     assert again.returncode == 0, again.stdout + again.stderr
@@ -200,7 +200,7 @@ def test_a_sweep_on_ray_with_early_stops_goes_on_after_a_kill(home: Path, torn: 
     found = {row["trial"]: row["status"] for row in table_of(home)}
     assert len(found) == 3
     assert set(found.values()) <= {"done", "stopped"}
-    assert not (home / "out" / "ray" / "current.json").exists()
+    assert not (home / "out" / ".lemon" / "ray" / "current.json").exists()
     runs = statuses(home)
     assert all(runs[trial] == ("FINISHED" if status == "done" else "KILLED") for trial, status in found.items())
     nothing = run(words, home)

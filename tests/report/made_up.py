@@ -5,16 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
-from lemon.cells.names import shard_name
-from lemon.cells.shard import PARQUET_OPTIONS
 from lemon.config import load
 from lemon.embed import pipeline
 from lemon.embed.config import EmbedConfig
 from lemon.report.atlas_config import AtlasConfig
 from lemon.runtime.store import Store
-from lemon.schema import CELLS
 from tests.cells_table import write_slide
 from tests.embed.tables import write_encoder
 
@@ -32,11 +28,9 @@ def flat_images(count: int, *, seed: int) -> np.ndarray:
 def write_cells(store: Store) -> None:
     """The slides, with random areas."""
     for seed, (slide_id, count) in enumerate(SLIDES.items()):
-        write_slide(store, slide_id, flat_images(count, seed=seed), organ="lung" if seed else None)
-        table = store.read_table(shard_name(slide_id), schema=CELLS)
-        index = table.schema.get_field_index("area_um2")
-        area = pa.array(np.random.default_rng(seed).uniform(20, 90, count).astype(np.float32))
-        store.write_table(shard_name(slide_id), table.set_column(index, CELLS.field(index), area), **PARQUET_OPTIONS)
+        area = np.random.default_rng(seed).uniform(20, 90, count).astype(np.float32)
+        images = flat_images(count, seed=seed)
+        write_slide(store, slide_id, images, arrays={"area_um2": area}, organ="lung" if seed else None)
 
 
 def write_embedded(folder: Path) -> tuple[Store, Store]:

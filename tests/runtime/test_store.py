@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from lemon.runtime.store import CIRCUMSTANCES, Store, file_fingerprint, fingerprint
+from lemon.runtime.store import CIRCUMSTANCES, TEMPORARY, Store, file_fingerprint, fingerprint
 
 
 def test_a_file_appears_only_when_its_writer_ends_well(tmp_path: Path) -> None:
@@ -24,16 +24,20 @@ def test_a_writer_that_fails_leaves_the_earlier_file_and_no_temporary(tmp_path: 
         stream.write(b"new")
         raise RuntimeError
     assert store.read_bytes("x") == b"old"
-    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert store.list("") == ["x"]
+    assert not list(tmp_path.glob(".lemon-tmp-*"))
 
 
-def test_leftovers_of_a_killed_writer_are_removed_for_that_name_only(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    for name in (".tmp-00000000-slide1.parquet", ".tmp-00000000-slide2.parquet"):
-        (tmp_path / "cells").mkdir(exist_ok=True)
-        (tmp_path / "cells" / name).touch()
-    store.remove_temporaries("cells", "slide1")
-    assert [path.name for path in (tmp_path / "cells").iterdir()] == [".tmp-00000000-slide2.parquet"]
+def test_leftovers_of_killed_writers_are_removed_but_not_those_of_an_output_inside(tmp_path: Path) -> None:
+    store, inner = Store(tmp_path), Store(tmp_path / "trials" / "a")
+    inner.check_writable()
+    for folder in ("cells", "trials/a/cells"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / f"{TEMPORARY}00000000-1.parquet").touch()
+        (tmp_path / folder / "mine.txt").touch()
+    store.remove_temporaries()
+    assert [path.name for path in (tmp_path / "cells").iterdir()] == ["mine.txt"]
+    assert len(list((tmp_path / "trials" / "a" / "cells").iterdir())) == 2
 
 
 def test_tables_and_json_make_the_round_trip(tmp_path: Path) -> None:
