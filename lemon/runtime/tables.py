@@ -152,11 +152,16 @@ def read_user_table(path: str | Path, *, form: Form) -> UserTable:
             columns[column.name], told = _values(raw, found[column.name], column)
             notes += told
     except TableError as refused:
-        raise form.error(f"{place}{refused}") from None
-    lines = tuple(f"{place}: {note}" for note in (*raw.notes, *notes))
+        raise form.error(_one_line(f"{place}{refused}")) from None
+    lines = tuple(_one_line(f"{place}: {note}") for note in (*raw.notes, *notes))
     for line in lines:
         logger.warning("%s", line)
     return UserTable(place, columns, raw.lines, raw.counted, lines)
+
+
+def _one_line(text: str) -> str:
+    """Text without the line ends that headers and values may have."""
+    return " ".join(text.split())
 
 
 # --- columns ----------------------------------------------------------------------------------------------------------

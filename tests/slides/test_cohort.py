@@ -53,10 +53,10 @@ def test_a_tcga_barcode_fills_patient_site_and_project_where_it_parses() -> None
     ("source", "part"),
     [
         ("nothing/*.svs", "matches no file"),
-        ("absent.csv", "not found"),
+        ("absent.csv", "no such file"),
         ("no_path.csv", "expected path"),
         ("empty.csv", "no rows"),
-        ("hole.csv", "row 2: path is empty"),
+        ("hole.csv", "line 3, column path: got nothing; expected a value"),
         ("twins.csv", "names 2 files"),
     ],
 )

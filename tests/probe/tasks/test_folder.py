@@ -89,7 +89,7 @@ def test_what_cannot_be_scored_is_one_line(tmp_path: Path) -> None:
         text.replace("slide\n", "wsi\n"): r"labels\.csv: no column 'slide'; it has image, label, wsi; expected image,",
         text.replace(",b,", ",a,"): r"^folder:mine: only the class a is left of 60 crops; expected two or more",
         text.replace("crops/1.png", "crops/0.png"): r"^folder:mine: 'crops/0\.png' names several crops",
-        "": r"labels\.csv: cannot be read .*; expected a CSV table",
+        "": r"labels\.csv: empty; expected a CSV or Parquet file with image, label, slide",
     }.items():
         path.write_text(changed)
         with pytest.raises(TaskError, match=line) as error:

@@ -150,7 +150,7 @@ def test_what_is_not_as_expected_is_one_line(tmp_path: Path) -> None:
         text.replace(
             ",lymphocyte,", ",lymfocyte,"
         ): r"unknown class 'lymfocyte'; expected one of .*; did the set rename ly",
-        text.replace(",88,", ",left,", 1): r"row 1 has xmin='left'; expected a number",
+        text.replace(",88,", ",left,", 1): r"line 2, column xmin: got 'left'; expected a number",
     }
     for changed, line in faults.items():
         path.write_text(changed)
