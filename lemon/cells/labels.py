@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from lemon.config import ConfigError
+from lemon.runtime.identifiers import look_alikes_line
 from lemon.runtime.tables import Column, Form, read_user_table
+
+logger = logging.getLogger(__name__)
 
 
 def read_labels(path: str | Path, *, key: str) -> dict[str, str]:
@@ -21,4 +25,6 @@ def read_labels(path: str | Path, *, key: str) -> dict[str, str]:
         if label is not None and labels.setdefault(cell_id, label) != label:
             where = f"{table.where(index)}: {cell_id} has two labels, {labels[cell_id]} and {label}"
             raise ConfigError(f"{where}; expected one row a cell")
+    if line := look_alikes_line(f"{table.place}: label", set(labels.values())):
+        logger.warning("%s", line)
     return labels

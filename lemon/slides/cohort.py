@@ -139,15 +139,16 @@ def _read_cohort(path: str) -> list[Slide]:
         values = {name: value for name, value in row.items() if value is not None}
         values["path"] = _beside(path, values["path"])
         slides.append(Slide(**{"slide_id": PurePosixPath(values["path"]).stem, **values}))
-    _tell_patients(path, slides)
+    _tell_names(path, slides)
     return slides
 
 
-def _tell_patients(path: str, slides: Sequence[Slide]) -> None:
-    """Tell where a cohort's patients are not those of TCGA's barcodes, or two look like one."""
-    patients = {slide.patient_id for slide in slides if slide.patient_id is not None}
-    if line := look_alikes_line(f"slides: cohort {path}: patient_id", patients):
-        logger.warning("%s", line)
+def _tell_names(path: str, slides: Sequence[Slide]) -> None:
+    """Tell where a cohort's patients are not those of TCGA's barcodes, or two names look like one."""
+    for column in ("patient_id", "organ", "project", "site"):
+        names = {getattr(slide, column) for slide in slides} - {None}
+        if line := look_alikes_line(f"slides: cohort {path}: {column}", names):
+            logger.warning("%s", line)
     others = []
     for slide in slides:
         barcode, given = tcga_patient(slide.slide_id), slide.patient_id

@@ -25,7 +25,7 @@ from lemon.probe.folds import one_name_each
 from lemon.probe.task import Count, Task, TaskError
 from lemon.probe.tasks.assemble import MIN_SUPPORT, by_group, classification_task
 from lemon.probe.tasks.crops import middle
-from lemon.runtime.identifiers import some
+from lemon.runtime.identifiers import look_alikes_line, some
 from lemon.runtime.tables import Column, Form, read_user_table
 from lemon.schema import CROP_MPP, CROP_PX
 from lemon.slides.images import read_image
@@ -61,11 +61,9 @@ def load(folder: Path, *, name: str, seed: int = 0, min_support: int = MIN_SUPPO
     n_filled, n_grey = sum(filled for _, filled in crops), sum(_is_grey(crop) for crop, _ in crops)
     notes += [f"{n_filled} crops are smaller than {CROP_PX} px and set on white"] if n_filled else []
     notes += [f"{n_grey} images are grey: their stain's colours are lost"] if n_grey else []
-    batches = [column for column in ("hospital", "scanner") if column in table and table[column].nunique() > 1]
-    holes = [column for column in batches if table[column].isna().any()]
-    notes += [f"{column} is no batch: {table[column].isna().sum()} crops have none" for column in holes]
-    batches = [column for column in batches if column not in holes]
+    batch = _batch_of(table, notes)
     groups = [column for column in GROUPS if column in table]
+    notes += filter(None, (look_alikes_line(name, table[name]) for name in ("label", batch) if name))
     return classification_task(
         f"folder:{name}",
         rows=table[["image", "label", *groups]].fillna("").rename(columns={"image": "sample_id"}),
@@ -80,7 +78,7 @@ def load(folder: Path, *, name: str, seed: int = 0, min_support: int = MIN_SUPPO
         ),
         group=by,
         cluster=by,
-        batch=batches[0] if batches else None,
+        batch=batch,
         notes=notes,
         min_support=min_support,
     )
@@ -108,6 +106,16 @@ def _fill_patients(table: pd.DataFrame, *, where: str) -> list[str]:
         notes.append(f"slides with several patients: {some(shared)}; crops of such a slide are on both sides of folds")
     table["patient"] = patients
     return notes
+
+
+def _batch_of(table: pd.DataFrame, notes: list[str]) -> str | None:
+    """The column that robustness compares: hospital or scanner, if every crop has one and they are not all the same."""
+    for column in (name for name in ("hospital", "scanner") if name in table and table[name].nunique() > 1):
+        if without := int(table[column].isna().sum()):
+            notes.append(f"{column} is no batch: {without} crops have none")
+        else:
+            return column
+    return None
 
 
 def _is_grey(crop: np.ndarray) -> bool:
