@@ -43,7 +43,7 @@ _KINDS = (
     (b"\xff\xd8\xff", "a JPEG image"),
 )
 _PARQUET_MARK = b"PAR1"
-_FIRST_LINE = re.compile(r'"?sep=(.)"?[ ,;\t]*(?:\r\n|\r|\n|$)', re.IGNORECASE)
+_FIRST_LINE = re.compile(r'"?sep=([,;|:\t])"?[ ,;\t]*(?:\r\n|\r|\n|$)', re.IGNORECASE)
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x9f]")
 _EXACT = 1 << 53  # a float64 above it has lost digits of an id
 
@@ -195,6 +195,8 @@ def loose(name: str) -> str:
 
 def _records(text: str, separator: str, *, first_line: int = 1) -> Iterator[tuple[int, list[str]]]:
     """Records that are not blank, trimmed, each with the line that it begins in."""
+    # Blanks between a closing quote and what ends the value; a quote that opens has a separator or a blank before it.
+    text = re.sub(rf'(?<=[^"\r\n{separator}])" +(?=[\r\n{separator}]|$)', '"', text)
     # newline="" keeps line ends as they are inside quotes, and ends a line at \r, too.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
     line = first_line
@@ -214,4 +216,6 @@ def _check_width(record: list[str], header: list[str], line: int) -> None:
     if len(record) < len(header) and not any(header[len(record) :]):
         record += [""] * (len(header) - len(record))
     if len(record) < len(header) or any(record[len(header) :]):
-        raise TableError(f", line {line}: has {len(record)} values for {len(header)} columns; expected one a column")
+        raise TableError(
+            f", line {line}: has {len(record)} values for {len(header)} columns; expected one a column, quoted where it holds the separator"
+        )

@@ -115,6 +115,7 @@ def test_blanks_around_headers_and_values_go_and_those_inside_stay(tmp_path: Pat
         "\n\npath\tslide_id\n\na,b.svs\tx\n\t\n\n",
         '"path";"slide_id";\n"a,b.svs";"x";\n',
         "path;slide_id;note, of a, b, c\na,b.svs;x;\n",
+        ' "path" , "slide_id" \n "a,b.svs" ,"x"  \n',
         "path\tslide_id\r\r\na,b.svs\tx\r\r\n\x1a",
     ],
 )
