@@ -216,6 +216,5 @@ def _check_width(record: list[str], header: list[str], line: int) -> None:
     if len(record) < len(header) and not any(header[len(record) :]):
         record += [""] * (len(header) - len(record))
     if len(record) < len(header) or any(record[len(header) :]):
-        raise TableError(
-            f", line {line}: has {len(record)} values for {len(header)} columns; expected one a column, quoted where it holds the separator"
-        )
+        got = f"has {len(record)} values for {len(header)} columns"
+        raise TableError(f", line {line}: {got}; expected one a column, quoted where it holds the separator")

@@ -51,7 +51,9 @@ class Slide:
 _COHORT_FORM = Form(
     "slides: cohort",
     tuple(
-        Column(name, filled=True) if name == "path" else Column(name, required=False, number=_NUMBERS.get(name))
+        Column(name, filled=True)
+        if name == "path"
+        else Column(name, required=False, number=_NUMBERS.get(name), unit="um/px")
         for name in COHORT.names
     ),
 )
