@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import glob
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -378,11 +379,27 @@ def _readable(word: str) -> str:
     if not equals or not key.strip("+"):
         raise ConfigError(f"{word!r}: expected key=value; --help lists the keys")
     try:
-        # Hydra takes a,b for a sweep of its own; here it is a list without its brackets.
-        return f"{key}=[{value}]" if OverridesParser.create().parse_override(word).is_sweep_override() else word
+        # Hydra takes a,b for a sweep of its own; here it is a list without its brackets, or a file's name.
+        is_list = OverridesParser.create().parse_override(word).is_sweep_override()
     except HydraException:
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-        return f"{key}='{escaped}'"
+        return _quoted(key, value)
+    if is_list and _names_a_file(value):
+        return _quoted(key, value)
+    return f"{key}=[{value}]" if is_list else word
+
+
+def _quoted(key: str, value: str) -> str:
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
+
+def _names_a_file(value: str) -> bool:
+    """Whether a value with a comma is the name of a file or folder, or a glob that finds one."""
+    try:
+        path = Path(value).expanduser()
+        return path.exists() or (glob.has_magic(value) and any(glob.iglob(str(path), recursive=True)))  # noqa: PTH207
+    except (OSError, ValueError, RuntimeError):  # too long, or no home
+        return False
 
 
 @cache

@@ -98,7 +98,7 @@ def _chosen(config: FetchConfig) -> dict[str, GdcFile]:
     pick = functools.partial(choose, n=config.slides_per_organ, one_per_patient=config.one_per_patient)
     if config.manifest is not None:
         organ = organ_of(config.organs[0]) if config.organs else None
-        groups = {config.manifest: pick(read_manifest(Path(config.manifest).expanduser(), organ=organ))}
+        groups = {config.manifest: pick(read_manifest(config.manifest, organ=organ))}
     else:
         studies = {word: studies_of(word) for word in config.organs}  # all words are checked before one is asked for
         with open_session(config.download) as session:

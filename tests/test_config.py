@@ -150,3 +150,13 @@ def test_a_full_disk_is_one_line_and_exit_code_3_and_another_error_of_the_system
     assert line.startswith("curate: stopped: [Errno 28] No space left on device: 'cells/a.parquet'")
     with pytest.raises(FileNotFoundError):
         ends_with(FileNotFoundError(errno.ENOENT, "No such file or directory"))
+
+
+@pytest.mark.parametrize("given", ["a,b.svs", "a, b.svs", "with,comma/*.svs", "with,comma"])
+def test_a_comma_in_the_name_of_a_file_is_no_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "with,comma").mkdir()
+    for name in ("a,b.svs", "a, b.svs", "with,comma/c.svs"):
+        (tmp_path / name).touch()
+    assert load("curate", [f"slides={given}", "output=o"], CurateConfig).slides == given
+    assert load("curate", ["slides=c.svs,d.svs", "output=o"], CurateConfig).slides == ["c.svs", "d.svs"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,9 +15,12 @@ import pyarrow as pa
 from lemon.cells.ledger import read_ledger
 from lemon.cells.names import shard_name
 from lemon.config import ConfigError
+from lemon.runtime.identifiers import likely_name, some, tcga_patient
 from lemon.runtime.shards import ShardError, read_shard
 from lemon.runtime.store import READERS, Store, fingerprint
 from lemon.schema import CELLS
+
+logger = logging.getLogger(__name__)
 
 
 def rank_of(ids: Iterable[str]) -> np.ndarray:
@@ -83,7 +87,8 @@ def select_cells(
         organs, slides: keep slides of these organs, of these ids; None keeps all.
         n_slides: the slides of lowest rank of their id among those.
         n_cells: the cells of lowest rank among those slides.
-        exclude_patients: leave out slides of these patients (those of a benchmark, say).
+        exclude_patients: leave out slides of these patients (those of a benchmark, say): by the table's patient or by
+            the TCGA barcode in the slide's id, whatever the case and blanks. Names that match nothing are logged.
 
     Raises:
         ConfigError: nothing is left, or a name is not in the table.
@@ -93,12 +98,13 @@ def select_cells(
         raise ConfigError(f"cells: {store.uri} holds no cells; expected the output of jobs/curate.py")
     _check_names(rows, column="organ", wanted=organs, key="select.organs")
     _check_names(rows, column="slide_id", wanted=slides, key="select.slides")
+    excluded = _of_patients(rows, exclude_patients)
     kept = [
         row
         for row in rows
         if (organs is None or row["organ"] in organs)
         and (slides is None or row["slide_id"] in slides)
-        and row["patient_id"] not in set(exclude_patients)
+        and row["slide_id"] not in excluded
     ]
     if n_slides is not None:
         order = np.argsort(rank_of(row["slide_id"] for row in kept), kind="stable")
@@ -163,6 +169,20 @@ def _ranks(store: Store, name: str, groups: np.ndarray) -> np.ndarray:
         return np.empty(0)
     with store.open_parquet(name) as file:
         return file.read_row_groups(groups.tolist(), columns=["rank"], use_threads=False)["rank"].to_numpy()
+
+
+def _of_patients(rows: list[dict[str, Any]], patients: Sequence[str]) -> set[str]:
+    """Slides of some patients; too many rather than too few, as what is left in is a leak."""
+    wanted = {likely_name(name): name for name in patients}
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        names = row["patient_id"], tcga_patient(row["slide_id"])
+        found[row["slide_id"]] = {likely_name(name) for name in names if name} & wanted.keys()
+    absent = wanted.keys() - set().union(*found.values())
+    if absent:
+        told = some(sorted(wanted[name] for name in absent))
+        logger.warning("select.exclude_patients: %d of %d match no patient (%s)", len(absent), len(wanted), told)
+    return {slide_id for slide_id, names in found.items() if names}
 
 
 def _check_names(rows: list[dict[str, Any]], *, column: str, wanted: Sequence[str] | None, key: str) -> None:

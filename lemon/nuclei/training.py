@@ -11,12 +11,12 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from scipy import ndimage
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from lemon.nuclei.hoverfast import Architecture, HoverFastNet, save_checkpoint
+from lemon.slides.images import read_image
 
 # Weights of the terms (10.21105/joss.07022).
 MAPS_WEIGHT, GRADIENTS_WEIGHT, DICE_WEIGHT = 14.0, 0.1, 1 / 6
@@ -172,7 +172,7 @@ def read_pair(image_path: Path, instances_path: Path) -> tuple[np.ndarray, np.nd
     Raises:
         ValueError: the sizes differ, or the .npz has no ``inst_map``.
     """
-    image = np.array(Image.open(image_path).convert("RGB"))
+    image = read_image(image_path)
     stored = np.load(instances_path, allow_pickle=False)
     if isinstance(stored, np.lib.npyio.NpzFile):
         if "inst_map" not in stored:

@@ -8,6 +8,7 @@ import numpy as np
 from sklearn.model_selection import GroupKFold, KFold, LeaveOneGroupOut, StratifiedGroupKFold
 
 from lemon.probe.task import Fold, Protocol, Task, TaskError
+from lemon.runtime.identifiers import look_alikes_line, same_name
 
 N_FOLDS = 5
 PAPER, LEAK_FREE = "paper", "leak-free"
@@ -37,6 +38,7 @@ def grouped_folds(
     Raises:
         TaskError: there are fewer than two groups.
     """
+    groups = one_name_each(groups)
     n_groups = len(np.unique(groups))
     if n_groups < 2:
         raise TaskError(
@@ -49,11 +51,32 @@ def grouped_folds(
     return _numbered(splitter.split(groups, labels, groups))
 
 
+def leak_free(groups: np.ndarray, *, labels: np.ndarray | None = None, seed: int = 0) -> Protocol:
+    """The protocol whose folds never divide a group of ``groups`` str [N]; names that are one for certain are one."""
+    groups = one_name_each(groups)
+    return Protocol(LEAK_FREE, grouped_folds(groups, labels=labels, seed=seed), inner_groups=groups)
+
+
+def one_name_each(groups: np.ndarray) -> np.ndarray:
+    """Groups str [N] with one spelling for names that differ only in blanks or in Unicode's form."""
+    names, owner = np.unique(groups, return_inverse=True)
+    return np.array([same_name(name) for name in names.tolist()], str)[owner]
+
+
+def look_alike_groups(protocol: Protocol) -> tuple[str, ...]:
+    """A line where groups of a leak-free protocol are probably one: they differ in case or in a barcode's suffix."""
+    if protocol.name != LEAK_FREE or protocol.inner_groups is None:
+        return ()
+    line = look_alikes_line(f"{protocol.name} groups", np.unique(protocol.inner_groups).tolist())
+    return (line,) if line else ()
+
+
 def leave_one_group_out(groups: np.ndarray) -> tuple[Fold, ...]:
     """A fold a group of ``groups`` str [N], in the order of their names.
 
     Raises TaskError where there are fewer than two groups.
     """
+    groups = one_name_each(groups)
     names = np.unique(groups)
     if len(names) < 2:
         raise TaskError(f"{len(names)} group cannot be left out in turn; expected at least two slides or patients")
@@ -97,7 +120,8 @@ def fold_faults(protocol: Protocol) -> tuple[str, ...]:
         if common := len(np.intersect1d(fold.train, fold.test)):
             lines.append(f"{where}: {common} crops are on both sides; expected none")
         if protocol.name == LEAK_FREE and protocol.inner_groups is not None:
-            both = np.intersect1d(protocol.inner_groups[fold.train], protocol.inner_groups[fold.test])
+            names = one_name_each(protocol.inner_groups)
+            both = np.intersect1d(names[fold.train], names[fold.test])
             if len(both):
                 lines.append(f"{where}: {_some(both)} on both sides; expected no group on both: split by group")
     return tuple(lines)

@@ -5,17 +5,26 @@ Its scores are not at hand, and none are invented: whoever has a copy types them
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from lemon.config import ConfigError
+from lemon.runtime.tables import ANY_NUMBER, Column, Form, read_user_table
 
 COLUMNS = ("artefact", "row", "column", "value", "spread")
+
+_FORM = Form(
+    "paper:",
+    (
+        Column("artefact", filled=True),
+        Column("row"),
+        Column("column"),
+        Column("value", filled=True, number=ANY_NUMBER),
+        Column("spread", number=(0, math.inf)),
+    ),
+)
 
 UNKNOWN = "not at hand"
 
@@ -118,15 +127,17 @@ class Printed:
 
 def read_paper(path: str) -> list[Printed]:
     """The paper's numbers of a CSV with ``COLUMNS``. Raises ConfigError with the line that is wrong."""
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"paper: {path} cannot be read: {error}") from None
-    reader = csv.DictReader(io.StringIO(text))
-    if set(reader.fieldnames or []) != set(COLUMNS):
-        got = ", ".join(reader.fieldnames or []) or "nothing"
-        raise ConfigError(f"paper: {path} has the columns {got}; expected {', '.join(COLUMNS)}")
-    return list(_printed(reader, path))
+    table = read_user_table(path, form=_FORM)
+    keys = {plain_key(each.name): each.key for each in ARTEFACTS.values()}
+    printed = []
+    for index, row in enumerate(table.rows()):
+        artefact = keys.get(plain_key(row["artefact"]))
+        if artefact is None:
+            known = "; ".join(each.name for each in ARTEFACTS.values())
+            raise ConfigError(f"{table.where(index)}: got the artefact {row['artefact']!r}; expected one of {known}")
+        spread = math.nan if row["spread"] is None else row["spread"]
+        printed.append(Printed(artefact, row["row"] or "", row["column"] or "", row["value"], spread))
+    return printed
 
 
 class PaperNumbers:
@@ -153,21 +164,3 @@ class PaperNumbers:
 def plain_key(text: str) -> str:
     """A name without case, spaces and signs, so that ``a1+gray`` is ``a1_gray`` and ``Table 1`` is ``table1``."""
     return re.sub(r"[^a-z0-9]", "", text.lower())
-
-
-def _printed(reader: csv.DictReader[str], path: str) -> Iterator[Printed]:
-    keys = {plain_key(each.name): each.key for each in ARTEFACTS.values()}
-    for row in reader:
-        place = f"paper: {path}, line {reader.line_num}"
-        artefact = keys.get(plain_key(row["artefact"] or ""))
-        if artefact is None:
-            known = "; ".join(each.name for each in ARTEFACTS.values())
-            raise ConfigError(f"{place}: got the artefact {row['artefact']!r}; expected one of {known}")
-        try:
-            value, spread = float(row["value"] or ""), float(row["spread"] or "nan")
-        except ValueError:
-            got = f"value {row['value']!r}, spread {row['spread']!r}"
-            raise ConfigError(f"{place}: got {got}; expected numbers (spread may be empty)") from None
-        if not math.isfinite(value):
-            raise ConfigError(f"{place}: got the value {row['value']!r}; expected a number")
-        yield Printed(artefact, (row["row"] or "").strip(), (row["column"] or "").strip(), value, spread)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
 from PIL import Image
 
@@ -13,6 +12,7 @@ from lemon.report.paper import ARTEFACTS
 from lemon.report.sections import data_uri, facts_of
 from lemon.report.sources import Sources
 from lemon.runtime.store import Store
+from lemon.slides.images import ImageError, read_image
 
 EMBEDDED_PX = 1600
 """Width at which the page holds a picture; the file beside it is the whole."""
@@ -51,13 +51,13 @@ def atlas_section(folder: str, sources: Sources, store: Store) -> Section | None
 def views_section(path: str, sources: Sources, store: Store) -> Section | None:
     """Figure 5 of a picture; None, with a line, where it cannot be read."""
     try:
-        content = Path(path).expanduser().read_bytes()
-        with Image.open(io.BytesIO(content)) as opened, store.write("figure5.png") as stream:
-            opened.save(stream, "PNG")
-        source = embedded(content)
-    except OSError as error:
-        sources.miss(f"views: {path}: {error}; expected a PNG", asked=True)
+        picture = Image.fromarray(read_image(path))
+    except ImageError as error:
+        sources.miss(f"views: {error}", asked=True)
         return None
+    with store.write("figure5.png") as stream:
+        picture.save(stream, "PNG")
+    source = embedded(store.read_bytes("figure5.png"))
     section = Section("figure5", "Figure 5: views", ARTEFACTS["figure5"])
     caption = "A row for each policy: cells as the encoder sees them without augmentation, and two views of each."
     alt = "Rows of small images: cells and their views under each augmentation policy."

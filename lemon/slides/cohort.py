@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import glob
+import logging
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
-import pyarrow.csv as pa_csv
-import pyarrow.parquet as pq
 from fsspec.utils import glob_translate
 
 from lemon.config import ConfigError
-from lemon.runtime.store import Store, is_uri, locate, path_exists
+from lemon.runtime.identifiers import look_alikes_line, some, tcga_patient
+from lemon.runtime.store import Store, is_uri, path_exists
+from lemon.runtime.tables import Column, Form, is_table, read_user_table
 from lemon.schema import COHORT
+from lemon.slides.reader import PLAUSIBLE_MPP
 
 SUFFIXES = frozenset(
     [".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm", ".czi"]
@@ -26,6 +28,12 @@ SUFFIXES = frozenset(
 _BARCODE = re.compile(
     r"^(?P<patient_id>TCGA-(?P<site>[A-Z0-9]{2})-[A-Z0-9]{4})-\d{2}[A-Z]-\d{2}-(DX|TS|BS)\w+", re.ASCII
 )
+
+
+_NUMBERS = {"mpp": PLAUSIBLE_MPP}
+"""Columns of a cohort that are numbers, with their bounds."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,17 @@ class Slide:
     project: str | None = None
     organ: str | None = None
     site: str | None = None
+
+
+_COHORT_FORM = Form(
+    "slides: cohort",
+    tuple(
+        Column(name, filled=True)
+        if name == "path"
+        else Column(name, required=False, number=_NUMBERS.get(name), unit="um/px")
+        for name in COHORT.names
+    ),
+)
 
 
 def list_slides(source: str | list[str]) -> list[Slide]:
@@ -78,7 +97,7 @@ def write_cohort(store: Store, name: str, slides: Iterable[Slide]) -> None:
 
 
 def _expand(word: str) -> list[Slide]:
-    if word.lower().endswith((".csv", ".parquet")):
+    if is_table(word) and not (not is_uri(word) and Path(word).expanduser().is_dir()):
         return _read_cohort(word)
     try:
         files = _remote_files(word) if is_uri(word) else _local_files(word)
@@ -117,41 +136,28 @@ def _remote_files(word: str) -> list[str]:
 
 
 def _read_cohort(path: str) -> list[Slide]:
-    table = _cohort_table(path)
-    if "path" not in table.column_names:
-        raise ConfigError(
-            f"slides: cohort {path} has columns {', '.join(table.column_names)}; expected path among them"
-        )
-    known = table.select([name for name in COHORT.names if name in table.column_names])
     slides = []
-    for number, row in enumerate(known.to_pylist(), start=1):
-        values = {name: str(value) for name, value in row.items() if value not in (None, "")}
-        if "path" not in values:
-            raise ConfigError(f"slides: cohort {path}, row {number}: path is empty")
+    for row in read_user_table(path, form=_COHORT_FORM).rows():
+        values = {name: value for name, value in row.items() if value is not None}
         values["path"] = _beside(path, values["path"])
         slides.append(Slide(**{"slide_id": PurePosixPath(values["path"]).stem, **values}))
-    if not slides:
-        raise ConfigError(f"slides: cohort {path} has no rows")
+    _tell_names(path, slides)
     return slides
 
 
-def _cohort_table(path: str) -> pa.Table:
-    try:
-        store, name = locate(path)
-        content = store.read_bytes(name)
-    except (FileNotFoundError, IsADirectoryError):
-        raise ConfigError(f"slides: cohort {path} not found") from None
-    except ValueError as error:
-        raise ConfigError(f"slides: {error}") from None
-    try:
-        if path.lower().endswith(".parquet"):
-            return pq.read_table(pa.BufferReader(content))
-        header = content.decode("utf-8-sig").partition("\n")[0].rstrip("\r").replace('"', "").split(",")
-        # Ids are text also where they look like numbers (leading zeros).
-        options = pa_csv.ConvertOptions(column_types={name.strip(): pa.string() for name in header})
-        return pa_csv.read_csv(pa.BufferReader(content), convert_options=options)
-    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
-        raise ConfigError(f"slides: cohort {path} cannot be read: {str(error).splitlines()[0]}") from None
+def _tell_names(path: str, slides: Sequence[Slide]) -> None:
+    """Tell where a cohort's patients are not those of TCGA's barcodes, or two names look like one."""
+    for column in ("patient_id", "organ", "project", "site"):
+        names = {getattr(slide, column) for slide in slides} - {None}
+        if line := look_alikes_line(f"slides: cohort {path}: {column}", names):
+            logger.warning("%s", line)
+    others = []
+    for slide in slides:
+        barcode, given = tcga_patient(slide.slide_id), slide.patient_id
+        if barcode and given and barcode not in (given.upper(), tcga_patient(given)):
+            others.append(f"{slide.slide_id}: {given}")
+    if others:
+        logger.warning("slides: cohort %s: patient_id is not the barcode's (%s); it is kept", path, some(others))
 
 
 def _beside(cohort: str, name: str) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,6 +12,7 @@ import requests
 from pydantic import Field
 
 from lemon.config import ConfigError, Frozen, one_line, validate
+from lemon.runtime.tables import Column, Form, read_user_table
 from lemon.slides.cohort import SUFFIXES, Slide, with_barcode
 from lemon.slides.download import RemoteFile
 
@@ -55,6 +56,17 @@ STUDIES = {
 }
 
 FIELDS = ("file_id", "file_name", "md5sum", "file_size", "cases.submitter_id", "cases.project.project_id")
+
+
+MANIFEST = Form(
+    "manifest:",
+    (
+        *(Column(name, filled=True) for name in ("id", "filename", "md5")),
+        Column("size", filled=True, number=(1, math.inf), unit="bytes"),
+        Column("state", required=False),
+    ),
+    others=True,
+)
 
 
 class GdcError(Exception):
@@ -110,33 +122,26 @@ def list_files(session: requests.Session, api: str, *, studies: Sequence[str], t
     return [_file_of(hit) for hit in _hits(session, api, studies=studies, timeout_s=timeout_s)]
 
 
-def read_manifest(path: Path, *, organ: str | None) -> list[GdcFile]:
-    """The slides of a manifest: a table of id, filename, md5, size and state, separated by tabs.
+def read_manifest(path: str | Path, *, organ: str | None) -> list[GdcFile]:
+    """The slides of a manifest: a table of id, filename, md5, size and state, as the portal writes it.
 
     Args:
-        path: the manifest; files in it that are no slides are passed over.
+        path: the manifest, local or at s3://; files in it that are no slides are passed over.
         organ: the organ that they are of; a manifest does not say.
 
     Raises:
         ConfigError: it cannot be read, lacks a column, or has a row that makes no sense.
     """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            table = csv.DictReader(stream, delimiter="\t")
-            rows, header = list(table), table.fieldnames or []
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"manifest: cannot read {path}: {error}") from None
-    columns = {"file_id": "id", "file_name": "filename", "md5": "md5", "size_bytes": "size"}
-    if absent := [name for name in columns.values() if name not in header]:
-        raise ConfigError(f"manifest: {path} has no column {absent[0]}; expected id, filename, md5, size, state")
+    table = read_user_table(path, form=MANIFEST)
     files = []
-    for number, row in enumerate(rows, start=1):
-        if PurePosixPath(row["filename"] or "").suffix.lower() not in SUFFIXES:
+    for index, row in enumerate(table.rows()):
+        if PurePosixPath(row["filename"]).suffix.lower() not in SUFFIXES:
             continue
+        values = {"file_id": row["id"], "file_name": row["filename"], "md5": row["md5"], "size_bytes": row["size"]}
         try:
-            files.append(validate({field: row[name] for field, name in columns.items()} | {"organ": organ}, GdcFile))
+            files.append(validate(values | {"organ": organ}, GdcFile))
         except ConfigError as error:
-            raise ConfigError(f"manifest: {path}, row {number}: {str(error).splitlines()[0]}") from None
+            raise ConfigError(f"{table.where(index)}: {str(error).splitlines()[0]}") from None
     return files
 
 

@@ -96,6 +96,32 @@ def test_slides_are_chosen_by_organ_id_and_patient(tmp_path: Path) -> None:
     assert chosen(organs=["lung"], exclude_patients=["p3"]) == ["b"]
 
 
+@pytest.mark.parametrize("name", ["p2", " p2\u00a0", "P2"])
+def test_a_patient_is_left_out_however_the_name_is_typed(tmp_path: Path, name: str) -> None:
+    store, _ = small_table(tmp_path)
+    assert [part.slide_id for part in select_cells(store, exclude_patients=[name]).parts] == ["a", "c"]
+
+
+@pytest.mark.parametrize("name", ["TCGA-A2-A0SX", "tcga-a2-a0sx ", "TCGA-A2-A0SX-01Z-00-DX1", "TCGA-A2-A0SX-01A"])
+@pytest.mark.parametrize("patient", ["NA", "unknown", None, "TCGA-A2-A0SX", "TCGA-A2-A0SX-01"])
+def test_a_barcode_excludes_its_slides_whatever_the_table_calls_the_patient(
+    tmp_path: Path, name: str, patient: str | None
+) -> None:
+    store, _ = small_table(tmp_path)
+    barcode = "TCGA-A2-A0SX-01Z-00-DX1.8B4F6C1A"
+    store.write_table(shard_name(barcode), pa.table({"rank": [0.1]}))
+    row = {"slide_id": barcode, "path": "", "patient_id": patient, "status": "done", "n_cells": 1}
+    Ledger(store, config_fingerprint="x").commit(row)
+    assert {part.slide_id for part in select_cells(store).parts} == {"a", "b", "c", barcode}
+    assert {part.slide_id for part in select_cells(store, exclude_patients=[name]).parts} == {"a", "b", "c"}
+
+
+def test_patients_that_match_nothing_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store, _ = small_table(tmp_path)
+    select_cells(store, exclude_patients=["p1", "p9", "TCGA-A2-A0SX"])
+    assert caplog.messages == ["select.exclude_patients: 2 of 3 match no patient (TCGA-A2-A0SX, p9)"]
+
+
 def test_failed_slides_have_no_cells(tmp_path: Path) -> None:
     store, _ = small_table(tmp_path)
     Ledger(store, config_fingerprint="x").commit({"slide_id": "d", "path": "", "status": "failed", "n_cells": 0})

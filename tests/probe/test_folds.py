@@ -9,7 +9,9 @@ from lemon.probe.folds import (
     check_folds,
     fold_faults,
     grouped_folds,
+    leak_free,
     leave_one_group_out,
+    look_alike_groups,
     missing_classes,
     official_folds,
     random_folds,
@@ -105,6 +107,46 @@ def test_a_group_on_both_sides_of_a_leak_free_fold_is_told_by_name() -> None:
         "leak-free, fold 1: p2 on both sides; expected no group on both: split by group",
     )
     assert fold_faults(Protocol("paper", (fold,), groups)) == ()
+
+
+@pytest.mark.parametrize("twin", ["p2 ", "p2\u00a0", "\u200bp2", "p2\t"])
+def test_a_group_under_two_spellings_of_one_name_is_on_both_sides_too(twin: str) -> None:
+    fold = Fold(np.array([0, 1]), np.array([2, 3]), "1")
+    (line,) = fold_faults(Protocol("leak-free", (fold,), np.array(["p1", "p2", twin, "p3"])))
+    assert "p2 on both sides" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "twin"), [("X", "X "), ("B\u00f6hm", "Bo\u0308hm"), ("a b", " a  b"), ("a b", "a\u00a0b")]
+)
+def test_blanks_and_unicodes_form_do_not_divide_a_group(name: str, twin: str) -> None:
+    groups = np.array([name, twin, "c", "d", "e"] * 20)
+    for protocol in (leak_free(groups), leak_free(groups, labels=np.tile(LABELS[:5], 20))):
+        assert fold_faults(protocol) == ()
+        assert len(protocol.folds) == 4
+        for fold in protocol.folds:
+            assert not {name, twin} <= {*groups[fold.train], *groups[fold.test]} or len(
+                {name, twin} & set(groups[fold.test].tolist())
+            ) in (0, 2)
+    assert len(leave_one_group_out(groups)) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "twin"),
+    [("p1", "P1"), ("p 1", "p1"), ("7", "007"), ("7", "7.0"), ("TCGA-A2-A0SX", "TCGA-A2-A0SX-01Z-00-DX1")],
+)
+def test_groups_that_look_alike_are_told_and_stay_apart(name: str, twin: str) -> None:
+    protocol = leak_free(np.array([name, twin, "other"] * 10))
+    assert len(protocol.folds) == 3
+    (line,) = look_alike_groups(protocol)
+    assert repr(name) in line
+    assert repr(twin) in line
+    assert "count as different" in line
+
+
+def test_groups_that_differ_are_not_told() -> None:
+    names = ["p1", "p2", "p10", "P3", "s_1", "s1_", "1-1", "11", "TCGA-A2-A0SX", "TCGA-A2-A0SY"]
+    assert look_alike_groups(leak_free(np.array(names * 2))) == ()
 
 
 def test_empty_and_overlapping_sides_are_told() -> None:

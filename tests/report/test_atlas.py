@@ -251,10 +251,10 @@ def test_mistakes_are_one_line_that_says_how_to_mend_them(
         "method=umap": "method: got umap, which is not installed; expected pip install umap-learn",
         f"embeddings={cells.uri}": "has no embed.json; expected an output of jobs/embed.py",
         f"cells={embeddings.uri}": "expected the output of jobs/curate.py",
-        f"labels={tmp_path}/absent.csv": "absent.csv not found; expected a CSV or Parquet file with cell_id, label",
+        f"labels={tmp_path}/absent.csv": "absent.csv: no such file; expected a CSV or Parquet file with cell_id, label",
         f"labels={tmp_path}/none.csv": "none of the 1 labelled cells",
-        f"labels={tmp_path}/two.csv": "gives x two labels; expected one row a cell",
-        f"labels={tmp_path}/columns.csv": "has columns id, class; expected cell_id, label",
+        f"labels={tmp_path}/two.csv": "x has two labels, a and b; expected one row a cell",
+        f"labels={tmp_path}/columns.csv": "no column 'cell_id'; it has id, class; expected cell_id, label",
         "select.slides=[gone]": "got 'gone', which the table does not have",
         "n_cells=1000000": "n_cells: got 1000000; expected less than or equal to 100000",
     }

@@ -145,11 +145,14 @@ def test_images_seen_are_whole_batches() -> None:
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("artefact,row,value\n", "has the columns artefact, row, value; expected artefact, row, column, value, spread"),
+        (
+            "artefact,row,value\n",
+            "no column 'column'; it has artefact, row, value; expected artefact, row, column, value, spread",
+        ),
         ("artefact,row,column,value,spread\nTable 9,a,b,1,\n", "line 2: got the artefact 'Table 9'"),
-        ("artefact,row,column,value,spread\nTable 1,a,b,high,\n", "line 2: got value 'high'"),
-        ("artefact,row,column,value,spread\nTable 1,a,b,nan,\n", "line 2: got the value 'nan'"),
-        ("artefact,row,column,value,spread\nTable 1,a\n", "line 2: got value None"),
+        ("artefact,row,column,value,spread\nTable 1,a,b,high,\n", "line 2, column value: got 'high'"),
+        ("artefact,row,column,value,spread\nTable 1,a,b,nan,\n", "line 2, column value: got nan"),
+        ("artefact,row,column,value,spread\nTable 1,a\n", "line 2: has 2 values"),
     ],
 )
 def test_a_mistake_in_the_papers_numbers_is_one_line(tmp_path: Path, text: str, part: str) -> None:

@@ -33,6 +33,35 @@ def test_a_csv_cohort_may_name_ids_and_clinical_columns(folder: Path) -> None:
     assert (two.slide_id, two.organ, two.site) == ("two", "lung", None)
 
 
+@pytest.mark.parametrize("word", ["NA", "NaN", "None", "n/a", " ", "-", ""])
+def test_a_patient_that_is_no_patient_gives_way_to_the_barcode(folder: Path, word: str) -> None:
+    (folder / "c.csv").write_text(f"path,slide_id,patient_id,site,project\na/one.svs,{BARCODE},{word},{word},{word}\n")
+    (slide,) = list_slides(str(folder / "c.csv"))
+    assert (slide.patient_id, slide.site, slide.project) == ("TCGA-A2-A0SX", "A2", "TCGA")
+
+
+def test_a_patient_that_the_barcode_denies_and_patients_that_look_alike_are_told(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "c.csv").write_text(f"path,slide_id,patient_id\na/one.svs,{BARCODE},P1\na/b/two.TIFF,x,p1\n")
+    assert [slide.patient_id for slide in list_slides(str(folder / "c.csv"))] == ["P1", "p1"]
+    alike, denied = caplog.messages
+    assert "'P1' and 'p1' look alike" in alike
+    assert f"patient_id is not the barcode's ({BARCODE}: P1)" in denied
+
+
+@pytest.mark.parametrize("name", ["c.csv", "c.CSV", "c.tsv", "c.txt"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_cohort_of_any_separator_and_line_end_keeps_its_ids(folder: Path, name: str, end: str) -> None:
+    (folder / name).write_bytes(f"path\tSlide_ID{end}a/one.svs\t0012{end}a/b/two.TIFF\t1e5{end}".encode())
+    assert [slide.slide_id for slide in list_slides(str(folder / name))] == ["0012", "1e5"]
+
+
+def test_a_folder_that_is_called_like_a_table_is_searched(folder: Path) -> None:
+    (folder / "a").rename(folder / "slides.csv")
+    assert [slide.slide_id for slide in list_slides(str(folder / "slides.csv"))] == ["one", "two"]
+
+
 def test_a_parquet_cohort_says_the_same(folder: Path) -> None:
     table = pa.table({"slide_id": ["x"], "path": ["a/one.svs"], "patient_id": ["p"], "site": ["s"]})
     pq.write_table(table, folder / "c.parquet")
@@ -53,11 +82,13 @@ def test_a_tcga_barcode_fills_patient_site_and_project_where_it_parses() -> None
     ("source", "part"),
     [
         ("nothing/*.svs", "matches no file"),
-        ("absent.csv", "not found"),
+        ("absent.csv", "no such file"),
         ("no_path.csv", "expected path"),
         ("empty.csv", "no rows"),
-        ("hole.csv", "row 2: path is empty"),
+        ("hole.csv", "line 3, column path: got nothing; expected a value"),
         ("twins.csv", "names 2 files"),
+        ("paths.csv", "2 columns 'path'"),
+        ("sheet.xlsx", "save the sheet as CSV"),
     ],
 )
 def test_what_cannot_be_a_cohort_is_told_in_one_line(folder: Path, source: str, part: str) -> None:
@@ -65,6 +96,8 @@ def test_what_cannot_be_a_cohort_is_told_in_one_line(folder: Path, source: str, 
     (folder / "empty.csv").write_text("slide_id,path\n")
     (folder / "hole.csv").write_text("slide_id,path\na,a/one.svs\nb,\n")
     (folder / "twins.csv").write_text("slide_id,path\nz,a/one.svs\nz,a/b/two.TIFF\n")
+    (folder / "paths.csv").write_text("path,slide_id,path\na/one.svs,a,a/b/two.TIFF\n")
+    (folder / "sheet.xlsx").write_bytes(b"PK")
     with pytest.raises(ConfigError, match=part) as caught:
         list_slides(str(folder / source))
     assert "\n" not in str(caught.value)

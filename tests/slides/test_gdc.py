@@ -125,12 +125,12 @@ def test_a_manifest_gives_slides_and_the_barcode_their_patient_and_site(tmp_path
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        (None, "cannot read"),
-        ("id,filename,md5\n", "has no column id"),
-        (f"id\tfilename\tmd5\n{UUID}\t{NAME}\t{MD5}\n", "has no column size"),
-        (f"{HEADER}\n{UUID}\t{NAME}\t{MD5}\tlarge\tok\n", "row 1: size_bytes: got 'large'"),
-        (f"{HEADER}\n{UUID}\t{NAME}\t{MD5}\t1\tok\n{UUID}\t../{NAME}\t{MD5}\t1\tok\n", "row 2: file_name"),
-        (f"{HEADER}\n{UUID}\t{NAME}\n", "row 1: md5"),
+        (None, "no such file"),
+        ("name,filename,md5\n", "no column 'id'"),
+        (f"id\tfilename\tmd5\n{UUID}\t{NAME}\t{MD5}\n", "no column 'size'"),
+        (f"{HEADER}\n{UUID}\t{NAME}\t{MD5}\tlarge\tok\n", "line 2, column size: got 'large'"),
+        (f"{HEADER}\n{UUID}\t{NAME}\t{MD5}\t1\tok\n{UUID}\t../{NAME}\t{MD5}\t1\tok\n", "line 3: file_name"),
+        (f"{HEADER}\n{UUID}\t{NAME}\n", "line 2: has 2 values for 5 columns"),
     ],
 )
 def test_a_manifest_that_makes_no_sense_is_told_in_one_line(tmp_path: Path, text: str | None, part: str) -> None:

@@ -17,18 +17,18 @@ from pathlib import Path
 import pandas as pd
 
 from lemon.probe.task import Count, Task
-from lemon.probe.tasks.assemble import by_group, classification_task
+from lemon.probe.tasks.assemble import by_group, check_labels, classification_task, published, read_rows
 from lemon.probe.tasks.crops import cut_patches
-from lemon.probe.tasks.tables import check_labels, read_rows
 
 OBTAIN = "AMi-Br: https://github.com/DeepMicroscopy/AMi-Br, with crops of 64 px in crops64/"
+FIGURES = published("slide", "dataset", "majority_atypical", "file")
 LABELS = {"False": "normal", "True": "atypical"}
 
 
 def load(folder: Path, *, seed: int = 0) -> Task:
     """Crops with the majority's label; raises TaskError where a file, column or class is not as expected."""
     path = folder / "labels.csv"
-    table = read_rows(path, columns=("slide", "dataset", "majority_atypical", "file"))
+    table = read_rows(path, FIGURES)
     check_labels(table["majority_atypical"].unique(), LABELS, where=path)
     images, kept = cut_patches([folder / "crops64" / name for name in table["file"]], desc="amibr")
     rows = pd.DataFrame(

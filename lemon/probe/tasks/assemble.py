@@ -8,19 +8,50 @@ In NuCLS at the raw level it strikes eosinophil (n = 2 in the paper's table).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from lemon.probe.folds import LEAK_FREE, PAPER, fold_faults, grouped_folds, missing_classes, random_folds
+from lemon.probe.folds import (
+    PAPER,
+    fold_faults,
+    leak_free,
+    look_alike_groups,
+    missing_classes,
+    one_name_each,
+    random_folds,
+)
 from lemon.probe.task import Count, Protocol, Task, TaskError
+from lemon.runtime.tables import Column, Form, read_user_table
 
 MIN_SUPPORT = 20
 """Crops that a class needs to be kept."""
 
 Folds = Callable[[pd.DataFrame], tuple[Protocol, ...]]
 """Makes the protocols of the rows that are kept."""
+
+
+def published(*columns: str | Column, may_be_empty: bool = False) -> Form:
+    """The table of a published data set: it has further columns, and a name alone is a column that is always filled."""
+    known = tuple(Column(column, filled=True) if isinstance(column, str) else column for column in columns)
+    return Form("", known, others=True, may_be_empty=may_be_empty, error=TaskError)
+
+
+def read_rows(path: Path, form: Form) -> pd.DataFrame:
+    """The columns of ``form`` that a table has: text or float, None where there is no value. Raises TaskError."""
+    return pd.DataFrame(read_user_table(path, form=form).columns)
+
+
+def check_labels(labels: Collection[str], known: Collection[str], *, where: Path) -> None:
+    """Raise TaskError for the first label that the class map does not know."""
+    for label in labels:
+        if label not in known:
+            close = difflib.get_close_matches(label, known, n=1)
+            hint = f"; did the set rename {close[0]}?" if close else ""
+            raise TaskError(f"{where}: unknown class {label!r}; expected one of {', '.join(sorted(known))}{hint}")
 
 
 def classification_task(
@@ -53,6 +84,8 @@ def classification_task(
     Raises:
         TaskError: fewer than two classes are left, ids repeat, or a fold leaks or is empty.
     """
+    columns = [column for column in rows.columns if column not in ("sample_id", "label")]
+    rows = rows.assign(**{column: one_name_each(_text(rows[column])) for column in columns})
     kept, dropped = supported(rows["label"].to_numpy(), rows[group].to_numpy(), min_support=min_support)
     present = tuple(label for label in classes if label in set(rows["label"][kept]))
     if len(present) < 2:
@@ -74,7 +107,7 @@ def classification_task(
         target=labels,
         target_names=present,
         sample_ids=_text(rows["sample_id"]),
-        groups={column: _text(rows[column]) for column in rows.columns if column not in ("sample_id", "label")},
+        groups={column: _text(rows[column]) for column in columns},
         protocols=protocols,
         cluster=cluster,
         batch=batch,
@@ -99,23 +132,23 @@ def by_group(column: str, *, seed: int, paper_at_random: bool = False) -> Folds:
     """Protocols of five folds that do not divide ``column``; first the paper's random ones where it used those."""
 
     def make(rows: pd.DataFrame) -> tuple[Protocol, ...]:
-        groups, labels = _text(rows[column]), _text(rows["label"])
-        leak_free = Protocol(LEAK_FREE, grouped_folds(groups, labels=labels, seed=seed), inner_groups=groups)
+        apart = leak_free(_text(rows[column]), labels=_text(rows["label"]), seed=seed)
         if not paper_at_random:
-            return (leak_free,)
-        return Protocol(PAPER, random_folds(len(rows), seed=seed), inner_groups=None), leak_free
+            return (apart,)
+        return Protocol(PAPER, random_folds(len(rows), seed=seed), inner_groups=None), apart
 
     return make
 
 
 def check_protocols(name: str, protocols: Sequence[Protocol], *, labels: np.ndarray | None) -> tuple[str, ...]:
-    """Notes about classes that a fold lacks; raises TaskError where a fold is empty or leaks."""
+    """Notes about groups that look alike and classes that a fold lacks; TaskError where a fold is empty or leaks."""
     faults = [line for protocol in protocols for line in fold_faults(protocol)]
     if faults:
         raise TaskError(f"{name}: {faults[0]}")
+    alike = tuple(line for protocol in protocols for line in look_alike_groups(protocol))
     if labels is None:
-        return ()
-    return tuple(line for protocol in protocols for line in missing_classes(protocol, labels))
+        return alike
+    return (*alike, *(line for protocol in protocols for line in missing_classes(protocol, labels)))
 
 
 def _check_ids(name: str, ids: pd.Series) -> None:

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from lemon.cells.crop import cut_crops
 from lemon.probe.task import TaskError
 from lemon.schema import CROP_MPP, CROP_PX
+from lemon.slides.images import read_image
 
 _BLACK = 2  # values up to this are a filled margin: lossy patches do not keep 0 exactly
 
@@ -120,7 +120,7 @@ def cut_patches(
     images = np.empty((len(paths), CROP_PX, CROP_PX, 3), np.uint8)
     kept = np.zeros(len(paths), bool)
     for index, path in enumerate(tqdm(paths, unit="patch", desc=desc, disable=None)):
-        crop = middle(read_rgb(path), mpp=float(resolution[index]))
+        crop = middle(read_image(path, error=TaskError), mpp=float(resolution[index]))
         if crop is not None and not has_black_margin(crop):
             images[index], kept[index] = crop, True
     return images[kept] if not kept.all() else images, kept
@@ -136,16 +136,3 @@ def middle(patch: np.ndarray, *, mpp: float) -> np.ndarray | None:
 def has_black_margin(crop: np.ndarray) -> bool:
     """Whether an outermost row or column of a crop [60, 60, 3] is black: its authors filled what lay over the edge."""
     return any(bool((line <= _BLACK).all()) for line in (crop[0], crop[-1], crop[:, 0], crop[:, -1]))
-
-
-def read_rgb(path: Path) -> np.ndarray:
-    """An image file as uint8 [H, W, 3]; raises TaskError where it is absent or no image."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except FileNotFoundError:
-        raise TaskError(
-            f"{path}: no such image; expected every image that the table names: download it again"
-        ) from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise TaskError(f"{path}: cannot be read ({error}); expected an image file: download it again") from None

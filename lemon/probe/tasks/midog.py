@@ -29,10 +29,11 @@ import pandas as pd
 import tifffile
 
 from lemon.probe.task import Count, Task, TaskError
-from lemon.probe.tasks.assemble import by_group, classification_task
-from lemon.probe.tasks.crops import cut_by_image, cut_patches, read_rgb
-from lemon.probe.tasks.tables import check_labels, read_rows
+from lemon.probe.tasks.assemble import by_group, check_labels, classification_task, published, read_rows
+from lemon.probe.tasks.crops import cut_by_image, cut_patches
+from lemon.runtime.tables import Column
 from lemon.schema import CROP_MPP
+from lemon.slides.images import read_image
 from lemon.slides.reader import PLAUSIBLE_MPP
 
 OBTAIN = {
@@ -40,12 +41,14 @@ OBTAIN = {
     "midogpp-mitosis": "MIDOG++ (CC0): https://github.com/DeepMicroscopy/MIDOGpp",
 }
 ATYPICAL_TABLE = "MIDOG25_Atypical_Classification_Train_Set.csv"
+ATYPICAL_FORM = published("image_id", "filename", Column("Tumor"), "majority")
 ATYPICAL_IMAGES = "MIDOG25_Binary_Classification_Train_Set"
 ATYPICAL = {"NMF": "normal", "AMF": "atypical"}
 ATYPICAL_CLASSES: dict[str, int | None] = {"normal": 10_191, "atypical": 1_748}
 
 BOXES = "databases/MIDOG++.json"
 SLIDES = "datasets_xvalidation.csv"
+SLIDES_FORM = published(Column("Slide", filled=True, number=(1, 1e9)), "Scanner", "Origin")
 MITOSIS = {1: "mitotic figure", 2: "not mitotic figure"}
 MITOSIS_CLASSES: dict[str, int | None] = {"mitotic figure": 11_937, "not mitotic figure": 14_349}
 SCANNERS = {"Hamammatsu XR": "Hamamatsu XR"}  # the table spells one scanner in two ways
@@ -59,7 +62,7 @@ def load(folder: Path, *, task: str = "midog25-atypical", seed: int = 0) -> Task
 def load_atypical(folder: Path, *, seed: int = 0) -> Task:
     """Normal and atypical mitotic figures out of ready-made patches."""
     path = folder / ATYPICAL_TABLE
-    table = read_rows(path, columns=("image_id", "filename", "Tumor", "majority"))
+    table = read_rows(path, ATYPICAL_FORM)
     check_labels(table["majority"].unique(), ATYPICAL, where=path)
     names = [name if Path(name).suffix else f"{name}.png" for name in table["image_id"]]
     images, kept = cut_patches([folder / ATYPICAL_IMAGES / name for name in names], desc="midog25")
@@ -68,7 +71,7 @@ def load_atypical(folder: Path, *, seed: int = 0) -> Task:
             "sample_id": table["image_id"],
             "label": table["majority"].map(ATYPICAL),
             "slide": table["filename"],
-            "tumor": table["Tumor"],
+            "tumor": table["Tumor"].fillna(""),
         }
     )[kept]
     return classification_task(
@@ -146,7 +149,7 @@ def read_boxes(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def read_slides(path: Path) -> pd.DataFrame:
     """image_id, scanner and hospital of the semicolon-separated table of slides."""
-    table = read_rows(path, columns=("Slide", "Scanner", "Origin"), sep=";")
+    table = read_rows(path, SLIDES_FORM)
     return pd.DataFrame(
         {
             "image_id": table["Slide"].astype(int),
@@ -171,7 +174,7 @@ def _reader(folder: Path, boxes: pd.DataFrame, stated: list[str]) -> Callable[[s
     sizes = {row.file_name: (row.width, row.height) for row in boxes.drop_duplicates("file_name").itertuples()}
 
     def read(name: str) -> tuple[np.ndarray, float]:
-        image = read_rgb(folder / name)
+        image = read_image(folder / name, error=TaskError)
         got, wanted = image.shape[1::-1], sizes[name]
         if got != wanted:
             expected = f"expected {wanted[0]}x{wanted[1]} as {BOXES} has it: download the image again"

@@ -16,8 +16,8 @@ import pyarrow as pa
 from lemon.cells.select import select_cells
 from lemon.cells.shard import images_from_arrow
 from lemon.config import ConfigError
-from lemon.probe.folds import LEAK_FREE, N_FOLDS, grouped_folds
-from lemon.probe.task import Count, Protocol, Task, TaskError
+from lemon.probe.folds import N_FOLDS, leak_free
+from lemon.probe.task import Count, Task, TaskError
 from lemon.probe.tasks.assemble import check_protocols
 from lemon.runtime.store import Store
 from lemon.schema import MORPHOMETRICS
@@ -37,7 +37,7 @@ def load(folder: str, *, seed: int = 0, n_cells: int = 20_000) -> Task:
     rows = pa.concat_tables(parts)
     groups = {"slide": _text(rows["slide_id"]), "block": blocks(rows)}
     by = "slide" if len(selection.parts) >= N_FOLDS else "block"
-    protocols = (Protocol(LEAK_FREE, grouped_folds(groups[by], seed=seed), inner_groups=groups[by]),)
+    protocols = (leak_free(groups[by], seed=seed),)
     return Task(
         name=f"morphometry:{folder}",
         kind="regression",

@@ -22,15 +22,20 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from lemon.probe.folds import LEAK_FREE, N_FOLDS, PAPER, fold_faults, grouped_folds, official_folds
+from lemon.probe.folds import LEAK_FREE, N_FOLDS, PAPER, fold_faults, leak_free, official_folds
 from lemon.probe.task import Count, Protocol, Task, TaskError
-from lemon.probe.tasks.assemble import classification_task
-from lemon.probe.tasks.crops import cut_by_image, read_rgb
-from lemon.probe.tasks.tables import check_labels, numbers, read_rows
+from lemon.probe.tasks.assemble import check_labels, classification_task, published, read_rows
+from lemon.probe.tasks.crops import cut_by_image
+from lemon.runtime.tables import ANY_NUMBER, Column
+from lemon.slides.images import read_image
 
 OBTAIN = "NuCLS, corrected single-rater (CC0): https://sites.google.com/view/nucls"
 MPP = 0.2
 BOX = ("xmin", "ymin", "xmax", "ymax")
+NUCLEI = published(
+    "raw_classification", *(Column(side, filled=True, number=ANY_NUMBER) for side in BOX), may_be_empty=True
+)
+SPLIT = published("slide_name", "hospital")
 
 RAW_TO_MAIN = {
     "tumor": "tumor_nonMitotic",
@@ -116,7 +121,7 @@ def load(folder: Path, *, level: str = "super", seed: int = 0) -> Task:
     images, kept = cut_by_image(
         labelled["field"].to_numpy(str),
         labelled[["x", "y"]].to_numpy(np.float64),
-        lambda field: (read_rgb(folder / "rgb" / f"{field}.png"), MPP),
+        lambda field: (read_image(folder / "rgb" / f"{field}.png", error=TaskError), MPP),
         desc="nucls crops",
     )
     rows = labelled[kept]
@@ -155,10 +160,10 @@ def _read_field(path: Path) -> pd.DataFrame:
     match = _FIELD.match(path.stem)
     if match is None:
         raise TaskError(f"{path}: unknown name; expected TCGA-A2-A0SX-DX1_id-<hex>_left-<n>_top-<n>_...: rename it")
-    table = read_rows(path, columns=("raw_classification", *BOX))
+    table = read_rows(path, NUCLEI)
     raw = table["raw_classification"].str.removeprefix("correction_")
     check_labels(raw.unique(), RAW_TO_MAIN, where=path)
-    box = numbers(table, BOX, path=path)
+    box = table[list(BOX)].to_numpy(np.float64)
     columns = {"field": path.stem, "slide": match["slide"], "patient": match["patient"], "tss": match["tss"]}
     frame = pd.DataFrame({"raw": raw, "x": (box[:, 0] + box[:, 2]) / 2, "y": (box[:, 1] + box[:, 3]) / 2})
     return frame.assign(**columns, sample_id=[f"{path.stem}_{row}" for row in range(len(table))])
@@ -171,7 +176,7 @@ def read_splits(folder: Path) -> tuple[Splits, dict[str, str]]:
     for number in range(1, N_FOLDS + 1):
         sides = []
         for side in ("train", "test"):
-            table = read_rows(folder / f"fold_{number}_{side}.csv", columns=("slide_name", "hospital"))
+            table = read_rows(folder / f"fold_{number}_{side}.csv", SPLIT)
             hospitals |= dict(zip(table["slide_name"], table["hospital"], strict=True))
             sides.append(frozenset(table["slide_name"]))
         splits[str(number)] = (sides[0], sides[1])
@@ -190,5 +195,5 @@ def _protocols(rows: pd.DataFrame, splits: Splits, *, seed: int) -> tuple[Protoc
     shared = [line for line in fold_faults(official) if "on both sides" in line]
     if not shared:
         return (official,)
-    folds = grouped_folds(hospitals, labels=rows["label"].to_numpy(str), seed=seed)
-    return Protocol(PAPER, official.folds, inner_groups=hospitals), Protocol(LEAK_FREE, folds, inner_groups=hospitals)
+    apart = leak_free(hospitals, labels=rows["label"].to_numpy(str), seed=seed)
+    return Protocol(PAPER, official.folds, inner_groups=hospitals), apart

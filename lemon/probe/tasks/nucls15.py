@@ -15,27 +15,29 @@ from pathlib import Path
 
 import pandas as pd
 
-from lemon.probe.task import Count, Task
+from lemon.probe.task import Count, Task, TaskError
 from lemon.probe.tasks import nucls
-from lemon.probe.tasks.assemble import by_group, classification_task
-from lemon.probe.tasks.crops import cut_by_image, read_rgb
-from lemon.probe.tasks.tables import check_labels, numbers, read_rows
+from lemon.probe.tasks.assemble import by_group, check_labels, classification_task, published, read_rows
+from lemon.probe.tasks.crops import cut_by_image
+from lemon.runtime.tables import ANY_NUMBER, Column
+from lemon.slides.images import read_image
 
 OBTAIN = "the excerpt of NuCLS (CC0): nuclei.csv and 15 tiles"
 CLASSES = tuple(nucls.CLASSES["super"])
+NUCLEI = published("image", *(Column(axis, filled=True, number=ANY_NUMBER) for axis in ("x", "y")), "label")
 
 
 def load(folder: Path, *, seed: int = 0) -> Task:
     """Nuclei of the super classes; raises TaskError where a file, column or class is not as expected."""
     path = folder / "nuclei.csv"
-    table = read_rows(path, columns=("image", "x", "y", "label"))
+    table = read_rows(path, NUCLEI)
     check_labels(table["label"].unique(), nucls.MAIN_TO_SUPER.values(), where=path)
-    centre = numbers(table, ("x", "y"), path=path)
+    centre = table[["x", "y"]].to_numpy(float)
     labelled = table["label"].isin(CLASSES).to_numpy()
     images, kept = cut_by_image(
         table["image"].to_numpy(str)[labelled],
         centre[labelled],
-        lambda name: (read_rgb(folder / f"{name}.png"), nucls.MPP),
+        lambda name: (read_image(folder / f"{name}.png", error=TaskError), nucls.MPP),
         desc="nucls15",
     )
     rows = pd.DataFrame(

@@ -69,5 +69,5 @@ def test_an_image_that_is_absent_or_broken_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(TaskError, match=r"^.*absent\.png: no such image; expected .*$"):
         cut_patches([tmp_path / "absent.png"], desc="test")
-    with pytest.raises(TaskError, match=r"^.*broken\.png: cannot be read .*$"):
+    with pytest.raises(TaskError, match=r"^.*broken\.png: no image that can be read; expected .*$"):
         cut_patches([tmp_path / "broken.png"], desc="test")

@@ -150,7 +150,7 @@ def test_what_is_not_as_expected_is_one_line(tmp_path: Path) -> None:
         text.replace(
             ",lymphocyte,", ",lymfocyte,"
         ): r"unknown class 'lymfocyte'; expected one of .*; did the set rename ly",
-        text.replace(",88,", ",left,", 1): r"row 1 has xmin='left'; expected a number",
+        text.replace(",88,", ",left,", 1): r"line 2, column xmin: got 'left'; expected a number",
     }
     for changed, line in faults.items():
         path.write_text(changed)
@@ -164,7 +164,7 @@ def test_what_is_not_as_expected_is_one_line(tmp_path: Path) -> None:
     (folder / "csv" / "field7.csv").unlink()
     (folder / "train_test_splits" / "fold_3_test.csv").unlink()
     with pytest.raises(
-        TaskError, match=r"fold_3_test\.csv: no such file; expected a table with the columns slide_name"
+        TaskError, match=r"fold_3_test\.csv: no such file; expected a CSV or Parquet file with slide_name"
     ):
         nucls.load(folder)
 

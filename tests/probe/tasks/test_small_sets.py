@@ -175,7 +175,7 @@ def test_an_excerpt_with_another_class_or_no_number_is_one_line(tmp_path: Path) 
     ):
         nucls15.load(tmp_path)
     path.write_text(text.replace(",60,60,", ",,60,", 1))
-    with pytest.raises(TaskError, match=r"nuclei\.csv: row 1 has x=''; expected a number"):
+    with pytest.raises(TaskError, match=r"nuclei\.csv, line 2, column x: got nothing; expected a number"):
         nucls15.load(tmp_path)
 
 
