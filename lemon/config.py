@@ -240,6 +240,15 @@ class FetchConfig(Frozen):
         return nested_curate_config(self.curation, own=own, values=values)
 
 
+# --- verify --------------------------------------------------------------------------------------------------------
+
+
+class VerifyConfig(Frozen):
+    """``jobs/verify.py``: reads all that LEMON wrote in an output and compares it with its records."""
+
+    output: str = Field(description="folder or s3:// prefix of any job's output, with outputs inside it")
+
+
 # --- demo ----------------------------------------------------------------------------------------------------------
 
 

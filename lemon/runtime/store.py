@@ -122,7 +122,7 @@ class Store:
         selector = pafs.FileSelector(self.path(folder), allow_not_found=True)
         with self._plain_errors(folder):
             infos = self.filesystem.get_file_info(selector)
-        return {info.path[len(self.root) :].strip("/") for info in infos}
+        return {info.path[len(self.root) :].strip("/") for info in infos} - {OWN}
 
     def delete(self, name: str) -> None:
         """Remove a file that LEMON wrote, or all such files of a folder; absent is fine.

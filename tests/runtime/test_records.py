@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +51,7 @@ def _commit(slides: list[Slide], *, ledger: Ledger, **options: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Slides, a cells table and an encoder to make embeddings with."""
     folder = tmp_path_factory.mktemp("source")
     (folder / "slides").mkdir()
@@ -59,7 +59,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         write_pyramid(folder / "slides" / f"{name}.tiff", make_tissue(64, seed=0).image, mpp=0.25)
         write_slide(Store(folder / "cells"), name, np.full((12, 60, 60, 3), 200, np.uint8))
     write_encoder(folder / "run")
-    yield folder
+    return folder
 
 
 def _curate(source: Path, output: Path, *words: str) -> None:
@@ -116,7 +116,12 @@ def _plant(output: Path, tree: list[tuple[str, str, bytes]], foreign: dict[Path,
 @example(rounds=[([], "embed"), ([("spatialdata/1.zarr", "notes.txt", b"mine")], "embed overwrite")])
 @example(rounds=[([], "curate"), ([("cells", "1.parquet", b"edited")], "curate overwrite")])
 @given(rounds=rounds)
-@settings(max_examples=EXAMPLES, deadline=None, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
 def test_after_any_jobs_with_any_flags_every_foreign_file_is_there_byte_for_byte(
     source: Path, rounds: list[tuple[list[tuple[str, str, bytes]], str]]
 ) -> None:

@@ -1,0 +1,15 @@
+"""Whether all that LEMON wrote in an output is still as it was written: python jobs/verify.py output=..."""
+
+import sys
+
+from lemon.config import VerifyConfig, run_job
+
+
+def main(config: VerifyConfig) -> int:
+    from lemon.runtime import verify
+
+    return verify.main(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job("verify", VerifyConfig, main))
