@@ -23,13 +23,14 @@ from lemon.cells.names import file_stem
 from lemon.cells.select import rank_of
 from lemon.config import COHORT_FILE, EXIT_FAILURES, EXIT_OK, ConfigError, FetchConfig
 from lemon.runtime.lease import hold
+from lemon.runtime.records import OWN
 from lemon.runtime.store import Store, code_version, open_output
 from lemon.schema import DOWNLOADS
 from lemon.slides.cohort import Slide, write_cohort
-from lemon.slides.download import Downloader, DownloadError, StoppedError, open_session
+from lemon.slides.download import PARTS, Downloader, DownloadError, StoppedError, open_session
 from lemon.slides.gdc import GdcError, GdcFile, list_files, organ_of, read_manifest, studies_of
 
-PASSING = "passing"
+PASSING = f"{OWN}/passing"
 """Folder in the output for slides that are deleted after their curation."""
 
 
@@ -249,9 +250,8 @@ def _stream(files: dict[str, GdcFile], folder: Path, config: FetchConfig) -> Sum
 
 def _tidy(folder: Path, *, keep: Sequence[str]) -> None:
     """Delete what a killed job left of slides that are no longer wanted; what is wanted is gone on with."""
-    wanted = {name for file_name in keep for name in (file_name, f"{file_name}.part")}
-    for path in folder.glob("*"):
-        if path.name not in wanted:
+    for path in (*folder.glob("*"), *(folder / PARTS).glob("*")):
+        if path.is_file() and path.name not in keep:
             path.unlink()
 
 

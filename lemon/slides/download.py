@@ -20,6 +20,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 from lemon.config import DownloadConfig, one_line
+from lemon.runtime.records import OWN
 from lemon.version import __version__
 
 BLOCK_BYTES = 1 << 18
@@ -27,6 +28,9 @@ BLOCK_BYTES = 1 << 18
 
 LONGEST_WAIT_S = 300
 """Bound of the waits between attempts, also of those that a server asks for."""
+
+PARTS = f"{OWN}/parts"
+"""Where in the folder files are until they are whole."""
 
 TRANSIENT = (429, 500, 502, 503, 504)
 
@@ -87,10 +91,11 @@ class Downloader:
     def get(self, file: RemoteFile) -> Path:
         """The file in the folder, downloaded unless it is there already.
 
-        A ``.part`` of an earlier attempt, also of a process that was killed, is continued.
+        What an earlier attempt left in ``.lemon/parts/``, also of a process that was killed, is continued.
 
         Raises:
-            DownloadError: it cannot be had: an answer that is no use to repeat, too many failures in a row, no room.
+            DownloadError: it cannot be had: an answer that is no use to repeat, too many failures in a row, no room;
+                or another file has its name.
             StoppedError: ``stop`` was called.
         """
         target = self.folder / file.name
@@ -99,7 +104,10 @@ class Downloader:
             if _size(target) == file.size_bytes and _digest(target) == file.md5:  # killed before anybody noted it
                 self.progress(file.size_bytes)
                 return target
-            part = target.with_name(f"{file.name}.part")
+            if target.exists():
+                raise DownloadError(f"{target} is another file than the one to download; move it away")
+            part = self.folder / PARTS / file.name
+            part.parent.mkdir(parents=True, exist_ok=True)
             self.progress(_size(part))
             with self._room(file, part):
                 self._transfer(file, part)

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from lemon.cells.ledger import read_ledger
-from lemon.fetch import DownloadLedger
+from lemon.fetch import PASSING, DownloadLedger
 from lemon.runtime.store import Store
+from lemon.slides.download import PARTS
 from lemon.slides.samples import make_synthetic_slide
 from tests.gdc_server import GdcServer, Served, serving
 from tests.jobs.test_curate_job import kill_all, wait_for
@@ -44,7 +45,7 @@ def size(path: Path) -> int:
 
 
 def part_bytes(output: Path) -> int:
-    return sum(size(path) for path in output.rglob("*.part"))
+    return sum(size(path) for path in (output / PARTS).glob("*"))
 
 
 def test_a_job_killed_in_the_middle_of_downloads_goes_on_with_the_bytes_it_has(tmp_path: Path) -> None:
@@ -96,14 +97,14 @@ def test_slides_become_cells_as_they_come_and_leave_the_disk(slides: list[Served
         job = subprocess.Popen(command(server, tmp_path, *STREAM), stdout=subprocess.PIPE, text=True)
         on_disk = [0]
         while job.poll() is None:
-            there = [path for path in (tmp_path / "passing").glob("*.tiff*") if size(path)]
-            on_disk.append(len({path.name.removesuffix(".part") for path in there}))
+            there = [path for path in (tmp_path / PASSING).rglob("*.tiff*") if size(path)]
+            on_disk.append(len({path.name for path in there}))
             time.sleep(0.02)
         told = job.stdout.read()
         assert job.returncode == 3, told
         assert max(on_disk) == 2  # the one that is curated, and the one ahead
-        assert part_bytes(tmp_path / "passing") == 0
-        assert list((tmp_path / "passing").glob("*.tiff")) == []
+        assert part_bytes(tmp_path / PASSING) == 0
+        assert list((tmp_path / PASSING).glob("*.tiff")) == []
         rows = {row["slide_id"]: row for row in read_ledger(Store(tmp_path / "cells")).to_pylist()}
         assert [rows[file.slide_id]["status"] for file in (*good, corrupt)] == ["done"] * 3 + ["failed"]
         assert lost.slide_id not in rows

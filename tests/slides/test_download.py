@@ -14,7 +14,7 @@ import pytest
 
 from lemon.config import DownloadConfig
 from lemon.slides import download
-from lemon.slides.download import Downloader, DownloadError, RemoteFile, StoppedError
+from lemon.slides.download import PARTS, Downloader, DownloadError, RemoteFile, StoppedError
 from tests.gdc_server import GdcServer, Served, serving
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 300_000, np.uint8).tobytes()
@@ -34,6 +34,12 @@ def downloader(folder: Path, **settings: Any) -> Downloader:
     return Downloader(folder, DownloadConfig(**{"attempts": 3, "backoff_s": 0.001, "reserve_gb": 0.0, **settings}))
 
 
+def part_of(folder: Path) -> Path:
+    """Where a file is until it is whole."""
+    (folder / PARTS).mkdir(parents=True, exist_ok=True)
+    return folder / PARTS / "a.svs"
+
+
 def one(tmp_path: Path, *faults: tuple[Any, ...], always: tuple[Any, ...] = (), **settings: Any) -> list[int]:
     """Download a file past these faults; returns from which bytes it was asked for."""
     file = Served("a.svs", CONTENT, faults=list(faults), always=always)
@@ -41,7 +47,7 @@ def one(tmp_path: Path, *faults: tuple[Any, ...], always: tuple[Any, ...] = (), 
         path = downloader(tmp_path, **settings).get(remote(gdc, file))
         assert path == tmp_path / "a.svs"
         assert path.read_bytes() == CONTENT
-        assert [path.name for path in tmp_path.iterdir()] == ["a.svs"]
+        assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a.svs"]
         return gdc.offsets(file)
 
 
@@ -116,25 +122,25 @@ def test_a_wrong_md5_is_downloaded_anew_from_the_first_byte(tmp_path: Path) -> N
 
 
 def test_the_part_of_an_earlier_attempt_counts_in_the_md5(tmp_path: Path) -> None:
-    (tmp_path / "a.svs.part").write_bytes(CONTENT[:70_000])
+    part_of(tmp_path).write_bytes(CONTENT[:70_000])
     assert one(tmp_path) == [70_000]
     (tmp_path / "a.svs").unlink()
-    (tmp_path / "a.svs.part").write_bytes(bytes(70_000))
+    part_of(tmp_path).write_bytes(bytes(70_000))
     assert one(tmp_path) == [70_000, 0]
 
 
 def test_a_part_that_is_whole_or_too_long_is_seen_for_what_it_is(tmp_path: Path) -> None:
-    (tmp_path / "a.svs.part").write_bytes(CONTENT)
+    part_of(tmp_path).write_bytes(CONTENT)
     assert one(tmp_path) == []
     (tmp_path / "a.svs").unlink()
-    (tmp_path / "a.svs.part").write_bytes(CONTENT + b"more")
+    part_of(tmp_path).write_bytes(CONTENT + b"more")
     assert one(tmp_path) == [0]
 
 
 def test_a_file_whose_md5_is_always_wrong_fails_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match=r"md5 is \w{32}, expected \w{32}; given up after 3 attempts"):
         one(tmp_path, always=("garbage",))
-    assert [path.stat().st_size for path in tmp_path.iterdir()] == [0]
+    assert [path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()] == [0]
 
 
 def test_a_page_of_a_proxy_is_no_slide_and_spoils_nothing(tmp_path: Path) -> None:
@@ -144,15 +150,17 @@ def test_a_page_of_a_proxy_is_no_slide_and_spoils_nothing(tmp_path: Path) -> Non
         one(tmp_path, always=("page",))
 
 
-def test_a_file_that_is_there_is_not_downloaded_and_a_changed_one_is(tmp_path: Path) -> None:
+def test_a_file_that_is_there_is_not_downloaded_and_another_one_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "a.svs").write_bytes(CONTENT)
     assert one(tmp_path) == []
     (tmp_path / "a.svs").write_bytes(bytes(len(CONTENT)))
-    assert one(tmp_path) == [0]
+    with pytest.raises(DownloadError, match=r"a\.svs is another file than the one to download; move it away"):
+        one(tmp_path)
+    assert (tmp_path / "a.svs").read_bytes() == bytes(len(CONTENT))
 
 
 def test_progress_counts_what_is_there_in_the_end(tmp_path: Path) -> None:
-    (tmp_path / "a.svs.part").write_bytes(bytes(70_000))
+    part_of(tmp_path).write_bytes(bytes(70_000))
     file, counted = Served("a.svs", CONTENT, faults=[("cut", 30_000), ("garbage",), ("cut", 9), ("whole",)]), []
     with serving(file) as gdc:
         worker = downloader(tmp_path)
@@ -205,7 +213,7 @@ def test_a_stopped_downloader_keeps_what_it_has(tmp_path: Path) -> None:
         worker.progress = lambda n_bytes: worker.stop() if n_bytes and next(blocks) == 4 else None
         with pytest.raises(StoppedError):
             worker.get(remote(gdc, file))
-        kept = (tmp_path / "a.svs.part").read_bytes()
+        kept = part_of(tmp_path).read_bytes()
         assert 0 < len(kept) < len(CONTENT)
         assert kept == CONTENT[: len(kept)]
         with pytest.raises(StoppedError):
@@ -213,9 +221,9 @@ def test_a_stopped_downloader_keeps_what_it_has(tmp_path: Path) -> None:
 
 
 def test_two_jobs_do_not_write_to_the_same_file(tmp_path: Path) -> None:
-    with (tmp_path / "a.svs.part").open("ab") as other:
+    with part_of(tmp_path).open("ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(DownloadError, match="another process is downloading it"):
             one(tmp_path)
     assert one(tmp_path) == [0]
-    assert [path.name for path in tmp_path.iterdir()] == ["a.svs"]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a.svs"]
