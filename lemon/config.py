@@ -109,6 +109,9 @@ class CurateConfig(Frozen):
     max_mpp: float = Field(0.75, gt=0, description="coarser slides fail: their nuclei cannot be resolved")
     region_px: int = Field(1024, ge=256, multiple_of=8, description="side of a region at 0.25 um/px")
     overlap_px: int = Field(128, ge=80, multiple_of=2, description="overlap of neighbouring regions")
+    region_limit_s: float = Field(
+        120.0, gt=0, description="longest time for reading one region; a slide that exceeds it fails"
+    )
     tissue: TissueConfig = TissueConfig()
     scratch: LocalPath | None = Field(
         None, description="local folder for a slide of s3://, one at a time an actor; null: the system's temporary one"

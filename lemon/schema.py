@@ -73,9 +73,10 @@ COHORT = _table(
         pa.field("project", pa.string()),
         pa.field("organ", pa.string()),
         pa.field("site", pa.string()),
+        pa.field("mpp", pa.float64()),
     ],
 )
-"""Slides to work on, and what is known of each beforehand."""
+"""Slides to work on, and what is known of each beforehand. ``mpp`` (um/px) outranks what the slide's file says."""
 
 DOWNLOADS = _table(
     "downloads",

@@ -27,6 +27,7 @@ from lemon.cells.shard import SlideShard
 from lemon.config import CurateConfig, HoverFastConfig, SegmenterConfig
 from lemon.nuclei.segmenter import Postprocess, Segmenter
 from lemon.runtime.store import Store
+from lemon.schema import CROP_MPP
 from lemon.slides.cohort import Slide
 from lemon.slides.fetch import local_slide
 from lemon.slides.reader import RegionError, SlideError, SlideReader
@@ -122,7 +123,7 @@ def curate_slide(
                 if source := read_source(slide.path, local=Path(path)):
                     row |= source.columns()
                 row["mask_digest"] = mask_digest(config.tissue.masks, file_stem(slide.slide_id))
-                reader = SlideReader(path, default_mpp=config.default_mpp)
+                reader = SlideReader(path, default_mpp=config.default_mpp, mpp=slide.mpp, limit_s=config.region_limit_s)
             stack.callback(reader.close)
             row |= {"mpp": reader.mpp, "mpp_assumed": reader.mpp_assumed}
             row |= {"width_px": reader.width_px, "height_px": reader.height_px}
@@ -159,8 +160,17 @@ def _curate_open(
     tally: Tally,
 ) -> None:
     with tally.clock("open"):
-        regions = _plan(reader, slide=slide, config=config, tally=tally)
-        calibration = _calibrate(reader, regions, segmenter=segmenter) if regions else None
+        tally.notes.extend(reader.notes)
+        if reader.mpp > config.max_mpp:
+            raise SlideError(
+                f"{reader.mpp:.3g} um/px is coarser than max_mpp={config.max_mpp:g}: nuclei cannot be resolved"
+            )
+        overview, overview_mpp = _overview(reader, tally=tally)
+        regions = _plan(reader, overview, overview_mpp=overview_mpp, slide=slide, config=config, tally=tally)
+        samples = _samples(reader, regions)
+        if overview is None and samples:  # where it could not be seen as a whole, by its parts
+            _check_stain(np.concatenate(samples), mpp=CROP_MPP, config=config)
+        calibration = segmenter.calibrate(samples) if samples else None
     tally.n_regions = len(regions)
     frame = Frame(slide=slide, mpp=reader.mpp, scale=reader.scale, bounds_px=reader.bounds_base_px)
     # One batch in the network, one behind it in the processes: what lies in memory does not depend on the slide.
@@ -194,27 +204,26 @@ def _curate_open(
         tally.n_nuclei = shard.n_nuclei
 
 
-def _plan(reader: SlideReader, *, slide: Slide, config: CurateConfig, tally: Tally) -> list[Region]:
-    """Regions with tissue; raises SlideError for a slide that must not be used."""
-    if reader.mpp_assumed:
-        tally.notes.append(f"um/px missing in the file: {reader.mpp:g} assumed")
-    if reader.mpp > config.max_mpp:
-        raise SlideError(
-            f"{reader.mpp:.3g} um/px is coarser than max_mpp={config.max_mpp:g}: nuclei cannot be resolved"
-        )
-    mask = None
+def _overview(reader: SlideReader, *, tally: Tally) -> tuple[np.ndarray | None, float]:
     try:
-        overview, overview_mpp = reader.overview(mpp=OVERVIEW_MPP)
+        return reader.overview(mpp=OVERVIEW_MPP)
     except RegionError as error:
         # Tissue then is everywhere: each region still gets its chance to be read.
         tally.notes.append(f"overview unreadable, whole area searched ({error})")
-        overview = None
-    if overview is not None:
-        tissue = find_tissue(overview, mpp=overview_mpp)
-        reason = reason_not_he(overview, tissue.mask) if config.tissue.require_he else None
-        if reason:
-            raise SlideError(reason)
-        mask = tissue.mask
+        return None, OVERVIEW_MPP
+
+
+def _plan(
+    reader: SlideReader,
+    overview: np.ndarray | None,
+    *,
+    overview_mpp: float,
+    slide: Slide,
+    config: CurateConfig,
+    tally: Tally,
+) -> list[Region]:
+    """Regions with tissue; raises SlideError for a slide that must not be used."""
+    mask = None if overview is None else _check_stain(overview, mpp=overview_mpp, config=config)
     if config.tissue.masks is not None:
         mask = read_mask(f"{config.tissue.masks}/{file_stem(slide.slide_id)}.png").mask
     regions = plan_regions(
@@ -229,12 +238,22 @@ def _plan(reader: SlideReader, *, slide: Slide, config: CurateConfig, tally: Tal
     return regions
 
 
-def _calibrate(reader: SlideReader, regions: list[Region], *, segmenter: Segmenter) -> Any:
+def _check_stain(picture: np.ndarray, *, mpp: float, config: CurateConfig) -> np.ndarray:
+    """The tissue of a picture, bool [h, w]; raises SlideError where its colours are not those of H&E."""
+    mask = find_tissue(picture, mpp=mpp).mask
+    reason = reason_not_he(picture, mask) if config.tissue.require_he else None
+    if reason:
+        raise SlideError(reason)
+    return mask
+
+
+def _samples(reader: SlideReader, regions: list[Region]) -> list[np.ndarray]:
+    """Some regions of a slide, those that can be read."""
     samples = []
     for region in spread(regions, CALIBRATION_REGIONS):
         with contextlib.suppress(RegionError):  # counted when its turn comes
             samples.append(_read(reader, region))
-    return segmenter.calibrate(samples) if samples else None
+    return samples
 
 
 def _read(reader: SlideReader, region: Region) -> np.ndarray:

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
-from fsspec.utils import glob_translate
 
 from lemon.config import ConfigError
 from lemon.runtime.identifiers import look_alikes_line, some, tcga_patient
-from lemon.runtime.store import Store, is_uri, path_exists
+from lemon.runtime.store import Store, is_uri
 from lemon.runtime.tables import Column, Form, is_table, read_user_table
 from lemon.schema import COHORT
-from lemon.slides.reader import PLAUSIBLE_MPP
-
-SUFFIXES = frozenset(
-    [".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm", ".czi"]
-)
+from lemon.slides.listing import find_slides, identity, tell
+from lemon.slides.paths import as_text
+from lemon.slides.resolution import PLAUSIBLE_MPP
 
 # TCGA-{TSS}-{patient}-{sample}{vial}-{portion}-{DX|TS|BS}{n}: https://docs.gdc.cancer.gov/Encyclopedia/pages/TCGA_Barcode
 _BARCODE = re.compile(
@@ -46,6 +42,7 @@ class Slide:
     project: str | None = None
     organ: str | None = None
     site: str | None = None
+    mpp: float | None = None
 
 
 _COHORT_FORM = Form(
@@ -60,18 +57,23 @@ _COHORT_FORM = Form(
 
 
 def list_slides(source: str | list[str]) -> list[Slide]:
-    """The slides that ``source`` names, sorted by id.
+    """The slides that ``source`` names, sorted by id; what was passed over is told in a line.
 
     Args:
         source: one or several of: a glob, a folder (searched in depth), a slide file, a .csv or .parquet cohort with
-            the column path and, where known, slide_id, patient_id, project, organ, site.
+            the column path and, where known, slide_id, patient_id, project, organ, site, mpp.
 
     Raises:
-        ConfigError: nothing is found, a cohort lacks a column, or two slides have the same id.
+        ConfigError: nothing is found, a cohort lacks a column, two slides have the same id, or two rows the same file.
     """
-    slides = [slide for word in ([source] if isinstance(source, str) else source) for slide in _expand(word)]
-    slides = list(dict.fromkeys(slides))
+    words, passed_over = [source] if isinstance(source, str) else source, Counter[str]()
+    # Of a slide that a cohort has too, its row counts: it knows more.
+    stated = [slide for word in words if _is_cohort(word) for slide in _read_cohort(word)]
+    listed = [slide for word in words if not _is_cohort(word) for slide in _list(word, passed_over)]
+    slides = _distinct(stated, listed, passed_over)
     _check_ids(slides)
+    if passed_over:
+        print(f"slides: passed over {tell(passed_over)}")
     return sorted((with_barcode(slide) for slide in slides), key=lambda slide: slide.slide_id)
 
 
@@ -96,43 +98,41 @@ def write_cohort(store: Store, name: str, slides: Iterable[Slide]) -> None:
     store.write_table(name, pa.Table.from_pylist([asdict(slide) for slide in slides], schema=COHORT))
 
 
-def _expand(word: str) -> list[Slide]:
-    if is_table(word) and not (not is_uri(word) and Path(word).expanduser().is_dir()):
-        return _read_cohort(word)
+def _is_cohort(word: str) -> bool:
+    return is_table(word) and (is_uri(word) or not Path(word).expanduser().is_dir())
+
+
+def _list(word: str, passed_over: Counter[str]) -> list[Slide]:
+    here = Counter[str]()
     try:
-        files = _remote_files(word) if is_uri(word) else _local_files(word)
+        files = find_slides(word, here)
     except ValueError as error:
         raise ConfigError(f"slides: {error}") from None
     if not files:
+        found = f"no slide (passed over {tell(here)})" if here else "no file"
         raise ConfigError(
-            f"slides: got {word!r}, which matches no file; expected a glob, folder, slide or cohort table"
+            f"slides: got {word!r}, which matches {found}; expected a glob, folder, slide or cohort table"
         )
-    return [Slide(slide_id=PurePosixPath(file).stem, path=file) for file in sorted(files)]
+    passed_over.update(here)
+    return [Slide(slide_id=as_text(PurePosixPath(file).stem), path=as_text(file)) for file in files]
 
 
-def _local_files(word: str) -> list[str]:
-    path = Path(word).expanduser()
-    if path.is_dir():
-        files: Iterable[Path] = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-    elif path.exists():
-        files = [path]
-    else:
-        files = (Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())  # noqa: PTH207
-    return [str(file.absolute()) for file in files]
-
-
-def _remote_files(word: str) -> list[str]:
-    """The objects that a glob, a prefix or a name at s3:// matches."""
-    whole = not glob.has_magic(word)
-    folder = word if whole else word[: re.search(r"[*?[]", word).start()].rpartition("/")[0]  # type: ignore[union-attr]
-    store = Store(folder)
-    names = [f"{store.uri}/{name}" for name in store.list("")]
-    if not whole:
-        pattern = re.compile(glob_translate(word))
-        return [name for name in names if pattern.match(name)]
-    if names:
-        return [name for name in names if PurePosixPath(name).suffix.lower() in SUFFIXES]
-    return [store.uri] if path_exists(word) else []
+def _distinct(stated: list[Slide], listed: list[Slide], passed_over: Counter[str]) -> list[Slide]:
+    """Each file once, under one id. Raises ConfigError where a cohort has it under two."""
+    kept: dict[Hashable, Slide] = {}
+    for slide in stated:
+        other = kept.setdefault(identity(slide.path), slide)
+        if other.slide_id != slide.slide_id:
+            raise ConfigError(
+                f"slides: slide_id {other.slide_id!r} and {slide.slide_id!r} name one slide ({slide.path}); "
+                "expected one row a slide: remove one of them"
+            )
+        if other != slide:
+            raise ConfigError(f"slides: the rows of slide_id {slide.slide_id!r} differ; expected one row a slide")
+    for slide in listed:
+        if kept.setdefault(identity(slide.path), slide).path != slide.path:
+            passed_over["listed already under another name"] += 1
+    return list(kept.values())
 
 
 def _read_cohort(path: str) -> list[Slide]:
@@ -179,4 +179,11 @@ def _check_ids(slides: list[Slide]) -> None:
             raise ConfigError(
                 f"slides: slide_id {slide_id!r} names {count} files ({paths[0]}, {paths[1]}); "
                 "give them different ids in a cohort table"
+            )
+    first: dict[str, str] = {}
+    for slide_id in counts:
+        if (other := first.setdefault(slide_id.lower(), slide_id)) != slide_id:
+            print(
+                f"slides: slide_id {other!r} and {slide_id!r} differ by case only; on a disk that does not tell case "
+                "apart (macOS, Windows) their files would be one: give them other ids there"
             )

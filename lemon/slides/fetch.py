@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lemon.runtime.store import is_uri, locate
-from lemon.slides.reader import SlideError
+from lemon.slides.errors import SlideError
 
 PREFIX = "lemon-slide-"
 SEVERAL_FILES = (".mrxs", ".vms", ".vmu", ".dcm")

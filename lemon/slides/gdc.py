@@ -13,8 +13,9 @@ from pydantic import Field
 
 from lemon.config import ConfigError, Frozen, one_line, validate
 from lemon.runtime.tables import Column, Form, read_user_table
-from lemon.slides.cohort import SUFFIXES, Slide, with_barcode
+from lemon.slides.cohort import Slide, with_barcode
 from lemon.slides.download import RemoteFile
+from lemon.slides.listing import SUFFIXES
 
 PAGE = 500
 """Files that one answer of the API lists."""

@@ -8,27 +8,31 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
 import openslide
 
 from lemon.schema import CROP_MPP
+from lemon.slides.errors import RegionError, SlideError
+from lemon.slides.headers import check_size, check_tiff, check_tile, explain_refusal
+from lemon.slides.paths import as_text, on_disk
+from lemon.slides.resolution import find_resolution
 
-PLAUSIBLE_MPP = (0.05, 20.0)
-"""um/px outside this range is a writer's mistake and is treated as missing."""
+LIMIT_S = 120.0
+"""Longest time for a region, or for opening a slide, unless the user says otherwise."""
+
+OVERVIEW_LIMITS = 10
+"""How much longer an overview may take: of a slide without a pyramid it reads every pixel."""
 
 _MARGIN_PX = 4  # level px read around a region, so that cubic interpolation sees true neighbours at its border
 
-
-class SlideError(Exception):
-    """A slide cannot be used; the message is the reason that its row in the ledger gives."""
-
-
-class RegionError(Exception):
-    """One region cannot be read, also after the slide was opened anew."""
+T = TypeVar("T")
 
 
 class SlideReader:
@@ -37,18 +41,33 @@ class SlideReader:
     Args:
         path: a local file that OpenSlide can open.
         default_mpp: um/px to assume where the file states none.
+        mpp: um/px that outranks what the file states.
+        limit_s: longest time that a region, or opening the file, may take.
 
     Raises:
-        SlideError: the file is absent, empty, or no slide.
+        SlideError: the file is absent, empty, no slide, not safe to decode, or its pixels are not square; from any
+            method, that a limit of time was exceeded: the slide then cannot be read any more.
     """
 
-    def __init__(self, path: str | Path, *, default_mpp: float = CROP_MPP) -> None:
-        self.path = str(path)
-        self._lock = threading.Lock()
-        self._handle = _open(self.path)
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        default_mpp: float = CROP_MPP,
+        mpp: float | None = None,
+        limit_s: float = LIMIT_S,
+    ) -> None:
+        self.path = on_disk(str(path))
+        self._lock, self._limit_s = threading.Lock(), limit_s
+        self._given_up: str | None = None
+        notes = self._within_limit(lambda: _check(self.path), "its header")
+        self._handle = self._within_limit(lambda: _open(self.path), "opening it")
         self._generation = 0
         properties = self._handle.properties
-        self.mpp, self.mpp_source = _resolution(properties, default_mpp=default_mpp)
+        resolution = find_resolution(properties, default_mpp=default_mpp, given_mpp=mpp)
+        self.mpp, self.mpp_source = resolution.mpp, resolution.source
+        self.notes = (*resolution.notes, *notes)
+        """What there is to say of the file, for the slide's row."""
         self.scale = CROP_MPP / self.mpp
         self.width_px, self.height_px = self._handle.dimensions
         self.bounds_px = _bounds(properties, width_px=self.width_px, height_px=self.height_px)
@@ -67,13 +86,14 @@ class SlideReader:
         return math.floor(x), math.floor(y), math.ceil(width), math.ceil(height)
 
     def close(self) -> None:
-        """Release the file."""
-        self._handle.close()
+        """Release the file; one that a thread still reads from is left to it."""
+        if self._given_up is None:
+            self._handle.close()
 
     def region(self, x_base_px: int, y_base_px: int, *, width_px: int, height_px: int) -> np.ndarray:
         """Pixels at 0.25 um/px, uint8 [height_px, width_px, 3]; white where the slide has none.
 
-        Raises RegionError when the pixels cannot be read.
+        Raises RegionError when the pixels cannot be read, SlideError when that takes too long.
         """
         level = _best_level(self.level_downsamples, self.scale)
         step = self.scale / self.level_downsamples[level]  # level px a base px
@@ -92,8 +112,9 @@ class SlideReader:
     def overview(self, *, mpp: float, max_px: int = 4096) -> tuple[np.ndarray, float]:
         """The scanned area at about ``mpp`` um/px: uint8 [H, W, 3] and the true um/px of the picture.
 
-        Raises RegionError when it cannot be read.
+        Raises RegionError when it cannot be read, SlideError when that takes too long.
         """
+        end = time.monotonic() + OVERVIEW_LIMITS * self._limit_s
         wanted = max(mpp / self.mpp, max(self.bounds_px[2:]) / max_px)
         level = _best_level(self.level_downsamples, wanted)
         downsample = self.level_downsamples[level]
@@ -102,6 +123,8 @@ class SlideReader:
         rows = []  # strip by strip: a slide with a single level would not fit memory at once
         strip_px = max(1, (32 << 20) // max(1, int(width)))
         for top in range(0, int(height), strip_px):
+            if time.monotonic() > end:
+                raise SlideError(f"its overview took over {OVERVIEW_LIMITS * self._limit_s:g} s: {_SLOW}")
             high = min(strip_px, int(height) - top)
             strip = self._read_level(round(x), round(y) + top, level=level, width_px=max(1, int(width)), height_px=high)
             rows_px = max(1, round((top + high) * size[1] / int(height)) - round(top * size[1] / int(height)))
@@ -113,15 +136,38 @@ class SlideReader:
         downsample = self.level_downsamples[level]
         location = round(x_px * downsample), round(y_px * downsample)
         handle, generation = self._current()
-        try:
-            image = handle.read_region(location, level, (width_px, height_px))
-        except openslide.OpenSlideError:
-            # After one bad tile the handle stays in error for good (openslide #689): a fresh one, once.
+        what = f"region at {location} of level {level}"
+
+        def read() -> np.ndarray:
             try:
-                image = self._reopened(generation).read_region(location, level, (width_px, height_px))
-            except (openslide.OpenSlideError, SlideError) as error:
-                raise RegionError(f"region at {location} of level {level}: {error}") from None
-        return _on_white(np.asarray(image))
+                image = handle.read_region(location, level, (width_px, height_px))
+            except openslide.OpenSlideError:
+                # After one bad tile the handle stays in error for good (openslide #689): a fresh one, once.
+                try:
+                    image = self._reopened(generation).read_region(location, level, (width_px, height_px))
+                except (openslide.OpenSlideError, SlideError) as error:
+                    raise RegionError(f"{what}: {error}") from None
+            return _on_white(np.asarray(image))
+
+        return self._within_limit(read, what)
+
+    def _within_limit(self, call: Callable[[], T], what: str) -> T:
+        """The outcome of a call into OpenSlide; raises SlideError when it takes too long.
+
+        Nothing interrupts a call into C. It is made in a thread, which is left behind with its handle: the slide is
+        given up, and whoever waits for it goes on.
+        """
+        if self._given_up is not None:
+            raise SlideError(self._given_up)
+        outcome: Future[T] = Future()
+        threading.Thread(target=_settle, args=(outcome, call), daemon=True, name="lemon-read").start()
+        try:
+            return outcome.result(timeout=self._limit_s)
+        except TimeoutError:
+            if outcome.done():  # the call's own
+                raise
+            self._given_up = f"{what} took over {self._limit_s:g} s: {_SLOW}"
+            raise SlideError(self._given_up) from None
 
     def _current(self) -> tuple[openslide.OpenSlide, int]:
         with self._lock:
@@ -136,42 +182,48 @@ class SlideReader:
             return self._handle
 
 
-def _open(path: str) -> openslide.OpenSlide:
+_SLOW = "a damaged or hostile file, or a slow disk; region_limit_s=... allows for more"
+
+
+def _settle(outcome: Future[T], call: Callable[[], T]) -> None:
+    try:
+        outcome.set_result(call())
+    except BaseException as error:  # noqa: BLE001 - raised again where the outcome is waited for
+        outcome.set_exception(error)
+
+
+def detect_format(path: str) -> str | None:
+    """What OpenSlide takes a file for, such as ``aperio`` or ``dicom``; None where it cannot open it."""
+    try:
+        return openslide.OpenSlide.detect_format(path)
+    except (openslide.OpenSlideError, OSError):
+        return None
+
+
+def _check(path: str) -> list[str]:
+    """What is remarkable in a file before it is opened; raises SlideError where it must not be."""
     file = Path(path)
     if not file.exists():
         raise SlideError("file not found")
+    if not (file.is_file() or file.is_dir()):
+        raise SlideError("no regular file")
     if file.is_file() and file.stat().st_size == 0:
         raise SlideError("file is empty (0 bytes)")
+    return check_tiff(path)
+
+
+def _open(path: str) -> openslide.OpenSlide:
     try:
-        return openslide.OpenSlide(path)
+        handle = openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError:
-        raise SlideError("not a slide that OpenSlide can open (truncated, or another kind of file)") from None
+        raise SlideError(explain_refusal(path)) from None
     except (openslide.OpenSlideError, OSError) as error:
-        raise SlideError(f"cannot be opened: {error}") from None
-
-
-def _resolution(properties: Mapping[str, str], *, default_mpp: float) -> tuple[float, str]:
-    """um/px and where it comes from: ``file``, ``magnification``, ``tiff`` or ``assumed``."""
-    x, y = (_number(properties.get(name)) for name in ("openslide.mpp-x", "openslide.mpp-y"))
-    if x and y and all(PLAUSIBLE_MPP[0] <= value <= PLAUSIBLE_MPP[1] for value in (x, y)):
-        return (x + y) / 2, "file"
-    power = _number(properties.get("openslide.objective-power")) or _number(properties.get("aperio.AppMag"))
-    if power and PLAUSIBLE_MPP[0] <= 10 / power <= PLAUSIBLE_MPP[1]:
-        return 10 / power, "magnification"  # 40x is 0.25 um/px, 20x is 0.5
-    resolution = _number(properties.get("tiff.XResolution"))
-    unit_um = {"centimeter": 1e4, "inch": 25_400.0}.get(properties.get("tiff.ResolutionUnit", ""))
-    # Editors write 72, 96 or 300 dots an inch into any picture: those are no microscope's.
-    if resolution and unit_um and PLAUSIBLE_MPP[0] <= unit_um / resolution <= PLAUSIBLE_MPP[1]:
-        return unit_um / resolution, "tiff"
-    return default_mpp, "assumed"
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        value = float(text) if text else None
-    except ValueError:
-        return None
-    return value if value and math.isfinite(value) and value > 0 else None
+        raise SlideError(f"cannot be opened: {as_text(str(error))}") from None
+    check_size(*handle.dimensions)
+    for level in range(handle.level_count):  # formats that are no TIFF have tiles too
+        sides = (handle.properties.get(f"openslide.level[{level}].tile-{side}", "0") for side in ("width", "height"))
+        check_tile(*(int(side) for side in sides))
+    return handle
 
 
 def _bounds(properties: Mapping[str, str], *, width_px: int, height_px: int) -> tuple[int, int, int, int]:

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from lemon.runtime.store import locate
-from lemon.slides.reader import SlideError
+from lemon.slides.errors import SlideError
 
 OVERVIEW_MPP = 8.0
 """um/px of the picture on which tissue is looked for: a lymphocyte is one pixel, a gland is dozens."""

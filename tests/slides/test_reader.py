@@ -84,11 +84,6 @@ def test_the_resolution_comes_from_the_file_or_the_magnification_or_is_assumed(
     assert slide.mpp_assumed == (source == "assumed")
 
 
-def test_a_tiff_resolution_is_the_third_choice() -> None:
-    properties = {"tiff.XResolution": "40000", "tiff.ResolutionUnit": "centimeter"}
-    assert reader_module._resolution(properties, default_mpp=1.0) == (0.25, "tiff")
-
-
 def test_transparent_pixels_become_white() -> None:
     rgba = np.zeros((2, 2, 4), np.uint8)
     rgba[0, 0] = (10, 20, 30, 255)

@@ -36,7 +36,7 @@ from lemon.probe.task import Count, Protocol, Task, TaskError
 from lemon.probe.tasks.assemble import check_protocols
 from lemon.probe.tasks.crops import corners, is_whole, size_at_crop_mpp
 from lemon.probe.tasks.xenium import MIN_QV, count_transcripts, read_centroids
-from lemon.schema import CROP_MPP, CROP_PX
+from lemon.schema import CROP_PX
 from lemon.slides.reader import RegionError, SlideError, SlideReader
 
 OBTAIN = "HEST-1k (gated, CC BY-NC-SA): https://huggingface.co/datasets/MahmoodLab/hest"
@@ -193,11 +193,9 @@ def read_mpp(path: Path) -> float:
 def open_slide(path: Path, *, mpp: float) -> SlideReader:
     """A slide that is read at the resolution given, whatever its file states."""
     try:
-        reader = SlideReader(path)
+        return SlideReader(path, mpp=mpp)
     except SlideError as error:
         raise TaskError(f"{path}: {error}; expected the tiled TIFF of {OBTAIN}: download it") from None
-    reader.mpp, reader.scale = mpp, CROP_MPP / mpp
-    return reader
 
 
 def common_genes(samples: Sequence[Sample], *, n_genes: int = N_GENES) -> np.ndarray:

@@ -34,7 +34,7 @@ from lemon.probe.tasks.crops import cut_by_image, cut_patches
 from lemon.runtime.tables import Column
 from lemon.schema import CROP_MPP
 from lemon.slides.images import read_image
-from lemon.slides.reader import PLAUSIBLE_MPP
+from lemon.slides.resolution import PLAUSIBLE_MPP
 
 OBTAIN = {
     "midog25-atypical": "the training set of MIDOG 2025, track 2: https://midog2025.deepmicroscopy.org",

@@ -1,0 +1,167 @@
+"""Which files of a folder, a glob or an s3:// prefix are slides, and how many are passed over for which reason."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from pathlib import Path, PurePath, PurePosixPath
+
+from fsspec.utils import glob_translate
+
+from lemon.runtime.store import Store, is_uri, path_exists
+from lemon.slides.headers import Instance, read_instance
+from lemon.slides.paths import on_disk
+from lemon.slides.reader import detect_format
+
+SUFFIXES = frozenset(
+    [".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm", ".czi"]
+)
+_TOLD = 8  # reasons in a line
+_UNFINISHED = (".part", ".partial", ".tmp", ".crdownload", ".download", ".filepart", ".bak", "~")
+
+
+def find_slides(word: str, passed_over: Counter[str]) -> list[str]:
+    """Paths of the slides that a glob, a folder, a prefix or a name matches, sorted, one path a slide.
+
+    A file that is named as such is taken whatever it is. ``passed_over`` counts the others by their reason.
+
+    Raises ValueError for a URI or a pattern that cannot be read, or an empty word.
+    """
+    if not word.strip():
+        raise ValueError("got an empty path; expected a glob, folder, slide or cohort table")
+    if is_uri(word):
+        names = _remote_names(word)
+        return [word] if names is None else _sort_out(names, passed_over)
+    path = Path(on_disk(word)).expanduser()
+    if path.is_dir():
+        return _sort_out(_walk(path.absolute(), passed_over), passed_over)
+    if path.exists():
+        return [str(path.absolute())]
+    return _sort_out(_matches(str(path.absolute()), passed_over), passed_over)
+
+
+def identity(path: str) -> Hashable:
+    """What two names of one slide have in common: a series of DICOM, a file on a disk, else the path."""
+    if is_uri(path):
+        return path
+    file = on_disk(path)
+    if (instance := _instance(file)) is not None:
+        return instance.series
+    try:
+        status = Path(file).stat()
+    except OSError:
+        return path
+    return status.st_dev, status.st_ino
+
+
+def tell(passed_over: Counter[str]) -> str:
+    """``12 files: 9 .txt, 2 hidden, 1 unfinished``."""
+    total = sum(passed_over.values())
+    told = passed_over.most_common(_TOLD)
+    rest = total - sum(count for _, count in told)
+    parts = ", ".join([f"{count} {reason}" for reason, count in told] + [f"{rest} others"] * (rest > 0))
+    return f"{total} file{'s' * (total != 1)}: {parts}"
+
+
+def _walk(root: Path, passed_over: Counter[str]) -> Iterator[str]:
+    """All files below a folder, links followed, each folder once."""
+    seen: set[tuple[int, int]] = set()
+
+    def unreadable(_: OSError) -> None:
+        passed_over["in folders that cannot be read"] += 1
+
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=unreadable):
+        try:
+            status = Path(folder).stat()
+        except OSError as error:
+            unreadable(error)
+            continue
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        hidden = [name for name in folders if name.startswith(".")]
+        passed_over.update({"hidden": len(hidden)} if hidden else {})
+        # What is reached both directly and by a link keeps its own path.
+        folders[:] = sorted(set(folders) - set(hidden), key=lambda name: (Path(folder, name).is_symlink(), name))
+        yield from (os.path.join(folder, name) for name in files)  # noqa: PTH118 - a Path an entry is slow
+
+
+def _matches(pattern: str, passed_over: Counter[str]) -> Iterable[str]:
+    """The files that a glob matches; ``**`` looks into each folder once: links may go in rings."""
+    if "**" not in PurePath(pattern).parts:
+        return [name for name in glob.glob(pattern) if not Path(name).is_dir()]  # noqa: PTH207
+    wanted = re.compile(glob_translate(pattern))
+    root = Path(*_above_magic(PurePath(pattern).parts))
+    return (name for name in _walk(root, passed_over) if wanted.match(name)) if root.is_dir() else ()
+
+
+def _above_magic(parts: Sequence[str]) -> Sequence[str]:
+    """The folders of a pattern above its first wildcard."""
+    first = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    return parts[:first]
+
+
+def _remote_names(word: str) -> list[str] | None:
+    """The objects that a glob or a prefix at s3:// matches; None for the name of one."""
+    whole = not glob.has_magic(word)
+    folder = word if whole else word[: re.search(r"[*?[]", word).start()].rpartition("/")[0]  # type: ignore[union-attr]
+    store = Store(folder)
+    names = [f"{store.uri}/{name}" for name in store.list("")]
+    if not whole:
+        pattern = re.compile(glob_translate(word))
+        return [name for name in names if pattern.match(name)]
+    return None if not names and path_exists(word) else names
+
+
+def _sort_out(names: Iterable[str], passed_over: Counter[str]) -> list[str]:
+    """The slides among files: the one rule for folders, globs and s3://."""
+    files = [PurePosixPath(name) for name in sorted(names)]
+    # A MIRAX slide is a file and the folder of the same name.
+    parts_of = {str(file.with_suffix("")) for file in files if file.suffix.lower() == ".mrxs"}
+    slides, series = [], defaultdict[Hashable, list[tuple[str, Instance | None]]](list)
+    for file in (file for file in files if str(file.parent) not in parts_of):
+        name, instance = str(file), _instance(str(file))
+        if instance is not None or (file.suffix.lower() == ".dcm" and not file.name.startswith(".")):
+            # Objects at s3:// are not looked into: those of one folder are taken for one slide.
+            series[instance.series if instance else is_uri(name) and str(file.parent)].append((name, instance))
+        elif (reason := _reason_against(file)) is not None:
+            passed_over[reason] += 1
+        else:
+            slides.append(name)
+    return sorted(slides + [name for files_of in series.values() for name in _of_series(files_of, passed_over)])
+
+
+def _of_series(files: list[tuple[str, Instance | None]], passed_over: Counter[str]) -> list[str]:
+    """The file that stands for a slide of DICOM: that of its finest level; OpenSlide finds the others beside it."""
+    known = [(name, instance) for name, instance in files if instance is not None]
+    volumes = sorted((-instance.width_px, name) for name, instance in known if instance.is_volume)
+    slides = [volumes[0][1]] if volumes else [name for name, _ in files[:1] if is_uri(name)]
+    reason = ".dcm of a slide already listed" if slides else ".dcm without pixels of a slide"
+    passed_over.update({reason: len(files) - len(slides)} if len(files) > len(slides) else {})
+    return slides
+
+
+def _instance(name: str) -> Instance | None:
+    """A file's part in a slide of DICOM, whose files need not have a suffix."""
+    suffix = PurePosixPath(name).suffix.lower()
+    looked_into = suffix == ".dcm" or suffix not in SUFFIXES
+    hidden = PurePosixPath(name).name.startswith(".")
+    return read_instance(name) if looked_into and not hidden and not is_uri(name) and Path(name).is_file() else None
+
+
+def _reason_against(file: PurePosixPath) -> str | None:
+    """Why a file is no slide, or None. Where its suffix does not tell, OpenSlide is asked."""
+    suffix = file.suffix.lower()
+    if file.name.startswith("."):
+        return "hidden"
+    if file.name.lower().endswith(_UNFINISHED):
+        return "unfinished"
+    if suffix in SUFFIXES:
+        return None
+    if not is_uri(str(file)) and Path(file).is_file() and detect_format(str(file)):
+        return None
+    return suffix if re.fullmatch(r"\.\w{1,10}", suffix, re.ASCII) else "of no known suffix"
