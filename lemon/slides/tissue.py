@@ -15,6 +15,8 @@ OVERVIEW_MPP = 8.0
 """um/px of the picture on which tissue is looked for: a lymphocyte is one pixel, a gland is dozens."""
 
 _MIN_OD = 0.05  # optical density that glass and dust stay below once the background is taken off
+# Highest less lowest optical density of R, G and B, as a part of the highest: over 0.2 in H&E, 0 in grey.
+_MIN_CHROMA = 0.1
 _MIN_AREA_UM2 = 3_000.0  # specks smaller than some tens of cells are dirt
 
 
@@ -63,20 +65,33 @@ def read_mask(path: str | Path) -> Tissue:
 def reason_not_he(overview: np.ndarray, mask: np.ndarray) -> str | None:
     """Why a slide cannot be H&E in bright field, or None.
 
-    Both hematoxylin and eosin absorb green more than red and blue; a fluorescence scan is dark all over, and the brown
-    of DAB absorbs blue most.
+    Both hematoxylin and eosin absorb green more than red and blue; a fluorescence scan is dark all over, the brown of
+    DAB absorbs blue most, and a grey picture absorbs all alike.
     """
     if np.median(overview) < 60:
         return f"not H&E: dark background (median grey {np.median(overview):.0f} of 255), as of fluorescence"
-    tissue = overview[mask]
-    if len(tissue) == 0:
+    if not mask.any():
         return None
-    red, green, blue = np.median(optical_density(tissue), axis=0)
+    if _is_grey(overview, mask):
+        return "not H&E: no colour in the tissue (R, G and B absorb alike), as of a greyscale picture"
+    red, green, blue = np.median(optical_density(overview[mask]), axis=0)
     if green < 0.9 * max(red, blue):
         return (
             f"not H&E: optical density of the tissue is {red:.2f}, {green:.2f}, {blue:.2f} (R, G, B), green not highest"
         )
     return None
+
+
+def _is_grey(overview: np.ndarray, mask: np.ndarray) -> bool:
+    """Whether even the most colourful tenth of the tissue has no colour; marks of a black pen thus do not matter."""
+    smooth = cv2.GaussianBlur(overview, (0, 0), 1.5)  # takes the noise of single pixels off
+    density = optical_density(smooth[mask])
+    glass = smooth[~mask]
+    if len(glass) > 0.01 * mask.size:
+        # A tint of the lamp lies over the tissue too.
+        density = density - np.median(optical_density(glass), axis=0)
+    chroma = density.max(axis=1) - density.min(axis=1)
+    return bool(np.percentile(chroma, 90) < _MIN_CHROMA * np.percentile(density.max(axis=1), 90))
 
 
 def optical_density(image: np.ndarray) -> np.ndarray:
