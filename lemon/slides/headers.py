@@ -8,12 +8,13 @@ from __future__ import annotations
 import itertools
 import logging
 import struct
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tifffile
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.filereader import read_partial
 
 from lemon.slides.errors import SlideError
@@ -40,6 +41,7 @@ CONVERT = "convert it with `vips tiffsave IN OUT.tiff --tile --pyramid --compres
 PARSER_ERRORS = (
     tifffile.TiffFileError,
     InvalidDicomError,
+    BytesLengthException,
     OSError,
     EOFError,
     ValueError,
@@ -52,14 +54,14 @@ PARSER_ERRORS = (
     struct.error,
 )
 
-_MAGIC = (
+_IMAGES = (
     (b"\x89PNG", "a PNG image"),
     (b"\xff\xd8\xff", "a JPEG image"),
     (b"BM", "a BMP image"),
     (b"GIF8", "a GIF image"),
     (b"\x00\x00\x00\x0cjP", "a JPEG 2000 image"),
 )
-_NO_IMAGE = (
+_NO_IMAGES = (
     (b"%PDF", "a PDF document"),
     (b"PK\x03\x04", "a ZIP archive: unpack it"),
     (b"\x1f\x8b", "a gzip archive: unpack it"),
@@ -139,10 +141,15 @@ def _check_pages(pages: list[tifffile.TiffPage], *, size: int) -> list[str]:
             f"{_bits(first)} bits a channel; expected 8: scale it to 8 bits, as with `vips cast IN OUT uchar --shift`, "
             f"then {CONVERT}"
         )
-    ends = np.array(first.dataoffsets, np.float64) + np.array(first.databytecounts, np.float64)
-    beyond = int((ends > size).sum())
+    beyond = _beyond(first, size=size)
     kind = "tiles" if first.is_tiled else "strips"
-    return [f"truncated: {beyond} of {len(ends)} {kind} lie beyond the file's end"] if beyond else []
+    return [f"truncated: {beyond} of {len(first.dataoffsets)} {kind} lie beyond the file's end"] if beyond else []
+
+
+def _beyond(page: tifffile.TiffPage, *, size: int) -> int:
+    """Tiles or strips of an image that end behind the end of the file."""
+    ends = np.array(page.dataoffsets, np.float64) + np.array(page.databytecounts, np.float64)
+    return int((ends > size).sum())
 
 
 def _bits(page: tifffile.TiffPage) -> int:
@@ -150,38 +157,38 @@ def _bits(page: tifffile.TiffPage) -> int:
 
 
 def explain_refusal(path: str) -> str:
-    """Why OpenSlide takes a file for no slide, and how to mend it."""
+    """Why OpenSlide cannot open a file, and how to mend it."""
     if words := _SEVERAL.get(Path(path).suffix.lower()):
-        return f"not a slide that OpenSlide can open: {words}"
+        return words
     start = _begins(path)
-    for magic, words in _MAGIC:
+    for magic, words in _IMAGES:
         if start.startswith(magic):
-            return f"{words}, no slide: {CONVERT}"
-    for magic, words in _NO_IMAGE:
+            return f"{words}: {CONVERT}"
+    for magic, words in _NO_IMAGES:
         if start.lstrip().lower().startswith(magic.lower()):
-            return f"not a slide but {words}"
-    if start[:4] in _TIFF_MAGIC:
-        return _explain_tiff(path)
-    return "not a slide that OpenSlide can open (truncated, or another kind of file)"
+            return words
+    return _explain_tiff(path) if start[:4] in _TIFF_MAGIC else "truncated, or another kind of file"
 
 
 def _explain_tiff(path: str) -> str:
+    size = Path(path).stat().st_size
     try:
         with tifffile.TiffFile(path) as tiff:
-            page = tiff.pages.first.aspage()
-            tiled, compression = page.is_tiled, getattr(page.compression, "name", str(page.compression))
+            pages = [page.aspage() for page in itertools.islice(tiff.pages, _MAX_PAGES)]
+            if not pages[0].is_tiled:
+                return f"a TIFF in strips, not tiled: {CONVERT}"
+            if not any(_beyond(page, size=size) for page in pages):
+                compression = getattr(pages[0].compression, "name", str(pages[0].compression))
+                return f"a tiled TIFF with compression {compression}: {CONVERT}"
     except PARSER_ERRORS:
-        size = Path(path).stat().st_size
-        return f"a TIFF without a readable directory, as of a truncated file ({size} bytes): copy or download it again"
-    if not tiled:
-        return f"a TIFF in strips, not tiled: {CONVERT}"
-    return f"a tiled TIFF (compression {compression}) that OpenSlide cannot open: {CONVERT}"
+        pass  # its directory, or a part of it, is not there
+    return f"a truncated TIFF ({size} bytes): copy or download it again"
 
 
 def read_instance(path: str) -> Instance | None:
     """What a file of a DICOM slide says of itself; None for one that is no such file."""
     try:
-        with Path(path).open("rb") as file:
+        with Path(path).open("rb") as file, warnings.catch_warnings(action="ignore"):
             # Up to the width of the whole slide: the positions of its tiles, which may be many, come later.
             found = read_partial(file, stop_when=lambda tag, *_: int(tag) > 0x00480006)
             if str(found.get("SOPClassUID", "")) != _WHOLE_SLIDE:

@@ -216,9 +216,9 @@ def _open(path: str) -> openslide.OpenSlide:
     try:
         handle = openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError:
-        raise SlideError(explain_refusal(path)) from None
+        raise SlideError(f"not a slide that OpenSlide can open: {explain_refusal(path)}") from None
     except (openslide.OpenSlideError, OSError) as error:
-        raise SlideError(f"cannot be opened: {as_text(str(error))}") from None
+        raise SlideError(f"cannot be opened ({as_text(str(error))}): {explain_refusal(path)}") from None
     check_size(*handle.dimensions)
     for level in range(handle.level_count):  # formats that are no TIFF have tiles too
         sides = (handle.properties.get(f"openslide.level[{level}].tile-{side}", "0") for side in ("width", "height"))
