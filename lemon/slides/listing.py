@@ -34,7 +34,7 @@ def find_slides(word: str, passed_over: Counter[str]) -> list[str]:
         raise ValueError("got an empty path; expected a glob, folder, slide or cohort table")
     if is_uri(word):
         names = _remote_names(word)
-        return [word] if names is None else _sort_out(names, passed_over)
+        return [word.rstrip("/")] if names is None else _sort_out(names, passed_over)
     path = Path(on_disk(word)).expanduser()
     if path.is_dir():
         return _sort_out(_walk(path.absolute(), passed_over), passed_over)
@@ -67,27 +67,30 @@ def tell(passed_over: Counter[str]) -> str:
 
 
 def _walk(root: Path, passed_over: Counter[str]) -> Iterator[str]:
-    """All files below a folder, links followed, each folder once."""
+    """All files below a folder, links followed; each folder once, under its own path rather than a link's."""
     seen: set[tuple[int, int]] = set()
+    starts = [str(root)]
 
     def unreadable(_: OSError) -> None:
         passed_over["in folders that cannot be read"] += 1
 
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=unreadable):
-        try:
-            status = Path(folder).stat()
-        except OSError as error:
-            unreadable(error)
-            continue
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        hidden = [name for name in folders if name.startswith(".")]
-        passed_over.update({"hidden": len(hidden)} if hidden else {})
-        # What is reached both directly and by a link keeps its own path.
-        folders[:] = sorted(set(folders) - set(hidden), key=lambda name: (Path(folder, name).is_symlink(), name))
-        yield from (os.path.join(folder, name) for name in files)  # noqa: PTH118 - a Path an entry is slow
+    for start in starts:  # grows: links are followed last
+        for folder, folders, files in os.walk(start, onerror=unreadable):
+            try:
+                status = Path(folder).stat()
+            except OSError as error:
+                unreadable(error)
+                continue
+            if (status.st_dev, status.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            visible = sorted(name for name in folders if not name.startswith("."))
+            if len(visible) < len(folders):
+                passed_over["hidden"] += len(folders) - len(visible)
+            folders[:] = visible
+            starts += [path for name in visible if Path(path := f"{folder}/{name}").is_symlink()]
+            yield from (f"{folder}/{name}" for name in files)
 
 
 def _matches(pattern: str, passed_over: Counter[str]) -> Iterable[str]:
@@ -119,20 +122,20 @@ def _remote_names(word: str) -> list[str] | None:
 
 def _sort_out(names: Iterable[str], passed_over: Counter[str]) -> list[str]:
     """The slides among files: the one rule for folders, globs and s3://."""
-    files = [PurePosixPath(name) for name in sorted(names)]
+    names = sorted(names)
     # A MIRAX slide is a file and the folder of the same name.
-    parts_of = {str(file.with_suffix("")) for file in files if file.suffix.lower() == ".mrxs"}
+    parts_of = {name[: -len(".mrxs")] for name in names if name.lower().endswith(".mrxs")}
     slides, series = [], defaultdict[Hashable, list[tuple[str, Instance | None]]](list)
-    for file in (file for file in files if str(file.parent) not in parts_of):
-        name, instance = str(file), _instance(str(file))
-        if instance is not None or (file.suffix.lower() == ".dcm" and not file.name.startswith(".")):
+    for name in (name for name in names if name.rpartition("/")[0] not in parts_of):
+        instance, hidden = _instance(name), PurePosixPath(name).name.startswith(".")
+        if instance is not None or (name.lower().endswith(".dcm") and not hidden):
             # Objects at s3:// are not looked into: those of one folder are taken for one slide.
-            series[instance.series if instance else is_uri(name) and str(file.parent)].append((name, instance))
-        elif (reason := _reason_against(file)) is not None:
+            series[instance.series if instance else is_uri(name) and name.rpartition("/")[0]].append((name, instance))
+        elif (reason := _reason_against(name)) is not None:
             passed_over[reason] += 1
         else:
             slides.append(name)
-    return sorted(slides + [name for files_of in series.values() for name in _of_series(files_of, passed_over)])
+    return sorted(slides + [name for files in series.values() for name in _of_series(files, passed_over)])
 
 
 def _of_series(files: list[tuple[str, Instance | None]], passed_over: Counter[str]) -> list[str]:
@@ -153,15 +156,13 @@ def _instance(name: str) -> Instance | None:
     return read_instance(name) if looked_into and not hidden and not is_uri(name) and Path(name).is_file() else None
 
 
-def _reason_against(file: PurePosixPath) -> str | None:
+def _reason_against(name: str) -> str | None:
     """Why a file is no slide, or None. Where its suffix does not tell, OpenSlide is asked."""
-    suffix = file.suffix.lower()
-    if file.name.startswith("."):
+    file, suffix = PurePosixPath(name).name, PurePosixPath(name).suffix.lower()
+    if file.startswith("."):
         return "hidden"
-    if file.name.lower().endswith(_UNFINISHED):
+    if file.lower().endswith(_UNFINISHED):
         return "unfinished"
-    if suffix in SUFFIXES:
-        return None
-    if not is_uri(str(file)) and Path(file).is_file() and detect_format(str(file)):
+    if suffix in SUFFIXES or (not is_uri(name) and Path(name).is_file() and detect_format(name)):
         return None
     return suffix if re.fullmatch(r"\.\w{1,10}", suffix, re.ASCII) else "of no known suffix"
