@@ -135,10 +135,10 @@ class SlideReader:
     def _read_level(self, x_px: int, y_px: int, *, level: int, width_px: int, height_px: int) -> np.ndarray:
         downsample = self.level_downsamples[level]
         location = round(x_px * downsample), round(y_px * downsample)
-        handle, generation = self._current()
         what = f"region at {location} of level {level}"
 
         def read() -> np.ndarray:
+            handle, generation = self._current()
             try:
                 image = handle.read_region(location, level, (width_px, height_px))
             except openslide.OpenSlideError:
@@ -205,9 +205,11 @@ def _check(path: str) -> list[str]:
     file = Path(path)
     if not file.exists():
         raise SlideError("file not found")
-    if not (file.is_file() or file.is_dir()):
+    if file.is_dir():
+        raise SlideError("a folder; expected a file of a slide (of DICOM any of its files, of MIRAX the .mrxs beside)")
+    if not file.is_file():
         raise SlideError("no regular file")
-    if file.is_file() and file.stat().st_size == 0:
+    if file.stat().st_size == 0:
         raise SlideError("file is empty (0 bytes)")
     return check_tiff(path)
 
@@ -233,7 +235,9 @@ def _bounds(properties: Mapping[str, str], *, width_px: int, height_px: int) -> 
         x, y, width, height = (int(properties[f"openslide.bounds-{name}"]) for name in names)
     except (KeyError, ValueError):
         return 0, 0, width_px, height_px
-    return x, y, width, height
+    left, top = max(0, x), max(0, y)
+    wide, high = min(x + width, width_px) - left, min(y + height, height_px) - top
+    return (left, top, wide, high) if wide > 0 and high > 0 else (0, 0, width_px, height_px)
 
 
 def _best_level(downsamples: tuple[float, ...], wanted: float) -> int:

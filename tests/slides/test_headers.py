@@ -62,6 +62,7 @@ def cut(path: Path, *, share: float) -> None:
         ("zip.svs", lambda p: p.write_bytes(b"PK\x03\x04 and more"), "a ZIP archive: unpack it"),
         ("text.svs", lambda p: p.write_text("not a slide\n"), "truncated, or another kind of file"),
         ("pipe.svs", os.mkfifo, "no regular file"),
+        ("folder.svs", Path.mkdir, "a folder; expected a file of a slide"),
     ],
 )
 def test_each_kind_of_file_that_is_no_slide_has_its_own_reason_and_remedy(

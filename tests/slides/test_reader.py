@@ -99,6 +99,9 @@ def test_bounds_come_from_the_file() -> None:
     properties = {f"openslide.bounds-{name}": str(value) for name, value in names.items()}
     assert reader_module._bounds(properties, width_px=2000, height_px=2000) == (100, 50, 640, 480)
     assert reader_module._bounds({}, width_px=2000, height_px=1000) == (0, 0, 2000, 1000)
+    # Never more than the slide has: the overview would be as large.
+    assert reader_module._bounds(properties, width_px=500, height_px=300) == (100, 50, 400, 250)
+    assert reader_module._bounds(properties, width_px=50, height_px=300) == (0, 0, 50, 300)
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,34 @@ def test_he_is_accepted_and_fluorescence_and_brown_are_rejected_with_a_reason() 
     )
 
 
+@pytest.mark.parametrize("tint", [(1.0, 1.0, 1.0), (1.0, 0.97, 0.9), (0.9, 0.95, 1.0)])
+@pytest.mark.parametrize("change", ["none", "noise", "jpeg", "dark", "inked"])
+def test_a_greyscale_picture_of_a_real_slide_is_refused_and_its_own_colours_are_not(
+    tint: tuple[float, float, float], change: str
+) -> None:
+    colour, mpp = SlideReader(shared("data/slides/CMU-1-Small-Region.svs")).overview(mpp=8.0)
+    grey = np.repeat(cv2.cvtColor(colour, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2)
+    for image, is_he in ((colour, True), (grey, False)):
+        changed = image * np.array(tint if not is_he else (1, 1, 1))
+        if change == "noise":
+            changed = changed + np.random.default_rng(0).normal(0, 4, image.shape)
+        changed = np.clip(changed * (0.6 if change == "dark" else 1), 0, 255).astype(np.uint8)
+        if change == "jpeg":
+            changed = cv2.imdecode(cv2.imencode(".jpg", changed, [cv2.IMWRITE_JPEG_QUALITY, 25])[1], cv2.IMREAD_COLOR)
+        if change == "inked":  # a black pen over much of the slide
+            changed[40:120, 20:200] = 20
+        reason = reason_not_he(changed, find_tissue(changed, mpp=mpp).mask)
+        assert (reason is None) == is_he, reason
+
+
+@pytest.mark.parametrize("folder", ["cpm15", "dsb2018_he", "consep_train"])
+def test_real_pictures_of_he_pass(folder: str) -> None:
+    for path in sorted(shared(f"data/masks/{folder}").glob("*.jpg")):
+        image = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+        small = overview_of(image)
+        assert reason_not_he(small, find_tissue(small, mpp=4.0).mask) is None, path.name
+
+
 def test_the_fluorescence_slide_is_recognised() -> None:
     overview, mpp = SlideReader(shared("data/slides/test3-DAPI-2-387.ndpi")).overview(mpp=8.0)
     assert "fluorescence" in str(reason_not_he(overview, find_tissue(overview, mpp=mpp).mask))

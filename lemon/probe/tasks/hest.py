@@ -229,7 +229,7 @@ def read_crops(folder: Path, samples: Sequence[Sample], *, desc: str) -> tuple[n
             own = np.flatnonzero(owner.ravel() == number)
             try:
                 block = reader.region(x_px, y_px, width_px=side, height_px=side)
-            except RegionError:
+            except (RegionError, SlideError):
                 readable[start + own] = False
                 continue
             images[start + own] = cut_crops(block, sample.corner_px[own] - (x_px, y_px))
