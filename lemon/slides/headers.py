@@ -96,7 +96,7 @@ def check_tile(width_px: int, height_px: int, *, bytes_per_px: int = 4) -> None:
     decoded = width_px * height_px * bytes_per_px
     if width_px * height_px > MAX_TILE_PX or decoded > MAX_TILE_BYTES:
         raise SlideError(
-            f"a tile of {width_px} x {height_px} px ({decoded / 1e9:.1f} GB decoded) exceeds the limit of "
+            f"a tile of {width_px} x {height_px} px ({decoded / 1e9:.1f} GB decoded) exceeds the limit of"
             f" {MAX_TILE_PX / 1e6:.0f} million px and {MAX_TILE_BYTES / 1e9:.1f} GB: {CONVERT}"
         )
 
