@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lemon.runtime.store import is_uri, locate
 from lemon.slides.errors import SlideError
+from lemon.slides.paths import on_disk
 
 PREFIX = "lemon-slide-"
 SEVERAL_FILES = (".mrxs", ".vms", ".vmu", ".dcm")
@@ -32,7 +33,7 @@ def local_slide(path: str, *, scratch: str | None = None) -> Iterator[str]:
     Raises SlideError when it cannot be fetched: absent, no space, no answer, a format of several files.
     """
     if not is_uri(path):
-        yield path
+        yield on_disk(path)
         return
     suffix = Path(path).suffix.lower()
     if suffix in SEVERAL_FILES:

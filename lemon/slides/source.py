@@ -12,6 +12,8 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from lemon.runtime.store import READERS, Store, is_uri, locate
+from lemon.slides.headers import read_instance
+from lemon.slides.paths import on_disk
 
 _HEADS = {".mrxs", ".vms", ".vmu"}
 """Formats whose file names others, in its folder, that hold the pixels."""
@@ -35,13 +37,24 @@ class Source:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files of a local slide: itself, and for some formats those in the folder of its name or beside it."""
-    if path.suffix.lower() == ".dcm":
-        return sorted(file for file in path.parent.iterdir() if file.suffix.lower() == ".dcm")
+    """The files of a local slide: itself, and for some formats those in the folder of its name or beside it.
+
+    Raises OSError for one that is no regular file: a pipe would be waited for.
+    """
+    path = Path(on_disk(str(path)))
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: no regular file")
+    if instance := read_instance(str(path)):
+        return [file for file in sorted(path.parent.iterdir()) if _is_of(instance.series, file)]
     if path.suffix.lower() not in _HEADS:
         return [path]
     beside = path.parent.glob(f"{path.stem}*") if path.suffix.lower() != ".mrxs" else path.with_suffix("").rglob("*")
     return [path, *sorted(file for file in beside if file.is_file() and file != path)]
+
+
+def _is_of(series: str, file: Path) -> bool:
+    other = read_instance(str(file)) if file.is_file() else None
+    return other is not None and other.series == series
 
 
 def digest_of(path: Path) -> str:
