@@ -162,7 +162,7 @@ def test_a_cohort_may_state_the_resolution(tmp_path: Path, mpp: str) -> None:
 def test_a_resolution_that_cannot_be_right_is_refused_before_work_begins(tmp_path: Path, mpp: str) -> None:
     touch(tmp_path, "a.svs")
     (tmp_path / "c.csv").write_text(f'path,mpp\na.svs,"{mpp}"\n')
-    with pytest.raises(ConfigError, match=r"row 1: mpp: got .*; expected um/px from 0\.05 to 20") as caught:
+    with pytest.raises(ConfigError, match=r"column mpp: got .*; expected 0\.05 to 20 um/px") as caught:
         list_slides(str(tmp_path / "c.csv"))
     assert "\n" not in str(caught.value)
 

@@ -29,7 +29,7 @@ from lemon.runtime.identifiers import look_alikes_line, some
 from lemon.runtime.tables import Column, Form, read_user_table
 from lemon.schema import CROP_MPP, CROP_PX
 from lemon.slides.images import read_image
-from lemon.slides.reader import PLAUSIBLE_MPP
+from lemon.slides.resolution import PLAUSIBLE_MPP
 
 OBTAIN = "labels.csv with the columns image, label, slide, and the images that it names"
 GROUPS = ("slide", "patient", "hospital", "scanner")
