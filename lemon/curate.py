@@ -194,9 +194,13 @@ def _pending(slides: list[Slide], ledger: Ledger, config: CurateConfig) -> list[
     Of these the row goes first, so that after a kill they are new.
     """
     paths = {slide.slide_id: slide.path for slide in slides}
+    mpp = {slide.slide_id: slide.mpp for slide in slides}
     finished = [row for row in ledger.rows() if row["status"] not in config.retry and row["slide_id"] in paths]
     again = {
         "changed since they were curated": changed_sources(finished, paths),
+        "have another um/px in the cohort": {
+            row["slide_id"] for row in finished if mpp[row["slide_id"]] not in (None, row["mpp"])
+        },
         "have other tissue masks": changed_masks(finished, config.tissue.masks, stem=file_stem),
         "lost their cells": ledger.without_shard(finished),
     }
