@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import functools
+import json
 import logging
 import os
 import re
+import secrets
 import socket
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from lemon.config import EXIT_BAD_CONFIG, ConfigError
+from lemon.config import ConfigError
 
 JOIN_S = 60.0
 """Ray that is joined answers by then; with a dead address or a wrong token ``ray.init`` never returns (2.60)."""
@@ -32,9 +32,13 @@ STORE_BYTES = 512 << 20
 
 _SOCKET_BYTES = 107  # of a Unix socket's path
 # Below Ray's temporary folder: session_<date>_<time>_<microseconds>_<process>/sockets/plasma_store and a suffix.
-_OWN_BYTES = len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1")
+_OWN_BYTES = len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+_LAST_RESORTS = ("/tmp", "/var/tmp", "/dev/shm")
+_LEAST_BYTES = 16 << 20  # that its folder must take: Ray's logs of a short job
 _ADDRESS = re.compile(r"(?P<client>ray://)?(?P<host>\[[0-9a-fA-F:]+\]|[^\s/:]+):(?P<port>\d+)")
 _ASK_S = 5.0
+_MANY = 1000  # nodes of a group without a limit
+_AUTOSCALING_STATUS = b"__autoscaling_status"
 _MEND = "is the cluster up, and RAY_ADDRESS (HOST:6379) right? unset it to run here"
 
 
@@ -68,9 +72,11 @@ def start_ray(*, dashboard: bool = False) -> None:
         check_address(address)
         _init(address=address, limit_s=JOIN_S)
         return
-    options: dict[str, Any] = {"include_dashboard": dashboard, "object_store_memory": _store_bytes()}
+    _set_token()
+    folder = temporary_folder()
+    options: dict[str, Any] = {"include_dashboard": dashboard, "object_store_memory": STORE_BYTES}
     # "local", because Ray by itself joins what the last ``ray start`` of this machine left a note of.
-    _init(address="local", limit_s=START_S, _temp_dir=temporary_folder(), **options)
+    _init(address="local", limit_s=START_S, **options | ({"_temp_dir": folder} if folder else {}))
 
 
 def quiet_ray_data() -> None:
@@ -132,16 +138,15 @@ def _check_gcs(address: str, *, place: str) -> None:
     """Ask whether Ray is alive there, as ``ray health-check`` does. Raises ConfigError."""
     import grpc
     import ray
-    from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
-    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
+    question = gcs_service_pb2.CheckAliveRequest()  # type: ignore[attr-defined]
     with grpc.insecure_channel(place, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
-            reply = NodeInfoGcsServiceStub(channel).CheckAlive(
-                CheckAliveRequest(), timeout=2 * _ASK_S, metadata=_credentials()
-            )
+            ask = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).CheckAlive
+            reply = ask(question, timeout=2 * _ASK_S, metadata=_credentials())
         except grpc.RpcError as error:
-            code = error.code()  # type: ignore[attr-defined]
+            code = error.code()
             if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
                 raise ConfigError(_refused(address)) from None
             raise ConfigError(
@@ -182,53 +187,58 @@ def _refused(address: str) -> str:
 
 
 def temporary_folder() -> str | None:
-    """A folder for Ray's files on this machine, where its own choice would not do; None: leave it to Ray.
+    """The folder for Ray's files on this machine where its own choice would not do; None: leave it to Ray.
 
-    Raises ConfigError where Ray could not write.
+    Raises ConfigError where there is none to write to.
     """
-    given = os.environ.get("RAY_TMPDIR")
-    chosen = Path(given or tempfile.gettempdir())
-    fault = _unusable(chosen)
-    if fault is not None and given:
-        raise ConfigError(f"RAY_TMPDIR: got {given!r}, {fault}; expected a folder for Ray's files: another one, or unset it")
-    if fault is None and len(os.fsencode(chosen.absolute())) + _OWN_BYTES <= _SOCKET_BYTES:
-        return str(chosen.absolute() / "ray") if given else None
-    fault = fault or "is too long for a Unix socket"
-    for short in map(Path, ("/tmp", "/var/tmp", "/dev/shm")):  # noqa: S108  (the last resort where TMPDIR will not do)
-        if _unusable(short) is None:
-            print(f"ray: {chosen} {fault}; its files go to {short}/ray", file=sys.stderr)
+    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), None)
+    chosen = Path(os.environ[name] if name else _LAST_RESORTS[0]).absolute()  # as Ray chooses
+    fault = folder_fault(chosen)
+    if fault is None:
+        return None
+    for short in map(Path, _LAST_RESORTS):
+        if folder_fault(short) is None:
+            print(f"ray: {name or 'temporary files'}: {chosen} {fault}; Ray's files go to {short}/ray", file=sys.stderr)
             return f"{short}/ray"
-    raise ConfigError(f"TMPDIR: got {chosen}, which {fault}; set RAY_TMPDIR to a short path of a disk with space")
+    raise ConfigError(
+        f"{name or 'TMPDIR'}: {chosen} {fault}, nor will {' or '.join(_LAST_RESORTS)} do; expected RAY_TMPDIR=FOLDER, "
+        "short and with space for Ray's files"
+    )
 
 
-def _unusable(folder: Path) -> str | None:
+def folder_fault(folder: Path) -> str | None:
+    """Why Ray cannot have its files in a folder; None where it can."""
+    if len(os.fsencode(folder)) + _OWN_BYTES > _SOCKET_BYTES:
+        return "is too long a path for a Unix socket"
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(1 << 20))
+            file.write(bytes(_LEAST_BYTES))
             file.flush()
     except OSError as error:
         return f"cannot be written ({error.strerror or error})"
     return None
 
 
-def _store_bytes() -> int:
-    """Bytes for Ray's objects on this machine, within its shared memory. Raises ConfigError where that is too small."""
-    shared = Path("/dev/shm")  # noqa: S108
-    if not shared.is_dir():
-        return STORE_BYTES
-    free = shutil.disk_usage(shared).free
-    if free * _SHARED < _LEAST_STORE_BYTES:
-        return STORE_BYTES  # Ray takes a file of its temporary folder, which is slow, and there is enough of it
-    return min(STORE_BYTES, int(free * _SHARED))
+def _set_token() -> None:
+    """A token of this job's own for the Ray that it starts, where Ray's default, a file in the home, cannot be made."""
+    if "RAY_AUTH_MODE" in os.environ or _token() is not None:
+        return
+    try:
+        folder = Path.home() / ".ray"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, RuntimeError):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 # --- ray.init, which may hang -----------------------------------------------------------------------------------------
 
 
 def _init(*, limit_s: float, **options: Any) -> None:
-    """``ray.init`` in a thread of its own: hanging there, it lets no signal end the process, and keeps to no limit.
+    """``ray.init`` in a thread of its own: where it hangs, it keeps to no limit and lets no signal end its thread.
 
-    Raises ConfigError.
+    There it also leaves the handler of SIGTERM alone. Raises ConfigError.
     """
     import ray
 
@@ -240,18 +250,95 @@ def _init(*, limit_s: float, **options: Any) -> None:
         except Exception as error:  # handed over, to be told in a line  # noqa: BLE001
             raised.append(error)
 
-    before = set(psutil.Process().children(recursive=True))
+    place = "Ray here" if options["address"] == "local" else f"RAY_ADDRESS: Ray at {options['address']!r}"
+    before = _children()
     thread = threading.Thread(target=initialise, name="ray.init", daemon=True)
-    with _silenced() as noise:
-        thread.start()
-        try:
-            _join(thread, limit_s=limit_s)
-        except BaseException:
-            _abandon(before)
-            raise
-    if thread.is_alive():
-        _abandon(before)
-        raise ConfigError(f"{_what(options)}: no answer in {limit_s:g} s{noise()}: {_mend(options)}")
-    if raised:
-        _abandon(before)
-        raise ConfigError(f"{_what(options)}: {explain(raised[0])}: {_mend(options)}") from raised[0]
+    try:
+        with _silenced():
+            thread.start()
+            end = time.monotonic() + limit_s
+            while thread.is_alive() and time.monotonic() < end:
+                thread.join(0.2)
+        if thread.is_alive():
+            raise ConfigError(f"{place} does not answer in {limit_s:g} s: python -m lemon.doctor --ray says more")
+        if raised:
+            raise ConfigError(f"{place}: {explain(raised[0])}") from raised[0]
+    except BaseException:
+        for child in _children() - before:  # what Ray had started by now
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+        raise
+
+
+def explain(error: Exception) -> str:
+    """An error of ``ray.init`` in one line, with how to mend it where that is known."""
+    told = " ".join(str(error).split())
+    if type(error).__name__ == "AuthenticationError":
+        return "RAY_AUTH_MODE wants a token and there is none: set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+    if isinstance(error, ConnectionError) and "any running Ray" in told:
+        return "no Ray runs on this machine: ray start --head, or unset RAY_ADDRESS to have one for this job"
+    if told.startswith("Version mismatch"):
+        return f"{told[:300]}: install the cluster's versions"
+    return f"{type(error).__name__}: {told[:300]}"
+
+
+def _children() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Standard error goes nowhere: Ray's C++ writes there, whatever its level of logging is, while it connects."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+# --- what a cluster has -----------------------------------------------------------------------------------------------
+
+
+def nodes() -> list[dict[str, float]]:
+    """Resources of each node that is alive."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def told_nodes() -> str:
+    """What the cluster has, in words."""
+    there = nodes()
+    total = {name: sum(node.get(name, 0) for node in there) for name in ("CPU", "GPU")}
+    return f"{len(there)} nodes with {total['CPU']:g} CPUs and {total['GPU']:g} GPUs"
+
+
+def coming_nodes() -> list[dict[str, float]] | None:
+    """Nodes that an autoscaler may add: none where there is none, None where it does not tell which."""
+    from ray._private.state import state  # as Ray Data: there is no public way to it (2.60)
+
+    groups = getattr(state.get_cluster_config(), "node_group_configs", ())
+    if groups:
+        return [dict(group.resources) for group in groups for _ in range(_most(group.max_count))]
+    return None if any(not name.startswith("node_") for name in _node_types()) else []
+
+
+def _most(count: int) -> int:
+    return _MANY if count < 0 else min(count, _MANY)
+
+
+def _node_types() -> set[str]:
+    """Types of the nodes, as the autoscaler knows them: where nothing scales, each is its own, ``node_<id>``."""
+    import ray
+    from ray.autoscaler.v2.sdk import get_cluster_status
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    noted = json.loads(_internal_kv_get(_AUTOSCALING_STATUS) or b"{}").get("autoscaler_report") or {}  # of version 1
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)  # of version 2
+    known = {node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes)}
+    return known | set(noted.get("active_nodes") or ()) | set(noted.get("idle_nodes") or ())

@@ -34,8 +34,8 @@ class Demand:
         least: workers that have to be there at the same time.
         wished: workers that were asked for; fewer is told and goes on.
         may_shrink: fewer CPUs a worker will do, as for a default that nobody asked for.
-        key: of the settings that say so.
-        count_key: the key below it that says how many workers.
+        key: of the settings that say what a worker takes.
+        count_key: of the setting that says how many.
     """
 
     cpus: int
@@ -44,7 +44,7 @@ class Demand:
     wished: int = 1
     may_shrink: bool = False
     key: str = "workers"
-    count_key: str = "count"
+    count_key: str = "workers.count"
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def grant(demand: Demand, *, nodes: Sequence[Node], coming: Sequence[Node] | Non
 def _fewer(demand: Demand, holds: int, *, place: str, final: bool) -> tuple[str, ...]:
     if holds >= demand.wished or not final:
         return ()
-    return (f"{demand.key}.{demand.count_key}: got {demand.wished}; {place} has room for {holds}, which it goes on with",)
+    return (f"{demand.count_key}: got {demand.wished}; {place} has room for {holds}, which it goes on with",)
 
 
 def _refusal(demand: Demand, *, gpus: float, nodes: Sequence[Node], place: str) -> str:
@@ -140,7 +140,7 @@ def _refusal(demand: Demand, *, gpus: float, nodes: Sequence[Node], place: str) 
         return f"{demand.key}.cpus: got {demand.cpus}; no node of {place} has more than {most['CPU']:g}: {mend}"
     each = f"{demand.cpus} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
     holds = room(nodes, cpus=demand.cpus, gpus=gpus)
-    return f"{demand.key}.{demand.count_key}: got {demand.least}, of {each} each; {place} has room for {holds}: {mend}"
+    return f"{demand.count_key}: got {demand.least}, of {each} each; {place} has room for {holds}: {mend}"
 
 
 def settle(demand: Demand, *, stage: str) -> Granted:

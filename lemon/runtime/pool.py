@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from lemon.config import ConfigError
-from lemon.runtime.cluster import quiet_ray_data, start_ray
-from lemon.runtime.demand import Demand, settle
+from lemon.runtime.cluster import quiet_ray_data
+from lemon.runtime.demand import Granted
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,15 @@ class AbsentError(Exception):
 
 
 class Worker(ABC):
-    """Works on one item at a time and commits what became of it; lives in this process or in an actor."""
+    """Works on one item at a time and commits what became of it; lives in this process or in an actor.
+
+    Attributes:
+        output: where it commits, in words.
+        fatal: errors of ``work`` that say that it cannot commit there.
+    """
+
+    output: str
+    fatal: tuple[type[Exception], ...] = ()
 
     def ready(self, item: Item) -> contextlib.AbstractContextManager[Item]:
         """The item with all that ``work`` needs, for the length of a block; may take long while another is worked on.
@@ -58,7 +66,7 @@ class Worker(ABC):
 
     @abstractmethod
     def work(self, item: Item) -> Row:
-        """The item's row, committed. Raises FatalError and CrashError; what else is raised becomes the item's row."""
+        """The item's row, committed. Raises CrashError, FatalError and ``fatal``; all else becomes the item's row."""
 
     @abstractmethod
     def fail(self, item: Item, reason: str) -> Row:
@@ -70,12 +78,12 @@ class Actors:
     """A pool of actors.
 
     Attributes:
-        demand: what an actor takes of the cluster.
+        granted: what an actor takes of the cluster, and how many there is room for.
         most: actors at most; None: as many as there is room for.
         ahead: items that an actor gets ready while it works on another.
     """
 
-    demand: Demand
+    granted: Granted
     most: int | None = None
     ahead: int = 0
 
@@ -85,7 +93,8 @@ def run(
 ) -> Iterator[Row]:
     """Rows of the items as they are finished; in this process without ``actors``.
 
-    ``make`` has to be picklable where there are actors. Raises FatalError, and ConfigError where the cluster has no room.
+    With ``actors`` Ray has been joined, and ``make`` has to be picklable. Raises FatalError, and without actors what
+    ``make`` raises.
     """
     if not items:  # no Ray is started for nothing, and Ray Data takes no empty list
         return
@@ -95,15 +104,6 @@ def run(
     worker, run_id, turn = make(), _new_run(), threading.Lock()
     for item in items:
         yield _settle(item, worker, run_id=run_id, max_attempts=max_attempts, turn=turn)
-
-
-@contextlib.contextmanager
-def stopping(what: str, *errors: type[Exception]) -> Iterator[None]:
-    """Errors of the block, OSError among them, stop the job: for what is written where all items are."""
-    try:
-        yield
-    except (OSError, *errors) as error:
-        raise FatalError(f"{what}: {error}") from error
 
 
 def _new_run() -> str:
@@ -117,8 +117,8 @@ def _settle(item: Item, worker: Worker, *, run_id: str, max_attempts: int, turn:
             return _attempt(prepared, worker, run_id=run_id, max_attempts=max_attempts)
     except AbsentError as error:
         return item | {"status": "failed", "error": " ".join(str(error).split())}
-    except OSError as error:  # of the ledger: what ``work`` raises is dealt with where it works
-        raise FatalError(str(error)) from error
+    except OSError as error:  # of the ledger: what ``work`` raises does not come here
+        raise FatalError(f"cannot write to {worker.output}: {error}") from error
 
 
 def _attempt(item: Item, worker: Worker, *, run_id: str, max_attempts: int) -> Row:
@@ -129,6 +129,10 @@ def _attempt(item: Item, worker: Worker, *, run_id: str, max_attempts: int) -> R
             continue
         except FatalError:
             raise
+        except worker.fatal as error:
+            raise FatalError(f"cannot write to {worker.output}: {error}") from error
+        except ConfigError as error:  # says by itself what is wrong
+            return worker.fail(item, str(error))
         except Exception as error:  # whatever a strange item provokes becomes its row, and the job goes on
             logger.exception("%s", item)
             return worker.fail(item, f"unexpected {type(error).__name__}: {error}")
@@ -164,9 +168,8 @@ class ItemActor:
 def _on_ray(items: Sequence[Item], make: Callable[[], Worker], *, actors: Actors, max_attempts: int) -> Iterator[Row]:
     import ray.data
 
-    start_ray()
     quiet_ray_data()
-    granted = settle(actors.demand)
+    granted = actors.granted
     rows = ray.data.from_items(
         [{"item": json.dumps(item)} for item in items], override_num_blocks=len(items)
     ).map_batches(
