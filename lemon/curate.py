@@ -17,7 +17,7 @@ from lemon.cells.ledger import Ledger, open_ledger, tell_statuses
 from lemon.cells.names import FOLDERS, SETTINGS, file_stem, ledger_name
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError, CurateConfig, HoverFastConfig
 from lemon.runtime import pool
-from lemon.runtime.demand import Demand, settle
+from lemon.runtime.demand import Demand, is_new, settle
 from lemon.runtime.lease import hold
 from lemon.runtime.store import Store, is_uri, open_output, path_exists
 from lemon.slide import OutputError, build_segmenter, curate_slide, start_processes
@@ -83,9 +83,7 @@ def run(config: CurateConfig, *, source: Source = IN_PLACE) -> Summary:
 
 def main(config: CurateConfig, *, source: Source = IN_PLACE) -> int:
     """``run`` with its outcome told; returns the exit code."""
-    slides = check(config)
-    if _is_new(config.output):  # else there may be nothing to do, for which no Ray is started
-        settle(_demand(config, n_slides=len(slides)), stage="curate")
+    ask(config)
     try:
         with hold(config.output, stage="curate", owns=OWNS):
             summary = run(config, source=source)
@@ -149,6 +147,17 @@ class Curator(pool.Worker):
         return self.ledger.commit(item["slide"] | told)
 
 
+def ask(config: CurateConfig, *, key: str = "workers") -> int:
+    """Check a config and, where there is work, what it asks of the cluster; returns the number of slides.
+
+    ``key`` is what its ``workers`` are called where it is a part of another job's. Raises ConfigError.
+    """
+    slides = check(config)
+    if is_new(config.output, table="slides"):
+        settle(_demand(config, n_slides=len(slides), key=key), stage="curate")
+    return len(slides)
+
+
 def check(config: CurateConfig) -> list[Slide]:
     """The slides of a config. Raises ConfigError for all that can be wrong before work begins."""
     slides = list_slides(config.slides)
@@ -198,21 +207,15 @@ def _pending(slides: list[Slide], ledger: Ledger, config: CurateConfig) -> list[
     return [slide for slide in slides if slide.slide_id not in done]
 
 
-def _is_new(output: str) -> bool:
-    try:
-        return not Store(output).list("slides")
-    except (OSError, ValueError):  # what opens the output tells it
-        return False
-
-
-def _demand(config: CurateConfig, *, n_slides: int) -> Demand:
+def _demand(config: CurateConfig, *, n_slides: int, key: str = "workers") -> Demand:
     workers = config.workers
     return Demand(
         cpus=workers.cpus,
         gpus=workers.gpus,
         wished=min(workers.actors or 1, n_slides),
         may_shrink="cpus" not in workers.model_fields_set,
-        count_key="workers.actors",
+        key=key,
+        count_key=f"{key}.actors",
     )
 
 

@@ -27,7 +27,7 @@ from lemon.embed.spatialdata import check_spatialdata
 from lemon.encoders.open import Encoder
 from lemon.runtime import pool
 from lemon.runtime.cluster import ray_address
-from lemon.runtime.demand import Demand, settle
+from lemon.runtime.demand import Demand, is_new, settle
 from lemon.runtime.lease import hold
 from lemon.runtime.shards import ShardError
 from lemon.runtime.store import Store, open_output
@@ -78,6 +78,7 @@ def run(config: EmbedConfig) -> Summary:
 
 def main(config: EmbedConfig) -> int:
     """``run`` with its outcome told; returns the exit code."""
+    _ask(config)
     try:
         with hold(config.output, stage="embed", owns=OWNS):
             summary = run(config)
@@ -186,6 +187,16 @@ def _export(
         for _ in pool.run(pending, make, actors=actors, max_attempts=config.max_attempts):
             bar.update()
     return [row for slide_id, row in ledger.rows().items() if slide_id in paths]
+
+
+def _ask(config: EmbedConfig) -> None:
+    """Check what the job asks of the cluster before it writes anything. Raises ConfigError."""
+    if config.slides is not None:
+        n_slides = curate.ask(config.curate_config(), key="curation.workers")
+    else:
+        n_slides = len(_jobs(Store(config.cells or "")))
+    if is_new(config.output, table="slides"):
+        _actors(config, n_slides=n_slides, gpus=config.workers.gpus)
 
 
 def _is_here(config: EmbedConfig, *, n_slides: int) -> bool:

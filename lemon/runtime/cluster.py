@@ -8,11 +8,11 @@ import logging
 import os
 import re
 import secrets
+import signal
 import socket
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -238,28 +238,29 @@ def _set_token() -> None:
 def _init(*, limit_s: float, **options: Any) -> None:
     """``ray.init`` in a thread of its own: where it hangs, it keeps to no limit and lets no signal end its thread.
 
-    There it also leaves the handler of SIGTERM alone. Raises ConfigError.
+    That thread stays, because Linux kills what Ray has started together with the thread that started it. Raises
+    ConfigError.
     """
     import ray
 
     raised: list[Exception] = []
+    done, never = threading.Event(), threading.Event()
 
     def initialise() -> None:
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
         except Exception as error:  # handed over, to be told in a line  # noqa: BLE001
             raised.append(error)
+        done.set()
+        never.wait()
 
     place = "Ray here" if options["address"] == "local" else f"RAY_ADDRESS: Ray at {options['address']!r}"
     before = _children()
-    thread = threading.Thread(target=initialise, name="ray.init", daemon=True)
     try:
         with _silenced():
-            thread.start()
-            end = time.monotonic() + limit_s
-            while thread.is_alive() and time.monotonic() < end:
-                thread.join(0.2)
-        if thread.is_alive():
+            threading.Thread(target=initialise, name="ray.init", daemon=True).start()
+            done.wait(limit_s)
+        if not done.is_set():
             raise ConfigError(f"{place} does not answer in {limit_s:g} s: python -m lemon.doctor --ray says more")
         if raised:
             raise ConfigError(f"{place}: {explain(raised[0])}") from raised[0]
@@ -268,6 +269,8 @@ def _init(*, limit_s: float, **options: Any) -> None:
             with contextlib.suppress(psutil.Error):
                 child.kill()
         raise
+    if threading.current_thread() is threading.main_thread() and (handler := signal.getsignal(signal.SIGTERM)):
+        signal.signal(signal.SIGTERM, handler)  # again: Ray's C++ has put one that prints its stack in its place
 
 
 def explain(error: Exception) -> str:
@@ -325,20 +328,25 @@ def coming_nodes() -> list[dict[str, float]] | None:
     groups = getattr(state.get_cluster_config(), "node_group_configs", ())
     if groups:
         return [dict(group.resources) for group in groups for _ in range(_most(group.max_count))]
-    return None if any(not name.startswith("node_") for name in _node_types()) else []
+    return None if _is_scaled() else []
 
 
 def _most(count: int) -> int:
     return _MANY if count < 0 else min(count, _MANY)
 
 
-def _node_types() -> set[str]:
-    """Types of the nodes, as the autoscaler knows them: where nothing scales, each is its own, ``node_<id>``."""
+def _is_scaled() -> bool:
+    """Whether an autoscaler adds nodes. Where none does, each node is to Ray a type of its own, ``node_<id>``."""
     import ray
     from ray.autoscaler.v2.sdk import get_cluster_status
     from ray.experimental.internal_kv import _internal_kv_get
 
-    noted = json.loads(_internal_kv_get(_AUTOSCALING_STATUS) or b"{}").get("autoscaler_report") or {}  # of version 1
-    status = get_cluster_status(ray.get_runtime_context().gcs_address)  # of version 2
-    known = {node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes)}
-    return known | set(noted.get("active_nodes") or ()) | set(noted.get("idle_nodes") or ())
+    noted = json.loads(_internal_kv_get(_AUTOSCALING_STATUS) or b"{}").get("autoscaler_report")
+    if noted is not None:  # by version 1
+        types = {*(noted.get("active_nodes") or ()), *(noted.get("idle_nodes") or ())}
+        return any(not name.startswith("node_") for name in types)
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)  # of version 2, which names its instances
+    return any(
+        node.instance_id or not node.ray_node_type_name.startswith("node_")
+        for node in (*status.active_nodes, *status.idle_nodes)
+    )

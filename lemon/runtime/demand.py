@@ -6,19 +6,23 @@ Ray itself would wait without end, and without a line, for a node that there nev
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from pathlib import Path
 
 from lemon.config import ConfigError
 from lemon.runtime import cluster
+from lemon.runtime.store import Store
 
 NOTICE_S = 30.0
 """How often a job that waits for the cluster says so."""
 
 _POLL_S = 1
+
+_told: set[str] = set()
 
 Node = Mapping[str, float]
 """Resources of a node by name, as Ray tells them: ``CPU``, ``GPU`` and others."""
@@ -64,18 +68,6 @@ class Granted:
     room: int
     waits: bool = False
     notes: tuple[str, ...] = ()
-
-
-class Workers(Protocol):
-    """The settings of workers that all stages share."""
-
-    @property
-    def cpus(self) -> int:
-        """CPUs of a worker."""
-
-    @property
-    def model_fields_set(self) -> set[str]:
-        """Names of the settings that were given."""
 
 
 def room(nodes: Sequence[Node], *, cpus: int, gpus: float = 0.0) -> int:
@@ -143,6 +135,22 @@ def _refusal(demand: Demand, *, gpus: float, nodes: Sequence[Node], place: str) 
     return f"{demand.count_key}: got {demand.least}, of {each} each; {place} has room for {holds}: {mend}"
 
 
+def is_new(output: str, *, table: str) -> bool:
+    """Whether an output that can be written has no rows in a table yet; where it cannot, what opens it tells so.
+
+    A job with a new output has work to do, so it asks for the cluster before it writes anything.
+    """
+    try:
+        store = Store(output)
+        if store.is_local:
+            nearest = next(path for path in (Path(store.root), *Path(store.root).parents) if path.exists())
+            if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+                return False
+        return not store.list(table)
+    except (OSError, ValueError):
+        return False
+
+
 def settle(demand: Demand, *, stage: str) -> Granted:
     """Join or start Ray, and return what it has for a job; waits, with a line now and then, where nodes may come.
 
@@ -153,7 +161,9 @@ def settle(demand: Demand, *, stage: str) -> Granted:
     place = "this machine" if here else "the cluster"
     granted = grant(demand, nodes=cluster.nodes(), coming=() if here else cluster.coming_nodes(), place=place)
     for note in granted.notes:
-        print(f"{stage}: {note}", file=sys.stderr)
+        if note not in _told:
+            print(f"{stage}: {note}", file=sys.stderr)
+            _told.add(note)
     if here:
         return granted
     _wait(demand, granted, stage=stage)
