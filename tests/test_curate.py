@@ -274,6 +274,7 @@ def test_a_job_on_a_full_disk_says_so_in_one_line(
         raise pool.FatalError("[Errno 28] No space left on device")
 
     monkeypatch.setattr(curate, "run", run)
+    monkeypatch.setattr(curate, "ask", lambda config: None)  # Ray is left out
     assert curate.main(config_for(slide_file, tmp_path)) == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert "No space left on device" in line

@@ -261,7 +261,10 @@ def _init(*, limit_s: float, **options: Any) -> None:
             threading.Thread(target=initialise, name="ray.init", daemon=True).start()
             done.wait(limit_s)
         if not done.is_set():
-            raise ConfigError(f"{place} does not answer in {limit_s:g} s: python -m lemon.doctor --ray says more")
+            left = ", or what the last ray start of this machine left a note of" if options["address"] == "auto" else ""
+            raise ConfigError(
+                f"{place} does not answer in {limit_s:g} s: is it dead{left}? python -m lemon.doctor --ray"
+            )
         if raised:
             raise ConfigError(f"{place}: {explain(raised[0])}") from raised[0]
     except BaseException:
