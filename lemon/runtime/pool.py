@@ -178,12 +178,12 @@ def _on_ray(items: Sequence[Item], make: Callable[[], Worker], *, actors: Actors
         batch_size=1,
         num_cpus=granted.cpus,
         num_gpus=granted.gpus,
-        max_concurrency=1 + actors.ahead,
         compute=ray.data.ActorPoolStrategy(
             min_size=1,
             max_size=min(actors.most or granted.room, len(items)),
             enable_true_multi_threading=actors.ahead > 0,
         ),
+        **({"max_concurrency": 1 + actors.ahead} if actors.ahead else {}),  # one is Ray's default
     )
     for found in rows.iter_rows():
         told = json.loads(found["told"])
