@@ -170,6 +170,7 @@ def _on_ray(items: Sequence[Item], make: Callable[[], Worker], *, actors: Actors
 
     quiet_ray_data()
     granted = actors.granted
+    threads: Any = {"max_concurrency": 1 + actors.ahead} if actors.ahead else {}
     rows = ray.data.from_items(
         [{"item": json.dumps(item)} for item in items], override_num_blocks=len(items)
     ).map_batches(
@@ -183,7 +184,7 @@ def _on_ray(items: Sequence[Item], make: Callable[[], Worker], *, actors: Actors
             max_size=min(actors.most or granted.room, len(items)),
             enable_true_multi_threading=actors.ahead > 0,
         ),
-        **({"max_concurrency": 1 + actors.ahead} if actors.ahead else {}),  # one is Ray's default
+        **threads,
     )
     for found in rows.iter_rows():
         told = json.loads(found["told"])
