@@ -34,7 +34,7 @@ check: setup
 # The MLflow page of a database, on this machine only.
 DB ?= mlflow.db
 ui: setup
-	$(VENV)/bin/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(abspath $(DB))
+	MLFLOW_DISABLE_TELEMETRY=$${MLFLOW_DISABLE_TELEMETRY:-true} $(VENV)/bin/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(abspath $(DB))
 
 bench: setup
 	$(RUN) -m benchmarks.hoverfast

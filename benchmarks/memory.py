@@ -56,14 +56,14 @@ def curate_copies(slide: Path, copies: int, *, folder: Path) -> dict[str, float]
 
 
 def resident(pid: int) -> dict[str, float]:
-    """Resident MB now: of the driver, and of the actor (Ray names it SlideActor) and its worker processes together."""
+    """Resident MB now: of the driver, and of the actor (Ray names it ItemActor) and its worker processes together."""
     driver, workers = 0.0, 0.0
     try:
         process = psutil.Process(pid)
         driver = process.memory_info().rss / 1e6
         for child in process.children(recursive=True):
             line = " ".join(child.cmdline())
-            if "SlideActor" in line or "multiprocessing.spawn" in line:
+            if "ItemActor" in line or "multiprocessing.spawn" in line:
                 workers += child.memory_full_info().uss / 1e6
     except psutil.Error:
         pass

@@ -17,7 +17,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +34,7 @@ from lemon.cells.names import ledger_name, shard_name
 from lemon.cells.select import select_cells
 from lemon.cells.shard import PARQUET_OPTIONS, ROW_GROUP_ROWS
 from lemon.config import CurateConfig, load
+from lemon.runtime import pool
 from lemon.runtime.store import Store
 
 TEMPLATES = 20
@@ -144,23 +144,23 @@ def write_shard(store: Store, name: str, ranks: np.ndarray) -> None:
             writer.write_table(pa.table(columns | {"rank": own}, schema=table), row_group_size=ROW_GROUP_ROWS)
 
 
-class Idle(curate.SlideActor):
-    """An actor that segments nothing and commits a row."""
+class Idle(curate.Curator):
+    """A worker that segments nothing and commits a row."""
 
-    def __init__(self, config: CurateConfig, config_fingerprint: str, run_id: str, source: curate.Source) -> None:
+    def __init__(self, config: CurateConfig, *, config_fingerprint: str, source: curate.Source) -> None:
+        self.output, self.locate = config.output, source.open()
         self.ledger = Ledger(Store(config.output), config_fingerprint=config_fingerprint)
-        self.run_id, self.locate, self.turn = run_id, source.open(), threading.Lock()
 
-    def _attempt(self, slide: Any, *, path: str) -> dict[str, Any]:  # noqa: ARG002
-        self.ledger.begin(slide.slide_id, run_id=self.run_id)
-        return self.ledger.commit(row_of(slide.slide_id, slide.path, n_cells=0))
+    def work(self, item: pool.Item) -> pool.Row:
+        """A row without cells."""
+        return self.ledger.commit(row_of(item["slide"]["slide_id"], item["slide"]["path"], n_cells=0))
 
 
 def curate_nothing(options: argparse.Namespace) -> str:
     """Slides through Ray Data and the ledger."""
     config = curation(options.folder, output="curated")
     few = sorted(str(path) for path in (options.folder / "slides").iterdir())[: options.curated]
-    curate.SlideActor = Idle  # type: ignore[misc]
+    curate.Curator = Idle  # type: ignore[misc]
     start = time.perf_counter()
     summary = curate.run(config.model_copy(update={"slides": few}))
     rate = len(summary.rows) / (time.perf_counter() - start)

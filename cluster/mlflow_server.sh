@@ -2,6 +2,8 @@
 # starts after it. MLFLOW_HOST (default: this node's private address), MLFLOW_PORT, MLFLOW_FOLDER choose where.
 MLFLOW_HOST="${MLFLOW_HOST:-$(python -c 'import ray.util; print(ray.util.get_node_ip_address())')}"
 export MLFLOW_TRACKING_URI="http://$MLFLOW_HOST:${MLFLOW_PORT:-5000}"
+# As lemon/runtime/__init__.py: neither calls home unless it was switched on.
+export RAY_USAGE_STATS_ENABLED="${RAY_USAGE_STATS_ENABLED:-0}" MLFLOW_DISABLE_TELEMETRY="${MLFLOW_DISABLE_TELEMETRY:-true}"
 MLFLOW_FOLDER="${MLFLOW_FOLDER:-$HOME/mlflow}"
 mkdir -p "$MLFLOW_FOLDER"
 lemon_mlflow_answers() {

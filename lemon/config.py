@@ -5,11 +5,14 @@ Nothing here imports torch or Ray, so a wrong key, type or value is told within 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import glob
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -18,6 +21,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 EXIT_OK, EXIT_BAD_CONFIG, EXIT_FAILURES = 0, 2, 3
+EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # 128 + the signal, as shells tell it
 
 CELLS_FOLDER = "cells"
 """Where in its output a job that curates on the way puts the cells."""
@@ -28,6 +32,10 @@ COHORT_FILE = "cohort.parquet"
 
 class ConfigError(ValueError):
     """Something the user gave is wrong; the message is one line: what it was, what is expected, how to mend it."""
+
+
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM has come: to be ended as by Ctrl-C, by all that cleans up after itself."""
 
 
 FULL_OR_GONE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOTCONN}
@@ -307,7 +315,8 @@ def run_job(stage: str, model: type[C], main: Callable[[C], int], argv: Sequence
         print(describe(stage, model))
         return EXIT_OK
     try:
-        return main(load(stage, argv, model))
+        with _ended_by_sigterm():
+            return main(load(stage, argv, model))
     except ConfigError as error:
         for line in str(error).splitlines():
             print(f"{stage}: {line}", file=sys.stderr)
@@ -317,9 +326,29 @@ def run_job(stage: str, model: type[C], main: Callable[[C], int], argv: Sequence
             raise
         print(f"{stage}: stopped: {error}; what is committed stays, rerun goes on", file=sys.stderr)
         return EXIT_FAILURES
-    except KeyboardInterrupt:
-        print(f"{stage}: interrupted; the same command again goes on where it stopped", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        terminated = isinstance(error, TerminatedError)
+        told = "ended by SIGTERM" if terminated else "interrupted"
+        print(f"{stage}: {told}; the same command again goes on where it stopped", file=sys.stderr)
+        return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises TerminatedError in the block; a second one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield
+        return
+
+    def end(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise TerminatedError
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def one_line(error: Exception) -> str:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
+import functools
 import sys
-import threading
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from lemon.cells.ledger import Ledger, open_ledger, tell_statuses
 from lemon.cells.names import FOLDERS, SETTINGS, file_stem, ledger_name
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError, CurateConfig, HoverFastConfig
-from lemon.runtime.cluster import quiet_ray_data, start_ray
+from lemon.runtime import pool
+from lemon.runtime.demand import Demand, is_new, settle
 from lemon.runtime.lease import hold
 from lemon.runtime.store import Store, is_uri, open_output, path_exists
 from lemon.slide import OutputError, build_segmenter, curate_slide, start_processes
@@ -30,10 +27,6 @@ from lemon.slides.source import changed_masks, changed_sources
 
 OWNS = (*FOLDERS, SETTINGS)
 """What curation writes in its output."""
-
-FATAL = "output"  # status of a row that stops the job; never written to the ledger
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,13 +67,13 @@ def run(config: CurateConfig, *, source: Source = IN_PLACE) -> Summary:
 
     A slide that its source could not provide gets no row, so that it is tried again by a rerun.
 
-    Raises ConfigError for what the user must mend first; OutputError when the output cannot be written any more.
+    Raises ConfigError for what the user must mend first; FatalError when the job cannot go on.
     """
     slides = check(config)
     ledger = open_ledger(open_output(config.output, owns=OWNS), config)
     pending = _pending(slides, ledger, config)
     if pending:
-        _run_on_ray(pending, config=config, ledger=ledger, source=source)
+        _curate_all(pending, config=config, ledger=ledger, source=source)
     wanted = {slide.slide_id for slide in slides}
     rows = [row for row in ledger.rows() if row["slide_id"] in wanted]
     failed = sum(row["status"] == "failed" for row in rows)
@@ -90,14 +83,12 @@ def run(config: CurateConfig, *, source: Source = IN_PLACE) -> Summary:
 
 def main(config: CurateConfig, *, source: Source = IN_PLACE) -> int:
     """``run`` with its outcome told; returns the exit code."""
-    check(config)
+    ask(config)
     try:
         with hold(config.output, stage="curate", owns=OWNS):
             summary = run(config, source=source)
-    except OutputError as error:
-        print(
-            f"curate: cannot write to {config.output}: {error}; what is committed stays, rerun goes on", file=sys.stderr
-        )
+    except pool.FatalError as error:
+        print(f"curate: stopped: {error}; what is committed stays, rerun goes on", file=sys.stderr)
         return EXIT_FAILURES
     told = tell_statuses(summary.rows)
     total = {name: sum(row[name] or 0 for row in summary.rows) for name in ("n_nuclei", "n_cells")}
@@ -108,58 +99,63 @@ def main(config: CurateConfig, *, source: Source = IN_PLACE) -> int:
     return summary.exit_code
 
 
-class SlideActor:
-    """Works on one slide at a time; holds the segmenter and the worker processes.
+class Curator(pool.Worker):
+    """Curates one slide at a time; holds the segmenter and the worker processes."""
 
-    Called from several threads, it curates in one while the others wait for slides to be located.
-    """
+    fatal = (OutputError,)
 
-    def __init__(self, config: CurateConfig, config_fingerprint: str, run_id: str, source: Source = IN_PLACE) -> None:
-        self.config, self.run_id = config, run_id
-        self.locate, self.turn = source.open(), threading.Lock()
+    def __init__(self, config: CurateConfig, *, config_fingerprint: str, source: Source = IN_PLACE) -> None:
+        self.config, self.locate = config, source.open()
+        self.output = config.output
         self.ledger = Ledger(Store(config.output), config_fingerprint=config_fingerprint)
         self.segmenter = build_segmenter(config.segmenter)
         self.processes = start_processes(config.workers.cpus)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One slide in, its status out, both as JSON: in a column of numbers a missing value would become NaN.
-
-        Nothing is raised, because Ray would drop or repeat the row.
-        """
-        slide = Slide(**json.loads(batch["slide"][0]))
-        try:
-            with self.locate(slide) as path, self.turn:
-                row = self._attempt(slide, path=path)
-        except DownloadError as error:
-            row = _failed(slide, str(error))
-        except (OutputError, OSError) as error:
-            row = {"slide_id": slide.slide_id, "status": FATAL, "n_cells": 0, "error": str(error)}
-        return {"row": np.array([json.dumps(row)])}
-
-    def _attempt(self, slide: Slide, *, path: str) -> dict[str, Any]:
-        """Curate the file at ``path`` and commit; a slide that keeps killing its workers is given up."""
-        while (crashes := self.ledger.begin(slide.slide_id, run_id=self.run_id)) < self.config.max_attempts:
+    @contextlib.contextmanager
+    def ready(self, item: pool.Item) -> Iterator[pool.Item]:
+        """The slide with the path of its file."""
+        with contextlib.ExitStack() as stack:
             try:
-                row = curate_slide(
-                    replace(slide, path=path),
-                    config=self.config,
-                    segmenter=self.segmenter,
-                    processes=self.processes,
-                    store=self.ledger.store,
-                )
-                return self.ledger.commit(row | {"path": slide.path})
-            except BrokenProcessPool:
-                self.processes = start_processes(self.config.workers.cpus)
-            except OutputError:
-                raise
-            except Exception as error:  # whatever a strange slide provokes becomes its row, and the job goes on
-                logger.exception("slide %s", slide.slide_id)
-                return self.ledger.commit(_failed(slide, f"unexpected {type(error).__name__}: {error}"))
-        return self.ledger.commit(_failed(slide, f"given up after {crashes} crashes of its worker"))
+                path = stack.enter_context(self.locate(Slide(**item["slide"])))
+            except DownloadError as error:
+                raise pool.AbsentError(str(error)) from error
+            yield item | {"path": path}
+
+    def begin(self, item: pool.Item, *, run_id: str) -> int:
+        """Note that work on a slide begins; how often it began before."""
+        return self.ledger.begin(item["slide"]["slide_id"], run_id=run_id)
+
+    def work(self, item: pool.Item) -> pool.Row:
+        """Curate a slide and commit it."""
+        slide = Slide(**item["slide"])
+        try:
+            row = curate_slide(
+                replace(slide, path=item["path"]),
+                config=self.config,
+                segmenter=self.segmenter,
+                processes=self.processes,
+                store=self.ledger.store,
+            )
+        except BrokenProcessPool as error:
+            self.processes = start_processes(self.config.workers.cpus)
+            raise pool.CrashError from error
+        return self.ledger.commit(row | {"path": slide.path})
+
+    def fail(self, item: pool.Item, reason: str) -> pool.Row:
+        """Give a slide up."""
+        told = {"status": "failed", "n_cells": 0, "error": " ".join(reason.split())}
+        return self.ledger.commit(item["slide"] | told)
 
 
-def _failed(slide: Slide, reason: str) -> dict[str, Any]:
-    return asdict(slide) | {"status": "failed", "n_cells": 0, "error": " ".join(reason.split())}
+def ask(config: CurateConfig, *, key: str = "workers") -> int:
+    """Check a config and, where there is work, what it asks of the cluster; returns the number of slides.
+
+    ``key`` is what its ``workers`` are called where it is a part of another job's. Raises ConfigError.
+    """
+    slides = check(config)
+    if is_new(config.output, table="slides"):
+        settle(_demand(config, n_slides=len(slides), key=key), stage="curate")
+    return len(slides)
 
 
 def check(config: CurateConfig) -> list[Slide]:
@@ -215,39 +211,29 @@ def _pending(slides: list[Slide], ledger: Ledger, config: CurateConfig) -> list[
     return [slide for slide in slides if slide.slide_id not in done]
 
 
-def _run_on_ray(slides: list[Slide], *, config: CurateConfig, ledger: Ledger, source: Source) -> None:
-    import ray
-
-    start_ray()
-    quiet_ray_data()
+def _demand(config: CurateConfig, *, n_slides: int, key: str = "workers") -> Demand:
     workers = config.workers
-    limit = workers.actors or max(1, int(ray.cluster_resources().get("CPU", 1)) // workers.cpus)
-    # Paths are made absolute here: actors run elsewhere.
-    located = config.model_copy(update={"output": ledger.store.uri})
-    statuses = ray.data.from_items(
-        [{"slide": json.dumps(asdict(slide))} for slide in slides], override_num_blocks=len(slides)
-    ).map_batches(
-        SlideActor,
-        fn_constructor_kwargs={
-            "config": located,
-            "config_fingerprint": ledger.config_fingerprint,
-            "run_id": uuid.uuid4().hex[:12],
-            "source": source,
-        },
-        batch_size=1,
-        num_cpus=workers.cpus,
-        num_gpus=workers.gpus,
-        max_concurrency=1 + source.ahead,
-        compute=ray.data.ActorPoolStrategy(
-            min_size=1, max_size=min(limit, len(slides)), enable_true_multi_threading=source.ahead > 0
-        ),
+    return Demand(
+        cpus=workers.cpus,
+        gpus=workers.gpus,
+        wished=min(workers.actors or 1, n_slides),
+        may_shrink="cpus" not in workers.model_fields_set,
+        key=key,
+        count_key=f"{key}.actors",
     )
+
+
+def _curate_all(slides: list[Slide], *, config: CurateConfig, ledger: Ledger, source: Source) -> None:
+    granted = settle(_demand(config, n_slides=len(slides)), stage="curate")
+    workers = config.workers.model_copy(update={"cpus": granted.cpus})
+    # Paths are made absolute here: actors run elsewhere.
+    located = config.model_copy(update={"output": ledger.store.uri, "workers": workers})
+    make = functools.partial(Curator, located, config_fingerprint=ledger.config_fingerprint, source=source)
+    actors = pool.Actors(granted, most=workers.actors, ahead=source.ahead)
+    items = [{"slide": asdict(slide)} for slide in slides]
     with tqdm(total=len(slides), unit="slide", desc="curate", disable=None) as bar:
         cells = failed = 0
-        for item in statuses.iter_rows():
-            row = json.loads(item["row"])
-            if row["status"] == FATAL:
-                raise OutputError(row["error"])
-            cells, failed = cells + (row["n_cells"] or 0), failed + (row["status"] == "failed")
+        for row in pool.run(items, make, actors=actors, max_attempts=config.max_attempts):
+            cells, failed = cells + (row.get("n_cells") or 0), failed + (row["status"] == "failed")
             bar.set_postfix(cells=cells, failed=failed, refresh=False)
             bar.update()

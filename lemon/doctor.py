@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -77,11 +76,12 @@ def check_packages() -> Finding:
 
 def check_openslide() -> Finding:
     """OpenSlide opens a slide and reads a region."""
+    from lemon.runtime.scratch import scratch_folder
     from lemon.slides.reader import SlideReader
     from lemon.slides.synthetic import make_tissue, write_pyramid
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "slide.tiff"
+    with scratch_folder() as folder:
+        path = folder / "slide.tiff"
         write_pyramid(path, make_tissue(512, seed=0).image, mpp=0.25)
         reader = SlideReader(path)
         found = f"opened a pyramid of {reader.width_px} px at {reader.mpp:g} um/px"
@@ -134,19 +134,22 @@ def check_encoder() -> Finding:
 
 
 def check_ray(*, start: bool) -> Finding:
-    """Ray's version; with ``start``, a cluster is joined or started and runs a task."""
-    from lemon.runtime.cluster import ray_version, try_ray
+    """Ray's version, and that it can start here or answers at RAY_ADDRESS; with ``start`` it does, and runs a task."""
+    from lemon.config import ConfigError
+    from lemon.runtime.cluster import check_address, ray_address, ray_version, temporary_folder, try_ray
 
-    address = os.environ.get("RAY_ADDRESS")
-    place = re.search(r"([^:/]+):(\d+)", address or "")
-    if place:
-        try:
-            socket.create_connection((place[1], int(place[2])), timeout=5).close()
-        except OSError as error:
-            mend = "is the cluster up, and RAY_ADDRESS (HOST:6379) right? unset it to run here"
-            return Finding("fail", f"{ray_version()}; nothing answers at RAY_ADDRESS={address}: {error}", mend)
+    address = ray_address()
+    try:
+        if address is None:
+            temporary_folder()
+        else:
+            check_address(address)
+        ran = try_ray() if start else ""
+    except ConfigError as error:
+        found, _, mend = str(error).rpartition(": ")
+        return Finding("fail", f"{ray_version()}; {found or mend}", mend)
     if start:
-        return Finding("ok", f"{ray_version()}: {f'joined {address}' if address else 'started here'}, {try_ray()}")
+        return Finding("ok", f"{ray_version()}: {f'joined {address}' if address else 'started here'}, {ran}")
     return Finding("ok", f"{ray_version()} (--ray {f'joins {address}' if address else 'starts one'} and runs a task)")
 
 
@@ -154,6 +157,7 @@ def check_mlflow() -> Finding:
     """The place where runs go."""
     import requests
 
+    from lemon.runtime.cluster import ray_address
     from lemon.runtime.tracking import reach, tracking_uri, version
 
     uri = tracking_uri()
@@ -166,7 +170,7 @@ def check_mlflow() -> Finding:
     except OSError as error:
         mend = f"start the server (make ui, cluster/mlflow_server.sh) or mend {set_by}"
         return Finding("fail", f"{found}: {error}", mend)
-    if uri.startswith("sqlite:") and "RAY_ADDRESS" in os.environ:
+    if uri.startswith("sqlite:") and ray_address() is not None:
         mend = f"start a server that all nodes reach and set {set_by}: cluster/README.md"
         return Finding("warn", f"{found} on this node, which other nodes do not see", mend)
     return Finding("ok", found)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import json
 import os
 import subprocess
 import sys
@@ -27,8 +26,9 @@ from lemon.cells.ledger import open_ledger, read_ledger
 from lemon.cells.names import shard_name
 from lemon.config import ConfigError, CurateConfig, load
 from lemon.nuclei.instances import Nucleus
+from lemon.runtime import pool
 from lemon.runtime.store import Store
-from lemon.slide import OutputError, build_segmenter, curate_slide, ordered_map, start_processes
+from lemon.slide import build_segmenter, curate_slide, ordered_map, start_processes
 from lemon.slides import reader as reader_module
 from lemon.slides.cohort import Slide, list_slides
 from lemon.slides.synthetic import SyntheticTissue, make_tissue, write_pyramid
@@ -218,50 +218,52 @@ def _raise(region: np.ndarray, prediction: None, calibration: None) -> list[Nucl
     raise ZeroDivisionError("a strange\nslide")
 
 
-def actor_for(config: CurateConfig) -> curate.SlideActor:
+def worker_for(config: CurateConfig) -> curate.Curator:
     ledger = open_ledger(Store(config.output), config)
-    return curate.SlideActor(config, ledger.config_fingerprint, run_id="run")
+    return curate.Curator(config, config_fingerprint=ledger.config_fingerprint)
 
 
-def call(actor: curate.SlideActor, slide: Slide) -> dict[str, Any]:
-    return json.loads(actor({"slide": np.array([json.dumps(asdict(slide))])})["row"][0])
+def curated(worker: curate.Curator, slide: Slide) -> dict[str, Any]:
+    """The row of a slide, as an actor makes it."""
+    items, attempts = [{"slide": asdict(slide)}], worker.config.max_attempts
+    (row,) = pool.run(items, lambda: worker, actors=None, max_attempts=attempts)
+    return row
 
 
 def test_a_slide_that_keeps_crashing_its_worker_is_given_up(slide_file: Path, tmp_path: Path) -> None:
-    actor = actor_for(config_for(slide_file, tmp_path, "max_attempts=2", "workers.cpus=1"))
-    actor.segmenter = CrashingSegmenter()
-    assert call(actor, *list_slides(str(slide_file)))["error"] == "given up after 2 crashes of its worker"
+    worker = worker_for(config_for(slide_file, tmp_path, "max_attempts=2", "workers.cpus=1"))
+    worker.segmenter = CrashingSegmenter()
+    assert curated(worker, *list_slides(str(slide_file)))["error"] == "given up after 2 crashes of its worker"
     (row,) = read_ledger(Store(tmp_path)).to_pylist()
     assert row["status"] == "failed"
     assert Store(tmp_path).list("attempts") == []
 
 
 def test_crashes_of_an_earlier_job_do_not_count_against_a_slide(slide_file: Path, tmp_path: Path) -> None:
-    actor = actor_for(config_for(slide_file, tmp_path, "max_attempts=1", "workers.cpus=1"))
-    actor.ledger.begin("s1", run_id="killed")
-    assert call(actor, *list_slides(str(slide_file)))["status"] == "done"
+    worker = worker_for(config_for(slide_file, tmp_path, "max_attempts=1", "workers.cpus=1"))
+    worker.ledger.begin("s1", run_id="killed")
+    assert curated(worker, *list_slides(str(slide_file)))["status"] == "done"
 
 
 def test_an_unexpected_error_becomes_the_slides_row(slide_file: Path, tmp_path: Path) -> None:
-    actor = actor_for(config_for(slide_file, tmp_path, "workers.cpus=1"))
-    actor.segmenter = RaisingSegmenter()
-    row = call(actor, *list_slides(str(slide_file)))
+    worker = worker_for(config_for(slide_file, tmp_path, "workers.cpus=1"))
+    worker.segmenter = RaisingSegmenter()
+    row = curated(worker, *list_slides(str(slide_file)))
     assert (row["status"], row["error"]) == ("failed", "unexpected ZeroDivisionError: a strange slide")
 
 
 def test_a_full_disk_stops_the_job_and_is_no_fault_of_the_slide(
     slide_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    actor = actor_for(config_for(slide_file, tmp_path, "workers.cpus=1"))
+    worker = worker_for(config_for(slide_file, tmp_path, "workers.cpus=1"))
 
     def full(self: Store, name: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Store, "write", full)
     monkeypatch.setattr(Store, "write_bytes", lambda *args: None)
-    row = call(actor, *list_slides(str(slide_file)))
-    assert row["status"] == curate.FATAL
-    assert "No space left on device" in row["error"]
+    with pytest.raises(pool.FatalError, match=r"cannot write to .*No space left on device"):
+        curated(worker, *list_slides(str(slide_file)))
     assert read_ledger(Store(tmp_path)).num_rows == 0
 
 
@@ -269,9 +271,10 @@ def test_a_job_on_a_full_disk_says_so_in_one_line(
     slide_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(config: CurateConfig, **options: object) -> None:
-        raise OutputError("[Errno 28] No space left on device")
+        raise pool.FatalError("[Errno 28] No space left on device")
 
     monkeypatch.setattr(curate, "run", run)
+    monkeypatch.setattr(curate, "ask", lambda config: None)  # Ray is left out
     assert curate.main(config_for(slide_file, tmp_path)) == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert "No space left on device" in line
@@ -355,8 +358,8 @@ def test_a_map_over_workers_keeps_the_order_and_never_runs_far_ahead() -> None:
 
 
 def test_the_ledger_has_the_columns_of_the_schema(slide_file: Path, tmp_path: Path) -> None:
-    actor = actor_for(config_for(slide_file, tmp_path, "workers.cpus=1", "cells_per_slide=5"))
-    call(actor, *list_slides(str(slide_file)))
+    worker = worker_for(config_for(slide_file, tmp_path, "workers.cpus=1", "cells_per_slide=5"))
+    curated(worker, *list_slides(str(slide_file)))
     ledger = read_ledger(Store(tmp_path))
     assert ledger.schema.equals(schema.SLIDES)
     assert isinstance(ledger, pa.Table)

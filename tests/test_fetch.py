@@ -19,6 +19,7 @@ from lemon.cells.ledger import open_ledger
 from lemon.cells.select import rank_of
 from lemon.config import ConfigError, FetchConfig, load
 from lemon.fetch import choose
+from lemon.runtime import pool
 from lemon.runtime.store import Store
 from lemon.slides import download
 from lemon.slides.cohort import list_slides
@@ -244,14 +245,15 @@ def test_an_actor_downloads_the_next_slide_while_it_curates_one_and_commits_no_d
         ledger = open_ledger(Store(curation.output), curation)
         opening = functools.partial(fetch.Passing, chosen, tmp_path / fetch.PASSING, config, cells=curation.output)
         source = pickle.loads(pickle.dumps(curate.Source(open=opening, ahead=1)))  # noqa: S301
-        actor = curate.SlideActor(curation, ledger.config_fingerprint, "run", source)
+        make = functools.partial(curate.Curator, curation, config_fingerprint=ledger.config_fingerprint, source=source)
+        actor = pool.ItemActor(make, "run", 3)
 
         def call(file: Served) -> dict:
             slide = chosen[file.slide_id].slide("https://there")
-            return json.loads(actor({"slide": np.array([json.dumps(asdict(slide))])})["row"][0])
+            return json.loads(actor({"item": np.array([json.dumps({"slide": asdict(slide)})])})["told"][0])["row"]
 
-        with ThreadPoolExecutor(2) as pool:
-            rows = list(pool.map(call, [*files, lost]))
+        with ThreadPoolExecutor(2) as threads:
+            rows = list(threads.map(call, [*files, lost]))
         asked = sorted(request.at_s for file in files for request in server.asked(file))
     assert [row["status"] for row in rows] == ["done"] * 3 + ["failed"]
     assert "md5" in rows[3]["error"]

@@ -121,7 +121,10 @@ def test_nested_values_and_words_say_the_same() -> None:
         (["pretrain.device=cuda"], ["device: got 'cuda'"]),
         (["pretrain.probe.cells=c", "pretrain.probe.labels=nowhere.csv"], ["probe.labels: nowhere.csv not found"]),
         (["launcher=ray", "asha=true"], ["asha=true needs the online probe"]),
-        (["launcher=ray", "pretrain.workers.count=900"], ["workers: a trial needs 900 CPUs"]),
+        (
+            ["launcher=ray", "pretrain.workers.count=900"],
+            ["pretrain.workers.count: got 900, of 1 CPUs each; "],
+        ),
         (["tasks=[light,dark]"], ["tasks: unknown 'dark'"]),
         (["cells=/nowhere"], ["cells: /nowhere holds no cells"]),
         (["output=gs://bucket/x"], ["output: ", "expected a local path or s3://bucket/prefix"]),

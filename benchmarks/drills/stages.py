@@ -111,7 +111,7 @@ class Curate(Stage):
 
     def workers(self, cluster: Cluster) -> list[psutil.Process]:
         """The actors."""
-        return cluster.workers("SlideActor")
+        return cluster.workers("ItemActor")
 
     def committed(self, output: Store) -> set[str]:
         """Slides with a row."""

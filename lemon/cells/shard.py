@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from lemon import schema
 from lemon.cells.crop import SEAM_PX, Claims
+from lemon.runtime.scratch import scratch_folder
 from lemon.runtime.shards import write_shard
 from lemon.runtime.store import Store
 
@@ -114,9 +115,10 @@ class SlideShard:
     """Gathers the claims of a slide's regions and writes ``cells/<slide>.parquet`` when told to commit."""
 
     def __init__(self, *, keep: int | None) -> None:
-        self._folder = TemporaryDirectory(prefix="lemon-cells-")
+        self._scratch = contextlib.ExitStack()
+        folder = self._scratch.enter_context(scratch_folder())
         self._seams = Seams()
-        self._cells = LowestRanks(keep=keep, folder=self._folder.name)
+        self._cells = LowestRanks(keep=keep, folder=folder)
         self._edge_ids: set[str] = set()
         self.n_nuclei = 0
 
@@ -151,7 +153,7 @@ class SlideShard:
 
     def close(self) -> None:
         """Remove what was spilled."""
-        self._folder.cleanup()
+        self._scratch.close()
 
 
 def images_to_arrow(images: np.ndarray) -> pa.FixedSizeBinaryArray:

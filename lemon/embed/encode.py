@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pyarrow as pa
+
 from lemon.cells.names import shard_name
 from lemon.config import ConfigError
 from lemon.embed.config import EmbedConfig
@@ -14,7 +16,7 @@ from lemon.embed.names import embeddings_name
 from lemon.embed.stream import embed_shard
 from lemon.encoders.device import choose_device
 from lemon.encoders.open import Encoder, load_encoder
-from lemon.runtime.records import ForeignFileError
+from lemon.runtime.pool import Worker
 from lemon.runtime.shards import ShardError
 from lemon.runtime.store import Store
 
@@ -27,7 +29,7 @@ def open_encoder(model: str) -> Encoder:
         raise ConfigError(f"model: {' '.join(str(error).split())}") from None
 
 
-class Embedder:
+class Embedder(Worker):
     """Writes the embeddings of one slide at a time.
 
     Args:
@@ -37,6 +39,8 @@ class Embedder:
     Raises:
         ConfigError: the device is not there, or ``config.model`` here is not the model of the ledger.
     """
+
+    fatal = (OSError, pa.ArrowException)
 
     def __init__(
         self,
@@ -48,6 +52,7 @@ class Embedder:
         progress: Callable[[int], None] | None = None,
     ) -> None:
         self.config, self.ledger, self.cells, self.progress = config, ledger, cells, progress
+        self.output = ledger.store.uri
         device = choose_device(config.device)
         self.encoder = (encoder or open_encoder(config.model)).to(device)
         if self.encoder.fingerprint != ledger.made.model_fingerprint:
@@ -55,6 +60,10 @@ class Embedder:
                 f"model: {config.model} is {self.encoder.fingerprint} here; expected {ledger.made.model_fingerprint}, "
                 "as where the job was started"
             )
+
+    def begin(self, job: dict[str, Any], *, run_id: str) -> int:
+        """Note that work on a slide begins; how often it began before."""
+        return self.ledger.begin(job["slide_id"], run_id=run_id)
 
     def work(self, job: dict[str, Any]) -> dict[str, Any]:
         """Embed and commit a slide; returns its row of the ledger, ``failed`` where its cells cannot be embedded."""
@@ -73,7 +82,7 @@ class Embedder:
                 digest=job["cells_digest"],
                 progress=self.progress,
             )
-        except (ShardError, ForeignFileError) as error:
+        except ShardError as error:
             return self.fail(job, str(error))
         seconds = round(time.perf_counter() - start, 3)
         return self.ledger.commit(job | {"status": "done", "embeddings_digest": digest, "total_s": seconds})

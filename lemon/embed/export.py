@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
+import pyarrow as pa
 from shapely.errors import ShapelyError
 
 from lemon.cells.names import geojson_name
@@ -14,6 +15,7 @@ from lemon.embed.clusters import Clusters, assign_clusters
 from lemon.embed.ledger import EmbedLedger
 from lemon.embed.names import clusters_name, h5ad_name, spatialdata_name
 from lemon.embed.slide import EmbeddedSlide
+from lemon.runtime.pool import Worker
 from lemon.runtime.shards import ShardError
 from lemon.runtime.store import Store
 
@@ -67,17 +69,24 @@ FORMATS: Mapping[str, tuple[Callable[[str], str], Callable[[EmbeddedSlide], None
 """Name of a slide's file, and its writer."""
 
 
-class Exporter:
+class Exporter(Worker):
     """Writes the formats of one slide at a time."""
+
+    fatal = (OSError, pa.ArrowException)
 
     def __init__(self, *, ledger: EmbedLedger, cells: Store, clusters: Clusters | None, formats: Iterable[str]) -> None:
         self.ledger, self.cells, self.clusters = ledger, cells, clusters
+        self.output = ledger.store.uri
         self.formats = [name for name in formats if name in FORMATS]
 
     def lacking(self, slide_ids: Iterable[str]) -> set[str]:
         """The slides of which a file is still to be written."""
         wanted = [(name, self.ledger.store.entries(name("").partition("/")[0])) for _, name, _ in self._wanted()]
         return {slide_id for slide_id in slide_ids if any(name(slide_id) not in there for name, there in wanted)}
+
+    def begin(self, row: dict[str, Any], *, run_id: str) -> int:
+        """Note that work on a slide begins; how often it began before."""
+        return self.ledger.begin(row["slide_id"], run_id=run_id)
 
     def work(self, row: dict[str, Any]) -> dict[str, Any]:
         """Write what a slide lacks; returns its row of the ledger, ``partial`` where a format could not be made."""

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
-import logging
-import os
 import sys
 import time
-import uuid
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-import pyarrow as pa
 from tqdm import tqdm
 
 from lemon import curate
@@ -31,33 +25,15 @@ from lemon.embed.ledger import EmbedLedger, Made, open_ledger
 from lemon.embed.names import CENTRES, FOLDERS, SETTINGS
 from lemon.embed.spatialdata import check_spatialdata
 from lemon.encoders.open import Encoder
-from lemon.runtime.cluster import quiet_ray_data, start_ray
+from lemon.runtime import pool
+from lemon.runtime.cluster import ray_address
+from lemon.runtime.demand import Demand, is_new, settle
 from lemon.runtime.lease import hold
 from lemon.runtime.shards import ShardError
 from lemon.runtime.store import Store, open_output
 
 OWNS = (*FOLDERS, CENTRES, SETTINGS)
 """What embedding writes in its output."""
-
-FATAL = "fatal"  # status of a row that stops the job; never written to the ledger
-
-logger = logging.getLogger(__name__)
-
-
-class StoppedError(Exception):
-    """The job cannot go on: the output cannot be written, or an actor cannot open the model."""
-
-
-class Worker(Protocol):
-    """Works on one slide at a time and commits what became of it."""
-
-    ledger: EmbedLedger
-
-    def work(self, job: dict[str, Any]) -> dict[str, Any]:
-        """The slide's row of the ledger."""
-
-    def fail(self, job: dict[str, Any], reason: str) -> dict[str, Any]:
-        """The row of a slide that is given up."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +52,7 @@ class Summary:
 def run(config: EmbedConfig) -> Summary:
     """Embed the cells of a config and write the formats; returns what became of each slide.
 
-    Raises ConfigError for what the user must mend first; StoppedError when the job cannot go on.
+    Raises ConfigError for what the user must mend first; pool.FatalError when the job cannot go on.
     """
     config, output = _located(config)
     encoder = open_encoder(config.model)
@@ -102,10 +78,11 @@ def run(config: EmbedConfig) -> Summary:
 
 def main(config: EmbedConfig) -> int:
     """``run`` with its outcome told; returns the exit code."""
+    _ask(config)
     try:
         with hold(config.output, stage="embed", owns=OWNS):
             summary = run(config)
-    except (StoppedError, OSError) as error:
+    except (pool.FatalError, OSError) as error:
         print(f"embed: stopped: {error}; what is committed stays, rerun goes on", file=sys.stderr)
         return EXIT_FAILURES
     told = tell_statuses(summary.rows)
@@ -172,14 +149,12 @@ def _embed(
         return
     make = functools.partial(Embedder, config, ledger=ledger, cells=cells)
     total = sum(job["n_cells"] for job in jobs)
+    actors = _actors(config, n_slides=len(jobs), gpus=config.workers.gpus)
     with tqdm(total=total, unit="cell", unit_scale=True, desc="embed", disable=None) as bar:
-        if config.workers.in_process(len(jobs), cluster="RAY_ADDRESS" in os.environ):
-            worker = make(encoder=encoder, progress=bar.update)
-            for job in jobs:
-                _attempt(worker, job)
-        else:
-            for row in _on_ray(make, jobs, config=config, gpus=config.workers.gpus):
-                bar.update(row["n_cells"])
+        if actors is None:
+            make = functools.partial(make, encoder=encoder, progress=bar.update)
+        for row in pool.run(jobs, make, actors=actors, max_attempts=config.max_attempts):
+            bar.update(row["n_cells"] if actors is not None else 0)
 
 
 def _export(
@@ -198,7 +173,7 @@ def _export(
             selection, ledger.store, k=config.clusters.k, seed=config.clusters.seed, parents=parents
         )
     except ShardError as error:
-        raise StoppedError(f"{error}; delete that file to have it made again") from None
+        raise pool.FatalError(f"{error}; delete that file to have it made again") from None
     make = functools.partial(Exporter, ledger=ledger, cells=cells, clusters=clusters, formats=config.format)
     here = make()
     lacking = here.lacking([row["slide_id"] for row in embedded])
@@ -208,79 +183,39 @@ def _export(
         if row["status"] == "partial" or row["slide_id"] in lacking
     ]
     with tqdm(total=len(pending), unit="slide", desc="formats", disable=None if pending else True) as bar:
-        if config.workers.in_process(len(pending), cluster="RAY_ADDRESS" in os.environ):
-            for row in pending:
-                _attempt(here, row)
-                bar.update()
-        else:
-            for _ in _on_ray(make, pending, config=config, gpus=0):
-                bar.update()
+        actors = _actors(config, n_slides=len(pending), gpus=0)
+        for _ in pool.run(pending, make, actors=actors, max_attempts=config.max_attempts):
+            bar.update()
     return [row for slide_id, row in ledger.rows().items() if slide_id in paths]
 
 
-def _attempt(worker: Worker, job: dict[str, Any]) -> dict[str, Any]:
-    """Work on a slide; whatever a strange one provokes becomes its row, and the job goes on. Raises StoppedError."""
-    try:
-        return worker.work(job)
-    except (OSError, pa.ArrowException) as error:
-        raise StoppedError(f"cannot write to {worker.ledger.store.uri}: {error}") from error
-    except Exception as error:
-        logger.exception("slide %s", job["slide_id"])
-        return worker.fail(job, f"unexpected {type(error).__name__}: {error}")
+def _ask(config: EmbedConfig) -> None:
+    """Check what the job asks of the cluster before it writes anything. Raises ConfigError."""
+    if config.slides is not None:
+        n_slides = curate.ask(config.curate_config(), key="curation.workers")
+    else:
+        n_slides = len(_jobs(Store(config.cells or "")))
+    if is_new(config.output, table="slides"):
+        _actors(config, n_slides=n_slides, gpus=config.workers.gpus)
 
 
-class SlideActor:
-    """A worker in a process of Ray's."""
-
-    def __init__(self, make: Callable[[], Worker], run_id: str, max_attempts: int) -> None:
-        self.run_id, self.max_attempts = run_id, max_attempts
-        self.worker: Worker | None = None
-        try:
-            self.worker = make()
-        except ConfigError as error:
-            self.fault = str(error)
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One slide in, its row out, both as JSON. Nothing is raised, because Ray would drop or repeat the row."""
-        job = json.loads(batch["job"][0])
-        try:
-            row = self._attempt(job)
-        except (StoppedError, OSError) as error:
-            row = {"slide_id": job["slide_id"], "status": FATAL, "n_cells": 0, "error": str(error)}
-        return {"row": np.array([json.dumps(row)])}
-
-    def _attempt(self, job: dict[str, Any]) -> dict[str, Any]:
-        if self.worker is None:
-            raise StoppedError(self.fault)
-        crashes = self.worker.ledger.begin(job["slide_id"], run_id=self.run_id)
-        if crashes >= self.max_attempts:
-            return self.worker.fail(job, f"given up after {crashes} crashes of its worker")
-        return _attempt(self.worker, job)
+def _is_here(config: EmbedConfig, *, n_slides: int) -> bool:
+    return n_slides == 0 or config.workers.in_process(n_slides, cluster=ray_address() is not None)
 
 
-def _on_ray(
-    make: Callable[[], Worker], jobs: Sequence[dict[str, Any]], *, config: EmbedConfig, gpus: float | None
-) -> Generator[dict[str, Any]]:
-    """Rows of the slides as they are finished; raises StoppedError."""
-    import ray
-
-    start_ray()
-    quiet_ray_data()
-    there = ray.cluster_resources()
-    if gpus is None:
-        gpus = 1.0 if there.get("GPU") and config.device != "cpu" else 0.0
-    room = there.get("GPU", 0) / gpus if gpus else there.get("CPU", 1) / config.workers.cpus
-    limit = config.workers.actors or max(1, int(room))
-    rows = ray.data.from_items([{"job": json.dumps(job)} for job in jobs], override_num_blocks=len(jobs)).map_batches(
-        SlideActor,
-        fn_constructor_kwargs={"make": make, "run_id": uuid.uuid4().hex[:12], "max_attempts": config.max_attempts},
-        batch_size=1,
-        num_cpus=config.workers.cpus,
-        num_gpus=gpus,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(limit, len(jobs))),
+def _demand(config: EmbedConfig, *, n_slides: int, gpus: float | None) -> Demand:
+    workers = config.workers
+    return Demand(
+        cpus=workers.cpus,
+        gpus=0 if config.device == "cpu" and gpus is None else gpus,
+        wished=min(workers.actors or 1, n_slides),
+        may_shrink="cpus" not in workers.model_fields_set,
+        count_key="workers.actors",
     )
-    for item in rows.iter_rows():
-        row = json.loads(item["row"])
-        if row["status"] == FATAL:
-            raise StoppedError(row["error"])
-        yield row
+
+
+def _actors(config: EmbedConfig, *, n_slides: int, gpus: float | None) -> pool.Actors | None:
+    """The pool for so many slides; None where this process works on them. Raises ConfigError."""
+    if _is_here(config, n_slides=n_slides):
+        return None
+    return pool.Actors(settle(_demand(config, n_slides=n_slides, gpus=gpus), stage="embed"), most=config.workers.actors)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from lemon.encoders.features import encode_cells
 from lemon.encoders.registry import REGISTRY, EncoderEntry, split_name
 from lemon.encoders.vit import load_lemon_checkpoint
 from lemon.encoders.weights import MissingWeightsError, find_weights, hub_file, load_weights
+from lemon.runtime.scratch import scratch_folder
 from lemon.runtime.store import is_uri, local_copy, locate
 from lemon.schema import CROP_PX
 
@@ -119,8 +119,8 @@ def load_uri(uri: str) -> Encoder:
         wanted = name
     else:
         raise ConfigError(f"{uri}: {NO_ENCODER}")
-    with tempfile.TemporaryDirectory(prefix="lemon-encoder-") as scratch:
-        path = Path(scratch) / name
+    with scratch_folder() as scratch:
+        path = scratch / name
         store.download(wanted, path)
         if path.is_file() and store.exists("mean_std.json"):
             store.download("mean_std.json", path.with_name("mean_std.json"))

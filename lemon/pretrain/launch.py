@@ -16,9 +16,10 @@ from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError
 from lemon.encoders.device import choose_device
 from lemon.encoders.export import CONFIG, CellInput
 from lemon.pretrain.assemble import EXPORT, select, train, with_stain
-from lemon.pretrain.config import PretrainConfig
+from lemon.pretrain.config import PretrainConfig, TrainWorkers
 from lemon.pretrain.loop import Log, TrainingStoppedError
 from lemon.runtime.cluster import start_ray
+from lemon.runtime.demand import Demand, settle
 from lemon.runtime.lease import hold
 from lemon.runtime.records import OWN
 from lemon.runtime.store import Store, fingerprint, local_copy, open_output
@@ -30,6 +31,9 @@ _STOPPED = re.compile(rf"^(?:\w+\.)*{TrainingStoppedError.__name__}: (.*)$", re.
 
 def main(config: PretrainConfig) -> int:
     """Pretrain and tell the outcome; returns the exit code."""
+    if not config.workers.in_process:
+        select(located(config))  # what is wrong with the cells is told before Ray starts
+        settle(demand_of(config.workers), stage="pretrain")
     with hold(config.output, stage="pretrain"):
         return _pretrain(config)
 
@@ -141,6 +145,12 @@ def _train_on_ray(config: PretrainConfig, run: Run) -> None:
         if stopped := _STOPPED.findall(str(error)):  # of a worker, whose traceback Ray gives as text
             raise TrainingStoppedError(stopped[-1]) from None
         raise
+
+
+def demand_of(workers: TrainWorkers, *, key: str = "workers") -> Demand:
+    """What a run asks of a cluster: of an elastic one the least number of workers has to be there."""
+    least, most = (workers.count, workers.count) if isinstance(workers.count, int) else workers.count
+    return Demand(workers.cpus, workers.gpus, least=least, wished=most, key=key, count_key=f"{key}.count")
 
 
 def _ray_worker(settings: dict[str, Any]) -> None:

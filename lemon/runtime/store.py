@@ -9,7 +9,6 @@ import logging
 import os
 import shutil
 import subprocess
-import tempfile
 import threading
 import time
 import uuid
@@ -26,6 +25,7 @@ import pyarrow.parquet as pq
 from lemon.config import ConfigError, StorageError
 from lemon.runtime import s3
 from lemon.runtime.records import OWN, Record, Records, is_own
+from lemon.runtime.scratch import scratch_folder
 from lemon.schema import fault_of
 from lemon.version import __version__
 
@@ -182,8 +182,8 @@ class Store:
         if not self.is_local:
             # An object appears when its upload completes, and closing a stream completes it, also after an error. So
             # the content is made whole on local disk first.
-            with tempfile.TemporaryDirectory(prefix="lemon-upload-") as scratch:
-                yield Path(scratch) / name.rpartition("/")[2]
+            with scratch_folder() as scratch:
+                yield scratch / name.rpartition("/")[2]
             return
         final = Path(self.path(name))
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -399,8 +399,8 @@ def local_copy(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield Path(path).expanduser()
         return
     store, name = locate(path)
-    with tempfile.TemporaryDirectory(prefix="lemon-copy-") as scratch:
-        copy = Path(scratch) / (name or "bucket")
+    with scratch_folder() as scratch:
+        copy = scratch / (name or "bucket")
         store.download(name, copy)
         yield copy
 

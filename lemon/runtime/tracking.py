@@ -7,7 +7,6 @@ import logging
 import os
 import random
 import sys
-import tempfile
 import time
 import uuid
 import warnings
@@ -24,6 +23,8 @@ import numpy as np
 import requests
 
 from lemon.config import ConfigError, one_line
+from lemon.runtime.cluster import ray_address
+from lemon.runtime.scratch import scratch_folder
 from lemon.runtime.store import Store, code_version
 from lemon.schema import CROP_PX
 from lemon.version import __version__
@@ -338,7 +339,7 @@ def close_killed(store: Store, *, uri: str) -> None:
 
 @cache
 def _warn_of_other_nodes() -> None:
-    if "RAY_ADDRESS" in os.environ and not os.environ.get("MLFLOW_TRACKING_URI"):
+    if ray_address() is not None and not os.environ.get("MLFLOW_TRACKING_URI"):
         print(
             f"tracking: MLFLOW_TRACKING_URI is not set: runs go to {tracking_uri()} on this node, and workers on other "
             "nodes of the cluster cannot log; start a server that all nodes reach (cluster/README.md)",
@@ -395,8 +396,8 @@ def _register(client: Any, run_id: str, name: str, encoder: Path, *, width: int,
     left = client.search_logged_models([place], f"source_run_id = '{run_id}' AND name = '{name}'")
     model = left[0] if left else _patiently(lambda: client.create_logged_model(place, name, run_id, tags))
     model_id = model.model_id
-    with tempfile.TemporaryDirectory() as folder:
-        _save(Path(folder) / "model", encoder, width=width, run_id=run_id, model_id=model_id)
+    with scratch_folder() as folder:
+        _save(folder / "model", encoder, width=width, run_id=run_id, model_id=model_id)
         client.log_model_artifacts(model_id, f"{folder}/model")
     _patiently(lambda: client.finalize_logged_model(model_id, "READY"))
     if model_id not in (each.model_id for each in run.outputs.model_outputs):

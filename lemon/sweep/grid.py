@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from lemon.encoders.device import choose_device
 from lemon.experiment import Trial
 from lemon.pretrain import launch
 from lemon.pretrain.assemble import fit_stain
-from lemon.pretrain.config import FitStainConfig, PretrainConfig, TrainWorkers
+from lemon.pretrain.config import FitStainConfig, PretrainConfig
 from lemon.pretrain.stain import statistics_name
 from lemon.probe.task import Task, TaskError
 from lemon.probe.tasks.catalogue import open_task
+from lemon.runtime.cluster import ray_address
+from lemon.runtime.demand import grant
 from lemon.runtime.store import Store, path_exists
 from lemon.runtime.store import open_output as writable
 from lemon.sweep.config import Point, SweepConfig, words
@@ -189,19 +192,12 @@ def settings_faults(config: PretrainConfig, sweep: SweepConfig) -> list[str]:
         faults += _told(launch.located, config)
     if not sweep.on_ray:
         faults += _told(choose_device, config.device)
-    elif "RAY_ADDRESS" not in os.environ:
-        cpus, gpus = needed(config.workers, least=True)
-        have_cpus, have_gpus = os.cpu_count() or 1, torch.cuda.device_count()
-        if cpus > have_cpus or gpus > have_gpus:
-            got = f"a trial needs {cpus:g} CPUs and {gpus:g} GPUs; this machine has {have_cpus} and {have_gpus}"
-            faults.append(f"workers: {got}: set RAY_ADDRESS to a cluster that has them, or ask for fewer")
+    elif ray_address() is None:
+        here = {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
+        faults += _told(
+            functools.partial(grant, nodes=[here], coming=(), place="this machine"), launch.demand_of(config.workers)
+        )
     return faults
-
-
-def needed(workers: TrainWorkers, *, least: bool = False) -> tuple[float, float]:
-    """CPUs and GPUs of a trial with all its workers, or with the least number that an elastic run goes on with."""
-    count = workers.count if isinstance(workers.count, int) else workers.count[0 if least else 1]
-    return count * workers.cpus, count * workers.gpus
 
 
 def trial_of(config: SweepConfig, point: Point, made: PretrainConfig, *, seed: int, output: Store) -> Trial:

@@ -23,6 +23,11 @@ from lemon.sweep.grid import EXPERIMENT, MARK, Entry, Grid, build
 def main(config: SweepConfig) -> int:
     """Run a sweep and tell the outcome; returns the exit code. Raises ConfigError before any trial starts."""
     grid = build(config)
+    pending = [entry for entry in grid.entries if not is_over(entry, config)]
+    if pending and config.on_ray:
+        from lemon.sweep import tune
+
+        tune.prepare(pending, config)
     with hold(config.output, stage="scaling_sweep"):
         return _run_all(grid, config, Store(config.output))
 

@@ -7,25 +7,27 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
 from lemon import experiment
 from lemon.cells.names import file_stem
 from lemon.experiment import Trial
-from lemon.runtime.cluster import start_ray
+from lemon.pretrain import launch
+from lemon.runtime.cluster import nodes, start_ray
+from lemon.runtime.demand import room, settle
 from lemon.runtime.records import OWN
 from lemon.runtime.store import Store, fingerprint
 from lemon.runtime.tracking import Run
 from lemon.sweep import table
 from lemon.sweep.attempt import attempt
 from lemon.sweep.config import SweepConfig
-from lemon.sweep.grid import Entry, Grid, needed
+from lemon.sweep.grid import Entry, Grid
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,16 @@ LOSSES = 3
 PROBED = "probe/balanced_accuracy"  # as pretraining logs it
 METRIC, STEP = "online_probe", "step"  # as Tune is told: its own training_iteration begins anew after an interruption
 _PLACE: dict[str, float] = {"memory": 1 << 20}  # of a trial whose workers Ray Train places; nothing at all is refused
+
+
+def prepare(entries: Sequence[Entry], config: SweepConfig) -> None:
+    """Join or start Ray for trials. Raises ConfigError, also where the cluster never has room for one."""
+    _start_ray()
+    for workers in {entry.trial.pretrain.workers for entry in entries}:
+        demand = launch.demand_of(workers, key="pretrain.workers")
+        if workers.in_process:
+            demand = replace(demand, wished=min(config.max_concurrent or 1, len(entries)), count_key="max_concurrent")
+        settle(demand, stage="sweep")
 
 
 def run_on_ray(pending: list[Entry], *, grid: Grid, config: SweepConfig, parent: Run) -> None:
@@ -143,11 +155,9 @@ def _resources(trial: Trial) -> Any:
 
 def _capacity(pending: list[Entry]) -> int:
     """Trials that the cluster has room for at once: Tune does not count what Ray Train's workers take."""
-    total = ray.cluster_resources()
-    needs = [needed(entry.trial.pretrain.workers) for entry in pending]
-    cpus, gpus = max(cpus for cpus, _ in needs), max(gpus for _, gpus in needs)
-    room = [total.get("CPU", 1) // cpus, *([total.get("GPU", 0) // gpus] if gpus else [])]
-    return max(1, int(min(room)))
+    demands = {launch.demand_of(entry.trial.pretrain.workers) for entry in pending}
+    holds = (room(nodes(), cpus=each.cpus, gpus=each.gpus or 0) // each.wished for each in demands)
+    return max(1, min(holds))
 
 
 def _asha(pending: list[Entry], config: SweepConfig) -> Any:
@@ -214,8 +224,4 @@ def _start_ray() -> None:
     os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # a traceback; ``_Told`` has a line
     logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)  # the same
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # else Tune returns after Ctrl-C as if all were done
-    if "RAY_ADDRESS" not in os.environ and not ray.is_initialized():
-        ray.init(
-            include_dashboard=True, object_store_memory=512 << 20, log_to_driver=False, logging_level=logging.ERROR
-        )
-    start_ray()
+    start_ray(dashboard=True)

@@ -18,11 +18,13 @@ from lemon.cells.names import shard_name
 from lemon.cells.shard import images_from_arrow
 from lemon.config import ConfigError, load
 from lemon.embed import pipeline, stream
-from lemon.embed.config import EmbedConfig, EmbedWorkers
+from lemon.embed.config import ClusterConfig, EmbedConfig, EmbedWorkers
 from lemon.embed.ledger import EmbedLedger, Made
 from lemon.embed.names import embeddings_name
 from lemon.embed.stream import embed_shard
+from lemon.runtime import pool
 from lemon.runtime import store as storage
+from lemon.runtime.demand import Demand, settle
 from lemon.runtime.shards import ShardError
 from lemon.runtime.store import Store
 from lemon.schema import EMBEDDED
@@ -262,6 +264,7 @@ def test_a_slide_is_curated_first_where_no_table_is_given(
         write_cells(Store(config.output), "s", 20)  # type: ignore[attr-defined]
         return 0
 
+    monkeypatch.setattr(pipeline.curate, "ask", lambda config, key: 1)
     monkeypatch.setattr(pipeline.curate, "main", curated)
     words = [f"model={model}", f"output={tmp_path / 'out'}", f"slides={tmp_path / 's.svs'}", "device=cpu"]
     config = load("embed", [*words, "segmenter.min_area_um2=7", "curation.region_px=512"], EmbedConfig)
@@ -287,6 +290,7 @@ def test_cells_of_other_settings_are_refused_with_the_key_that_discards_them(
 def test_slides_without_any_cell_end_with_the_exit_code_of_curation(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(pipeline.curate, "ask", lambda config, key: 1)
     monkeypatch.setattr(pipeline.curate, "main", lambda config: 3)
     words = [f"model={model}", f"output={tmp_path / 'out'}", "slides=bad.svs", "device=cpu"]
     assert pipeline.main(load("embed", words, EmbedConfig)) == 3
@@ -368,11 +372,14 @@ def test_every_shipped_config_composes_and_validates(variant: str, source: str) 
     assert load("embed", words, EmbedConfig).model == "m"
 
 
-class CrashingWorker:
+class CrashingWorker(pool.Worker):
     """Its process dies at one slide, as of a segmentation fault."""
 
     def __init__(self, ledger: EmbedLedger) -> None:
-        self.ledger = ledger
+        self.ledger, self.output = ledger, ledger.store.uri
+
+    def begin(self, job: dict[str, object], *, run_id: str) -> int:
+        return self.ledger.begin(str(job["slide_id"]), run_id=run_id)
 
     def work(self, job: dict[str, object]) -> dict[str, object]:
         if job["slide_id"] == "bad":
@@ -401,9 +408,11 @@ def test_on_ray_the_tables_are_the_same_and_a_slide_that_kills_its_actor_is_give
 
     ledger = EmbedLedger(Store(tmp_path / "crash"), Made("m", "f", WIDTH, "float16", "fp32"))
     jobs = [{"slide_id": name, "n_cells": 1} for name in ("bad", "good")]
-    rows = list(pipeline._on_ray(functools.partial(CrashingWorker, ledger), jobs, config=config, gpus=0))
+    make, actors = functools.partial(CrashingWorker, ledger), pool.Actors(settle(Demand(1), stage="embed"))
+    rows = list(pool.run(jobs, make, actors=actors, max_attempts=2))
     told = {row["slide_id"]: row["error"] for row in rows}
     assert told == {"bad": "given up after 2 crashes of its worker", "good": None}
+    assert pipeline.run(config.model_copy(update={"clusters": ClusterConfig(k=None)})).n_skipped == len(SLIDES)
 
 
 @pytest.mark.ray

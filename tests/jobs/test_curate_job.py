@@ -107,7 +107,7 @@ def test_a_job_that_was_killed_goes_on_and_ends_with_the_table_of_an_undisturbed
     assert cells_of(output).equals(undisturbed)
 
 
-@pytest.mark.parametrize("victim", ["SlideActor", "multiprocessing.spawn"])
+@pytest.mark.parametrize("victim", ["ItemActor", "multiprocessing.spawn"])
 def test_a_killed_worker_costs_no_row(slides: Path, undisturbed: pa.Table, tmp_path: Path, victim: str) -> None:
     output = tmp_path / "out"
     job = subprocess.Popen(command(slides, output), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -13,8 +13,8 @@ import pytest
 
 from benchmarks.processes import family, kill
 from lemon.cells.ledger import read_ledger
+from lemon.runtime.scratch import PREFIX
 from lemon.runtime.store import Store
-from lemon.slides.fetch import PREFIX
 from lemon.slides.synthetic import make_tissue, write_pyramid
 from tests import s3
 from tests.probe.tasks.test_folder import write_crops

@@ -1,0 +1,191 @@
+"""What a job asks of a cluster, compared with what is there or can come, before anything is written.
+
+Ray itself would wait without end, and without a line, for a node that there never will be.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lemon.config import ConfigError
+from lemon.runtime import cluster
+from lemon.runtime.store import Store
+
+NOTICE_S = 30.0
+"""How often a job that waits for the cluster says so."""
+
+_POLL_S = 1
+
+_told: set[str] = set()
+
+Node = Mapping[str, float]
+"""Resources of a node by name, as Ray tells them: ``CPU``, ``GPU`` and others."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Workers, each of which has to fit on one node.
+
+    Attributes:
+        cpus: of a worker.
+        gpus: of a worker, a share or a whole number; None: one, where the cluster has any.
+        least: workers that have to be there at the same time.
+        wished: workers that were asked for; fewer is told and goes on.
+        may_shrink: fewer CPUs a worker will do, as for a default that nobody asked for.
+        key: of the settings that say what a worker takes.
+        count_key: of the setting that says how many.
+    """
+
+    cpus: int
+    gpus: float | None = 0.0
+    least: int = 1
+    wished: int = 1
+    may_shrink: bool = False
+    key: str = "workers"
+    count_key: str = "workers.count"
+
+
+@dataclass(frozen=True)
+class Granted:
+    """What a job gets.
+
+    Attributes:
+        cpus: of a worker.
+        gpus: of a worker.
+        room: workers that the nodes of now hold at the same time, at least one.
+        waits: the nodes of now do not hold them; others may come.
+        notes: lines for the user.
+    """
+
+    cpus: int
+    gpus: float
+    room: int
+    waits: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def room(nodes: Sequence[Node], *, cpus: int, gpus: float = 0.0) -> int:
+    """Workers that nodes hold at the same time."""
+    return sum(_on_node(node, cpus=cpus, gpus=gpus) for node in nodes)
+
+
+def _on_node(node: Node, *, cpus: int, gpus: float) -> int:
+    held = int(node.get("CPU", 0) // cpus)
+    if not gpus:
+        return held
+    devices = int(node.get("GPU", 0))  # a share lies on one device
+    return min(held, int(devices // gpus) if gpus >= 1 else devices * math.floor(1 / gpus + 1e-9))
+
+
+def grant(demand: Demand, *, nodes: Sequence[Node], coming: Sequence[Node] | None, place: str) -> Granted:
+    """What a cluster of these nodes has for a job.
+
+    Args:
+        demand: what is asked.
+        nodes: those that are there.
+        coming: nodes that an autoscaler may add; None: it may add some, of a size that it does not tell.
+        place: the cluster, in words.
+
+    Raises:
+        ConfigError: never will there be room.
+    """
+    gpus = demand.gpus
+    if gpus is None:
+        gpus = 1.0 if any(node.get("GPU", 0) >= 1 for node in (*nodes, *(coming or ()))) else 0.0
+    if gpus > 1 and gpus != int(gpus):
+        raise ConfigError(f"{demand.key}.gpus: got {gpus:g}; expected a share of one GPU or a whole number")
+    holds = room(nodes, cpus=demand.cpus, gpus=gpus)
+    if holds >= demand.least:
+        return Granted(demand.cpus, gpus, holds, notes=_fewer(demand, holds, place=place, final=coming == ()))
+    if coming and holds + room(coming, cpus=demand.cpus, gpus=gpus) >= demand.least:
+        return Granted(demand.cpus, gpus, max(1, holds), waits=True)
+    for cpus in range(demand.cpus - 1, 0, -1) if demand.may_shrink else ():
+        if (holds := room(nodes, cpus=cpus, gpus=gpus)) >= demand.least:
+            note = f"{demand.key}.cpus: {cpus} instead of {demand.cpus}, as no node of {place} has more"
+            return Granted(cpus, gpus, holds, notes=(note, *_fewer(demand, holds, place=place, final=coming == ())))
+    if coming is None:
+        return Granted(demand.cpus, gpus, max(1, holds), waits=True)
+    raise ConfigError(_refusal(demand, gpus=gpus, nodes=[*nodes, *coming], place=place))
+
+
+def _fewer(demand: Demand, holds: int, *, place: str, final: bool) -> tuple[str, ...]:
+    if holds >= demand.wished or not final:
+        return ()
+    return (f"{demand.count_key}: got {demand.wished}; {place} has room for {holds}, which it goes on with",)
+
+
+def _refusal(demand: Demand, *, gpus: float, nodes: Sequence[Node], place: str) -> str:
+    """The key that asks for too much, what was got, what there is, how to mend it."""
+    most = {name: max((node.get(name, 0) for node in nodes), default=0) for name in ("CPU", "GPU")}
+    mend = "ask for less, or set RAY_ADDRESS to a cluster that has it"
+    if gpus and not most["GPU"]:
+        return f"{demand.key}.gpus: got {gpus:g}; {place} has no GPU: {demand.key}.gpus=0, or {mend}"
+    if gpus > most["GPU"]:
+        return f"{demand.key}.gpus: got {gpus:g}; no node of {place} has more than {most['GPU']:g}: {mend}"
+    if demand.cpus > most["CPU"]:
+        return f"{demand.key}.cpus: got {demand.cpus}; no node of {place} has more than {most['CPU']:g}: {mend}"
+    each = f"{demand.cpus} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+    holds = room(nodes, cpus=demand.cpus, gpus=gpus)
+    return f"{demand.count_key}: got {demand.least}, of {each} each; {place} has room for {holds}: {mend}"
+
+
+def is_new(output: str, *, table: str) -> bool:
+    """Whether an output that can be written has no rows in a table yet; where it cannot, what opens it tells so.
+
+    A job with a new output has work to do, so it asks for the cluster before it writes anything.
+    """
+    try:
+        store = Store(output)
+        if store.is_local:
+            nearest = next(path for path in (Path(store.root), *Path(store.root).parents) if path.exists())
+            if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+                return False
+        return not store.list(table)
+    except (OSError, ValueError):
+        return False
+
+
+def settle(demand: Demand, *, stage: str) -> Granted:
+    """Join or start Ray, and return what it has for a job; waits, with a line now and then, where nodes may come.
+
+    Raises ConfigError, one line: what keeps Ray from starting, or that there never will be room.
+    """
+    cluster.start_ray()
+    here = cluster.ray_address() is None
+    place = "this machine" if here else "the cluster"
+    granted = grant(demand, nodes=cluster.nodes(), coming=() if here else cluster.coming_nodes(), place=place)
+    for note in granted.notes:
+        if note not in _told:
+            print(f"{stage}: {note}", file=sys.stderr)
+            _told.add(note)
+    if here:
+        return granted
+    _wait(demand, granted, stage=stage)
+    return replace(granted, room=max(1, room(cluster.nodes(), cpus=granted.cpus, gpus=granted.gpus)), waits=False)
+
+
+def _wait(demand: Demand, granted: Granted, *, stage: str) -> None:
+    """Wait until the cluster has the workers free. A placement group of theirs also tells an autoscaler what to add."""
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    each = {"CPU": float(granted.cpus)} | ({"GPU": granted.gpus} if granted.gpus else {})
+    held = placement_group([each] * demand.least)
+    start = told = time.monotonic()
+    try:
+        while not held.wait(_POLL_S):  # short, because no signal interrupts it
+            if time.monotonic() - told > NOTICE_S:
+                told = time.monotonic()
+                what = ", ".join(f"{value:g} {name}" for name, value in each.items())
+                print(
+                    f"{stage}: waits for {demand.least} x {what} of the cluster, for {told - start:.0f} s now; "
+                    f"{cluster.told_nodes()}; Ctrl-C ends it",
+                    file=sys.stderr,
+                )
+    finally:
+        remove_placement_group(held)

@@ -1,0 +1,140 @@
+"""Items in this process and in an actor's hands: what becomes a row, what is begun again, what stops the job."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lemon.config import ConfigError
+from lemon.runtime import pool
+
+
+class Doer(pool.Worker):
+    """Does what its items say; keeps what it committed."""
+
+    fatal = (OSError,)
+
+    def __init__(self) -> None:
+        self.output = "there"
+        self.begun: Counter[str] = Counter()
+        self.committed: list[pool.Row] = []
+
+    @contextlib.contextmanager
+    def ready(self, item: pool.Item) -> Iterator[pool.Item]:
+        if item["do"] == "absent":
+            raise pool.AbsentError("not\nthere")
+        yield item
+
+    def begin(self, item: pool.Item, *, run_id: str) -> int:
+        if item["do"] == "no ledger":
+            raise OSError("Read-only file system")
+        self.begun[item["id"]] += 1
+        return self.begun[item["id"]] - 1
+
+    def work(self, item: pool.Item) -> pool.Row:
+        if item["do"] == "crash" or (item["do"] == "crash once" and self.begun[item["id"]] == 1):
+            raise pool.CrashError
+        if item["do"] == "full":
+            raise OSError("No space left on device")
+        if item["do"] == "fatal":
+            raise pool.FatalError("nothing works any more")
+        if item["do"] == "config":
+            raise ConfigError("key: got x")
+        if item["do"] == "strange":
+            raise ZeroDivisionError("a strange item")
+        return self._commit(item, None)
+
+    def fail(self, item: pool.Item, reason: str) -> pool.Row:
+        return self._commit(item, reason)
+
+    def _commit(self, item: pool.Item, reason: str | None) -> pool.Row:
+        row = {"id": item["id"], "status": "failed" if reason else "done", "error": reason}
+        self.committed.append(row)
+        return row
+
+
+def here(worker: Doer, *items: str) -> list[pool.Row]:
+    listed = [{"id": str(number), "do": do} for number, do in enumerate(items)]
+    return list(pool.run(listed, lambda: worker, actors=None, max_attempts=2))
+
+
+def in_actor(worker: Doer, *items: str) -> list[pool.Row]:
+    """As Ray calls it."""
+    actor = pool.ItemActor(lambda: worker, "run", 2)
+    rows = []
+    for number, do in enumerate(items):
+        batch = {"item": np.array([json.dumps({"id": str(number), "do": do})])}
+        told: dict[str, Any] = json.loads(actor(batch)["told"][0])
+        if "fatal" in told:
+            raise pool.FatalError(told["fatal"])
+        rows.append(told["row"])
+    return rows
+
+
+both = pytest.mark.parametrize("run", [here, in_actor])
+
+
+@both
+@pytest.mark.parametrize(
+    ("do", "error"),
+    [
+        ("work", None),
+        ("crash once", None),
+        ("crash", "given up after 2 crashes of its worker"),
+        ("strange", "unexpected ZeroDivisionError: a strange item"),
+        ("config", "key: got x"),
+    ],
+)
+def test_what_an_item_provokes_is_its_own_row_and_the_others_are_done(run: Any, do: str, error: str | None) -> None:
+    worker = Doer()
+    rows = run(worker, "work", do, "work")
+    assert [row["error"] for row in rows] == [None, error, None]
+    assert worker.committed == rows
+
+
+@both
+def test_an_item_that_is_absent_is_told_and_not_committed(run: Any) -> None:
+    worker = Doer()
+    rows = run(worker, "absent", "work")
+    assert [(row["status"], row.get("error")) for row in rows] == [("failed", "not there"), ("done", None)]
+    assert [row["id"] for row in worker.committed] == ["1"]
+
+
+@both
+@pytest.mark.parametrize(
+    ("do", "line"),
+    [
+        ("full", "cannot write to there: No space left on device"),
+        ("no ledger", "cannot write to there: Read-only file system"),
+        ("fatal", "nothing works any more"),
+    ],
+)
+def test_what_every_item_would_meet_stops_the_job(run: Any, do: str, line: str) -> None:
+    worker = Doer()
+    with pytest.raises(pool.FatalError) as caught:
+        run(worker, "work", do, "work")
+    assert str(caught.value) == line
+    assert [row["id"] for row in worker.committed] == ["0"]
+
+
+@pytest.mark.parametrize("error", [ConfigError("model: got x"), RuntimeError("bad\nweights")])
+def test_a_worker_that_cannot_start_stops_the_job_and_is_not_started_for_ever(error: Exception) -> None:
+    def make() -> Doer:
+        raise error
+
+    actor = pool.ItemActor(make, "run", 2)
+    told = json.loads(actor({"item": np.array(["{}"])})["told"][0])
+    assert " ".join(str(error).split()) in told["fatal"]
+
+
+def test_no_items_start_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Data refuses an empty list, and Ray takes ten seconds to start."""
+    assert list(pool.run([], functools.partial(pytest.fail, "made"), actors=None, max_attempts=1)) == []
+    assert list(pool.run([], functools.partial(pytest.fail, "made"), actors=object(), max_attempts=1)) == []  # type: ignore[arg-type]
