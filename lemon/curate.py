@@ -19,7 +19,7 @@ from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError, CurateConfig, Hove
 from lemon.runtime import pool
 from lemon.runtime.demand import Demand, is_new, settle
 from lemon.runtime.lease import hold
-from lemon.runtime.store import Store, is_uri, open_output, path_exists
+from lemon.runtime.store import Store, is_uri, path_exists
 from lemon.slide import OutputError, build_segmenter, curate_slide, start_processes
 from lemon.slides.cohort import Slide, list_slides
 from lemon.slides.download import DownloadError
@@ -69,13 +69,15 @@ def run(config: CurateConfig, *, source: Source = IN_PLACE) -> Summary:
 
     Raises ConfigError for what the user must mend first; FatalError when the job cannot go on.
     """
-    slides = check(config)
-    ledger = open_ledger(open_output(config.output, owns=OWNS), config)
-    pending = _pending(slides, ledger, config)
-    if pending:
-        _curate_all(pending, config=config, ledger=ledger, source=source)
+    slides = ask(config)
+    with hold(config.output, stage="curate", owns=OWNS) as store:
+        ledger = open_ledger(store, config)
+        pending = _pending(slides, ledger, config)
+        if pending:
+            _curate_all(pending, config=config, ledger=ledger, source=source)
+        rows = ledger.rows()
     wanted = {slide.slide_id for slide in slides}
-    rows = [row for row in ledger.rows() if row["slide_id"] in wanted]
+    rows = [row for row in rows if row["slide_id"] in wanted]
     failed = sum(row["status"] == "failed" for row in rows)
     code = EXIT_FAILURES if failed > config.max_failed_share * len(rows) else EXIT_OK
     return Summary(rows=rows, n_skipped=len(slides) - len(pending), exit_code=code)
@@ -83,10 +85,8 @@ def run(config: CurateConfig, *, source: Source = IN_PLACE) -> Summary:
 
 def main(config: CurateConfig, *, source: Source = IN_PLACE) -> int:
     """``run`` with its outcome told; returns the exit code."""
-    ask(config)
     try:
-        with hold(config.output, stage="curate", owns=OWNS):
-            summary = run(config, source=source)
+        summary = run(config, source=source)
     except pool.FatalError as error:
         print(f"curate: stopped: {error}; what is committed stays, rerun goes on", file=sys.stderr)
         return EXIT_FAILURES
@@ -147,15 +147,15 @@ class Curator(pool.Worker):
         return self.ledger.commit(item["slide"] | told)
 
 
-def ask(config: CurateConfig, *, key: str = "workers") -> int:
-    """Check a config and, where there is work, what it asks of the cluster; returns the number of slides.
+def ask(config: CurateConfig, *, key: str = "workers") -> list[Slide]:
+    """Check a config and, where there is work, what it asks of the cluster; returns the slides.
 
     ``key`` is what its ``workers`` are called where it is a part of another job's. Raises ConfigError.
     """
     slides = check(config)
     if is_new(config.output, table="slides"):
         settle(_demand(config, n_slides=len(slides), key=key), stage="curate")
-    return len(slides)
+    return slides
 
 
 def check(config: CurateConfig) -> list[Slide]:

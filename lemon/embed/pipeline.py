@@ -192,7 +192,7 @@ def _export(
 def _ask(config: EmbedConfig) -> None:
     """Check what the job asks of the cluster before it writes anything. Raises ConfigError."""
     if config.slides is not None:
-        n_slides = curate.ask(config.curate_config(), key="curation.workers")
+        n_slides = len(curate.ask(config.curate_config(), key="curation.workers"))
     else:
         n_slides = len(_jobs(Store(config.cells or "")))
     if is_new(config.output, table="slides"):
