@@ -79,7 +79,8 @@ def size_and_time(path: str) -> tuple[int, int] | None:
         stats = [file.stat() for file in files_of(Path(path))]
     except OSError:
         return None
-    return sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
+    # A file that was put there with the time of another (cp -p, rsync -t) shows it in the time of its inode.
+    return sum(stat.st_size for stat in stats), max(max(stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats)
 
 
 def changed_sources(rows: Iterable[dict[str, Any]], paths: dict[str, str]) -> set[str]:
