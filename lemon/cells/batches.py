@@ -1,4 +1,4 @@
-"""From a selection of cells to uint8 batches on the device, in an order fixed by the seed and resumable at a step."""
+"""From images of cells to uint8 batches on the device, in an order fixed by the seed and resumable at a step."""
 
 from __future__ import annotations
 
@@ -6,53 +6,13 @@ import functools
 import queue
 import threading
 import time
-import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from lemon.cells.select import Selection
-from lemon.cells.shard import images_from_arrow
 from lemon.schema import CROP_PX
-
-
-def open_images(selection: Selection, *, cache: str | Path) -> np.ndarray:
-    """The images of a selection, uint8 [N, 60, 60, 3], as a memory map of an uncompressed file in ``cache``.
-
-    The file is made once and shared by all processes of a machine: random access into Parquet would read a row group
-    for every cell. Order: by slide, by rank within.
-    """
-    path = Path(cache) / f"cells-{selection.fingerprint}.u8"
-    shape = (selection.n_cells, CROP_PX, CROP_PX, 3)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
-        try:
-            _fill(np.memmap(temporary, np.uint8, "w+", shape=shape), selection)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return np.memmap(path, np.uint8, "r", shape=shape)
-
-
-def _fill(target: np.memmap, selection: Selection) -> None:
-    starts = np.cumsum([0, *(part.n_rows for part in selection.parts)])
-
-    def copy(index: int) -> None:
-        part = selection.parts[index]
-        done = int(starts[index])
-        for batch in selection.batches(part, ["image"]):
-            images = images_from_arrow(batch["image"])
-            target[done : done + len(images)] = images
-            done += len(images)
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(copy, range(len(selection.parts))))
-    target.flush()
 
 
 @dataclass(frozen=True)

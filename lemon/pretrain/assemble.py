@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from lemon.cells.batches import Feed, Order, open_images
+from lemon.cells.batches import Feed, Order
+from lemon.cells.cache import open_images, read_images
 from lemon.cells.select import Selection, select_cells
 from lemon.config import ConfigError
 from lemon.encoders.export import CellInput, export_encoder
@@ -38,8 +37,7 @@ def fit_stain(config: FitStainConfig) -> tuple[str, int]:
     Raises ConfigError.
     """
     selection = select_cells(Store(config.cells), n_cells=config.n_cells)
-    with tempfile.TemporaryDirectory() as cache:
-        images = torch.from_numpy(np.array(open_images(selection, cache=cache)))
+    images = torch.from_numpy(read_images(selection))
     try:
         statistics = fit_stain_statistics(images, space=config.space, components=config.components, seed=config.seed)
     except ValueError as error:
@@ -70,7 +68,7 @@ def build_trainer(
 ) -> Trainer:
     """One worker, at the start of its run (``resume`` takes it to its newest checkpoint)."""
     selection = select(config)
-    images = open_images(selection, cache=Path(config.cache).expanduser())
+    images = open_images(selection, cache=config.cache)
     build = DINOv2 if isinstance(config.ssl, DINOv2Config) else MoCoV3
     method = build(config.ssl, config.encoder, seed=config.seed).to(device)  # type: ignore[arg-type]
     if device.type == "cuda":

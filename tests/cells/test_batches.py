@@ -1,40 +1,19 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from lemon.cells.batches import Feed, Order, open_images
-from lemon.cells.select import select_cells
-from tests.cells_table import numbered, numbers_of, small_table
+from lemon.cells.batches import Feed, Order
+from tests.cells_table import numbered, numbers_of
 
 CPU = torch.device("cpu")
 
 
 def feed(count: int = 150, *, batch: int = 20, **options: object) -> Feed:
     return Feed(numbered(count), Order(count, seed=7), batch=batch, device=CPU, **options)  # type: ignore[arg-type]
-
-
-def test_the_cache_holds_the_selected_images_in_order_and_is_made_once(tmp_path: Path) -> None:
-    store, written = small_table(tmp_path / "cells")
-    selection = select_cells(store)
-    images = open_images(selection, cache=tmp_path / "cache")
-    assert (images == np.concatenate([written["a"], written["b"], written["c"]])).all()
-    (file,) = (tmp_path / "cache").iterdir()
-    before = file.stat().st_mtime_ns
-    open_images(selection, cache=tmp_path / "cache")
-    assert file.stat().st_mtime_ns == before
-
-
-def test_a_cache_of_a_smaller_selection_is_another_file(tmp_path: Path) -> None:
-    store, written = small_table(tmp_path / "cells")
-    few = select_cells(store, slides=["b"])
-    images = open_images(few, cache=tmp_path / "cache")
-    assert (images == written["b"]).all()
-    assert few.fingerprint != select_cells(store).fingerprint
 
 
 def test_every_pass_is_a_permutation_and_the_next_one_another() -> None:
