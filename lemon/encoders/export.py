@@ -10,10 +10,12 @@ from typing import Any
 
 import safetensors.torch
 import timm
+import torch
 from timm.layers import LayerScale
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
+from lemon.encoders.finite import not_finite
 from lemon.runtime.store import locate
 from lemon.schema import CROP_PX
 
@@ -21,6 +23,10 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 ARCHITECTURES = {192: "vit_tiny_patch16_224", 384: "vit_small_patch8_224", 768: "vit_base_patch8_224"}
 """timm's entry point by width; every size is spelled out in model_args besides."""
+
+
+class NotFiniteError(ValueError):
+    """Weights or features are not numbers; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ def export_encoder(
 
     Raises:
         ValueError: crop_px (or input_px, where cells are resized) is not the encoder's.
+        NotFiniteError: a weight, or a feature of a test image, is not finite; nothing was written then.
     """
     if encoder.patch_embed.img_size != (cell_input.px, cell_input.px):
         given = "input_px" if cell_input.input_px else "crop_px"
@@ -63,11 +70,31 @@ def export_encoder(
             f"{given}={cell_input.px}: expected the encoder's input size, {encoder.patch_embed.img_size[0]}"
         )
     weights = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
+    check_finite(weights, source="the encoder")
+    check_finite({"a feature of a test image": _tried(encoder, px=cell_input.px)}, source="the encoder")
     store, folder = locate(destination)
     with store.write(f"{folder}/{WEIGHTS}") as stream:
         stream.write(safetensors.torch.save(weights, metadata={"format": "pt"}))
     with store.write(f"{folder}/{CONFIG}") as stream:
         stream.write(json.dumps(timm_config(encoder, cell_input=cell_input, facts=facts or {}), indent=2).encode())
+
+
+def check_finite(weights: Mapping[str, Tensor], *, source: str) -> None:
+    """Raise NotFiniteError, with the first names, for NaN or infinity among weights."""
+    if wrong := list(not_finite(weights)):
+        told = f"{len(wrong)} of {len(weights)} tensors hold values that are not finite ({', '.join(wrong[:3])})"
+        raise NotFiniteError(f"{source}: {told}; expected finite weights: train again, or use an earlier checkpoint")
+
+
+@torch.no_grad()
+def _tried(encoder: VisionTransformer, *, px: int) -> Tensor:
+    """Features of two images, a ramp from -2 to 2 and its mirror, in evaluation mode; the mode is left as it was."""
+    training, weight = encoder.training, encoder.patch_embed.proj.weight
+    ramp = torch.linspace(-2, 2, 3 * px * px, device=weight.device, dtype=weight.dtype).view(1, 3, px, px)
+    try:
+        return encoder.eval()(torch.cat([ramp, ramp.flip(-1)]))
+    finally:
+        encoder.train(training)
 
 
 def timm_config(encoder: VisionTransformer, *, cell_input: CellInput, facts: Mapping[str, Any]) -> dict[str, Any]:

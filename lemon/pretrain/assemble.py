@@ -11,7 +11,7 @@ from lemon.cells.batches import Feed, Order
 from lemon.cells.cache import open_images, read_images
 from lemon.cells.select import Selection, select_cells
 from lemon.config import ConfigError
-from lemon.encoders.export import CellInput, export_encoder
+from lemon.encoders.export import CellInput, NotFiniteError, export_encoder
 from lemon.pretrain.checkpoint import Checkpoints
 from lemon.pretrain.config import DINOv2Config, FitStainConfig, PretrainConfig
 from lemon.pretrain.dinov2 import DINOv2
@@ -113,16 +113,22 @@ def train(
 ) -> None:
     """Train to the end, from the newest checkpoint where there is one, and export the encoder.
 
-    Raises TrainingStoppedError, also where checkpoints or the encoder cannot be written.
+    Raises TrainingStoppedError, also where the cache, checkpoints or the encoder cannot be written, and ConfigError.
     """
-    trainer = build_trainer(config, device=device, rank=rank, world=world, log=log)
+    step = 0
     try:
-        trainer.resume()
-        trainer.run(on_checkpoint=on_checkpoint)
-        if rank == 0:
-            export(trainer, config)
+        trainer = build_trainer(config, device=device, rank=rank, world=world, log=log)
+        step = trainer.resume()
+        try:
+            trainer.run(on_checkpoint=on_checkpoint)
+            if rank == 0:
+                export(trainer, config)
+        finally:
+            step = trainer.step
     except OSError as error:
-        raise TrainingStoppedError(f"storage failed at step {trainer.step}: {error}; rerun goes on") from None
+        raise TrainingStoppedError(f"storage failed at step {step}: {error}; rerun goes on") from None
+    except NotFiniteError as error:
+        raise TrainingStoppedError(f"nothing is exported: {error}") from None
 
 
 def export(trainer: Trainer, config: PretrainConfig) -> None:

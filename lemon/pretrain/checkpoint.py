@@ -1,7 +1,8 @@
-"""Checkpoints of a pretraining run: whole, atomic, the newest few and the best kept."""
+"""Checkpoints of a pretraining run: whole, atomic, sealed with a digest, the newest few and the best kept."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 from dataclasses import dataclass
@@ -9,11 +10,21 @@ from typing import IO, Any
 
 import torch
 
+from lemon.encoders.finite import not_finite
 from lemon.runtime.store import Store
 
 FOLDER = "checkpoints"
 _NAME = re.compile(rf"{FOLDER}/step-(\d+)\.pt$")
 BEST = f"{FOLDER}/best.json"
+HELD = {"method", "optimizer", "step"}
+SEAL = b"lemon-sha256"
+"""Comes after the content, and is followed by the content's SHA-256."""
+
+_SEAL_BYTES = len(SEAL) + 32
+
+
+class DamagedError(ValueError):
+    """A checkpoint cannot be gone on from; the message is its reason."""
 
 
 @dataclass(frozen=True)
@@ -42,36 +53,80 @@ class Checkpoints:
 
         Raises OSError where it cannot be written, as on a full disk; the earlier ones stay.
         """
-        with self.store.write(self._name(step)) as stream:
-            _save({**state, "step": step}, stream)
+        with self.store.write(self.name(step)) as stream:
+            sealed = _Sealed(stream)
+            _save({**state, "step": step}, sealed)
+            stream.write(SEAL + sealed.digest())
         if score is not None and score > self.best()[1]:
             self.store.write_json(BEST, {"step": step, "score": score})
-        kept = {*self.steps()[-self.keep :], self.best()[0]}
+        # Later ones are those that were passed over as damaged: they do not count as the newest.
+        kept = {*[each for each in self.steps() if each <= step][-self.keep :], self.best()[0]}
         for old in self.steps():
-            if old not in kept:
-                self.store.delete(self._name(old))
+            if old < step and old not in kept:
+                self.store.delete(self.name(old))
 
     def best(self) -> tuple[int, float]:
-        """Step and score of the best checkpoint; (-1, -inf) where none was scored."""
-        if not self.store.exists(BEST):
+        """Step and score of the best checkpoint; (-1, -inf) where none was scored, or its mark is damaged."""
+        try:
+            mark = self.store.read_json(BEST)
+            return int(mark["step"]), float(mark["score"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return -1, float("-inf")
-        mark = self.store.read_json(BEST)
-        return int(mark["step"]), float(mark["score"])
 
-    def load(self, step: int | None = None, *, device: torch.device | str = "cpu") -> dict[str, Any] | None:
-        """The state at a step, or the newest; None where there is none."""
-        steps = self.steps()
-        if step is None and not steps:
-            return None
-        content = self.store.read_bytes(self._name(steps[-1] if step is None else step))
-        state: dict[str, Any] = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    def newest(self, *, device: torch.device | str = "cpu") -> tuple[dict[str, Any] | None, list[str]]:
+        """The state of the newest checkpoint that is whole, and a line for each later one, which was passed over."""
+        faults = []
+        for step in reversed(self.steps()):
+            try:
+                return self.load(step, device=device), faults
+            except DamagedError as error:
+                faults.append(f"{self.store.uri}/{self.name(step)}: {error}")
+        return None, faults
+
+    def load(self, step: int, *, device: torch.device | str = "cpu") -> dict[str, Any]:
+        """The state at a step. Raises DamagedError where it is not what was written, or cannot be gone on from."""
+        content = self.store.read_bytes(self.name(step))
+        seal = content[-_SEAL_BYTES:]  # absent from a checkpoint of an earlier version, and where one was cut short
+        if seal.startswith(SEAL) and hashlib.sha256(memoryview(content)[:-_SEAL_BYTES]).digest() != seal[len(SEAL) :]:
+            raise DamagedError("its content is not what was written: the digest differs")
+        try:
+            # A ZIP archive, whose readers pass over what comes after it.
+            state: Any = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        except Exception as error:  # whatever torch makes of a file that was cut short, or is none  # noqa: BLE001
+            raise DamagedError(f"cut short, or no checkpoint ({len(content):,} bytes)") from error
+        if not isinstance(state, dict) or not state.keys() >= HELD:
+            raise DamagedError("no checkpoint of pretraining")
+        if (wrong := next(not_finite(state), None)) is not None:
+            raise DamagedError(f"{wrong} holds values that are not finite")
         return state
 
-    def _name(self, step: int) -> str:
+    def reclaim(self) -> None:
+        """Remove partial checkpoints that a killed process left; only who holds the output may do that."""
+        self.store.remove_temporaries(FOLDER, "step-")
+
+    def name(self, step: int) -> str:
+        """The file of a step, in the output."""
         return f"{FOLDER}/step-{step:08d}.pt"
 
 
-def _save(state: dict[str, Any], stream: IO[bytes]) -> None:
+class _Sealed:
+    """Passes on what is written, and digests it on the way."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._hash = stream, hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        self._hash.update(content)
+        return self._stream.write(content)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def digest(self) -> bytes:
+        return self._hash.digest()
+
+
+def _save(state: dict[str, Any], stream: Any) -> None:
     try:
         torch.save(state, stream)
     except RuntimeError as error:

@@ -6,6 +6,7 @@ All randomness is drawn from (seed, step, rank), so a run that resumes at a step
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lemon.cells.batches import Feed
+from lemon.encoders.finite import not_finite
 from lemon.encoders.features import effective_rank, encode_cells
 from lemon.pretrain.checkpoint import Checkpoints
 from lemon.pretrain.policy import Policy
@@ -80,12 +82,20 @@ class Trainer:
         self._call: Any = DistributedDataParallel(self.method) if self.feed.world > 1 else self.method
 
     def resume(self) -> int:
-        """Load the newest checkpoint, if any; returns the step that comes next."""
-        state = self.checkpoints.load(device=self._device)
+        """Load the newest checkpoint that is whole, if any; returns the step that comes next.
+
+        Damaged ones are passed over, with a line.
+        """
+        if self.feed.rank == 0:
+            self.checkpoints.reclaim()
+        state, faults = self.checkpoints.newest(device=self._device)
         if state is not None:
             self.method.load_state_dict(state["method"])
             self._optimizer.load_state_dict(state["optimizer"])
             self.step = int(state["step"])
+        if faults and self.feed.rank == 0:
+            told = f"training goes on from step {self.step:,}" if self.step else "training begins anew"
+            print(f"pretrain: {told}: {'; '.join(faults)}", file=sys.stderr)
         return self.step
 
     def run(self, *, until: int | None = None, on_checkpoint: Callable[[int], None] | None = None) -> None:
@@ -154,8 +164,10 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         metrics = self._indicators()
+        state = {"method": self.method.state_dict(), "optimizer": self._optimizer.state_dict()}
+        if (wrong := next(not_finite(state), None)) is not None:  # on every worker, so that all stop alike
+            raise TrainingStoppedError(f"{wrong} is not finite at step {self.step}; {self._good()}")
         if self.feed.rank == 0:
-            state = {"method": self.method.state_dict(), "optimizer": self._optimizer.state_dict()}
             score = metrics.get("probe/balanced_accuracy")
             self.checkpoints.save({**state, "config": json.dumps(self.config)}, step=self.step, score=score)
             if self.log is not None and metrics:

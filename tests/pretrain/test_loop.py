@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lemon.config import ConfigError
+from lemon.encoders.export import NotFiniteError
 from lemon.encoders.features import effective_rank
 from lemon.pretrain.assemble import build_trainer, export, train
 from lemon.pretrain.checkpoint import Checkpoints
@@ -137,6 +138,71 @@ def test_collapsed_features_stop_the_run(cells: Path, tmp_path: Path) -> None:
     assert Checkpoints(Store(tmp_path)).steps() == []
 
 
+def test_weights_that_the_last_update_broke_are_never_a_checkpoint(cells: Path, tmp_path: Path) -> None:
+    """The loss and the features were finite: the teacher's projector decides on neither."""
+    trainer = trainer_for(config_for(cells, tmp_path))
+    trainer.run(until=4)
+    for images in trainer.feed.batches(4, 5):
+        trainer.train_step(images)
+    with torch.no_grad():
+        next(trainer.method.teacher_projector.parameters())[0, 0] = float("inf")  # type: ignore[attr-defined]
+    with pytest.raises(TrainingStoppedError, match=r"method\.teacher_projector.*is not finite at step 5.*of step 4"):
+        trainer._checkpoint()
+    assert Checkpoints(Store(tmp_path)).steps() == [4]
+
+
+def test_an_encoder_that_is_not_finite_is_not_exported_and_the_earlier_one_stays(cells: Path, tmp_path: Path) -> None:
+    config = config_for(cells, tmp_path)
+    train(config, device=CPU)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "encoder").iterdir()}
+    trainer = trainer_for(config)
+    trainer.resume()
+    with torch.no_grad():
+        trainer.method.encoder.blocks[1].mlp.fc1.weight[0, 0] = float("nan")  # type: ignore[index, union-attr, operator]
+    with pytest.raises(NotFiniteError, match=r"1 of \d+ tensors hold values that are not finite \(blocks\.1"):
+        export(trainer, config)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "encoder").iterdir()} == before
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "NaN"])
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before_and_no_more(
+    cells: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    whole, second = Recorder(), Recorder()
+    trainer_for(config_for(cells, tmp_path / "a"), whole).run()
+    config = config_for(cells, tmp_path / "b", keep_checkpoints=1)
+    for until in (4, 7):
+        trainer = trainer_for(config.model_copy(update={"keep_checkpoints": 2}))
+        trainer.resume()
+        trainer.run(until=until)
+    newest = tmp_path / "b" / "checkpoints" / "step-00000007.pt"
+    content = bytearray(newest.read_bytes())
+    if damage == "NaN":
+        trainer.method.encoder.norm.bias.data[0] = float("nan")  # type: ignore[union-attr, index]
+        state = {"method": trainer.method.state_dict(), "optimizer": trainer._optimizer.state_dict()}
+        trainer.checkpoints.save(state, step=7)
+    else:
+        content[len(content) // 2] ^= 1
+        newest.write_bytes({"flipped": content, "cut": content[: len(content) // 2], "empty": b""}[damage])
+    resumed = trainer_for(config, second)
+    assert resumed.resume() == 4
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"pretrain: training goes on from step 4: {newest}: ")
+    resumed.run(until=6)
+    assert resumed.checkpoints.steps() == [6, 7], "the damaged one is not the newest of those that are kept"
+    resumed.run()
+    assert second.losses() == whole.losses()[4:]
+
+
+def test_what_a_killed_job_left_of_a_checkpoint_is_removed_by_the_next(cells: Path, tmp_path: Path) -> None:
+    trainer_for(config_for(cells, tmp_path)).run(until=4)
+    left = tmp_path / "checkpoints" / ".tmp-00000000-step-00000008.pt"
+    left.write_bytes(b"half")
+    (tmp_path / "checkpoints" / "notes.txt").write_text("mine")
+    assert trainer_for(config_for(cells, tmp_path)).resume() == 4
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"notes.txt", "step-00000004.pt"}
+
+
 def test_features_that_are_not_finite_have_no_effective_rank() -> None:
     """The loop then stops with its own line, before a broken state is saved."""
     features = torch.randn(20, 4)
@@ -144,29 +210,10 @@ def test_features_that_are_not_finite_have_no_effective_rank() -> None:
     assert effective_rank(features).isnan()
 
 
-def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(Store(tmp_path), keep=2)
-    for step, score in ((1, 0.1), (2, 0.9), (3, 0.5), (4, 0.4), (5, 0.3)):
-        checkpoints.save({"value": torch.tensor(step)}, step=step, score=score)
-    assert checkpoints.steps() == [2, 4, 5]
-    assert checkpoints.best() == (2, 0.9)
-    newest, best = checkpoints.load(), checkpoints.load(2)
-    assert newest is not None
-    assert best is not None
-    assert (int(newest["value"]), int(best["value"])) == (5, 2)
-
-
-def test_a_checkpoint_that_was_being_written_when_the_job_died_is_passed_over(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(Store(tmp_path))
-    checkpoints.save({"value": torch.tensor(1)}, step=1)
-    (tmp_path / "checkpoints" / ".tmp-00000000-step-00000002.pt").write_bytes(b"half")
-    assert checkpoints.steps() == [1]
-
-
 def test_a_checkpoint_holds_all_that_is_needed_to_go_on(cells: Path, tmp_path: Path) -> None:
     trainer = trainer_for(config_for(cells, tmp_path))
     trainer.run(until=4)
-    state = trainer.checkpoints.load()
+    state, _ = trainer.checkpoints.newest()
     assert state is not None
     assert set(state) == {"method", "optimizer", "config", "step"}
     names = set(state["method"])
