@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lemon.encoders.images import cell_images
 from lemon.schema import CROP_PX
 
 
 @torch.no_grad()
 def encode_cells(
     encoder: nn.Module,
-    images_u8: Tensor,
+    images: Any,
     *,
     mean: Sequence[float],
     std: Sequence[float],
@@ -24,29 +26,37 @@ def encode_cells(
     batch: int | None = None,
     bf16: bool = False,
 ) -> Tensor:
-    """Features float32 [N, D] of the centre crops of uint8 [N, 60, 60, 3], in evaluation mode, on the encoder's device.
+    """Features float32 [N, D] of the centre crops of cells, in evaluation mode, on the encoder's device.
 
     Args:
         encoder: normalised [B, 3, px, px] -> [B, D]; left in the mode that it was in.
-        images_u8: on any device; a batch at a time goes to the encoder's and becomes float there.
+        images: uint8 [N, 60, 60, 3], or what ``images.cell_images`` makes that of, on any device; a batch at a time
+            goes to the encoder's and becomes float there. None at all gives [0, D].
         mean, std: of the three channels, in [0, 1].
         crop_px: side of the centre crop.
         input_px: side of what the encoder sees; None: crop_px, nothing is resized.
         batch: images at a time; None: as many as have the pixels of 1,024 crops of 40 px (32 of 224 px).
         bf16: compute in bfloat16 where torch's autocast does; on a GPU twice as fast or more.
+
+    Raises:
+        ValueError: images that are none of cells, with what is expected.
     """
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch: got {batch}; expected at least 1 image at a time")
+    cells = cell_images(images)
     training = encoder.training
     encoder.eval()
-    device = next((weights.device for weights in encoder.parameters()), images_u8.device)
+    device = next((weights.device for weights in encoder.parameters()), cells.device)
     low, px = (CROP_PX - crop_px) // 2, input_px or crop_px
     center, scale = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (mean, std))
     features = []
-    for part in images_u8[:, low : low + crop_px, low : low + crop_px].split(batch or default_batch(px)):
+    known = cells if len(cells) else cells.new_zeros((1, CROP_PX, CROP_PX, 3))  # whose width is asked for
+    for part in known[:, low : low + crop_px, low : low + crop_px].split(batch or default_batch(px)):
         seen = resize(part.to(device).permute(0, 3, 1, 2).float() / 255, px=px)  # [B, 3, px, px]
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
             features.append(encoder((seen - center) / scale).float())
     encoder.train(training)
-    return torch.cat(features)
+    return torch.cat(features)[: len(cells)]
 
 
 def resize(images: Tensor, *, px: int) -> Tensor:

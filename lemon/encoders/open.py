@@ -13,7 +13,7 @@ from torch import nn
 
 from lemon.config import ConfigError
 from lemon.encoders.architectures import LEMON_SIZES, build, import_transformers, pool
-from lemon.encoders.export import CONFIG, CellInput, load_exported, triple
+from lemon.encoders.export import CONFIG, CellInput, check_finite, load_exported, triple
 from lemon.encoders.features import encode_cells
 from lemon.encoders.registry import REGISTRY, EncoderEntry, split_name
 from lemon.encoders.vit import load_lemon_checkpoint
@@ -55,24 +55,30 @@ class Encoder(nn.Module):
         return digest.hexdigest()[:16]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised float [B, 3, px, px] -> features [B, D]; px is ``cell_input.px``."""
+        """Normalised float [B, 3, px, px] -> features [B, D]; px is ``cell_input.px``. Raises ValueError for others."""
+        px = self.cell_input.px
+        if tuple(images.shape[1:]) != (3, px, px) or not images.is_floating_point():
+            got = f"{images.dtype} {list(images.shape)}"
+            raise ValueError(f"images: got {got}; expected normalised floats [B, 3, {px}, {px}], or embed(cells)")
         return self.model(images)
 
     @torch.inference_mode()
-    def embed(
-        self, images_u8: np.ndarray | torch.Tensor, *, batch: int | None = None, bf16: bool = False
-    ) -> torch.Tensor:
-        """Features float32 [N, D] of cells uint8 [N, 60, 60, 3] at 0.25 um/px, as the cells table holds them.
+    def embed(self, images: Any, *, batch: int | None = None, bf16: bool = False) -> torch.Tensor:
+        """Features float32 [N, D] of cells at 0.25 um/px, 60 x 60 px, as the cells table holds them.
 
         Args:
-            images_u8: on any device; a batch at a time goes to the encoder's.
+            images: uint8 [N, 60, 60, 3] on any device (a batch at a time goes to the encoder's), or anything that can
+                mean nothing else: one image, channels first, floats in [0, 1]; ``images.cell_images`` lists it all.
             batch: images at a time; None: fewer where the encoder sees larger images.
             bf16: compute in bfloat16, for GPUs.
+
+        Raises:
+            ValueError: other images, with what was got and what is expected.
         """
         of = self.cell_input
         return encode_cells(
             self.model,
-            torch.as_tensor(images_u8),
+            images,
             mean=of.mean,
             std=of.std,
             crop_px=of.crop_px,
@@ -95,17 +101,23 @@ def load_encoder(name_or_path: str | Path, *, device: str | torch.device = "cpu"
     Raises:
         MissingWeightsError: the weights are gated or absent; the message says how to get them.
         ConfigError: no such path or name.
-        ValueError: what is there is no encoder.
+        ValueError: what is there is no encoder, or its weights are not finite.
     """
+    encoder = _open(name_or_path)
+    check_finite(encoder.model.state_dict(), source=str(name_or_path))
+    return encoder.to(device)
+
+
+def _open(name_or_path: str | Path) -> Encoder:
     text = str(name_or_path)
     if is_uri(text) and text.partition(":")[0] not in REGISTRY:
-        return load_uri(text).to(device)
+        return load_uri(text)
     path = Path(text).expanduser()
     # A folder that only happens to have an encoder's name, such as lemon/ in a checkout, is no encoder.
     if path.is_file() or encoder_folder(path) or (path.exists() and text not in REGISTRY):
-        return load_path(path).to(device)
+        return load_path(path)
     entry, weights = split_name(text)
-    return load_entry(entry, weights).to(device)
+    return load_entry(entry, weights)
 
 
 def load_uri(uri: str) -> Encoder:
