@@ -12,13 +12,14 @@ import glob
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 EXIT_OK, EXIT_BAD_CONFIG, EXIT_FAILURES = 0, 2, 3
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # 128 + the signal, as shells tell it
@@ -52,7 +53,37 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
+class Settings(Frozen):
+    """A config whose numbers are numbers: neither infinite nor NaN."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
 C = TypeVar("C", bound=Frozen)
+
+
+class Fault(NamedTuple):
+    """One thing that is wrong with settings that each alone are right."""
+
+    key: str
+    got: Any
+    expected: str
+
+
+def raise_faults(faults: Iterable[Fault]) -> None:
+    """For validators of a whole config: raise pydantic's ValidationError with a line for each fault, if there is one.
+
+    The message of a fault reads ``key: got ...; expected ...``.
+    """
+    if details := [
+        InitErrorDetails(
+            type=PydanticCustomError("fault", "Input should be {expected}", {"expected": fault.expected}),
+            loc=tuple(fault.key.split(".")),
+            input=fault.got,
+        )
+        for fault in faults
+    ]:
+        raise ValidationError.from_exception_data("config", details)
 
 
 def _local(path: str) -> str:

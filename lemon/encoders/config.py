@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from lemon.config import Frozen
+from lemon.config import Settings
 
 LEMON_MEAN = (0.5626308917999268, 0.3856308162212372, 0.5453570485115051)
 LEMON_STD = (0.1810322254896164, 0.16682660579681396, 0.13694559037685394)
 """Normalisation of the released checkpoint (its mean_std.json): means over images of each image's mean and std."""
 
 
-class EncoderConfig(Frozen):
+class EncoderConfig(Settings):
     """Size of a vision transformer; the self-supervised method decides on positions and initialisation."""
 
-    name: str = Field(description="name in tables and exports")
+    name: str = Field(min_length=1, description="name in tables and exports")
     dim: int = Field(ge=4, multiple_of=4, description="width of a token")
     depth: int = Field(ge=1, description="transformer blocks")
     heads: int = Field(ge=1, description="attention heads; DINOv2 sets its own (ssl.head_dim)")

@@ -56,9 +56,8 @@ class Encoder(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised float [B, 3, px, px] -> features [B, D]; px is ``cell_input.px``. Raises ValueError for others."""
-        px = self.cell_input.px
-        if tuple(images.shape[1:]) != (3, px, px) or not images.is_floating_point():
-            got = f"{images.dtype} {list(images.shape)}"
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            got, px = f"{images.dtype} {list(images.shape)}", self.cell_input.px
             raise ValueError(f"images: got {got}; expected normalised floats [B, 3, {px}, {px}], or embed(cells)")
         return self.model(images)
 

@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from lemon.config import Frozen, LocalPath
+from lemon.config import Fault, LocalPath, Settings, raise_faults
 from lemon.encoders.config import EncoderConfig
-from lemon.pretrain.policy import Policy
+from lemon.pretrain.policy import Policy, Positive, Probability, ordered
 
 
-class MoCoV3Config(Frozen):
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""Of a running mean, as AdamW's betas."""
+
+NonNegative = Annotated[float, Field(ge=0)]
+ProbabilityRange = Annotated[tuple[Probability, Probability], AfterValidator(ordered)]
+
+DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
+
+SEED = {"ge": 0, "lt": 1 << 63}
+"""What torch takes as a seed."""
+
+VIEW_PX = 40
+"""Side of a global view: what is left of a stored cell whatever it is rotated by."""
+
+REGISTERED = r"""^[^\s/:.%"'\\][^\x00-\x1f/:.%"'\\]{0,199}$"""
+"""Names that MLflow takes for a registered model and for the model of a run (MLflow 3)."""
+
+LOCAL_STEP_PX = 8
+"""Sides of local views are multiples of this: patches of 8 px."""
+
+LEAST_CELLS = 4
+"""The features of fewer cells lie on a line or in a plane: every run would be told to have collapsed."""
+
+
+class MoCoV3Config(Settings):
     """MoCo v3 for vision transformers; the LEMON paper states no other values."""
 
     name: Literal["mocov3"] = "mocov3"
@@ -22,7 +47,7 @@ class MoCoV3Config(Frozen):
     base_lr: float = Field(1.5e-4, gt=0, description="learning rate a 256 cells of batch")
     warmup_epochs: float = Field(40, ge=0, description="linear warmup, then cosine to 0")
     weight_decay: float = Field(0.1, ge=0, description="on all parameters")
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     freeze_patch_projection: bool = True
     chunk: int | None = Field(
         None, ge=1, description="crops whose activations are kept at a time: less memory, the same loss; null: all"
@@ -33,8 +58,13 @@ class MoCoV3Config(Frozen):
         """The row of the paper's Table 5."""
         return "MoCo v3"
 
+    def faults(self, encoder: EncoderConfig, policy: Policy) -> Iterator[Fault]:  # noqa: ARG002
+        """What does not fit to an encoder and to views."""
+        if encoder.dim % encoder.heads:
+            yield Fault("encoder.heads", encoder.heads, f"a divisor of encoder.dim={encoder.dim}")
 
-class DINOv2Config(Frozen):
+
+class DINOv2Config(Settings):
     """DINOv2 with its default settings; weights and ablations as in the LEMON paper."""
 
     name: Literal["dinov2"] = "dinov2"
@@ -49,7 +79,7 @@ class DINOv2Config(Frozen):
 
     ibot_weight: float = Field(1.0, ge=0)
     mask_probability: float = Field(0.5, ge=0, le=1, description="share of global views that are masked")
-    mask_ratio: tuple[float, float] = Field((0.1, 0.5), description="least and largest share of masked patches")
+    mask_ratio: ProbabilityRange = Field((0.1, 0.5), description="least and largest share of masked patches")
     separate_ibot_head: bool = False
 
     regulariser: Literal["koleo", "kde", "none"] = "koleo"
@@ -69,23 +99,50 @@ class DINOv2Config(Frozen):
     center_momentum: float = Field(0.9, ge=0, le=1)
     sinkhorn_iterations: int = Field(3, ge=1)
     student_temperature: float = Field(0.1, gt=0)
-    teacher_temperature: tuple[float, float] = Field((0.04, 0.07), description="at the start, after the warmup")
+    teacher_temperature: tuple[Positive, Positive] = Field((0.04, 0.07), description="at the start, after the warmup")
     teacher_temperature_epochs: float = Field(30, ge=0)
     momentum: float = Field(0.992, ge=0, le=1, description="of the teacher at the start; rises to 1 (cosine)")
 
     base_lr: float = Field(4e-3, gt=0, description="learning rate at a batch of 1024; scaled by the square root")
     min_lr: float = Field(1e-6, ge=0)
     warmup_epochs: float = Field(10, ge=0)
-    weight_decay: tuple[float, float] = Field((0.04, 0.4), description="at the start, at the end (cosine)")
+    weight_decay: tuple[NonNegative, NonNegative] = Field((0.04, 0.4), description="at the start, at the end (cosine)")
     layer_decay: float = Field(0.9, gt=0, le=1, description="factor of the learning rate a block, from the top")
     patch_embed_lr: float = Field(0.2, ge=0, description="further factor of the patch projection")
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     clip_norm: float | None = Field(3.0, gt=0, description="of backbone and of heads, each; null: none")
     freeze_last_layer_epochs: float = Field(1, ge=0)
 
     drop_path: float = Field(0.3, ge=0, lt=1)
     layer_scale: float | None = Field(1e-5, gt=0)
     head_dim: int | None = Field(64, ge=1, description="width of an attention head: 6 heads in ViT-S; null: encoder's")
+
+    def heads(self, encoder: EncoderConfig) -> int:
+        """Attention heads of an encoder."""
+        return encoder.heads if self.head_dim is None else max(encoder.dim // self.head_dim, 1)
+
+    def faults(self, encoder: EncoderConfig, policy: Policy) -> Iterator[Fault]:
+        """What does not fit to an encoder and to views, and terms that leave nothing to learn."""
+        if encoder.dim % (heads := self.heads(encoder)):
+            given = ("encoder.heads", heads) if self.head_dim is None else ("ssl.head_dim", self.head_dim)
+            yield Fault(*given, f"one that divides encoder.dim={encoder.dim} into equal heads, and not into {heads}")
+        weights = (self.global_weight, self.local_weight, self.ibot_weight, self._regulariser_weight)
+        if not any(weight is None or weight for weight in weights):
+            yield Fault("ssl.global_weight", self.global_weight, "one weight above 0 at least: no term is left to learn by")
+        if not self.local_to_global:
+            return
+        if not self.local_crops:
+            yield Fault("ssl.local_crops", 0, "1 at least; without local views set ssl.local_to_global=false")
+        px = self.local_crop_px
+        if px % encoder.patch_px or px % LOCAL_STEP_PX or px > VIEW_PX:
+            whole = f"a multiple of encoder.patch_px={encoder.patch_px} and of {LOCAL_STEP_PX}, {VIEW_PX} at most"
+            yield Fault("ssl.local_crop_px", px, whole)
+        if policy.view_a.blur.kernel_px >= 2 * px:
+            yield Fault("views.view_a.blur.kernel_px", policy.view_a.blur.kernel_px, f"less than twice the view of {px} px")
+
+    @property
+    def _regulariser_weight(self) -> float:
+        return {"koleo": self.koleo_weight, "kde": self.kde_weight, "none": 0.0}[self.regulariser]
 
     @property
     def label(self) -> str:
@@ -101,17 +158,17 @@ class DINOv2Config(Frozen):
 SslConfig = Annotated[MoCoV3Config | DINOv2Config, Field(discriminator="name")]
 
 
-class FitStainConfig(Frozen):
+class FitStainConfig(Settings):
     """``jobs/fit_stain.py``: what the stain augmentation of a1_gmm1 and a1_gmm10 draws from."""
 
     cells: str = Field(description="output of jobs/curate.py; the statistics are written beside it")
     space: Literal["lab", "hsv", "hed"] = Field("lab", description="colour space")
     components: int = Field(10, ge=1, description="Gaussians in the mixture")
     n_cells: int = Field(20_000, ge=10, description="cells of lowest rank that are looked at")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, **SEED)
 
 
-class SelectConfig(Frozen):
+class SelectConfig(Settings):
     """Which cells of the table: slides first, then the lowest ranks."""
 
     organs: list[str] | None = Field(None, description="slides of these organs")
@@ -121,17 +178,20 @@ class SelectConfig(Frozen):
     exclude_patients: list[str] = Field([], description="patients of a benchmark, to be left out")
 
 
-class OnlineProbeConfig(Frozen):
+class OnlineProbeConfig(Settings):
     """Labelled cells that the encoder is scored on with each checkpoint."""
 
     cells: str = Field(description="a cells table")
     labels: str = Field(description="CSV or Parquet with the columns cell_id, label")
 
 
-class TrainWorkers(Frozen):
+Count = Annotated[int, Field(ge=1)]
+
+
+class TrainWorkers(Settings):
     """Workers of Ray Train; one worker without a cluster trains in the job's own process."""
 
-    count: int | tuple[int, int] = Field(1, description="workers, or [least, most] for an elastic run")
+    count: Count | tuple[Count, Count] = Field(1, description="workers, or [least, most] for an elastic run")
     cpus: int = Field(1, ge=1, description="CPUs of a worker")
     gpus: float = Field(0, ge=0, description="GPUs of a worker")
     max_failures: int = Field(3, ge=0, description="losses of a worker that are mended by going on from a checkpoint")
@@ -142,6 +202,23 @@ class TrainWorkers(Frozen):
         """Whether the job's own process trains."""
         return self.launcher == "process" or (self.launcher == "auto" and self.count == 1)
 
+    @property
+    def most(self) -> int:
+        """Workers at most."""
+        return self.count if isinstance(self.count, int) else self.count[1]
+
+    @field_validator("count")
+    @classmethod
+    def _rising(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        return value if isinstance(value, int) else ordered(value)
+
+    @field_validator("gpus")
+    @classmethod
+    def _whole_above_one(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError(f"got {value:g}; expected a share of one GPU, or a whole number")
+        return value
+
     @model_validator(mode="after")
     def _one_process_is_one_worker(self) -> TrainWorkers:
         if self.launcher == "process" and self.count != 1:
@@ -149,11 +226,11 @@ class TrainWorkers(Frozen):
         return self
 
 
-class PretrainConfig(Frozen):
+class PretrainConfig(Settings):
     """``jobs/pretrain.py``: cells -> encoder."""
 
-    cells: str = Field(description="output of jobs/curate.py, a folder or s3:// prefix")
-    output: str = Field(description="folder or s3:// prefix of checkpoints and the exported encoder")
+    cells: str = Field(min_length=1, description="output of jobs/curate.py, a folder or s3:// prefix")
+    output: str = Field(min_length=1, description="folder or s3:// prefix of checkpoints and the exported encoder")
     ssl: SslConfig
     views: Policy
     encoder: EncoderConfig
@@ -161,8 +238,8 @@ class PretrainConfig(Frozen):
     epochs: float = Field(150, gt=0)
     images_per_epoch: int = Field(1_000_000, ge=1, description="an epoch is this many images, not a pass")
     batch: int = Field(4096, ge=2, description="of all workers together; ssl.chunk bounds the memory that it takes")
-    seed: int = Field(0, ge=0)
-    device: str = Field("auto", description="auto, cpu or cuda; of a run in one process")
+    seed: int = Field(0, **SEED)
+    device: str = Field("auto", pattern=DEVICE, description="auto, cpu, cuda or cuda:N; of a run in one process")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU")
     compile: bool | None = Field(None, description="null: on a GPU")
     workers: TrainWorkers = TrainWorkers()
@@ -172,8 +249,38 @@ class PretrainConfig(Frozen):
     keep_checkpoints: int = Field(2, ge=1, description="newest ones that are kept, besides the best")
     cache: LocalPath = Field("~/.cache/lemon", description="local folder of uncompressed images")
     register_as: str | None = Field(
-        "lemon", pattern=r"^[^/:]+$", description="name of the encoder in MLflow's model registry; null: in none"
+        "lemon",
+        pattern=REGISTERED,
+        description="name of the encoder in MLflow's model registry, without / : . % and quotes; null: in none",
     )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> PretrainConfig:
+        raise_faults([*self._run_faults(), *self._view_faults(), *self.ssl.faults(self.encoder, self.views)])
+        return self
+
+    def _run_faults(self) -> Iterator[Fault]:
+        """Runs of no step, or whose learning rate never comes down."""
+        if self.total_steps < 1:
+            steps = f"{1 / self.steps_per_epoch:g} at least: an epoch is {self.steps_per_epoch:,} steps of batch={self.batch:,}"
+            yield Fault("epochs", self.epochs, steps)
+        frozen = getattr(self.ssl, "freeze_last_layer_epochs", 0.0)
+        for name, got in (("warmup_epochs", self.ssl.warmup_epochs), ("freeze_last_layer_epochs", frozen)):
+            if got and got >= self.epochs:
+                remedy = f"train longer or set ssl.{name}={self.epochs / 10:g}"
+                yield Fault(f"ssl.{name}", got, f"less than epochs={self.epochs:g}; {remedy}")
+        if self.batch < 2 * self.workers.most:
+            yield Fault("batch", self.batch, f"2 cells at least for each of workers.count={self.workers.most} workers")
+
+    def _view_faults(self) -> Iterator[Fault]:
+        if self.encoder.crop_px != VIEW_PX:
+            yield Fault("encoder.crop_px", self.encoder.crop_px, f"{VIEW_PX}, the side of a view")
+        elif VIEW_PX % self.encoder.patch_px:
+            yield Fault("encoder.patch_px", self.encoder.patch_px, f"a divisor of encoder.crop_px={VIEW_PX}")
+        for key, recipe in (("view_a", self.views.view_a), ("view_b", self.views.view_b)):
+            if recipe is not None and recipe.blur.kernel_px >= 2 * VIEW_PX:
+                got = recipe.blur.kernel_px
+                yield Fault(f"views.{key}.blur.kernel_px", got, f"less than twice the view of {VIEW_PX} px")
 
     @property
     def steps_per_epoch(self) -> int:

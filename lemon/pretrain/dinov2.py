@@ -50,7 +50,7 @@ class DINOv2(Method):
                 f"{encoder.patch_px}, as {3 * encoder.patch_px}"
             )
         self.config = config
-        n_heads = None if config.head_dim is None else max(encoder.dim // config.head_dim, 1)
+        n_heads = config.heads(encoder)
 
         def backbone(drop_path: float) -> VisionTransformer:
             return build_vit(

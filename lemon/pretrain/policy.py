@@ -11,15 +11,19 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from lemon.config import Frozen, conf_dir
+from lemon.config import Settings, conf_dir
 from lemon.encoders.config import LEMON_MEAN, LEMON_STD
 
 
-def _ordered(limits: tuple[float, float]) -> tuple[float, float]:
+N = TypeVar("N", int, float)
+
+
+def ordered(limits: tuple[N, N]) -> tuple[N, N]:
+    """Limits as they are; raises ValueError for [high, low]."""
     if limits[0] > limits[1]:
         raise ValueError(f"expected [low, high] with low <= high, got {list(limits)}")
     return limits
@@ -28,19 +32,22 @@ def _ordered(limits: tuple[float, float]) -> tuple[float, float]:
 Probability = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
-Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
-ShareRange = Annotated[tuple[Share, Share], AfterValidator(_ordered)]
-PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_ordered)]
+Range = Annotated[tuple[float, float], AfterValidator(ordered)]
+ShareRange = Annotated[tuple[Share, Share], AfterValidator(ordered)]
+Ratio = Annotated[float, Field(ge=1 / 40, le=40)]
+"""Of a box's sides: beyond, it would be thinner than a pixel of the 40x40 px crop."""
+RatioRange = Annotated[tuple[Ratio, Ratio], AfterValidator(ordered)]
+PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(ordered)]
 
 
-class Crop(Frozen):
+class Crop(Settings):
     """RandomResizedCrop of the 40x40 px crop."""
 
     scale: ShareRange = Field((1.0, 1.0), description="share of the 40x40 px area that is kept")
-    ratio: PositiveRange = Field((3 / 4, 4 / 3), description="width / height")
+    ratio: RatioRange = Field((3 / 4, 4 / 3), description="width / height")
 
 
-class Jitter(Frozen):
+class Jitter(Settings):
     """ColorJitter; the four operations come in an order drawn for each sample."""
 
     p: Probability = 0.0
@@ -50,7 +57,7 @@ class Jitter(Frozen):
     hue: float = Field(0.0, ge=0, le=0.5, description="shift in [-x, x], in turns")
 
 
-class Blur(Frozen):
+class Blur(Settings):
     """GaussianBlur."""
 
     p: Probability = 0.0
@@ -64,22 +71,22 @@ class Blur(Frozen):
         return self
 
 
-class Solarize(Frozen):
+class Solarize(Settings):
     """Inversion of the values at or above a threshold."""
 
     p: Probability = 0.0
     threshold: float = Field(128 / 255, ge=0, le=1, description="share of the brightest grey level")
 
 
-class Erasing(Frozen):
+class Erasing(Settings):
     """RandomErasing, to black before normalisation."""
 
     p: Probability = 0.0
     scale: ShareRange = Field((0.1, 0.3), description="share of the view that is erased")
-    ratio: PositiveRange = Field((0.8, 1.2), description="height / width")
+    ratio: RatioRange = Field((0.8, 1.2), description="height / width")
 
 
-class ViewRecipe(Frozen):
+class ViewRecipe(Settings):
     """How one of the two views is made; every default is off."""
 
     rotation_degrees: float = Field(0.0, ge=0, le=360, description="RotationCrop: angle in [0, x); 0 is a centre crop")
@@ -92,14 +99,14 @@ class ViewRecipe(Frozen):
     erasing: Erasing = Erasing()
 
 
-class LocalCrops(Frozen):
+class LocalCrops(Settings):
     """What DINOv2's local crops change in the recipe of view A."""
 
     scale: ShareRange = Field((0.05, 0.32), description="share of the 40x40 px area that is kept")
     blur_p: Probability = 0.5
 
 
-class Stain(Frozen):
+class Stain(Settings):
     """Stain augmentation of the stored cell, before everything else; both views draw their own."""
 
     kind: Literal["none", "gmm", "macenko"] = "none"
@@ -111,7 +118,7 @@ class Stain(Frozen):
     beta: Range = Field((-0.1, 0.1), description="macenko: shift of a concentration")
 
 
-class Policy(Frozen):
+class Policy(Settings):
     """A pair of view recipes, what precedes them (stain) and what follows them (normalisation)."""
 
     name: str

@@ -163,7 +163,7 @@ def test_what_may_mean_another_thing_is_one_line_with_what_is_expected(encoder: 
 def test_a_batch_of_none_and_images_that_are_not_normalised_are_told(encoder: Encoder) -> None:
     with pytest.raises(ValueError, match="batch: got 0"):
         encoder.embed(CELLS, batch=0)
-    for images in (torch.zeros(2, 3, 60, 60), torch.zeros(2, 3, 40, 40, dtype=torch.uint8), torch.zeros(3, 40, 40)):
+    for images in (torch.zeros(2, 60, 60, 3), torch.zeros(2, 3, 40, 40, dtype=torch.uint8), torch.zeros(3, 40, 40)):
         with pytest.raises(ValueError, match=r"expected normalised floats \[B, 3, 40, 40\]"):
             encoder(images)
 
