@@ -18,6 +18,8 @@ from lemon.config import Frozen
 from lemon.encoders.device import choose_device
 from lemon.encoders.open import load_encoder
 from lemon.pretrain import launch
+from lemon.pretrain.assemble import select
+from lemon.pretrain.check import located
 from lemon.pretrain.config import PretrainConfig
 from lemon.pretrain.loop import Log
 from lemon.probe.config import ProbeConfig, ProbeSettings
@@ -40,6 +42,7 @@ class Trial(Frozen):
     probe: ProbeSettings = ProbeSettings()
     experiment: str = Field("experiment", description="of MLflow")
     params: dict[str, Any] = Field({}, description="further parameters of its MLflow run")
+    cells_fingerprint: str | None = Field(None, description="of the selected cells; of a located trial")
 
     @property
     def store(self) -> Store:
@@ -49,7 +52,8 @@ class Trial(Frozen):
     @property
     def fingerprint(self) -> str:
         """Names the settings that decide the scores; of a located trial."""
-        return fingerprint([self.pretrain.result_settings(), self.probe.model_dump(mode="json"), self.tasks, self.data])
+        settings = self.pretrain.result_settings() | {"cells": self.cells_fingerprint}
+        return fingerprint([settings, self.probe.model_dump(mode="json"), self.tasks, self.data])
 
     @property
     def probe_config(self) -> ProbeConfig:
@@ -65,9 +69,10 @@ class Trial(Frozen):
         )
 
     def located(self) -> Trial:
-        """The same with absolute paths. Raises ConfigError where stain statistics are missing."""
-        data = Store(self.data).uri
-        return self.model_copy(update={"pretrain": launch.located(self.pretrain), "data": data})
+        """The same with absolute paths, and its cells named. Raises ConfigError as ``located`` and ``select`` do."""
+        pretrain, data = located(self.pretrain), Store(self.data).uri
+        update = {"pretrain": pretrain, "data": data, "cells_fingerprint": select(pretrain).fingerprint}
+        return self.model_copy(update=update)
 
 
 class Score(Frozen):

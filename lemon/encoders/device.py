@@ -10,10 +10,15 @@ from lemon.config import ConfigError
 def choose_device(name: str) -> torch.device:
     """The device of a config's ``device=``; ``auto`` is the GPU where there is one.
 
-    Raises ConfigError for a GPU that is not there.
+    Raises ConfigError for a GPU that is not there, and for another name.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device: got {name!r}, but torch finds no GPU; expected auto or cpu here")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device: got {name!r}; expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count() or "no"
+        raise ConfigError(f"device: got {name!r}, but torch finds {found} GPU; expected auto or cpu here")
+    return device

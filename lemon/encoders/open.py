@@ -119,6 +119,18 @@ def _open(name_or_path: str | Path) -> Encoder:
     return load_entry(entry, weights)
 
 
+def check_name(text: str) -> None:
+    """Raise ConfigError where ``load_encoder`` knows at once that there is no such path or name; opens nothing."""
+    if is_uri(text) and text.partition(":")[0] not in REGISTRY:
+        return
+    path = Path(text).expanduser()
+    if path.exists() and text not in REGISTRY:
+        if not path.is_file() and not encoder_folder(path):
+            raise ConfigError(f"{path}: {NO_ENCODER}")
+        return
+    split_name(text)
+
+
 def load_uri(uri: str) -> Encoder:
     """Open what lies at s3://, as ``load_path`` does. Of a run only the encoder is fetched, not the checkpoints."""
     store, name = locate(uri)

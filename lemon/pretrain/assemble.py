@@ -19,6 +19,7 @@ from lemon.pretrain.loop import Log, Trainer, TrainingStoppedError
 from lemon.pretrain.mocov3 import MoCoV3
 from lemon.pretrain.online_probe import OnlineProbe
 from lemon.pretrain.stain import fit_stain_statistics, statistics_name
+from lemon.pretrain.views import statistics_of
 from lemon.runtime.store import Store, code_version, fingerprint
 
 WATCHED_CELLS = 512  # cells on which the effective rank is taken
@@ -50,7 +51,7 @@ def fit_stain(config: FitStainConfig) -> tuple[str, int]:
 def with_stain(config: PretrainConfig) -> PretrainConfig:
     """The config with the statistics that its views need: those beside the cells, unless it names a file.
 
-    Raises ConfigError where they are missing.
+    Raises ConfigError where they are missing, damaged, or of another mixture.
     """
     stain = config.views.stain
     if stain.kind != "gmm":
@@ -60,7 +61,12 @@ def with_stain(config: PretrainConfig) -> PretrainConfig:
     if not Store(folder or ".").exists(name):
         remedy = f"python jobs/fit_stain.py cells={config.cells} space={stain.space} components={stain.components}"
         raise ConfigError(f"views.stain.statistics: {path} not found; make it with: {remedy}")
-    return config.model_copy(update={"views": config.views.with_stain_statistics(path)})
+    located = config.views.with_stain_statistics(path)
+    try:
+        statistics_of(located.stain)
+    except ValueError as error:
+        raise ConfigError(f"views.{error}") from None
+    return config.model_copy(update={"views": located})
 
 
 def build_trainer(

@@ -1,10 +1,15 @@
-"""Checkpoints of a pretraining run: whole, atomic, sealed with a digest, the newest few and the best kept."""
+"""Checkpoints of a pretraining run: whole, atomic, held against their digests, the newest few and the best kept.
+
+The digest is that of the store's record beside every file that it writes (lemon.runtime.records).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import re
+import uuid
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -17,10 +22,6 @@ FOLDER = "checkpoints"
 _NAME = re.compile(rf"{FOLDER}/step-(\d+)\.pt$")
 BEST = f"{FOLDER}/best.json"
 HELD = {"method", "optimizer", "step"}
-SEAL = b"lemon-sha256"
-"""Comes after the content, and is followed by the content's SHA-256."""
-
-_SEAL_BYTES = len(SEAL) + 32
 
 
 class DamagedError(ValueError):
@@ -54,15 +55,14 @@ class Checkpoints:
         Raises OSError where it cannot be written, as on a full disk; the earlier ones stay.
         """
         with self.store.write(self.name(step)) as stream:
-            sealed = _Sealed(stream)
-            _save({**state, "step": step}, sealed)
-            stream.write(SEAL + sealed.digest())
+            _save({**state, "step": step}, stream)
         if score is not None and score > self.best()[1]:
+            if not self.store.records.agree(BEST):
+                self.put_aside(BEST)
             self.store.write_json(BEST, {"step": step, "score": score})
-        # Later ones are those that were passed over as damaged: they do not count as the newest.
-        kept = {*[each for each in self.steps() if each <= step][-self.keep :], self.best()[0]}
+        kept = {*self.steps()[-self.keep :], self.best()[0]}
         for old in self.steps():
-            if old < step and old not in kept:
+            if old not in kept:
                 self.store.delete(self.name(old))
 
     def best(self) -> tuple[int, float]:
@@ -73,24 +73,25 @@ class Checkpoints:
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return -1, float("-inf")
 
-    def newest(self, *, device: torch.device | str = "cpu") -> tuple[dict[str, Any] | None, list[str]]:
-        """The state of the newest checkpoint that is whole, and a line for each later one, which was passed over."""
-        faults = []
+    def newest(self, *, device: torch.device | str = "cpu") -> tuple[dict[str, Any] | None, dict[int, str]]:
+        """The state of the newest checkpoint that is whole, and the steps of later ones with what is wrong with them."""
+        faults: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
                 return self.load(step, device=device), faults
             except DamagedError as error:
-                faults.append(f"{self.store.uri}/{self.name(step)}: {error}")
+                faults[step] = str(error)
+            except FileNotFoundError:  # put aside by another worker since it was listed
+                continue
         return None, faults
 
     def load(self, step: int, *, device: torch.device | str = "cpu") -> dict[str, Any]:
         """The state at a step. Raises DamagedError where it is not what was written, or cannot be gone on from."""
         content = self.store.read_bytes(self.name(step))
-        seal = content[-_SEAL_BYTES:]  # absent from a checkpoint of an earlier version, and where one was cut short
-        if seal.startswith(SEAL) and hashlib.sha256(memoryview(content)[:-_SEAL_BYTES]).digest() != seal[len(SEAL) :]:
-            raise DamagedError("its content is not what was written: the digest differs")
+        known = {record.sha256 for record in self.store.records.of(self.name(step))}
+        if known and hashlib.sha256(content).hexdigest() not in known:
+            raise DamagedError("its content is not what was written")
         try:
-            # A ZIP archive, whose readers pass over what comes after it.
             state: Any = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
         except Exception as error:  # whatever torch makes of a file that was cut short, or is none  # noqa: BLE001
             raise DamagedError(f"cut short, or no checkpoint ({len(content):,} bytes)") from error
@@ -100,33 +101,19 @@ class Checkpoints:
             raise DamagedError(f"{wrong} holds values that are not finite")
         return state
 
-    def reclaim(self) -> None:
-        """Remove partial checkpoints that a killed process left; only who holds the output may do that."""
-        self.store.remove_temporaries(FOLDER, "step-")
+    def put_aside(self, name: str) -> str:
+        """Rename a file that is damaged, so that its name is free again; returns where it is now."""
+        aside = f"{name}.damaged-{uuid.uuid4().hex[:8]}"
+        with contextlib.suppress(FileNotFoundError):
+            self.store.filesystem.move(self.store.path(name), self.store.path(aside))
+        return f"{self.store.uri}/{aside}"
 
     def name(self, step: int) -> str:
         """The file of a step, in the output."""
         return f"{FOLDER}/step-{step:08d}.pt"
 
 
-class _Sealed:
-    """Passes on what is written, and digests it on the way."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream, self._hash = stream, hashlib.sha256()
-
-    def write(self, content: bytes) -> int:
-        self._hash.update(content)
-        return self._stream.write(content)
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-    def digest(self) -> bytes:
-        return self._hash.digest()
-
-
-def _save(state: dict[str, Any], stream: Any) -> None:
+def _save(state: dict[str, Any], stream: IO[bytes]) -> None:
     try:
         torch.save(state, stream)
     except RuntimeError as error:

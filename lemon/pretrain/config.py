@@ -20,8 +20,8 @@ ProbabilityRange = Annotated[tuple[Probability, Probability], AfterValidator(ord
 
 DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
 
-SEED = {"ge": 0, "lt": 1 << 63}
-"""What torch takes as a seed."""
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+"""What torch takes as one."""
 
 VIEW_PX = 40
 """Side of a global view: what is left of a stored cell whatever it is rotated by."""
@@ -165,7 +165,7 @@ class FitStainConfig(Settings):
     space: Literal["lab", "hsv", "hed"] = Field("lab", description="colour space")
     components: int = Field(10, ge=1, description="Gaussians in the mixture")
     n_cells: int = Field(20_000, ge=10, description="cells of lowest rank that are looked at")
-    seed: int = Field(0, **SEED)
+    seed: Seed = 0
 
 
 class SelectConfig(Settings):
@@ -185,13 +185,10 @@ class OnlineProbeConfig(Settings):
     labels: str = Field(description="CSV or Parquet with the columns cell_id, label")
 
 
-Count = Annotated[int, Field(ge=1)]
-
-
 class TrainWorkers(Settings):
     """Workers of Ray Train; one worker without a cluster trains in the job's own process."""
 
-    count: Count | tuple[Count, Count] = Field(1, description="workers, or [least, most] for an elastic run")
+    count: int | tuple[int, int] = Field(1, description="workers, or [least, most] for an elastic run")
     cpus: int = Field(1, ge=1, description="CPUs of a worker")
     gpus: float = Field(0, ge=0, description="GPUs of a worker")
     max_failures: int = Field(3, ge=0, description="losses of a worker that are mended by going on from a checkpoint")
@@ -207,10 +204,15 @@ class TrainWorkers(Settings):
         """Workers at most."""
         return self.count if isinstance(self.count, int) else self.count[1]
 
-    @field_validator("count")
+    @field_validator("count", mode="before")
     @classmethod
-    def _rising(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
-        return value if isinstance(value, int) else ordered(value)
+    def _rising(cls, value: Any) -> Any:
+        counts = [value] if isinstance(value, int) else value
+        pair = isinstance(value, (list, tuple)) and len(value) == 2
+        numbers = (pair or isinstance(value, int)) and all(type(count) is int and count >= 1 for count in counts)
+        if not numbers or list(counts) != sorted(counts):
+            raise ValueError(f"got {value!r}; expected 1 or more workers, or [least, most] of an elastic run")
+        return value
 
     @field_validator("gpus")
     @classmethod
@@ -238,7 +240,7 @@ class PretrainConfig(Settings):
     epochs: float = Field(150, gt=0)
     images_per_epoch: int = Field(1_000_000, ge=1, description="an epoch is this many images, not a pass")
     batch: int = Field(4096, ge=2, description="of all workers together; ssl.chunk bounds the memory that it takes")
-    seed: int = Field(0, **SEED)
+    seed: Seed = 0
     device: str = Field("auto", pattern=DEVICE, description="auto, cpu, cuda or cuda:N; of a run in one process")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU")
     compile: bool | None = Field(None, description="null: on a GPU")

@@ -12,35 +12,43 @@ from typing import Any
 from tqdm import tqdm
 
 from lemon.cells.select import Selection
-from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError
+from lemon.config import EXIT_FAILURES, EXIT_OK
 from lemon.encoders.device import choose_device
 from lemon.encoders.export import CONFIG, CellInput
-from lemon.pretrain.assemble import EXPORT, select, train, with_stain
+from lemon.pretrain.assemble import EXPORT, train
+from lemon.pretrain.check import check
+from lemon.pretrain.checkpoint import FOLDER as CHECKPOINTS
+from lemon.pretrain.checkpoint import Checkpoints
 from lemon.pretrain.config import PretrainConfig, TrainWorkers
 from lemon.pretrain.loop import Log, TrainingStoppedError
+from lemon.pretrain.views import statistics_of
 from lemon.runtime.cluster import start_ray
 from lemon.runtime.demand import Demand, settle
 from lemon.runtime.lease import hold
 from lemon.runtime.records import OWN
-from lemon.runtime.store import Store, fingerprint, local_copy, open_output
-from lemon.runtime.tracking import Run, start_run
+from lemon.runtime.settings import difference, keep_settings
+from lemon.runtime.store import Store, local_copy, open_output
+from lemon.runtime.tracking import RUN, Run, start_run
 
 SETTINGS = "pretrain.json"
+OWNS = (CHECKPOINTS, EXPORT, SETTINGS, RUN)
+"""What in an output may only be LEMON's."""
+
 _STOPPED = re.compile(rf"^(?:\w+\.)*{TrainingStoppedError.__name__}: (.*)$", re.MULTILINE)
 
 
 def main(config: PretrainConfig) -> int:
-    """Pretrain and tell the outcome; returns the exit code."""
+    """Pretrain and tell the outcome; returns the exit code. Nothing is written before all is checked."""
+    config, selection = check(config)
     if not config.workers.in_process:
-        select(located(config))  # what is wrong with the cells is told before Ray starts
         settle(demand_of(config.workers), stage="pretrain")
-    with hold(config.output, stage="pretrain"):
-        return _pretrain(config)
+    with hold(config.output, stage="pretrain", owns=OWNS) as store:
+        keep(config, selection, store)
+        return _pretrain(config, selection, store)
 
 
-def _pretrain(config: PretrainConfig) -> int:
-    config, selection = prepare(config)
-    run = _open_run(config, Store(config.output), cells_fingerprint=selection.fingerprint)
+def _pretrain(config: PretrainConfig, selection: Selection, store: Store) -> int:
+    run = _open_run(config, store, cells_fingerprint=selection.fingerprint)
     try:
         encoder = fit(config, run)
     except TrainingStoppedError as error:
@@ -56,22 +64,49 @@ def _pretrain(config: PretrainConfig) -> int:
 
 
 def prepare(config: PretrainConfig) -> tuple[PretrainConfig, Selection]:
-    """The config with its paths made absolute, and its cells; notes in the output with which settings it begins.
+    """``check``, then ``keep``, for who holds the output, or a folder above it, already. Raises ConfigError."""
+    config, selection = check(config)
+    keep(config, selection, open_output(config.output, owns=OWNS))
+    return config, selection
 
-    Raises ConfigError, also for an output that was begun with other settings.
+
+def keep(config: PretrainConfig, selection: Selection, store: Store) -> None:
+    """Note in the output with which settings it begins, and tell what will be done.
+
+    Raises ConfigError for an output in which something was made with other settings. One in which nothing was takes
+    new ones, and a run of its own in MLflow.
     """
-    config = located(config)
-    selection = select(config)
-    _check_settings(config, open_output(config.output))
+    if settings_changed(config, selection, store) and not is_begun(store):
+        store.delete(RUN)
+    settings = settings_of(config, selection)
+    keep_settings(store, SETTINGS, settings, is_empty=lambda: not is_begun(store), remedy="choose another output")
     if selection.n_cells < config.batch:
         print(f"pretrain: {selection.n_cells:,} cells are fewer than a batch of {config.batch:,}; cells repeat in it")
     slides = len(selection.parts)
     print(f"pretrain: {selection.n_cells:,} cells of {slides} slides, {config.total_steps:,} steps of {config.batch:,}")
-    return config, selection
+
+
+def settings_of(config: PretrainConfig, selection: Selection) -> dict[str, Any]:
+    """The settings that change the encoder; cells and stain statistics by their content, wherever they lie."""
+    settings = config.result_settings() | {"cells": selection.fingerprint}
+    if config.views.stain.kind == "gmm":
+        stain = settings["views"]["stain"] | {"statistics": statistics_of(config.views.stain).fingerprint}
+        settings["views"] = settings["views"] | {"stain": stain}
+    return settings
+
+
+def is_begun(store: Store) -> bool:
+    """Whether an output holds something that was trained."""
+    return bool(Checkpoints(store).steps()) or store.exists(f"{EXPORT}/{CONFIG}")
+
+
+def settings_changed(config: PretrainConfig, selection: Selection, store: Store) -> str:
+    """What differs from the settings that are noted in an output; empty where nothing does, or none are."""
+    return difference(store.read_json(SETTINGS), settings_of(config, selection)) if store.exists(SETTINGS) else ""
 
 
 def fit(config: PretrainConfig, run: Run, *, log: Log | None = None) -> str:
-    """Train what ``prepare`` returned, from its newest checkpoint, here or on Ray; returns where the encoder is.
+    """Train what ``check`` returned, from its newest checkpoint, here or on Ray; returns where the encoder is.
 
     Metrics and the encoder go to ``run``, which stays open; metrics to ``log`` too where this process trains.
     Raises TrainingStoppedError.
@@ -162,30 +197,6 @@ def _ray_worker(settings: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     log = _Logger(Run(*settings["run"]), total=config.total_steps) if rank == 0 else None
     train(config, device=ray.train.torch.get_device(), rank=rank, world=world, log=log)
-
-
-def located(config: PretrainConfig) -> PretrainConfig:
-    """Paths made absolute, because workers run elsewhere. Raises ConfigError where stain statistics are missing."""
-    return with_stain(config.model_copy(update={"cells": Store(config.cells).uri, "output": Store(config.output).uri}))
-
-
-def _check_settings(config: PretrainConfig, store: Store) -> None:
-    """An output goes on only with the settings that it was begun with."""
-    if changed := changed_settings(config, store):
-        raise ConfigError(
-            f"output: {store.uri} was begun with other settings ({', '.join(changed)}); choose another output"
-        )
-    if not store.exists(SETTINGS):
-        store.write_json(SETTINGS, config.result_settings())
-
-
-def changed_settings(config: PretrainConfig, store: Store) -> list[str]:
-    """Keys of the settings that are not those that the output was begun with; none where it was not begun."""
-    if not store.exists(SETTINGS):
-        return []
-    settings, earlier = config.result_settings(), store.read_json(SETTINGS)
-    keys = dict.fromkeys([*settings, *earlier])
-    return [key for key in keys if fingerprint(settings.get(key)) != fingerprint(earlier.get(key))]
 
 
 def _open_run(config: PretrainConfig, store: Store, *, cells_fingerprint: str) -> Run:

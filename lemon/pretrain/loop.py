@@ -84,10 +84,8 @@ class Trainer:
     def resume(self) -> int:
         """Load the newest checkpoint that is whole, if any; returns the step that comes next.
 
-        Damaged ones are passed over, with a line.
+        Damaged ones are put aside, with a line.
         """
-        if self.feed.rank == 0:
-            self.checkpoints.reclaim()
         state, faults = self.checkpoints.newest(device=self._device)
         if state is not None:
             self.method.load_state_dict(state["method"])
@@ -95,7 +93,9 @@ class Trainer:
             self.step = int(state["step"])
         if faults and self.feed.rank == 0:
             told = f"training goes on from step {self.step:,}" if self.step else "training begins anew"
-            print(f"pretrain: {told}: {'; '.join(faults)}", file=sys.stderr)
+            aside = {self.checkpoints.put_aside(self.checkpoints.name(step)): fault for step, fault in faults.items()}
+            damaged = [f"{path} ({fault})" for path, fault in aside.items()]
+            print(f"pretrain: {told}; put aside as damaged: {'; '.join(damaged)}", file=sys.stderr)
         return self.step
 
     def run(self, *, until: int | None = None, on_checkpoint: Callable[[int], None] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,7 +50,17 @@ class OnlineProbe:
         if len(set(groups)) < FOLDS or len(set(labels)) < 2:
             got = f"{len(labels)} labelled cells of {len(set(groups))} slides in {len(set(labels))} classes"
             raise ConfigError(f"probe.labels: got {got}; expected {FOLDS} slides and 2 classes at least")
-        return cls(np.concatenate(images), np.array(labels), np.array(groups), policy)
+        probe = cls(np.concatenate(images), np.array(labels), np.array(groups), policy)
+        if any(len(set(probe.labels[train])) < 2 for train, _ in probe.folds()):
+            raise ConfigError(
+                "probe.labels: without some slides one class alone is left to learn from; expected classes that are "
+                "spread over slides"
+            )
+        return probe
+
+    def folds(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Rows to learn from and rows to be scored, slides apart."""
+        yield from GroupKFold(FOLDS).split(self.images, groups=self.groups)
 
     def __call__(self, encoder: nn.Module) -> dict[str, float]:
         """Balanced accuracy over held-out slides, of a frozen encoder."""
@@ -64,7 +75,7 @@ class OnlineProbe:
         )
         values = features.cpu().numpy()
         predicted = np.empty_like(self.labels)
-        for train, test in GroupKFold(FOLDS).split(values, groups=self.groups):
+        for train, test in self.folds():
             model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=200, class_weight="balanced"))
             predicted[test] = model.fit(values[train], self.labels[train]).predict(values[test])
         return {"balanced_accuracy": float(balanced_accuracy_score(self.labels, predicted))}

@@ -30,8 +30,6 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from lemon.config import ConfigError
-
 
 @dataclass(frozen=True)
 class Curve:
@@ -80,17 +78,6 @@ class Schedules:
     momentum: Curve
     teacher_temperature: Curve
     freeze_last_layer_epochs: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, got in (
-            ("warmup_epochs", self.lr.warmup_epochs),
-            ("freeze_last_layer_epochs", self.freeze_last_layer_epochs),
-        ):
-            if got and got >= self.epochs:
-                raise ConfigError(
-                    f"ssl.{name}={got:g} leaves nothing of epochs={self.epochs:g}: expected less than epochs; "
-                    f"train longer or set ssl.{name}={self.epochs / 10:g}"
-                )
 
     @property
     def steps(self) -> int:

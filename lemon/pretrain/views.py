@@ -34,6 +34,7 @@ __all__ = [
     "plan_of",
     "policy_names",
     "render_views",
+    "statistics_of",
 ]
 
 
@@ -146,14 +147,15 @@ def _stained(images_u8: torch.Tensor, *, stain: Stain, generator: torch.Generato
         ranges: dict[str, Any] = {"p": stain.p, "scale": stain.alpha, "shift": stain.beta}
         draws = [draw_perturbations(count=count, generator=generator, device=device, **ranges) for _ in range(times)]
         return _in_chunks(perturb_stains, images_u8, draws)
-    statistics = _statistics_of(stain)
+    statistics = statistics_of(stain)
     draws = [
         draw_templates(statistics, count=count, p=stain.p, generator=generator, device=device) for _ in range(times)
     ]
     return _in_chunks(lambda images, chosen: recolor(images, chosen, space=stain.space), images_u8, draws)
 
 
-def _statistics_of(stain: Stain) -> StainStatistics:
+def statistics_of(stain: Stain) -> StainStatistics:
+    """The mixture that a policy draws from. Raises ValueError for a file that is absent, damaged or another one."""
     remedy = f"`python jobs/fit_stain.py cells=... space={stain.space} components={stain.components}`"
     if stain.statistics is None:
         raise ValueError(f"stain.statistics: missing for kind=gmm; fit them with {remedy} and give the file's path")

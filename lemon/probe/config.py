@@ -13,25 +13,39 @@ class ProbeSettings(Frozen):
     """What decides the scores of given embeddings."""
 
     protocols: list[Literal["paper", "leak-free"]] = Field(
-        ["paper", "leak-free"], description="the paper's splits, and splits that never divide a slide"
+        ["paper", "leak-free"], min_length=1, description="the paper's splits, and splits that never divide a slide"
     )
     features: list[Literal["raw", "pca256"]] = Field(
-        ["raw"], description="embeddings as they are, their first 256 components, or both"
+        ["raw"], min_length=1, description="embeddings as they are, their first 256 components, or both"
     )
     probes: list[Literal["linear", "knn", "hest-bench"]] = Field(
-        ["linear", "knn"], description="linear: logistic or ridge; knn: classification; hest-bench: regression"
+        ["linear", "knn"],
+        description="linear: logistic or ridge, always; knn: classification; hest-bench: regression",
     )
     class_weight: Literal["balanced", "none"] = Field("balanced", description="of logistic regression")
     bootstrap: int = Field(1000, ge=100, description="draws of whole slides for intervals")
     robustness: bool = Field(True, description="robustness over hospitals or scanners where a task knows them")
-    seed: int = Field(0, ge=0, description="of splits, inner splits and draws")
+    seed: int = Field(0, ge=0, lt=1 << 32, description="of splits, inner splits and draws")
+
+    @field_validator("protocols", "features", "probes")
+    @classmethod
+    def _each_once(cls, value: list[str]) -> list[str]:
+        return list(dict.fromkeys(value))
+
+    @field_validator("probes")
+    @classmethod
+    def _linear_is_one(cls, value: list[str]) -> list[str]:
+        if "linear" not in value:
+            given = ",".join(["linear", *value])
+            raise ValueError(f"got {value}; expected linear among them, which tables and figures show: probes={given}")
+        return value
 
 
 class ProbeConfig(ProbeSettings):
     """``jobs/probe.py``: encoders x tasks -> scores."""
 
-    models: list[str] = Field(description="runs, files and names of baselines; python -m lemon.encoders.registry lists")
-    tasks: list[str] = Field(description="names of benchmarks, or folder:NAME for labelled crops of your own")
+    models: list[str] = Field(min_length=1, description="runs, files and names of baselines; python -m lemon.encoders.registry lists")
+    tasks: list[str] = Field(min_length=1, description="names of benchmarks, or folder:NAME for labelled crops of your own")
     data: str = Field("benchmarks_data", description="folder with a subfolder for each benchmark")
     output: str = Field("probe", description="folder of scores, predictions, embeddings and tables")
     device: str = Field("auto", description="auto, cpu or cuda")

@@ -11,6 +11,7 @@ import io
 import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -24,7 +25,7 @@ from lemon.cells.names import file_stem
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError
 from lemon.encoders.cost import Cost, count
 from lemon.encoders.device import choose_device
-from lemon.encoders.open import Encoder, load_encoder
+from lemon.encoders.open import Encoder, check_name, load_encoder
 from lemon.probe.config import ProbeConfig
 from lemon.probe.score import MAIN_METRICS, fold_means, score_task
 from lemon.probe.task import Task, TaskError
@@ -68,9 +69,14 @@ def main(config: ProbeConfig) -> int:
 
 
 def _score_all(config: ProbeConfig, store: Store) -> int:
-    tasks, faults = open_tasks(config)
+    faults: list[str] = []
+    models = [name for name in dict.fromkeys(config.models) if not _left_out(check_name, name, faults)]
+    if not models:
+        raise ConfigError("models: none of them can be opened, see above")
     device = choose_device(config.device)
-    for name in config.models:
+    tasks, untold = open_tasks(config)
+    faults += untold
+    for name in models:
         try:
             encoder = load_encoder(name, device=device)
         except (ConfigError, FileNotFoundError, ValueError) as error:
@@ -84,10 +90,21 @@ def _score_all(config: ProbeConfig, store: Store) -> int:
     return EXIT_FAILURES if faults else EXIT_OK
 
 
+def _left_out(check: Callable[[str], None], name: str, faults: list[str]) -> bool:
+    """Whether a check refuses a name, which is told then: before the hours that the others take."""
+    try:
+        check(name)
+    except ConfigError as error:
+        faults.append(str(error))
+        print(f"probe: left out {error}", file=sys.stderr)
+        return True
+    return False
+
+
 def open_tasks(config: ProbeConfig) -> tuple[list[Task], list[str]]:
     """The tasks that can be read, with their counts printed, and a line for each that cannot."""
     tasks, faults = [], []
-    for name in config.tasks:
+    for name in dict.fromkeys(config.tasks):
         try:
             task = open_task(name, config.data, seed=config.seed)
         except TaskError as error:

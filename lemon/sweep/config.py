@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lemon.config import ConfigError, Frozen, groups_of
+from lemon.config import ConfigError, Frozen, Settings, groups_of
+from lemon.pretrain.config import Seed
 from lemon.probe.config import ProbeSettings
 from lemon.runtime.cluster import ray_address
 
@@ -36,7 +37,7 @@ class Study(Frozen):
     axis: str | None = Field(None, description="key of the pretraining job that plain points are values of")
     points: list[Point] = Field(min_length=1)
     overrides: Overrides = Field({}, description="of the pretraining job, for all points")
-    seeds: list[int] = Field([0], min_length=1)
+    seeds: list[Seed] = Field([0], min_length=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -55,14 +56,14 @@ class Study(Frozen):
         return self
 
 
-class AshaConfig(Frozen):
+class AshaConfig(Settings):
     """Early end of trials whose online probe falls behind (asynchronous successive halving)."""
 
     grace_share: float = Field(0.25, gt=0, le=1, description="share of the steps that every trial may do")
     reduction: int = Field(3, ge=2, description="of this many trials at a rung one goes on")
 
 
-class SweepConfig(Frozen):
+class SweepConfig(Settings):
     """``jobs/scaling_sweep.py``: a study's points x seeds -> pretrained, probed, compared."""
 
     sweep: Study
@@ -70,7 +71,7 @@ class SweepConfig(Frozen):
     tasks: list[str] = Field(min_length=1, description="benchmarks, as of jobs/probe.py")
     data: str = Field("benchmarks_data", description="folder with a subfolder for each benchmark")
     output: str = Field(description="folder of the trials and the table; one sweep each")
-    seeds: list[int] | None = Field(None, min_length=1, description="of training; null: the study's")
+    seeds: list[Seed] | None = Field(None, min_length=1, description="of training; null: the study's")
     pretrain: dict[str, Any] = Field({}, description="overrides of jobs/pretrain.py for all trials: pretrain.epochs=5")
     probe: ProbeSettings = ProbeSettings()
     launcher: Literal["auto", "process", "ray"] = Field(
@@ -85,6 +86,11 @@ class SweepConfig(Frozen):
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, (str, int)) else value
+
+    @field_validator("tasks")
+    @classmethod
+    def _each_once(cls, value: list[str]) -> list[str]:
+        return list(dict.fromkeys(value))
 
     @field_validator("pretrain")
     @classmethod

@@ -19,6 +19,7 @@ from lemon.encoders.device import choose_device
 from lemon.experiment import Trial
 from lemon.pretrain import launch
 from lemon.pretrain.assemble import fit_stain
+from lemon.pretrain.check import located
 from lemon.pretrain.config import FitStainConfig, PretrainConfig
 from lemon.pretrain.stain import statistics_name
 from lemon.probe.task import Task, TaskError
@@ -31,6 +32,7 @@ from lemon.sweep.config import Point, SweepConfig, words
 
 EXPERIMENT = "scaling_sweep"
 MARK = "sweep.json"
+TRIALS = "trials"
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def build(config: SweepConfig) -> Grid:
         for point, made in configs
     ]
     for entry in entries:
-        faults.add(entry.point, *begun_faults(entry.trial))
+        faults.add(entry.point, *begun_faults(entry.trial, select))
     lines = faults.lines()
     tasks, untold = _open_tasks(config) if not lines else ([], [])  # reading them may take a while
     if lines or untold:
@@ -117,7 +119,9 @@ def open_cells(config: SweepConfig) -> Store:
 def open_output(config: SweepConfig) -> Store:
     """The output, which can be written and holds no other sweep. Raises ConfigError."""
     output = writable(config.output)
-    if output.exists(MARK) and (study := output.read_json(MARK)["study"]) != config.sweep.name:
+    if not output.exists(MARK) or not any(launch.is_begun(Store(f"{output.uri}/{name}")) for name in output.entries(TRIALS)):
+        return output
+    if (study := output.read_json(MARK)["study"]) != config.sweep.name:
         raise ConfigError(f"output: {output.uri} holds the sweep {study!r}; choose another output")
     return output
 
@@ -189,7 +193,7 @@ def settings_faults(config: PretrainConfig, sweep: SweepConfig) -> list[str]:
     if config.probe is not None and not path_exists(config.probe.labels):
         faults.append(f"probe.labels: {config.probe.labels} not found; expected a CSV or Parquet file")
     if config.views.stain.statistics is not None:
-        faults += _told(launch.located, config)
+        faults += _told(located, config)
     if not sweep.on_ray:
         faults += _told(choose_device, config.device)
     elif ray_address() is None:
@@ -203,7 +207,7 @@ def settings_faults(config: PretrainConfig, sweep: SweepConfig) -> list[str]:
 def trial_of(config: SweepConfig, point: Point, made: PretrainConfig, *, seed: int, output: Store) -> Trial:
     """A point's trial with one seed: of training; selections and folds do not depend on it."""
     name = f"{config.sweep.name}-{point.name}-s{seed}"
-    folder = f"{output.uri}/trials/{file_stem(name)}"
+    folder = f"{output.uri}/{TRIALS}/{file_stem(name)}"
     update = {"output": folder, "seed": seed, "probe": made.probe and made.probe.model_copy(update=_absolute(made))}
     return Trial(
         name=name,
@@ -216,16 +220,17 @@ def trial_of(config: SweepConfig, point: Point, made: PretrainConfig, *, seed: i
     )
 
 
-def begun_faults(trial: Trial) -> list[str]:
-    """A trial whose folder was begun with other settings."""
-    if not trial.store.exists(launch.SETTINGS):
+def begun_faults(trial: Trial, select: Callable[..., Selection]) -> list[str]:
+    """A trial in whose folder something was made with other settings."""
+    if not launch.is_begun(trial.store):
         return []
     try:
-        changed = launch.changed_settings(launch.located(trial.pretrain), trial.store)
+        config = located(trial.pretrain)
+        changed = launch.settings_changed(config, select(**config.select.model_dump()), trial.store)
     except ConfigError:
         return []  # stain statistics that are to be fitted
     place = trial.store.uri.rpartition("/")[0]
-    return [f"{key}: trials in {place} were begun with another one; choose another output" for key in changed]
+    return [f"{changed}: trials in {place} were begun with other settings; choose another output"] if changed else []
 
 
 def _absolute(config: PretrainConfig) -> dict[str, str]:

@@ -161,7 +161,7 @@ def test_a_shard_with_fewer_cells_than_its_table_says_is_told_and_not_read_as_bl
     selection = select_cells(store)
     write_slide(store, "b", numbered(30))
     for read in (read_images, lambda chosen: open_images(chosen, cache=tmp_path / "cache")):
-        with pytest.raises(ConfigError, match=r"cells/b\.parquet holds 30 cells, its table says 50"):
+        with pytest.raises(ConfigError, match=r"cells/b\.parquet: (lacks 20|holds other rows).*curate the slide again"):
             read(selection)
     assert not list((tmp_path / "cache").iterdir())
 

@@ -45,7 +45,7 @@ def test_the_config_holds_scale_crop_and_normalisation(tmp_path: Path) -> None:
     model, cell_input = load_exported(tmp_path)
     assert cell_input == INPUT
     assert not model.training
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["config.json", "model.safetensors"]
 
 
 def test_timms_own_transform_crops_a_stored_cell_without_resizing_it(tmp_path: Path) -> None:

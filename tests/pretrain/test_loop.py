@@ -154,14 +154,14 @@ def test_weights_that_the_last_update_broke_are_never_a_checkpoint(cells: Path, 
 def test_an_encoder_that_is_not_finite_is_not_exported_and_the_earlier_one_stays(cells: Path, tmp_path: Path) -> None:
     config = config_for(cells, tmp_path)
     train(config, device=CPU)
-    before = {path.name: path.read_bytes() for path in (tmp_path / "encoder").iterdir()}
+    before = {path.name: path.read_bytes() for path in (tmp_path / "encoder").iterdir() if path.is_file()}
     trainer = trainer_for(config)
     trainer.resume()
     with torch.no_grad():
         trainer.method.encoder.blocks[1].mlp.fc1.weight[0, 0] = float("nan")  # type: ignore[index, union-attr, operator]
     with pytest.raises(NotFiniteError, match=r"1 of \d+ tensors hold values that are not finite \(blocks\.1"):
         export(trainer, config)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "encoder").iterdir()} == before
+    assert {path.name: path.read_bytes() for path in (tmp_path / "encoder").iterdir() if path.is_file()} == before
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "NaN"])
@@ -187,20 +187,12 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before_and_no_more(
     resumed = trainer_for(config, second)
     assert resumed.resume() == 4
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"pretrain: training goes on from step 4: {newest}: ")
+    assert line.startswith(f"pretrain: training goes on from step 4; put aside as damaged: {newest}.damaged-")
     resumed.run(until=6)
-    assert resumed.checkpoints.steps() == [6, 7], "the damaged one is not the newest of those that are kept"
+    assert resumed.checkpoints.steps() == [6]
+    resumed.run(until=7)  # where the damaged one was
     resumed.run()
     assert second.losses() == whole.losses()[4:]
-
-
-def test_what_a_killed_job_left_of_a_checkpoint_is_removed_by_the_next(cells: Path, tmp_path: Path) -> None:
-    trainer_for(config_for(cells, tmp_path)).run(until=4)
-    left = tmp_path / "checkpoints" / ".tmp-00000000-step-00000008.pt"
-    left.write_bytes(b"half")
-    (tmp_path / "checkpoints" / "notes.txt").write_text("mine")
-    assert trainer_for(config_for(cells, tmp_path)).resume() == 4
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"notes.txt", "step-00000004.pt"}
 
 
 def test_features_that_are_not_finite_have_no_effective_rank() -> None:

@@ -80,15 +80,3 @@ def test_groups_get_their_share_of_learning_rate_and_weight_decay() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [values.lr, 0.5 * values.lr, 0.0]
     decay = values.weight_decay
     assert [group["weight_decay"] for group in optimizer.param_groups] == [decay, 0.0, decay]
-
-
-@pytest.mark.parametrize(
-    ("changes", "key"),
-    [
-        ({"lr": Curve(1.0, 0.0, 10, warmup_epochs=40)}, "ssl.warmup_epochs=40"),
-        ({"freeze_last_layer_epochs": 10}, "ssl.freeze_last_layer_epochs=10"),
-    ],
-)
-def test_a_warmup_longer_than_the_run_is_refused_with_the_remedy(changes: dict[str, object], key: str) -> None:
-    with pytest.raises(ValueError, match=f"{key} leaves nothing of epochs=10.*set ssl"):
-        example(**changes)

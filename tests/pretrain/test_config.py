@@ -1,0 +1,107 @@
+"""Settings that cannot be trained with are told by the config, each with its key, before anything is read or made."""
+
+from __future__ import annotations
+
+import pytest
+
+from lemon.config import ConfigError, conf_dir, load
+from lemon.pretrain.config import PretrainConfig
+from lemon.sweep.config import SweepConfig
+
+BASE = ["cells=c", "output=o", "variant=smoke"]
+DINO = ["ssl=dinov2", "ssl.head_dim=64", "ssl.warmup_epochs=1"]
+
+REFUSED = {
+    "warmup that never ends": (["ssl.warmup_epochs=10"], "ssl.warmup_epochs: got 10.0; expected less than epochs=10"),
+    "the default warmup": (["epochs=0.5"], "ssl.warmup_epochs: got 1.0; expected less than epochs=0.5"),
+    "frozen to the end": ([*DINO, "epochs=1", "ssl.warmup_epochs=0"], "ssl.freeze_last_layer_epochs: got 1; expected"),
+    "no step": (["epochs=0.01", "ssl.warmup_epochs=0"], "epochs: got 0.01; expected 0.1 at least"),
+    "endless": (["epochs=inf"], "epochs: got inf; expected"),
+    "no number": (["epochs=nan"], "epochs: "),
+    "infinite temperature": (["ssl.temperature=inf"], "ssl.temperature: got inf; expected"),
+    "no batch": (["batch=1"], "batch: got 1; expected greater than or equal to 2"),
+    "fewer cells than two a worker": (["batch=4", "workers.count=3"], "batch: got 4; expected 2 cells at least"),
+    "the same, elastic": (["batch=4", "workers.count=[1,3]"], "batch: got 4; expected 2 cells at least"),
+    "no worker": (["workers.count=0"], "workers.count: got 0; expected 1 or more"),
+    "less than none": (["workers.count=[0,2]"], "workers.count: got [0, 2]; expected"),
+    "falling": (["workers.count=[3,1]"], "workers.count: got [3, 1]; expected"),
+    "workers in words": (["workers.count=two"], "workers.count: got 'two'; expected"),
+    "three numbers": (["workers.count=[1,2,3]"], "workers.count: got [1, 2, 3]; expected"),
+    "one GPU and a half": (["workers.gpus=1.5"], "workers.gpus: got 1.5; expected a share"),
+    "never a checkpoint": (["checkpoint_every=0"], "checkpoint_every: got 0; expected"),
+    "never a line": (["log_every=0"], "log_every: got 0; expected"),
+    "keeps none": (["keep_checkpoints=0"], "keep_checkpoints: got 0; expected"),
+    "seed below 0": (["seed=-1"], "seed: got -1; expected"),
+    "seed beyond torch's": (["seed=99999999999999999999"], "seed: got 99999999999999999999; expected"),
+    "no device": (["device=gpu"], "device: "),
+    "heads that do not divide": (["encoder.heads=5"], "encoder.heads: got 5; expected a divisor of encoder.dim=192"),
+    "dim of odd heads": ([*DINO, "encoder.dim=200"], "ssl.head_dim: got 64; expected one that divides encoder.dim=200"),
+    "patches that do not divide": (["encoder.patch_px=7"], "encoder.patch_px: got 7; expected a divisor"),
+    "another crop": (["encoder.crop_px=48"], "encoder.crop_px: got 48; expected 40"),
+    "local crop of no patches": ([*DINO, "ssl.local_crop_px=20"], "ssl.local_crop_px: got 20; expected a multiple"),
+    "local crop above the view": ([*DINO, "ssl.local_crop_px=48"], "ssl.local_crop_px: got 48; expected"),
+    "local term without crops": ([*DINO, "ssl.local_crops=0"], "ssl.local_crops: got 0; expected 1 at least"),
+    "nothing to learn": (
+        [*DINO, "ssl.global_weight=0", "ssl.local_weight=0", "ssl.ibot_weight=0", "ssl.regulariser=none"],
+        "ssl.global_weight: got 0.0; expected one weight above 0",
+    ),
+    "teacher of no temperature": ([*DINO, "ssl.teacher_temperature=[0,0.07]"], "ssl.teacher_temperature.0: got 0"),
+    "masks above all": ([*DINO, "ssl.mask_ratio=[0.1,1.5]"], "ssl.mask_ratio.1: got 1.5; expected"),
+    "masks that fall": ([*DINO, "ssl.mask_ratio=[0.5,0.1]"], "ssl.mask_ratio: expected [low, high]"),
+    "negative decay": ([*DINO, "ssl.weight_decay=[-1,0.4]"], "ssl.weight_decay.0: got -1; expected"),
+    "betas of 1": (["ssl.betas=[0.9,1]"], "ssl.betas.1: got 1; expected less than 1"),
+    "a kernel beyond the view": (["views.view_a.blur.kernel_px=81"], "views.view_a.blur.kernel_px: got 81; expected less"),
+    "beyond the local view": ([*DINO, "views.view_a.blur.kernel_px=49"], "views.view_a.blur.kernel_px: got 49; expected"),
+    "crops of no width": (["views.view_a.crop.ratio=[0.001,0.002]"], "views.view_a.crop.ratio.0: got 0.001; expected"),
+    "an empty path": (["cells="], "cells: "),
+    **{
+        f"a registered name with {name!r}": ([f"register_as={name}"], "register_as: ")
+        for name in ("a/b", "a:b", "a.b", "a%b", "..", "' '", "x" * 201)
+    },
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_trained_with_is_told_with_its_key(case: str) -> None:
+    words, part = REFUSED[case]
+    given = [word.partition("=")[0] for word in words]
+    with pytest.raises(ConfigError) as told:
+        load("pretrain", [*(word for word in BASE if word.partition("=")[0] not in given), *words], PretrainConfig)
+    assert any(line.startswith(part) for line in str(told.value).splitlines()), told.value
+
+
+def test_all_that_does_not_fit_together_is_told_at_once() -> None:
+    with pytest.raises(ConfigError) as told:
+        load("pretrain", [*BASE, "ssl.warmup_epochs=99", "encoder.heads=5", "encoder.patch_px=7"], PretrainConfig)
+    assert len(str(told.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize("variant", ["default", "smoke"])
+@pytest.mark.parametrize("encoder", sorted(path.stem for path in (conf_dir() / "encoder").glob("*.yaml")))
+@pytest.mark.parametrize("ssl", sorted(path.stem for path in (conf_dir() / "ssl").glob("*.yaml")))
+def test_every_shipped_combination_fits_together(variant: str, encoder: str, ssl: str) -> None:
+    words = ["cells=c", "output=o", f"variant={variant}", f"encoder={encoder}", f"ssl={ssl}", "ssl.warmup_epochs=1"]
+    assert load("pretrain", words, PretrainConfig).encoder.name == encoder
+
+
+@pytest.mark.parametrize("name", ["lemon", "lemon-2", "Lemon nuclei", "zitrone_größe"])
+def test_a_name_that_mlflow_takes_is_taken(name: str) -> None:
+    from mlflow.utils.validation import _validate_logged_model_name, _validate_model_name
+
+    assert load("pretrain", [*BASE, f"register_as={name}"], PretrainConfig).register_as == name
+    _validate_model_name(name)
+    _validate_logged_model_name(name)
+
+
+def test_a_sweeps_seeds_and_probes_are_checked_and_tasks_are_done_once() -> None:
+    base = ["cells=c", "output=o", "variant=smoke"]
+    for word, part in (
+        ("seeds=[0,-1]", "seeds.1: got -1; expected"),
+        ("probe.probes=[knn]", "probe.probes: got ['knn']; expected linear among them"),
+        ("probe.protocols=[]", "probe.protocols: "),
+        ("asha_settings.grace_share=nan", "asha_settings.grace_share: "),
+    ):
+        with pytest.raises(ConfigError) as told:
+            load("scaling_sweep", [*base, "tasks=amibr", word], SweepConfig)
+        assert str(told.value).startswith(part)
+    assert load("scaling_sweep", [*base, "tasks=[amibr,amibr]"], SweepConfig).tasks == ["amibr"]
