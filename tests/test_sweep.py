@@ -122,7 +122,7 @@ def test_nested_values_and_words_say_the_same() -> None:
         (["pretrain.probe.cells=c", "pretrain.probe.labels=nowhere.csv"], ["probe.labels: nowhere.csv not found"]),
         (["launcher=ray", "asha=true"], ["asha=true needs the online probe"]),
         (
-            ["launcher=ray", "pretrain.workers.count=900"],
+            ["launcher=ray", "pretrain.workers.count=900", "pretrain.batch=1800"],
             ["pretrain.workers.count: got 900, of 1 CPUs each; "],
         ),
         (["tasks=[light,dark]"], ["tasks: unknown 'dark'"]),

@@ -69,13 +69,9 @@ def main(config: ProbeConfig) -> int:
 
 
 def _score_all(config: ProbeConfig, store: Store) -> int:
-    faults: list[str] = []
-    models = [name for name in dict.fromkeys(config.models) if not _left_out(check_name, name, faults)]
-    if not models:
-        raise ConfigError("models: none of them can be opened, see above")
     device = choose_device(config.device)
-    tasks, untold = open_tasks(config)
-    faults += untold
+    tasks, faults = open_tasks(config)
+    models = [name for name in dict.fromkeys(config.models) if not _left_out(check_name, name, faults)]
     for name in models:
         try:
             encoder = load_encoder(name, device=device)

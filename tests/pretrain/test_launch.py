@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from lemon import load_encoder
-from lemon.config import EXIT_OK, ConfigError, load
+from lemon.cells import cache
+from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError, StorageError, load
 from lemon.pretrain import launch
 from lemon.pretrain.config import PretrainConfig
+from lemon.pretrain.loop import TrainingStoppedError
 from lemon.runtime.store import Store
 from lemon.runtime.tracking import RUN
 from tests.cells_table import synthetic_crops
@@ -69,3 +71,76 @@ def test_the_name_in_the_registry_decides_no_result_and_is_checked_at_once(tmp_p
     assert named.result_settings() == other.result_settings()
     with pytest.raises(ConfigError, match="register_as"):
         config_in(tmp_path, "register_as=a/b")
+
+
+def refused(config: PretrainConfig) -> str:
+    with pytest.raises((ConfigError, StorageError)) as told:
+        launch.main(config)
+    assert "\n" not in str(told.value)
+    return str(told.value)
+
+
+def test_what_the_data_or_this_machine_refute_is_told_before_anything_is_written(
+    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cells(tmp_path / "cells")
+    (tmp_path / "file").write_text("")
+    labels = tmp_path / "labels.csv"
+    labels.write_text("cell_id,label\nnobody,x\n")
+    stain = tmp_path / "cells" / "stain_lab_gmm1.json"
+    probe = [f"probe={{cells: {tmp_path / 'cells'}, labels: {labels}}}"]
+    assert "cells: got 3; expected 4 at least" in refused(config_in(tmp_path, "select.n_cells=3"))
+    assert "device: got 'cuda:99'" in refused(config_in(tmp_path, "device=cuda:99"))
+    assert "cache: cannot write" in refused(config_in(tmp_path, f"cache={tmp_path / 'file'}"))
+    assert "probe.labels: got 0 labelled cells" in refused(config_in(tmp_path, *probe))
+    assert "views.stain.statistics" in refused(config_in(tmp_path, "views=a1_gmm1"))
+    stain.write_text("{")
+    assert "views.stain.statistics" in refused(config_in(tmp_path, "views=a1_gmm1")).replace(" statistics", ".statistics")
+    stain.unlink()
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    assert "120 cells take 0.001 GB" in refused(config_in(tmp_path))
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "cache").exists()
+    assert not list((tmp_path / "db").iterdir())
+
+
+def test_a_users_file_where_the_encoder_is_to_be_is_told_before_training(tmp_path: Path, uri: str) -> None:
+    write_cells(tmp_path / "cells")
+    for name in ("encoder/config.json", "checkpoints/step-00000002.pt", "pretrain.json"):
+        file = tmp_path / "run" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
+        assert "move it away, or choose another output" in refused(config_in(tmp_path))
+        assert file.read_text() == "mine"
+        file.unlink()
+
+
+def tell_of_nan(*_: object, **__: object) -> None:
+    raise TrainingStoppedError("the loss became nan")
+
+
+def test_an_output_in_which_nothing_was_made_takes_new_settings_and_a_run_of_its_own(
+    tmp_path: Path, uri: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cells(tmp_path / "cells")
+    runs = []
+    for seed in (1, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, "train", tell_of_nan)
+            assert launch.main(config_in(tmp_path, f"seed={seed}", "register_as=null")) == EXIT_FAILURES
+        runs.append(Store(tmp_path / "run").read_json(RUN)["run_id"])
+    assert runs[0] != runs[1]
+    assert launch.main(config_in(tmp_path, "seed=2", "register_as=null")) == EXIT_OK
+    assert Store(tmp_path / "run").read_json(RUN)["run_id"] == runs[1], "the same settings go on in the same run"
+    told = refused(config_in(tmp_path, "seed=3", "register_as=null"))
+    assert "was begun with other settings (seed 2 then, 3 now); choose another output" in told
+
+
+def test_a_moved_table_goes_on_and_another_one_at_its_place_does_not(tmp_path: Path, uri: str) -> None:
+    write_cells(tmp_path / "cells")
+    assert launch.main(config_in(tmp_path, "register_as=null")) == EXIT_OK
+    (tmp_path / "cells").rename(tmp_path / "moved")
+    again = config_in(tmp_path, "register_as=null", f"cells={tmp_path / 'moved'}")
+    assert launch.main(again) == EXIT_OK
+    write_cells(tmp_path / "cells", per_slide=21)
+    assert "other settings (cells " in refused(config_in(tmp_path, "register_as=null"))
