@@ -89,7 +89,7 @@ def check_cache(selection: Selection, *, cache: str | Path) -> None:
 
 
 def _path(selection: Selection, cache: str | Path) -> Path:
-    return Path(os.path.expanduser(cache)).absolute() / f"cells-{selection.fingerprint}.u8"
+    return Path(cache).expanduser().absolute() / f"cells-{selection.fingerprint}.u8"
 
 
 def _size(selection: Selection) -> int:
@@ -219,7 +219,9 @@ def _locked(temporary: Path) -> Iterator[int | None]:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644)
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        raise ConfigError(f"cache: cannot write {temporary}: {error.strerror}; give another folder: cache=...") from None
+        raise ConfigError(
+            f"cache: cannot write {temporary}: {error.strerror}; give another folder: cache=..."
+        ) from None
     try:
         if not _lock(file, temporary, wait=False):
             print(f"cache: another process makes {temporary.with_suffix('.u8')}; waiting for it", file=sys.stderr)

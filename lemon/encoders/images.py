@@ -27,7 +27,7 @@ def cell_images(images: Any) -> Tensor:
 
     - arrays, tensors, Pillow images, and sequences of them, with any strides; none at all is [0, 60, 60, 3];
     - one image without its axis N, [60, 60, 3];
-    - channels first, [N, 3, 60, 60]; of a single image [3, 60, 60] only with its axis N, as that may be three grey ones;
+    - channels first, [N, 3, 60, 60]; not [3, 60, 60], which may be one image or three grey ones;
     - a fourth channel that is opaque throughout (RGBA), which is dropped;
     - floats in [0, 1], which are scaled by 255 and rounded, and floats or integers that are whole numbers up to 255.
 
@@ -61,7 +61,9 @@ def _tensor(images: Any) -> Tensor:
     try:
         array = np.asarray(images)
     except (ValueError, TypeError):  # as of images of several sizes
-        raise ValueError(_told(f"a {type(images).__name__} that is no array: images of several shapes, or none")) from None
+        raise ValueError(
+            _told(f"a {type(images).__name__} that is no array: images of several shapes, or none")
+        ) from None
     if array.dtype.kind not in "iufb":
         raise ValueError(_told(f"{type(images).__name__} of {array.dtype}"))
     if array.dtype == np.longdouble:
@@ -103,7 +105,9 @@ def _why(shape: tuple[int, ...]) -> str:
     if side in (shape, shape[1:], shape[1:3], shape[2:], shape[:2]) and len(shape) <= 4:
         return "grey images are none that the encoder knows: stain is colour"
     if len(shape) in (3, 4) and {3, 4} & {shape[-1], shape[-3]}:
-        return "cut them from the slide around the nucleus, or resample them to 0.25 um/px first: their scale is not known"
+        return (
+            "cut them from the slide around the nucleus, or resample them to 0.25 um/px first: their scale is not known"
+        )
     return ""
 
 

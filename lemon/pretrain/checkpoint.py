@@ -74,7 +74,7 @@ class Checkpoints:
             return -1, float("-inf")
 
     def newest(self, *, device: torch.device | str = "cpu") -> tuple[dict[str, Any] | None, dict[int, str]]:
-        """The state of the newest checkpoint that is whole, and the steps of later ones with what is wrong with them."""
+        """The state of the newest checkpoint that is whole, and what is wrong with later ones, by their steps."""
         faults: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
@@ -93,7 +93,7 @@ class Checkpoints:
             raise DamagedError("its content is not what was written")
         try:
             state: Any = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-        except Exception as error:  # whatever torch makes of a file that was cut short, or is none  # noqa: BLE001
+        except Exception as error:  # whatever torch makes of a file that was cut short, or is none
             raise DamagedError(f"cut short, or no checkpoint ({len(content):,} bytes)") from error
         if not isinstance(state, dict) or not state.keys() >= HELD:
             raise DamagedError("no checkpoint of pretraining")

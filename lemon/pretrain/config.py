@@ -11,7 +11,6 @@ from lemon.config import Fault, LocalPath, Settings, raise_faults
 from lemon.encoders.config import EncoderConfig
 from lemon.pretrain.policy import Policy, Positive, Probability, ordered
 
-
 Decay = Annotated[float, Field(ge=0, lt=1)]
 """Of a running mean, as AdamW's betas."""
 
@@ -128,7 +127,9 @@ class DINOv2Config(Settings):
             yield Fault(*given, f"one that divides encoder.dim={encoder.dim} into equal heads, and not into {heads}")
         weights = (self.global_weight, self.local_weight, self.ibot_weight, self._regulariser_weight)
         if not any(weight is None or weight for weight in weights):
-            yield Fault("ssl.global_weight", self.global_weight, "one weight above 0 at least: no term is left to learn by")
+            yield Fault(
+                "ssl.global_weight", self.global_weight, "one weight above 0 at least: no term is left to learn by"
+            )
         if not self.local_to_global:
             return
         if not self.local_crops:
@@ -138,7 +139,9 @@ class DINOv2Config(Settings):
             whole = f"a multiple of encoder.patch_px={encoder.patch_px} and of {LOCAL_STEP_PX}, {VIEW_PX} at most"
             yield Fault("ssl.local_crop_px", px, whole)
         if policy.view_a.blur.kernel_px >= 2 * px:
-            yield Fault("views.view_a.blur.kernel_px", policy.view_a.blur.kernel_px, f"less than twice the view of {px} px")
+            yield Fault(
+                "views.view_a.blur.kernel_px", policy.view_a.blur.kernel_px, f"less than twice the view of {px} px"
+            )
 
     @property
     def _regulariser_weight(self) -> float:
@@ -264,8 +267,8 @@ class PretrainConfig(Settings):
     def _run_faults(self) -> Iterator[Fault]:
         """Runs of no step, or whose learning rate never comes down."""
         if self.total_steps < 1:
-            steps = f"{1 / self.steps_per_epoch:g} at least: an epoch is {self.steps_per_epoch:,} steps of batch={self.batch:,}"
-            yield Fault("epochs", self.epochs, steps)
+            steps = self.steps_per_epoch
+            yield Fault("epochs", self.epochs, f"{1 / steps:g} at least: an epoch is {steps:,} steps of {self.batch:,}")
         frozen = getattr(self.ssl, "freeze_last_layer_epochs", 0.0)
         for name, got in (("warmup_epochs", self.ssl.warmup_epochs), ("freeze_last_layer_epochs", frozen)):
             if got and got >= self.epochs:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lemon.cells.batches import Feed
-from lemon.encoders.finite import not_finite
 from lemon.encoders.features import effective_rank, encode_cells
+from lemon.encoders.finite import not_finite
 from lemon.pretrain.checkpoint import Checkpoints
 from lemon.pretrain.policy import Policy
 from lemon.pretrain.schedules import Method, Schedules, set_optimizer

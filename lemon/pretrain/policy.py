@@ -18,7 +18,6 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from lemon.config import Settings, conf_dir
 from lemon.encoders.config import LEMON_MEAN, LEMON_STD
 
-
 N = TypeVar("N", int, float)
 
 

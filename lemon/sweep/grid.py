@@ -119,7 +119,9 @@ def open_cells(config: SweepConfig) -> Store:
 def open_output(config: SweepConfig) -> Store:
     """The output, which can be written and holds no other sweep. Raises ConfigError."""
     output = writable(config.output)
-    if not output.exists(MARK) or not any(launch.is_begun(Store(f"{output.uri}/{name}")) for name in output.entries(TRIALS)):
+    if not output.exists(MARK) or not any(
+        launch.is_begun(Store(f"{output.uri}/{name}")) for name in output.entries(TRIALS)
+    ):
         return output
     if (study := output.read_json(MARK)["study"]) != config.sweep.name:
         raise ConfigError(f"output: {output.uri} holds the sweep {study!r}; choose another output")

@@ -167,7 +167,7 @@ def test_a_shard_with_fewer_cells_than_its_table_says_is_told_and_not_read_as_bl
 
 
 def test_several_processes_fill_it_once_and_what_killed_ones_left_is_reclaimed(tmp_path: Path) -> None:
-    store, written = small_table(tmp_path / "cells")
+    _, written = small_table(tmp_path / "cells")
     folder = tmp_path / "cache"
     folder.mkdir()
     other = folder / "cells-0123456789abcdef.tmp"
@@ -202,9 +202,9 @@ def test_who_comes_second_waits_with_a_line(selection: Selection, tmp_path: Path
 def test_a_fill_that_is_killed_at_any_moment_leaves_a_whole_file_or_one_that_the_next_fill_takes(
     tmp_path: Path,
 ) -> None:
-    store, written = small_table(tmp_path / "cells")
+    store, _ = small_table(tmp_path / "cells")
     for name in "defgh":
-        written[name] = write_slide(store, name, numbered(400))
+        write_slide(store, name, numbered(400))
     selection, folder = select_cells(store), tmp_path / "cache"
     random = np.random.default_rng(0)
     for _ in range(10):

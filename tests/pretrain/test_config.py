@@ -50,8 +50,14 @@ REFUSED = {
     "masks that fall": ([*DINO, "ssl.mask_ratio=[0.5,0.1]"], "ssl.mask_ratio: expected [low, high]"),
     "negative decay": ([*DINO, "ssl.weight_decay=[-1,0.4]"], "ssl.weight_decay.0: got -1; expected"),
     "betas of 1": (["ssl.betas=[0.9,1]"], "ssl.betas.1: got 1; expected less than 1"),
-    "a kernel beyond the view": (["views.view_a.blur.kernel_px=81"], "views.view_a.blur.kernel_px: got 81; expected less"),
-    "beyond the local view": ([*DINO, "views.view_a.blur.kernel_px=49"], "views.view_a.blur.kernel_px: got 49; expected"),
+    "a kernel beyond the view": (
+        ["views.view_a.blur.kernel_px=81"],
+        "views.view_a.blur.kernel_px: got 81; expected less",
+    ),
+    "beyond the local view": (
+        [*DINO, "views.view_a.blur.kernel_px=49"],
+        "views.view_a.blur.kernel_px: got 49; expected",
+    ),
     "crops of no width": (["views.view_a.crop.ratio=[0.001,0.002]"], "views.view_a.crop.ratio.0: got 0.001; expected"),
     "an empty path": (["cells="], "cells: "),
     **{

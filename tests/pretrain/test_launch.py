@@ -95,7 +95,9 @@ def test_what_the_data_or_this_machine_refute_is_told_before_anything_is_written
     assert "probe.labels: got 0 labelled cells" in refused(config_in(tmp_path, *probe))
     assert "views.stain.statistics" in refused(config_in(tmp_path, "views=a1_gmm1"))
     stain.write_text("{")
-    assert "views.stain.statistics" in refused(config_in(tmp_path, "views=a1_gmm1")).replace(" statistics", ".statistics")
+    assert "views.stain.statistics" in refused(config_in(tmp_path, "views=a1_gmm1")).replace(
+        " statistics", ".statistics"
+    )
     stain.unlink()
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
     assert "120 cells take 0.001 GB" in refused(config_in(tmp_path))
