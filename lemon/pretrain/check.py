@@ -6,8 +6,7 @@ from lemon.cells.cache import check_cache
 from lemon.cells.select import Selection
 from lemon.config import ConfigError
 from lemon.encoders.device import choose_device
-from lemon.encoders.export import CONFIG, WEIGHTS
-from lemon.pretrain.assemble import EXPORT, select, with_stain
+from lemon.pretrain.assemble import select, with_stain
 from lemon.pretrain.config import LEAST_CELLS, PretrainConfig
 from lemon.pretrain.online_probe import OnlineProbe
 from lemon.runtime.store import Store
@@ -35,7 +34,6 @@ def check(config: PretrainConfig) -> tuple[PretrainConfig, Selection]:
     if config.workers.in_process:  # others are on other machines, and tell it themselves
         choose_device(config.device)
         check_cache(selection, cache=config.cache)
-    Store(f"{config.output}/{EXPORT}").records.require_all([CONFIG, WEIGHTS])
     return config, selection
 
 

@@ -11,6 +11,7 @@ import io
 import re
 import uuid
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import torch
@@ -18,7 +19,7 @@ import torch
 from lemon.encoders.finite import not_finite
 from lemon.runtime.store import Store
 
-FOLDER = "checkpoints"
+FOLDER, DAMAGED = "checkpoints", "damaged"
 _NAME = re.compile(rf"{FOLDER}/step-(\d+)\.pt$")
 BEST = f"{FOLDER}/best.json"
 HELD = {"method", "optimizer", "step"}
@@ -102,10 +103,14 @@ class Checkpoints:
         return state
 
     def put_aside(self, name: str) -> str:
-        """Rename a file that is damaged, so that its name is free again; returns where it is now."""
-        aside = f"{name}.damaged-{uuid.uuid4().hex[:8]}"
+        """Move a file that is damaged into ``damaged/``, so that its name is free again; returns where it is now."""
+        base = PurePosixPath(name)
+        aside = f"{DAMAGED}/{base.stem}-{uuid.uuid4().hex[:8]}{base.suffix}"
+        if self.store.is_local:
+            Path(self.store.path(DAMAGED)).mkdir(exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             self.store.filesystem.move(self.store.path(name), self.store.path(aside))
+            self.store.records.forget(name)
         return f"{self.store.uri}/{aside}"
 
     def name(self, step: int) -> str:

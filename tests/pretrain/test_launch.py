@@ -146,3 +146,24 @@ def test_a_moved_table_goes_on_and_another_one_at_its_place_does_not(tmp_path: P
     assert launch.main(again) == EXIT_OK
     write_cells(tmp_path / "cells", per_slide=21)
     assert "other settings (cells " in refused(config_in(tmp_path, "register_as=null"))
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_ends_well_again_and_keeps_it(
+    tmp_path: Path, uri: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_cells(tmp_path / "cells")
+    config = config_in(tmp_path, "register_as=null")
+    assert launch.main(config) == EXIT_OK
+    encoder = (tmp_path / "run" / "encoder" / "model.safetensors").read_bytes()
+    newest = max((tmp_path / "run" / "checkpoints").glob("*.pt"))
+    content = bytearray(newest.read_bytes())
+    content[5000:5040] = bytes(byte ^ 0xFF for byte in content[5000:5040])
+    newest.write_bytes(content)
+    for told in (["pretrain: training goes on from step 2; put aside as damaged: "], []):
+        capsys.readouterr()
+        assert launch.main(config) == EXIT_OK
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pretrain: ")]
+        assert [line[: len(start)] for line, start in zip(lines, told, strict=True)] == told
+    assert (tmp_path / "run" / "encoder" / "model.safetensors").read_bytes() == encoder
+    (aside,) = (tmp_path / "run" / "damaged").iterdir()
+    assert aside.read_bytes() == bytes(content)

@@ -187,7 +187,9 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before_and_no_more(
     resumed = trainer_for(config, second)
     assert resumed.resume() == 4
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"pretrain: training goes on from step 4; put aside as damaged: {newest}.damaged-")
+    assert line.startswith(
+        f"pretrain: training goes on from step 4; put aside as damaged: {tmp_path}/b/damaged/step-00000007-"
+    )
     resumed.run(until=6)
     assert resumed.checkpoints.steps() == [6]
     resumed.run(until=7)  # where the damaged one was
@@ -252,7 +254,7 @@ def test_the_online_probe_scores_held_out_slides(cells: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        (None, "not found"),
+        (None, "no such file"),
         ("id,label\na,b\n", "expected cell_id, label"),
         ("cell_id,label\nnobody,b\n", "got 0 labelled cells"),
     ],
