@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -61,6 +62,15 @@ def test_a_path_that_holds_an_encoder_wins_over_a_name(tmp_path: Path, monkeypat
     assert load_encoder("untrained_vit_s8").width == 32
     (tmp_path / "untrained_vit_tiny8").mkdir()  # as lemon/ in a checkout: a name, but no encoder
     assert load_encoder("untrained_vit_tiny8").width == 192
+
+
+def test_weights_that_are_not_finite_are_not_opened(tmp_path: Path) -> None:
+    exported(tmp_path)
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    weights["blocks.1.mlp.fc1.weight"][0, 0] = float("inf")
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 of \d+ tensors hold values that are not finite \(blocks\.1\.mlp"):
+        load_encoder(tmp_path)
 
 
 def test_what_is_no_encoder_is_one_line(tmp_path: Path) -> None:
