@@ -107,5 +107,5 @@ def test_a_trial_that_diverges_leaves_no_result_and_a_failed_run(home: Path, uri
 
 def test_a_folder_begun_with_other_settings_is_refused(home: Path) -> None:
     experiment.run(trial_in(home, "d"), tasks=[light_task()])
-    with pytest.raises(ConfigError, match=r"other settings \(seed\)"):
+    with pytest.raises(ConfigError, match=r"other settings \(seed 0 then, 3 now\)"):
         experiment.run(trial_in(home, "d", "seed=3"), tasks=[light_task()])

@@ -44,7 +44,7 @@ class DINOv2(Method):
 
     def __init__(self, config: DINOv2Config, encoder: EncoderConfig, *, seed: int) -> None:
         super().__init__()
-        if config.local_crop_px % encoder.patch_px:
+        if config.local_to_global and config.local_crop_px % encoder.patch_px:
             raise ConfigError(
                 f"ssl.local_crop_px={config.local_crop_px}: expected a multiple of encoder.patch_px="
                 f"{encoder.patch_px}, as {3 * encoder.patch_px}"

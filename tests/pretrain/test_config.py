@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
+from typing import Any
 
-from lemon.config import ConfigError, conf_dir, load
-from lemon.pretrain.config import PretrainConfig
+import numpy as np
+import pytest
+import torch
+
+from lemon.cells.batches import Feed, Order
+from lemon.config import ConfigError, conf_dir, load, validate
+from lemon.pretrain.checkpoint import Checkpoints
+from lemon.pretrain.config import DINOv2Config, PretrainConfig
+from lemon.pretrain.dinov2 import DINOv2
+from lemon.pretrain.loop import Trainer
+from lemon.pretrain.policy import load_policy
+from lemon.runtime.store import Store
 from lemon.sweep.config import SweepConfig
+from tests.cells_table import synthetic_crops
 
 BASE = ["cells=c", "output=o", "variant=smoke"]
 DINO = ["ssl=dinov2", "ssl.head_dim=64", "ssl.warmup_epochs=1"]
@@ -111,3 +123,62 @@ def test_a_sweeps_seeds_and_probes_are_checked_and_tasks_are_done_once() -> None
             load("scaling_sweep", [*base, "tasks=amibr", word], SweepConfig)
         assert str(told.value).startswith(part)
     assert load("scaling_sweep", [*base, "tasks=[amibr,amibr]"], SweepConfig).tasks == ["amibr"]
+
+
+CHOICES: dict[str, list[Any]] = {
+    "ssl.local_crops": [0, 1, 3],
+    "ssl.local_to_global": [True, False],
+    "ssl.local_crop_px": [8, 16, 20, 24, 40],
+    "ssl.global_weight": [None, 0, 1],
+    "ssl.ibot_weight": [0, 1],
+    "ssl.mask_probability": [0, 0.1, 1],
+    "ssl.mask_ratio": [(0, 0), (0, 1), (0.1, 0.5), (1, 1)],
+    "ssl.separate_ibot_head": [True, False],
+    "ssl.regulariser": ["koleo", "kde", "none"],
+    "ssl.centering": ["softmax", "sinkhorn"],
+    "ssl.chunk": [None, 1, 3],
+    "ssl.head_dim": [None, 8, 16, 64],
+    "ssl.layer_scale": [None, 1e-5],
+    "ssl.teacher_temperature_epochs": [0, 30],
+    "ssl.freeze_last_layer_epochs": [0, 1],
+    "ssl.warmup_epochs": [0, 1],
+    "views.view_a.blur.kernel_px": [3, 15, 47, 79],
+    "views.view_a.crop.ratio": [(1 / 40, 1 / 40), (40, 40), (0.75, 1.33)],
+    "views.view_a.crop.scale": [(1e-6, 1e-6), (1, 1)],
+    "views.view_a.erasing.ratio": [(1 / 40, 1 / 40), (40, 40)],
+    "encoder.dim": [4, 8, 24, 32],
+    "encoder.heads": [1, 2, 3],
+    "encoder.patch_px": [4, 5, 8, 10, 20, 40],
+    "epochs": [0.5, 1.5, 3],
+    "images_per_epoch": [1, 8],
+    "batch": [2, 3, 8],
+}
+
+
+@pytest.mark.slow
+def test_every_combination_that_is_taken_trains_with_finite_losses(tmp_path: Path) -> None:
+    random, taken = np.random.default_rng(0), 0
+    small = {"ssl.name": "dinov2", "ssl.hidden_dim": 8, "ssl.bottleneck_dim": 4, "ssl.prototypes": 8}
+    small |= {"encoder.name": "tiny", "encoder.depth": 1, "cells": "c", "output": "o"}
+    while taken < 60:
+        values: dict[str, Any] = {"views": load_policy("a1_gray").model_dump()}
+        drawn = {key: choices[random.integers(len(choices))] for key, choices in CHOICES.items()}
+        for key, value in (small | drawn).items():
+            *above, name = key.split(".")
+            place = values
+            for part in above:
+                place = place.setdefault(part, {})
+            place[name] = value
+        try:
+            config = validate(values, PretrainConfig)
+        except ConfigError:
+            continue
+        taken += 1
+        assert isinstance(config.ssl, DINOv2Config)
+        method = DINOv2(config.ssl, config.encoder, seed=0)
+        run = method.schedules(epochs=config.epochs, steps_per_epoch=config.steps_per_epoch, batch=config.batch)
+        feed = Feed(synthetic_crops(20), Order(20, seed=0), batch=config.batch, device=torch.device("cpu"))
+        checkpoints = Checkpoints(Store(tmp_path))
+        trainer = Trainer(method, feed, config.views, run, seed=0, checkpoints=checkpoints, config={})
+        for images in feed.batches(0, min(2, config.total_steps)):
+            assert np.isfinite(float(trainer.train_step(images)["loss"])), drawn
