@@ -7,23 +7,24 @@ checkpoint and with the tasks that have no scores yet, in the same MLflow run.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from pydantic import Field
 
 from lemon.cells.ledger import read_ledger
-from lemon.cells.select import Selection
+from lemon.cells.select import Selection, select_cells
 from lemon.config import Frozen
 from lemon.encoders.device import choose_device
 from lemon.encoders.open import load_encoder
 from lemon.pretrain import launch
-from lemon.pretrain.assemble import select
 from lemon.pretrain.check import located
 from lemon.pretrain.config import PretrainConfig
 from lemon.pretrain.loop import Log
 from lemon.probe.config import ProbeConfig, ProbeSettings
-from lemon.probe.run import fold_means, probe_model, short_name
+from lemon.probe.run import data_fingerprint, fold_means, probe_model, short_name
 from lemon.probe.task import Task
 from lemon.probe.tasks.catalogue import open_task
 from lemon.runtime.store import Store, code_version, fingerprint
@@ -42,7 +43,7 @@ class Trial(Frozen):
     probe: ProbeSettings = ProbeSettings()
     experiment: str = Field("experiment", description="of MLflow")
     params: dict[str, Any] = Field({}, description="further parameters of its MLflow run")
-    cells_fingerprint: str | None = Field(None, description="of the selected cells; of a located trial")
+    made_from: str | None = Field(None, description="fingerprint of settings, cells and tasks; of a located trial")
 
     @property
     def store(self) -> Store:
@@ -51,9 +52,9 @@ class Trial(Frozen):
 
     @property
     def fingerprint(self) -> str:
-        """Names the settings that decide the scores; of a located trial."""
-        settings = self.pretrain.result_settings() | {"cells": self.cells_fingerprint}
-        return fingerprint([settings, self.probe.model_dump(mode="json"), self.tasks, self.data])
+        """Names all that decides the scores, by content and not by path; of a located trial."""
+        assert self.made_from is not None
+        return self.made_from
 
     @property
     def probe_config(self) -> ProbeConfig:
@@ -68,11 +69,21 @@ class Trial(Frozen):
             **self.probe.model_dump(),
         )
 
-    def located(self) -> Trial:
-        """The same with absolute paths, and its cells named. Raises ConfigError as ``located`` and ``select`` do."""
-        pretrain, data = located(self.pretrain), Store(self.data).uri
-        update = {"pretrain": pretrain, "data": data, "cells_fingerprint": select(pretrain).fingerprint}
-        return self.model_copy(update=update)
+    def located(self, tasks: Sequence[Task], *, select: Callable[..., Selection] | None = None) -> Trial:
+        """The same with absolute paths, and named by what it is made from.
+
+        Args:
+            tasks: the trial's own, open.
+            select: ``select_cells`` of its table, where it is remembered.
+
+        Raises ConfigError as ``located`` of pretraining and ``select_cells`` do.
+        """
+        pretrain = located(self.pretrain)
+        choose = select or partial(select_cells, Store(pretrain.cells))
+        settings = launch.settings_of(pretrain, choose(**pretrain.select.model_dump()))
+        data = [(task.name, data_fingerprint(task)) for task in tasks]
+        made_from = fingerprint([settings, self.probe.model_dump(mode="json"), data])
+        return self.model_copy(update={"pretrain": pretrain, "data": Store(self.data).uri, "made_from": made_from})
 
 
 class Score(Frozen):
@@ -114,14 +125,15 @@ def run(trial: Trial, *, tasks: list[Task] | None = None, parent: Run | None = N
         ConfigError, TaskError: the cells, the tasks or the folder are not as they must be.
         TrainingStoppedError: training diverged or collapsed.
     """
-    trial = trial.located()
+    tasks = _open(trial) if tasks is None else tasks
+    trial = trial.located(tasks)
     if (done := finished(trial)) is not None:
         return done
     config, selection = launch.prepare(trial.pretrain)
     tracked = _open_run(trial, selection, parent=parent)
     try:
         launch.fit(config, tracked, log=log)
-        result = _probed(trial, selection, tracked, tasks=_open(trial) if tasks is None else tasks)
+        result = _probed(trial, selection, tracked, tasks=tasks)
     except Exception:
         tracked.close("FAILED")
         raise

@@ -83,11 +83,11 @@ def test_a_finished_trial_is_not_run_again_and_further_tasks_cost_no_second_pret
     first = experiment.run(trial, tasks=[light_task()])
     with monkeypatch.context() as patch:
         patch.setattr(launch, "fit", lambda *_, **__: pytest.fail("it was run again"))
-        assert experiment.run(trial, tasks=[]) == first
+        assert experiment.run(trial, tasks=[light_task()]) == first
     more = trial.model_copy(update={"probe": trial.probe.model_copy(update={"seed": 1})})
     again = experiment.run(more, tasks=[light_task()])
     assert (again.run_id, again.model_fingerprint) == (first.run_id, first.model_fingerprint)
-    run = run_of(more.located().store, uri=uri)
+    run = run_of(more.store, uri=uri)
     assert run is not None
     assert [step for step, _ in metric_history(run, "loss")] == [1, 2, 3, 4]
     assert len(mlflow.MlflowClient(uri).search_model_versions("name='other'")) == 1
@@ -99,8 +99,8 @@ def test_a_trial_that_diverges_leaves_no_result_and_a_failed_run(home: Path, uri
     trial = trial_in(home, "c", "ssl.base_lr=1e30", "epochs=4", "checkpoint_every=100")
     with pytest.raises(TrainingStoppedError):
         experiment.run(trial, tasks=[light_task()])
-    assert experiment.finished(trial.located()) is None
-    run = run_of(trial.located().store, uri=uri)
+    assert experiment.finished(trial.located([light_task()])) is None
+    run = run_of(trial.store, uri=uri)
     assert run is not None
     assert mlflow.MlflowClient(uri).get_run(run.run_id).info.status == "FAILED"
 

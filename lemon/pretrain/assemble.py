@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -44,28 +45,30 @@ def fit_stain(config: FitStainConfig) -> tuple[str, int]:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     path = f"{selection.store.uri}/{statistics.file_name}"
-    statistics.save(path)
+    replace(statistics, cells=select_cells(selection.store).fingerprint).save(path)
     return path, len(images)
 
 
 def with_stain(config: PretrainConfig) -> PretrainConfig:
     """The config with the statistics that its views need: those beside the cells, unless it names a file.
 
-    Raises ConfigError where they are missing, damaged, or of another mixture.
+    Raises ConfigError where they are missing, damaged, of another mixture, or of cells that the table had before.
     """
-    stain = config.views.stain
+    stain, cells = config.views.stain, Store(config.cells)
     if stain.kind != "gmm":
         return config
-    path = stain.statistics or f"{Store(config.cells).uri}/{statistics_name(stain.space, stain.components)}"
+    path = stain.statistics or f"{cells.uri}/{statistics_name(stain.space, stain.components)}"
     folder, _, name = path.rpartition("/")
+    remedy = f"python jobs/fit_stain.py cells={config.cells} space={stain.space} components={stain.components}"
     if not Store(folder or ".").exists(name):
-        remedy = f"python jobs/fit_stain.py cells={config.cells} space={stain.space} components={stain.components}"
         raise ConfigError(f"views.stain.statistics: {path} not found; make it with: {remedy}")
     located = config.views.with_stain_statistics(path)
     try:
-        statistics_of(located.stain)
+        statistics = statistics_of(located.stain)
     except ValueError as error:
         raise ConfigError(f"views.{error}") from None
+    if stain.statistics is None and statistics.cells not in ("", select_cells(cells).fingerprint):
+        raise ConfigError(f"views.stain.statistics: {path} is of other cells than the table has now; again: {remedy}")
     return config.model_copy(update={"views": located})
 
 

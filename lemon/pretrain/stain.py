@@ -120,6 +120,8 @@ class StainStatistics:
     means: list[list[float]]  # K x 6
     covariances: list[list[list[float]]]  # K x 6 x 6
     n_cells: int
+    cells: str = ""
+    """Fingerprint of the whole table that they were fitted to; empty where it is not known."""
 
     @property
     def fingerprint(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -82,7 +82,7 @@ def build(config: SweepConfig) -> Grid:
         raise ConfigError("\n".join(lines + untold))
     for _, made in configs:
         _fit_stain(made)
-    return Grid([Entry(entry.point, entry.seed, entry.trial.located()) for entry in entries], tasks)
+    return Grid([replace(entry, trial=entry.trial.located(tasks, select=select)) for entry in entries], tasks)
 
 
 class Faults:
@@ -260,10 +260,11 @@ def _open_tasks(config: SweepConfig) -> tuple[list[Task], list[str]]:
 
 
 def _fit_stain(config: PretrainConfig) -> None:
-    """The statistics that a point's views draw from, beside the cells, where they are not there yet."""
+    """The statistics that a point's views draw from, beside the cells, where they are not there, or of other cells."""
     stain, cells = config.views.stain, Store(config.cells)
     if stain.kind != "gmm" or stain.statistics is not None:
         return
-    if not cells.exists(statistics_name(stain.space, stain.components)):
+    name = statistics_name(stain.space, stain.components)
+    if not cells.exists(name) or cells.read_json(name).get("cells") != select_cells(cells).fingerprint:
         path, count = fit_stain(FitStainConfig(cells=cells.uri, space=stain.space, components=stain.components))
         print(f"sweep: stain statistics of {count:,} cells in {path}")
