@@ -9,7 +9,10 @@ import contextlib
 import difflib
 import errno
 import glob
+import os
+import re
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +23,8 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from lemon.runtime.secrets import guarded, holds_secret, names_secret, redacted
 
 EXIT_OK, EXIT_BAD_CONFIG, EXIT_FAILURES = 0, 2, 3
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # 128 + the signal, as shells tell it
@@ -41,6 +46,17 @@ class TerminatedError(KeyboardInterrupt):
 
 FULL_OR_GONE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOTCONN}
 """Errors of a disk that is full or out of reach: no fault of the code, so a line and no traceback."""
+
+
+NO_SUCH_FILE = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EINVAL, errno.ENXIO, errno.ENODEV, errno.ENOTEMPTY, errno.EEXIST, errno.ETXTBSY, None),
+}
+"""Errors of a path that is not what was expected, or not allowed; None is pyarrow's, which tells only a text."""
+
+
+class DamagedError(ConfigError):
+    """A file is not what it was written as; one line: the file, what is wrong with it, how to mend it."""
 
 
 class StorageError(OSError):
@@ -86,14 +102,81 @@ def raise_faults(faults: Iterable[Fault]) -> None:
         raise ValidationError.from_exception_data("config", details)
 
 
-def _local(path: str) -> str:
-    if "://" in path:
-        raise ValueError(f"got {path!r}; expected a folder on a local disk")
-    return path
+def _named(text: str) -> str:
+    """A path or URI that can be asked for. Raises ValueError, which never tells a URI that holds a secret."""
+    if not text.removeprefix("file://").strip():
+        raise ValueError(f"got {text!r}, which names nothing; expected a path (is a variable of the shell not set?)")
+    if holds_secret(text):
+        raise ValueError(
+            f"got a {text.partition('://')[0]}:// address that holds a user, key or option; expected the address "
+            "alone, the rest in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or a profile"
+        )
+    if not _is_utf8(text):
+        raise ValueError(f"got {text!r}; expected a path in UTF-8: rename what it names")
+    if "://" not in text:
+        _check_kind(text)
+    return text
 
+
+def _is_utf8(text: str) -> bool:
+    """Whether a text can be written: bytes of the command line that are no UTF-8 come as half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_kind(path: str) -> None:
+    """Refuse what is there but no file or folder: a pipe would be waited for without end. Raises ValueError."""
+    told = repr(path) if len(path) <= _TOLD_CHARACTERS else f"{path[:_TOLD_CHARACTERS]!r}..."
+    try:
+        mode = os.stat(os.path.expanduser(path)).st_mode  # noqa: PTH111, PTH116  (Path would make "a//b" another text)
+    except ValueError:
+        raise ValueError(f"got {told}; expected a path without a zero byte") from None
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise ValueError(f"got {told}; expected a path that can be opened: {error.strerror}") from None
+        return  # absent, or not to be seen from here: whoever reads it tells
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise ValueError(f"got {told}, which is a pipe or a device; expected a file or folder")
+
+
+_TOLD_CHARACTERS = 80
+"""Of a path that cannot be opened."""
+
+
+def _place(text: str) -> str:
+    if "://" in _named(text) and not re.match(r"file://|s3://[A-Za-z0-9][\w.-]*(?:/|$)", text):
+        raise ValueError(f"got {text!r}; expected a local path or s3://bucket/prefix")
+    return text
+
+
+def _local(text: str) -> str:
+    if "://" in _named(text):
+        raise ValueError(f"got {text!r}; expected a path on a local disk")
+    return text
+
+
+def _places(text: str | list[str]) -> str | list[str]:
+    if not text:
+        raise ValueError(f"got {text!r}, which names nothing; expected a path (is a variable of the shell not set?)")
+    for one in [text] if isinstance(text, str) else text:
+        _place(one)
+    return text
+
+
+AnyPath = Annotated[str, AfterValidator(_place)]
+"""A file or folder, also at s3://."""
+
+AnyPaths = Annotated[str | list[str], AfterValidator(_places)]
+"""One or several of them."""
 
 LocalPath = Annotated[str, AfterValidator(_local)]
-"""A folder that cannot be at s3://: of files that are mapped into memory, or that libraries open by their path."""
+"""One that cannot be at s3://: files that are mapped into memory, or that libraries open by their path."""
+
+NameOrPath = Annotated[str, AfterValidator(_named)]
+"""A path or a name that is looked up, as of an encoder (``uni:weights.bin``)."""
 
 
 # --- curate -----------------------------------------------------------------------------------------------------------
@@ -110,7 +193,7 @@ class HoverFastConfig(Frozen):
     """HoverFast's network; the published checkpoint is a file that the user downloads."""
 
     name: Literal["hoverfast"]
-    checkpoint: str = Field(description="path of a HoverFast checkpoint (.pth)")
+    checkpoint: AnyPath = Field(description="path of a HoverFast checkpoint (.pth)")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     batch: int = Field(4, ge=1, description="regions a forward pass")
@@ -123,7 +206,9 @@ SegmenterConfig = Annotated[HematoxylinConfig | HoverFastConfig, Field(discrimin
 class TissueConfig(Frozen):
     """Which part of a slide is searched for nuclei."""
 
-    masks: str | None = Field(None, description="folder of <slide_id>.png masks (non-zero is tissue) to use instead")
+    masks: AnyPath | None = Field(
+        None, description="folder of <slide_id>.png masks (non-zero is tissue) to use instead"
+    )
     min_share: float = Field(0.01, ge=0, le=1, description="a region with a smaller share of tissue is skipped")
     require_he: bool = Field(True, description="reject slides whose colours are not those of H&E")
 
@@ -140,8 +225,8 @@ class WorkersConfig(Frozen):
 class CurateConfig(Frozen):
     """``jobs/curate.py``: slides -> nuclei -> cells."""
 
-    slides: str | list[str] = Field(description="glob, folder, slide file, or a CSV/Parquet cohort; also at s3://")
-    output: str = Field(description="folder or s3:// prefix of the tables cells/ and slides/")
+    slides: AnyPaths = Field(description="glob, folder, slide file, or a CSV/Parquet cohort; also at s3://")
+    output: AnyPath = Field(description="folder or s3:// prefix of the tables cells/ and slides/")
     segmenter: SegmenterConfig
     cells_per_slide: int | None = Field(1000, ge=1, description="cells of lowest rank kept of a slide; null keeps all")
     default_mpp: float = Field(0.25, gt=0, description="um/px assumed where a slide states none")
@@ -219,18 +304,20 @@ class DownloadConfig(Frozen):
 class FetchConfig(Frozen):
     """``jobs/fetch_tcga.py``: slides of TCGA from the Genomic Data Commons, kept, or curated and dropped one by one."""
 
-    output: str = Field(description="local folder of the slides, cohort.parquet and downloads/")
+    output: LocalPath = Field(description="local folder of the slides, cohort.parquet and downloads/")
     organs: list[str] = Field(
         [], description="studies and organs, as [BRCA,TCGA-LUAD,kidney]; at most one of a manifest"
     )
     slides_per_organ: int | None = Field(None, ge=1, description="slides of lowest rank of each organ; null: all")
     one_per_patient: bool = Field(True, description="of each patient only the slide of lowest rank")
-    manifest: str | None = Field(None, description="manifest (TSV) of the GDC's portal that lists the slides instead")
-    api: str = Field("https://api.gdc.cancer.gov", pattern=r"^https?://", description="address of the GDC's API")
+    manifest: LocalPath | None = Field(
+        None, description="manifest (TSV) of the GDC's portal that lists the slides instead"
+    )
+    api: NameOrPath = Field("https://api.gdc.cancer.gov", pattern=r"^https?://", description="address of the GDC's API")
     download: DownloadConfig = DownloadConfig()
     stream: bool = Field(False, description="curate each slide as it comes, then delete it")
     ahead: int = Field(1, ge=0, description="with stream: slides that a worker downloads while it curates one")
-    cells: str | None = Field(
+    cells: AnyPath | None = Field(
         None, description=f"with stream: folder or s3:// prefix of the cells; null: <output>/{CELLS_FOLDER}"
     )
     segmenter: SegmenterConfig = HematoxylinConfig(name="hematoxylin")
@@ -242,15 +329,6 @@ class FetchConfig(Frozen):
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
-
-    @field_validator("output")
-    @classmethod
-    def _is_local(cls, value: str) -> str:
-        if "://" in value:
-            raise ValueError(
-                f"got {value!r}; expected a local folder; with stream=true cells=s3://... may be elsewhere"
-            )
-        return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> FetchConfig:
@@ -297,7 +375,7 @@ class VerifyConfig(Frozen):
 class DemoConfig(Frozen):
     """``jobs/demo.py``: every stage on one slide."""
 
-    output: str = Field("demo", description="folder of all that the demo makes")
+    output: LocalPath = Field("demo", description="folder of all that the demo makes")
     synthetic: bool = Field(False, description="use a made-up slide, as where pip reaches no package index")
 
 
@@ -318,6 +396,14 @@ def load(stage: str, overrides: Sequence[str], model: type[C]) -> C:
 
     ``variant=smoke`` among the overrides selects ``conf/<stage>/smoke.yaml``. Raises ConfigError, one line a fault.
     """
+    for word in overrides:
+        if names_secret(word):
+            raise ConfigError(
+                f"{redacted(_key(word))}: got the value of a secret variable of the environment; expected settings "
+                "without secrets: they are kept and shown"
+            )
+        if not word.isascii() and not _is_utf8(word):
+            raise ConfigError(f"{word.partition('=')[0]!r}: got {word!r}; expected UTF-8: rename what it names")
     variant, overrides = _split_variant(stage, overrides)
     return validate(_compose(f"{stage}/{variant}", overrides), model)
 
@@ -340,28 +426,32 @@ def validate(values: Any, model: type[C]) -> C:
 
 
 def run_job(stage: str, model: type[C], main: Callable[[C], int], argv: Sequence[str] | None = None) -> int:
-    """The frame of every job: read the config, call ``main(config)``; a ConfigError is one line and exit code 2."""
+    """The frame of every job: read the config, call ``main(config)``, tell what stops it in a line; the exit code.
+
+    Nothing that is printed meanwhile holds a secret. What is no fault of the user's, disk's or network's is raised.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if any(word in ("-h", "--help") for word in argv):
         print(describe(stage, model))
         return EXIT_OK
-    try:
-        with _ended_by_sigterm():
+    with guarded(), _ended_by_sigterm():
+        try:
             return main(load(stage, argv, model))
-    except ConfigError as error:
-        for line in str(error).splitlines():
-            print(f"{stage}: {line}", file=sys.stderr)
-        return EXIT_BAD_CONFIG
-    except OSError as error:
-        if not isinstance(error, StorageError) and error.errno not in FULL_OR_GONE:
-            raise
-        print(f"{stage}: stopped: {error}; what is committed stays, rerun goes on", file=sys.stderr)
-        return EXIT_FAILURES
-    except KeyboardInterrupt as error:
-        terminated = isinstance(error, TerminatedError)
-        told = "ended by SIGTERM" if terminated else "interrupted"
-        print(f"{stage}: {told}; the same command again goes on where it stopped", file=sys.stderr)
-        return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
+        except ConfigError as error:
+            return _stopped(stage, str(error), EXIT_BAD_CONFIG)
+        except OSError as error:
+            if isinstance(error, StorageError) or error.errno in FULL_OR_GONE:
+                return _stopped(stage, f"stopped: {error}; what is committed stays, rerun goes on", EXIT_FAILURES)
+            if error.errno not in NO_SUCH_FILE:
+                raise
+            return _stopped(stage, f"stopped: {_told(error)}", EXIT_BAD_CONFIG)
+        except TerminatedError:
+            return _stopped(stage, f"ended by SIGTERM; {_GOES_ON}", EXIT_TERMINATED)
+        except KeyboardInterrupt:
+            return _stopped(stage, f"interrupted; {_GOES_ON}", EXIT_INTERRUPTED)
+
+
+_GOES_ON = "the same command again goes on where it stopped"
 
 
 @contextlib.contextmanager
@@ -380,6 +470,19 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _stopped(stage: str, reason: str, code: int) -> int:
+    for line in reason.splitlines():
+        print(f"{stage}: {line}", file=sys.stderr)
+    return code
+
+
+def _told(error: OSError) -> str:
+    """The file and the reason, in one line."""
+    if error.filename is None or error.strerror is None:
+        return " ".join(str(error).split())
+    return f"{str(error.filename)[: 10 * _TOLD_CHARACTERS]}: {error.strerror}"
 
 
 def one_line(error: Exception) -> str:
@@ -425,7 +528,7 @@ def _compose(name: str, overrides: Sequence[str]) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"), _no_environment():
         try:
             base = compose(name)
             parsed, groups = [_readable(word) for word in overrides], groups_of(name)
@@ -439,7 +542,30 @@ def _compose(name: str, overrides: Sequence[str]) -> Any:
                 _set(composed, word, parsed, groups)
             return composed
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(" ".join(str(error).split())) from None
+            asked = "oc.env" in str(error)
+            raise ConfigError(_NO_ENVIRONMENT if asked else " ".join(str(error).split())) from None
+
+
+_NO_ENVIRONMENT = (
+    "${oc.env:...}: variables of the environment are not put into settings, which are kept and shown; let your shell "
+    'put in what is no secret: key="$NAME"'
+)
+
+
+@contextlib.contextmanager
+def _no_environment() -> Iterator[None]:
+    """While the block runs, an interpolation that asks for a variable of the environment is an error."""
+    from omegaconf import OmegaConf
+    from omegaconf.resolvers import oc
+
+    def refuse(*_: Any) -> None:
+        raise ValueError("oc.env")
+
+    OmegaConf.register_new_resolver("oc.env", refuse, replace=True)
+    try:
+        yield
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
 
 
 def _readable(word: str) -> str:

@@ -19,6 +19,7 @@ from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError, CurateConfig, Hove
 from lemon.runtime import pool
 from lemon.runtime.demand import Demand, is_new, settle
 from lemon.runtime.lease import hold
+from lemon.runtime.secrets import redacted
 from lemon.runtime.store import Store, is_uri, path_exists
 from lemon.slide import OutputError, build_segmenter, curate_slide, start_processes
 from lemon.slides.cohort import Slide, list_slides
@@ -143,7 +144,7 @@ class Curator(pool.Worker):
 
     def fail(self, item: pool.Item, reason: str) -> pool.Row:
         """Give a slide up."""
-        told = {"status": "failed", "n_cells": 0, "error": " ".join(reason.split())}
+        told = {"status": "failed", "n_cells": 0, "error": " ".join(redacted(reason).split())}
         return self.ledger.commit(item["slide"] | told)
 
 
@@ -168,11 +169,13 @@ def check(config: CurateConfig) -> list[Slide]:
                     f"slides: {slide.path} lies in the folder of a table of output={config.output}; expected another "
                     "output"
                 )
-    if isinstance(config.segmenter, HoverFastConfig) and not path_exists(config.segmenter.checkpoint):
-        raise ConfigError(
-            f"segmenter.checkpoint: got {config.segmenter.checkpoint!r}, which is no file; expected a HoverFast "
-            "checkpoint, such as hoverfast_crosstissue_best_model.pth from HoverFast's repository"
-        )
+    if isinstance(config.segmenter, HoverFastConfig):
+        from lemon.nuclei.hoverfast import load_checkpoint  # imports torch
+
+        try:
+            load_checkpoint(config.segmenter.checkpoint)
+        except (ValueError, FileNotFoundError) as error:
+            raise ConfigError(f"segmenter.checkpoint: {error}") from None
     if config.tissue.masks is not None and not path_exists(config.tissue.masks):
         raise ConfigError(f"tissue.masks: got {config.tissue.masks!r}; expected a folder of <slide_id>.png")
     return slides

@@ -1,8 +1,8 @@
 """Is this machine fit for LEMON? ``python -m lemon.doctor [--ray] [--path URI ...]`` checks and says how to mend.
 
 Each check imports what it needs by itself, so that a missing package is a row of the table and not the end of it; only
-the standard library is imported here. Exit code 0, or 1 where a check failed; a warning is no failure. Passwords that
-a URI holds are never printed.
+the standard library is imported here. Exit code 0, or 1 where a check failed; a warning is no failure. No secret is
+printed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -23,13 +22,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from lemon.runtime.secrets import guarded
+
 GIB = 1 << 30
 REINSTALL = "pip install -c constraints.txt -e . in the repository"
 _PATIENCE_S = 60  # for a check; a server or bucket that does not answer is a failure by then
-_SECRETS = (
-    (re.compile(r"://[^\s'\"]*@"), "://***@"),
-    (re.compile(r"(?i)((?:secret|password|token|key)\w*=)[^&\s'\"]+"), r"\1***"),
-)
 
 
 @dataclass(frozen=True)
@@ -279,13 +276,6 @@ def examine(check: Check, *, patience_s: float = _PATIENCE_S) -> Finding:
     )
 
 
-def redacted(text: str) -> str:
-    """The text without the passwords and keys that a URI may hold."""
-    for pattern, instead in _SECRETS:
-        text = pattern.sub(instead, text)
-    return text
-
-
 def checks(*, start_ray: bool, paths: Sequence[str]) -> dict[str, Check]:
     """All checks by name, in the order of the table."""
     here, scratch, cache = Path.cwd(), Path(tempfile.gettempdir()), Path("~/.cache/lemon").expanduser()
@@ -313,15 +303,19 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--ray", action="store_true", help="start Ray (or join RAY_ADDRESS) and run a task")
     parser.add_argument("--path", nargs="+", default=[], metavar="URI", help="folders or s3:// prefixes to write to")
     options = parser.parse_args(words)
-    failed = 0
-    for name, check in checks(start_ray=options.ray, paths=options.path).items():
-        finding = examine(check, patience_s=120 if name == "ray" else _PATIENCE_S)
-        failed += finding.state == "fail"
-        print(redacted(f"{name:<14} {finding.state:<5} {finding.found}"))
-        if finding.mend:
-            print(redacted(f"{'':<20} mend: {finding.mend}"), flush=True)
-    print(f"doctor: {failed} failed" if failed else "doctor: fit")
+    with guarded():
+        failed = sum(_row(name, check) for name, check in checks(start_ray=options.ray, paths=options.path).items())
+        print(f"doctor: {failed} failed" if failed else "doctor: fit")
     return int(failed > 0)
+
+
+def _row(name: str, check: Check) -> bool:
+    """Print a row of the table; returns whether the check failed."""
+    finding = examine(check, patience_s=120 if name == "ray" else _PATIENCE_S)
+    print(f"{name:<14} {finding.state:<5} {finding.found}")
+    if finding.mend:
+        print(f"{'':<20} mend: {finding.mend}", flush=True)
+    return finding.state == "fail"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from lemon.cells.ledger import read_ledger
 from lemon.cells.select import Selection, select_cells
-from lemon.config import Frozen
+from lemon.config import AnyPath, Frozen
 from lemon.encoders.device import choose_device
 from lemon.encoders.open import load_encoder
 from lemon.pretrain import launch
@@ -39,7 +39,7 @@ class Trial(Frozen):
     name: str
     pretrain: PretrainConfig = Field(description="its output is the trial's folder")
     tasks: list[str] = Field(description="names of benchmarks")
-    data: str = Field("benchmarks_data", description="folder with a subfolder for each benchmark")
+    data: AnyPath = Field("benchmarks_data", description="folder with a subfolder for each benchmark")
     probe: ProbeSettings = ProbeSettings()
     experiment: str = Field("experiment", description="of MLflow")
     params: dict[str, Any] = Field({}, description="further parameters of its MLflow run")
@@ -149,7 +149,7 @@ def finished(trial: Trial) -> Result | None:
     """The result of a located trial that is done with the same settings."""
     if not trial.store.exists(RESULT):
         return None
-    result = Result.model_validate(trial.store.read_json(RESULT))
+    result: Result = trial.store.read_json(RESULT, Result)
     return result if result.fingerprint == trial.fingerprint else None
 
 

@@ -24,6 +24,7 @@ from lemon.cells.select import rank_of
 from lemon.config import COHORT_FILE, EXIT_FAILURES, EXIT_OK, ConfigError, FetchConfig
 from lemon.runtime.lease import hold
 from lemon.runtime.records import OWN
+from lemon.runtime.secrets import redacted
 from lemon.runtime.store import Store, code_version, open_output
 from lemon.schema import DOWNLOADS
 from lemon.slides.cohort import Slide, write_cohort
@@ -129,7 +130,11 @@ class DownloadLedger:
     def commit(self, file: GdcFile, *, url: str, seconds: float, error: str | None) -> None:
         """Write a slide's row."""
         row = file.model_dump(include=set(DOWNLOADS.names)) | {"slide_id": file.slide_id, "url": url}
-        row |= {"status": "failed" if error else "done", "error": error, "total_s": round(seconds, 3)}
+        row |= {
+            "status": "failed" if error else "done",
+            "error": error and redacted(error),
+            "total_s": round(seconds, 3),
+        }
         table = pa.Table.from_pylist([row | {"code_version": code_version()}], schema=DOWNLOADS)
         stem = file_stem(file.slide_id)
         self.store.write_table(f"downloads/{stem}.parquet", table)

@@ -148,8 +148,8 @@ def test_a_full_disk_is_one_line_and_exit_code_3_and_another_error_of_the_system
     assert ends_with(OSError(errno.ENOSPC, "No space left on device", "cells/a.parquet")) == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("curate: stopped: [Errno 28] No space left on device: 'cells/a.parquet'")
-    with pytest.raises(FileNotFoundError):
-        ends_with(FileNotFoundError(errno.ENOENT, "No such file or directory"))
+    with pytest.raises(ChildProcessError):
+        ends_with(ChildProcessError(errno.ECHILD, "No child processes"))
 
 
 @pytest.mark.parametrize("given", ["a,b.svs", "a, b.svs", "with,comma/*.svs", "with,comma"])

@@ -294,7 +294,10 @@ def test_an_output_that_cannot_be_written_is_one_line_and_exit_code_2(slide_file
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["segmenter=hoverfast", "segmenter.checkpoint=/nowhere.pth"], "segmenter.checkpoint: got '/nowhere.pth'"),
+        (
+            ["segmenter=hoverfast", "segmenter.checkpoint=/nowhere.pth"],
+            "segmenter.checkpoint: checkpoint /nowhere.pth: no",
+        ),
         (["tissue.masks=/nowhere"], "tissue.masks: got '/nowhere'"),
     ],
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -74,9 +73,9 @@ def open_clusters(
     cells = [(part.slide_id, part.n_rows) for part in selection.parts]
     name = fingerprint({"k": k} | ({"seed": seed, "cells": cells, "parents": list(parents)} if k else {}))
     if store.exists(CENTRES):
-        earlier: dict[str, Any] = store.read_json(CENTRES)
-        if earlier["fingerprint"] == name:
-            return Clusters(**earlier) if k else None
+        earlier: Clusters = store.read_json(CENTRES, Clusters)
+        if earlier.fingerprint == name:
+            return earlier if k else None
     for folder in DERIVED:
         store.delete(folder)
     if k is None:

@@ -6,7 +6,17 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lemon.config import CELLS_FOLDER, CurateConfig, Frozen, HematoxylinConfig, SegmenterConfig, nested_curate_config
+from lemon.config import (
+    CELLS_FOLDER,
+    AnyPath,
+    AnyPaths,
+    CurateConfig,
+    Frozen,
+    HematoxylinConfig,
+    NameOrPath,
+    SegmenterConfig,
+    nested_curate_config,
+)
 
 IN_PROCESS_SLIDES = 16  # up to here the 10 s that Ray takes to start are not won back on one machine
 
@@ -38,10 +48,12 @@ class EmbedWorkers(Frozen):
 class EmbedConfig(Frozen):
     """``jobs/embed.py``: cells -> embeddings, and the files that other tools open."""
 
-    model: str = Field(description="output of jobs/pretrain.py, an exported encoder, or a name that load_encoder knows")
-    output: str = Field(description="folder or s3:// prefix of embeddings/ and of the formats")
-    cells: str | None = Field(None, description="output of jobs/curate.py; this or slides")
-    slides: str | list[str] | None = Field(
+    model: NameOrPath = Field(
+        description="output of jobs/pretrain.py, an exported encoder, or a name that load_encoder knows"
+    )
+    output: AnyPath = Field(description="folder or s3:// prefix of embeddings/ and of the formats")
+    cells: AnyPath | None = Field(None, description="output of jobs/curate.py; this or slides")
+    slides: AnyPaths | None = Field(
         None, description="glob, folder, slide file or cohort, curated into <output>/cells first; this or cells"
     )
     segmenter: SegmenterConfig = HematoxylinConfig(name="hematoxylin")

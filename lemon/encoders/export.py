@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import safetensors.torch
 import timm
 import torch
+from pydantic import Field
 from timm.layers import LayerScale
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from lemon.config import ConfigError
 from lemon.encoders.finite import not_finite
-from lemon.runtime.store import locate
+from lemon.encoders.vit import load_strictly
+from lemon.runtime.store import locate, parse_json
+from lemon.runtime.tensors import read_weights, undamaged
 from lemon.schema import CROP_PX
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -29,15 +33,21 @@ class NotFiniteError(ValueError):
     """Weights or features are not numbers; the message is one line."""
 
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Side = Annotated[int, Field(ge=1, le=4096)]
+"""What config.json may say; checked where it is read."""
+
+
 @dataclass(frozen=True)
 class CellInput:
     """What an encoder expects: RGB / 255, centre crop, resized to ``input_px`` (None: not resized), normalisation."""
 
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    um_per_px: float = 0.25
-    crop_px: int = 40
-    input_px: int | None = None
+    mean: tuple[Finite, Finite, Finite]
+    std: tuple[Above0, Above0, Above0]
+    um_per_px: Above0 = 0.25
+    crop_px: Side = 40
+    input_px: Side | None = None
 
     @property
     def px(self) -> int:
@@ -146,27 +156,18 @@ def load_exported(directory: str | Path) -> tuple[nn.Module, CellInput]:
 
     Raises:
         FileNotFoundError: the folder has no config.json or no weights.
-        ValueError: config.json has no ``lemon`` section, so scale and crop size are unknown.
+        ConfigError: one of them is damaged; config.json has no ``lemon`` section, so scale and crop size are unknown.
     """
     folder = Path(directory)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name}: no such file; expected a folder written by lemon's export")
-    section = json.loads((folder / CONFIG).read_text()).get("lemon", {})
-    absent = [key for key in ("mean", "std", "um_per_px", "crop_px") if key not in section]
-    if absent:
-        raise ValueError(f"{folder / CONFIG}: got no lemon.{absent[0]}; expected a folder written by lemon's export")
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    return model.eval(), CellInput(
-        mean=triple(section["mean"]),
-        std=triple(section["std"]),
-        um_per_px=section["um_per_px"],
-        crop_px=section["crop_px"],
-        input_px=section.get("input_px"),  # absent in folders written before encoders could resize
-    )
-
-
-def triple(values: Sequence[float]) -> tuple[float, float, float]:
-    """Three numbers as a tuple of fixed length."""
-    red, green, blue = values
-    return float(red), float(green), float(blue)
+    told = f"{folder / CONFIG}"
+    section = parse_json((folder / CONFIG).read_bytes(), dict[str, Any], told=told).get("lemon")
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{told}: got no section lemon; expected a folder written by lemon's export")
+    cell_input = parse_json(json.dumps(section).encode(), CellInput, told=f"{told}: lemon")
+    # Not with pretrained=True: the file says of itself which weights timm should take, and from where.
+    model = undamaged(lambda: timm.create_model(f"local-dir:{folder}", pretrained=False), told=told)
+    load_strictly(model, read_weights(folder / WEIGHTS, told=f"{folder / WEIGHTS}"), source=f"{folder / WEIGHTS}")
+    return model.eval(), cell_input

@@ -13,13 +13,14 @@ from torch import nn
 
 from lemon.config import ConfigError
 from lemon.encoders.architectures import LEMON_SIZES, build, import_transformers, pool
-from lemon.encoders.export import CONFIG, CellInput, check_finite, load_exported, triple
+from lemon.encoders.export import CONFIG, CellInput, check_finite, load_exported
 from lemon.encoders.features import encode_cells
 from lemon.encoders.registry import REGISTRY, EncoderEntry, split_name
 from lemon.encoders.vit import load_lemon_checkpoint
 from lemon.encoders.weights import MissingWeightsError, find_weights, hub_file, load_weights
 from lemon.runtime.scratch import scratch_folder
 from lemon.runtime.store import is_uri, local_copy, locate
+from lemon.runtime.tensors import undamaged
 from lemon.schema import CROP_PX
 
 RELEASED = Path(__file__).parent / "released"
@@ -99,8 +100,8 @@ def load_encoder(name_or_path: str | Path, *, device: str | torch.device = "cpu"
 
     Raises:
         MissingWeightsError: the weights are gated or absent; the message says how to get them.
-        ConfigError: no such path or name.
-        ValueError: what is there is no encoder, or its weights are not finite.
+        ConfigError: no such path or name, or what is there is no encoder.
+        ValueError: its weights are not finite.
     """
     encoder = _open(name_or_path)
     check_finite(encoder.model.state_dict(), source=str(name_or_path))
@@ -109,6 +110,8 @@ def load_encoder(name_or_path: str | Path, *, device: str | torch.device = "cpu"
 
 def _open(name_or_path: str | Path) -> Encoder:
     text = str(name_or_path)
+    if not text.strip():
+        raise ConfigError(f"encoder: got {text!r}, which names nothing; expected a path or a name")
     if is_uri(text) and text.partition(":")[0] not in REGISTRY:
         return load_uri(text)
     path = Path(text).expanduser()
@@ -169,7 +172,7 @@ def load_lemon(path: Path, *, name: str) -> Encoder:
     beside = path.with_name("mean_std.json")
     model = load_lemon_checkpoint(path, mean_std=beside if beside.is_file() else None)
     known: Any = model.pretrained_cfg
-    return Encoder(model, CellInput(mean=triple(known["mean"]), std=triple(known["std"])), name=name)
+    return Encoder(model, CellInput(mean=known["mean"], std=known["std"]), name=name)
 
 
 def load_entry(entry: EncoderEntry, weights: str | Path | None = None) -> Encoder:
@@ -205,14 +208,18 @@ def load_transformers(entry: EncoderEntry, folder: Path) -> nn.Module:
     """
     if not (folder / CONFIG).is_file():
         raise MissingWeightsError(f"{folder}: no {CONFIG}; expected the files of {entry.page}")
-    backbone, told = import_transformers(entry).AutoModel.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+    library = import_transformers(entry)
+    backbone, told = undamaged(
+        lambda: library.AutoModel.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        ),
+        told=f"{entry.name}: {folder}",
     )
     faults = {
         kind: [key for key in told[kind] if "mask_token" not in key] for kind in ("missing_keys", "unexpected_keys")
     }
     if any(faults.values()):
-        raise ValueError(f"{entry.name}: {folder}: {faults}; expected exactly the weights that its {CONFIG} describes")
+        raise ConfigError(f"{entry.name}: {folder}: {faults}; expected exactly the weights that its {CONFIG} describes")
     return pool(backbone.float().eval(), entry)
 
 

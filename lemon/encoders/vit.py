@@ -5,21 +5,23 @@ At 8 px a patch, a crop of 40 px is 5x5 patches and one class token: 26 tokens.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from timm.layers import DropPath, LayerNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from lemon.config import ConfigError
 from lemon.encoders.config import LEMON_MEAN, LEMON_STD, VIT_S8, EncoderConfig
+from lemon.runtime.store import parse_json
+from lemon.runtime.tensors import read_weights
 
 LEMON_PREFIX = "module.base_encoder."
 
@@ -148,15 +150,19 @@ def load_lemon_checkpoint(
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; download lemon.pth.tar from the hub (aliceblondel/LEMON)")
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, Mapping) or "state_dict" not in content:
-        got = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
-        raise ValueError(f"{path}: got {got}; expected a checkpoint with the key state_dict")
+    content = read_weights(path, told=str(path))
+    if not isinstance(content, Mapping) or not isinstance(content.get("state_dict"), Mapping):
+        got = (
+            ", ".join(str(key)[:40] for key in [*content][:5])
+            if isinstance(content, Mapping)
+            else type(content).__name__
+        )
+        raise ConfigError(f"{path}: got {got or 'nothing'}; expected a checkpoint with the key state_dict")
     head = f"{LEMON_PREFIX}head"
     state = {
         key.removeprefix(LEMON_PREFIX): value
         for key, value in content["state_dict"].items()
-        if key.startswith(LEMON_PREFIX) and not key.startswith(head)
+        if isinstance(key, str) and key.startswith(LEMON_PREFIX) and not key.startswith(head)
     }
     vit = build_vit(encoder)
     load_strictly(vit, state, source=str(path))
@@ -171,6 +177,10 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str)
     A model on the ``meta`` device takes the tensors themselves: no time for random weights, no second copy.
     """
     own = model.state_dict()
+    if foreign := [key for key, value in state.items() if not isinstance(value, Tensor)]:
+        raise ConfigError(
+            f"{source}: {foreign[0]} is no tensor; expected exactly the {len(own)} tensors of this encoder"
+        )
     shapes = [
         f"{key} {list(state[key].shape)}, expected {list(own[key].shape)}"
         for key in own
@@ -183,19 +193,21 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str)
     }
     told = [f"{len(found)} {kind} ({', '.join(found[:5])})" for kind, found in faults.items() if found]
     if told:
-        raise ValueError(f"{source}: {'; '.join(told)}; expected exactly the {len(own)} tensors of this encoder")
+        raise ConfigError(f"{source}: {'; '.join(told)}; expected exactly the {len(own)} tensors of this encoder")
     model.load_state_dict(state, assign=any(value.is_meta for value in own.values()))
+
+
+class _MeanStd(TypedDict):
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
 
 
 def read_mean_std(path: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std per channel, in [0, 1], from a JSON object with the keys mean and std."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; expected the mean_std.json of the checkpoint")
-    values: Any = json.loads(Path(path).read_text())
-    try:
-        mean, std = (tuple(float(v) for v in values[key]) for key in ("mean", "std"))
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f'{path}: got {values!r}; expected {{"mean": [r, g, b], "std": [r, g, b]}}') from None
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(f"{path}: got mean={mean}, std={std}; expected three values each, std above 0")
+    values = parse_json(Path(path).read_bytes(), _MeanStd, told=str(path))
+    mean, std = values["mean"], values["std"]
+    if not (all(map(math.isfinite, (*mean, *std))) and min(std) > 0):
+        raise ConfigError(f"{path}: got mean={mean}, std={std}; expected finite values, std above 0")
     return mean, std

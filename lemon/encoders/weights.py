@@ -7,13 +7,10 @@ a machine without a connection says so in a second instead of after minutes of r
 from __future__ import annotations
 
 import importlib
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -28,6 +25,7 @@ from torch import Tensor, nn
 from lemon.config import ConfigError
 from lemon.encoders.registry import EncoderEntry
 from lemon.encoders.vit import load_strictly
+from lemon.runtime.tensors import read_weights
 
 HUB_TIMEOUT_S = 5.0
 """For the first answer of the hub; the download itself keeps the hub client's own limits."""
@@ -148,15 +146,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors or a torch file by their keys, without running code that is in it.
 
     Raises:
+        FileNotFoundError: no such file.
         ConfigError: not such a file, or no tensors in it.
     """
-    if path.suffix == ".safetensors":
-        return safetensors.torch.load_file(path)
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        told = str(error).strip().partition("\n")[0][:100]
-        raise ConfigError(f"{path}: not a file of plain tensors ({told}); expected a checkpoint of weights") from None
+    content: Any = read_weights(path, told=str(path))
     for key in CONTAINERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

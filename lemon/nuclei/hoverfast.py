@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,16 @@ from lemon.nuclei.hoverfast_cpu import RowwiseUNet
 from lemon.nuclei.instances import HVLimits, HVPrediction, calibrate_limits, postprocess_hv
 from lemon.nuclei.segmenter import Postprocess
 from lemon.runtime.store import local_copy
+from lemon.runtime.tensors import read_weights
 
 WEIGHTS_SOURCE = (
     "HoverFast's repository https://github.com/choosehappy/HoverFast offers hoverfast_crosstissue_best_model.pth "
     "(its releases; its container petroslk/hoverfast holds it in /HoverFast)"
 )
+
+
+_BOUNDS = {"n_classes": (1, 256), "in_channels": (3, 3), "depth": (1, 8), "wf": (1, 8)}
+"""What a network can be that takes regions; beyond, a checkpoint would ask for any amount of memory."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,9 @@ class Architecture:
     conv_block: str = "msunet"  # or "unet"
 
     def __post_init__(self) -> None:
+        for name, (least, most) in _BOUNDS.items():
+            if not (isinstance(value := getattr(self, name), int) and least <= value <= most):
+                raise ValueError(f"{name}: got {value!r}, expected {least} to {most}")
         if self.up_mode not in ("upconv", "upsample"):
             raise ValueError(f"up_mode: got {self.up_mode!r}, expected 'upconv' or 'upsample'")
         if self.conv_block not in ("msunet", "unet"):
@@ -167,6 +174,8 @@ def load_checkpoint(path: str | Path) -> HoverFastNet:
     except ValueError as error:
         raise ValueError(f"checkpoint {path}: {error}") from None
     expected, got = net.state_dict(), checkpoint["model_dict"]
+    if not isinstance(got, Mapping) or not all(isinstance(value, torch.Tensor) for value in got.values()):
+        raise ValueError(f"checkpoint {path}: model_dict is not tensors by name; expected HoverFast's format")
     lacking, foreign = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
     misfits = [k for k in expected.keys() & got.keys() if expected[k].shape != got[k].shape]
     for what, names in (
@@ -193,14 +202,7 @@ def _read_checkpoint(file: Path, path: str | Path) -> dict[str, Any]:
     rebuild = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
     harmless = [rebuild, (rebuild, "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype]
     harmless += [type(np.dtype(kind)) for kind in (np.float32, np.float64)]
-    try:
-        with torch.serialization.safe_globals(harmless):
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"checkpoint {path}: not a PyTorch checkpoint of tensors and plain values ({reason})"
-        ) from None
+    checkpoint = read_weights(file, told=f"checkpoint {path}", safe=harmless)
     if not isinstance(checkpoint, dict):
         raise ValueError(f"checkpoint {path}: got a {type(checkpoint).__name__}, expected a dict in HoverFast's format")
     return checkpoint

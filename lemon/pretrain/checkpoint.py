@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import re
 import uuid
 from dataclasses import dataclass
@@ -16,17 +15,15 @@ from typing import IO, Any
 
 import torch
 
+from lemon.config import DamagedError
 from lemon.encoders.finite import not_finite
 from lemon.runtime.store import Store
+from lemon.runtime.tensors import read_weights
 
 FOLDER, DAMAGED = "checkpoints", "damaged"
 _NAME = re.compile(rf"{FOLDER}/step-(\d+)\.pt$")
 BEST = f"{FOLDER}/best.json"
 HELD = {"method", "optimizer", "step"}
-
-
-class DamagedError(ValueError):
-    """A checkpoint cannot be gone on from; the message is its reason."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +84,14 @@ class Checkpoints:
         return None, faults
 
     def load(self, step: int, *, device: torch.device | str = "cpu") -> dict[str, Any]:
-        """The state at a step. Raises DamagedError where it is not what was written, or cannot be gone on from."""
+        """The state at a step. Raises DamagedError, the reason, where it is not what was written or is of no use."""
         content = self.store.read_bytes(self.name(step))
         known = {record.sha256 for record in self.store.records.of(self.name(step))}
         if known and hashlib.sha256(content).hexdigest() not in known:
             raise DamagedError("its content is not what was written")
         try:
-            state: Any = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-        except Exception as error:  # whatever torch makes of a file that was cut short, or is none
+            state: Any = read_weights(content, told="checkpoint", device=device)
+        except DamagedError as error:
             raise DamagedError(f"cut short, or no checkpoint ({len(content):,} bytes)") from error
         if not isinstance(state, dict) or not state.keys() >= HELD:
             raise DamagedError("no checkpoint of pretraining")

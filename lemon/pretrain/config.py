@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from lemon.config import Fault, LocalPath, Settings, raise_faults
+from lemon.config import AnyPath, Fault, LocalPath, Settings, raise_faults
 from lemon.encoders.config import EncoderConfig
 from lemon.pretrain.policy import Policy, Positive, Probability, ordered
 
@@ -164,7 +164,7 @@ SslConfig = Annotated[MoCoV3Config | DINOv2Config, Field(discriminator="name")]
 class FitStainConfig(Settings):
     """``jobs/fit_stain.py``: what the stain augmentation of a1_gmm1 and a1_gmm10 draws from."""
 
-    cells: str = Field(description="output of jobs/curate.py; the statistics are written beside it")
+    cells: AnyPath = Field(description="output of jobs/curate.py; the statistics are written beside it")
     space: Literal["lab", "hsv", "hed"] = Field("lab", description="colour space")
     components: int = Field(10, ge=1, description="Gaussians in the mixture")
     n_cells: int = Field(20_000, ge=10, description="cells of lowest rank that are looked at")
@@ -184,8 +184,8 @@ class SelectConfig(Settings):
 class OnlineProbeConfig(Settings):
     """Labelled cells that the encoder is scored on with each checkpoint."""
 
-    cells: str = Field(description="a cells table")
-    labels: str = Field(description="CSV or Parquet with the columns cell_id, label")
+    cells: AnyPath = Field(description="a cells table")
+    labels: AnyPath = Field(description="CSV or Parquet with the columns cell_id, label")
 
 
 class TrainWorkers(Settings):
@@ -234,8 +234,8 @@ class TrainWorkers(Settings):
 class PretrainConfig(Settings):
     """``jobs/pretrain.py``: cells -> encoder."""
 
-    cells: str = Field(min_length=1, description="output of jobs/curate.py, a folder or s3:// prefix")
-    output: str = Field(min_length=1, description="folder or s3:// prefix of checkpoints and the exported encoder")
+    cells: AnyPath = Field(description="output of jobs/curate.py, a folder or s3:// prefix")
+    output: AnyPath = Field(description="folder or s3:// prefix of checkpoints and the exported encoder")
     ssl: SslConfig
     views: Policy
     encoder: EncoderConfig

@@ -19,7 +19,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
+from lemon.config import ConfigError, DamagedError
 from lemon.pretrain.colorspace import SPACES, Space, from_space, to_space
 from lemon.pretrain.images import check_images
 
@@ -149,14 +151,15 @@ class StainStatistics:
         folder, _, name = str(path).rpartition("/")
         try:
             fields = Store(folder or ".").read_json(name)
-            fingerprint = fields.pop("fingerprint")
-            statistics = cls(**fields)
+            fingerprint = fields.pop("fingerprint", None)
+            statistics = TypeAdapter(cls).validate_python(fields)
         except FileNotFoundError:
-            raise ValueError(f"stain statistics {path}: no such file; {remedy}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"stain statistics {path}: not a statistics file ({error!r}); {remedy}") from None
+            raise ConfigError(f"stain statistics {path}: no such file; {remedy}") from None
+        except (DamagedError, ValidationError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"stain statistics {path}: not a statistics file ({reason}); {remedy}") from None
         if statistics.fingerprint != fingerprint:
-            raise ValueError(f"stain statistics {path}: altered since it was fitted; {remedy}")
+            raise ConfigError(f"stain statistics {path}: altered since it was fitted; {remedy}")
         return statistics
 
 

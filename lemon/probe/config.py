@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from lemon.config import Frozen
+from lemon.config import AnyPath, Frozen, NameOrPath
 
 
 class ProbeSettings(Frozen):
@@ -44,14 +44,14 @@ class ProbeSettings(Frozen):
 class ProbeConfig(ProbeSettings):
     """``jobs/probe.py``: encoders x tasks -> scores."""
 
-    models: list[str] = Field(
+    models: list[NameOrPath] = Field(
         min_length=1, description="runs, files and names of baselines; python -m lemon.encoders.registry lists"
     )
     tasks: list[str] = Field(
         min_length=1, description="names of benchmarks, or folder:NAME for labelled crops of your own"
     )
-    data: str = Field("benchmarks_data", description="folder with a subfolder for each benchmark")
-    output: str = Field("probe", description="folder of scores, predictions, embeddings and tables")
+    data: AnyPath = Field("benchmarks_data", description="folder with a subfolder for each benchmark")
+    output: AnyPath = Field("probe", description="folder of scores, predictions, embeddings and tables")
     device: str = Field("auto", description="auto, cpu or cuda")
 
     @field_validator("models", "tasks", "protocols", "features", "probes", mode="before")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import cv2
@@ -15,6 +15,7 @@ from lemon.cells.labels import read_labels
 from lemon.cells.select import Part, Selection, select_cells
 from lemon.cells.shard import images_from_arrow
 from lemon.config import ConfigError
+from lemon.embed.ledger import Made
 from lemon.embed.names import SETTINGS, clusters_name, embeddings_name
 from lemon.embed.stream import vectors_of
 from lemon.report.atlas_config import AtlasConfig
@@ -74,8 +75,8 @@ def read_cells(config: AtlasConfig) -> AtlasCells:
 def _made(embeddings: Store) -> dict[str, Any]:
     if not embeddings.exists(SETTINGS):
         raise ConfigError(f"embeddings: {embeddings.uri} has no {SETTINGS}; expected an output of jobs/embed.py")
-    made: dict[str, Any] = embeddings.read_json(SETTINGS)
-    return made
+    made: Made = embeddings.read_json(SETTINGS, Made)
+    return asdict(made)
 
 
 def _select(config: AtlasConfig, *, cells: Store, embeddings: Store) -> Selection:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from lemon.config import Frozen
+from lemon.config import AnyPath, Frozen
 
 MAX_CELLS = 100_000  # as in the paper's Figure 4; the page then has up to 60 MB
 
@@ -26,12 +26,12 @@ class AtlasSelect(Frozen):
 class AtlasConfig(Frozen):
     """``jobs/atlas.py``: embeddings -> a map of cells, as a picture and as a page."""
 
-    embeddings: str = Field(description="output of jobs/embed.py")
-    cells: str = Field(description="the cells table that was embedded: an output of jobs/curate.py")
-    output: str = Field("atlas", description="folder or s3:// prefix of atlas.html, atlas.png, atlas.svg, map.parquet")
+    embeddings: AnyPath = Field(description="output of jobs/embed.py")
+    cells: AnyPath = Field(description="the cells table that was embedded: an output of jobs/curate.py")
+    output: AnyPath = Field("atlas", description="folder or s3:// prefix of atlas.html, .png, .svg and map.parquet")
     n_cells: int = Field(20_000, ge=10, le=MAX_CELLS, description="the cells of lowest rank over all slides")
     select: AtlasSelect = AtlasSelect()
-    labels: str | None = Field(None, description="CSV or Parquet with the columns cell_id, label: classes to colour by")
+    labels: AnyPath | None = Field(None, description="CSV or Parquet with cell_id, label: classes to colour by")
     method: Literal["tsne", "umap"] = Field("tsne", description="umap needs pip install umap-learn")
     perplexity: float = Field(30, ge=2, description="of t-SNE; for UMAP the number of neighbours")
     seed: int = Field(0, ge=0)

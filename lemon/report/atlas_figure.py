@@ -8,6 +8,7 @@ from matplotlib.lines import Line2D
 
 from lemon.report.atlas_fields import MISSING, MISSING_COLOR, Category
 from lemon.report.atlas_map import nearest_in_squares
+from lemon.runtime.secrets import redacted
 from lemon.runtime.store import Store
 
 EDGE_PX = 3  # of a square's frame, in the colour of its cell's category
@@ -46,7 +47,7 @@ def draw_atlas(
         axis.set(xlim=(low[0], high[0]), ylim=(high[1], low[1]), aspect="equal")
     if category is not None:
         _legend(figure, category)
-    figure.suptitle(title, fontsize=15)
+    figure.suptitle(redacted(title), fontsize=15, parse_math=False)
     for suffix in ("png", "svg"):
         with store.write(f"atlas.{suffix}") as stream:
             figure.savefig(stream, format=suffix, dpi=200, metadata={"Date": None} if suffix == "svg" else None)

@@ -10,6 +10,7 @@ import base64
 import html
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from lemon.report.atlas_cells import THUMBNAIL_MPP
 from lemon.report.atlas_fields import Category, Measure
 from lemon.report.atlas_map import curve_order, quantise
+from lemon.runtime.secrets import redacted
 from lemon.runtime.store import Store
 
 SHEET_SIDE = 16  # cells; a sheet is decoded as soon as one of its cells is looked at
@@ -29,6 +31,8 @@ SHEET_SIDE = 16  # cells; a sheet is decoded as soon as one of its cells is look
 # Measured at 48 px: CoNSeP (40x) 319 bytes a cell with a mean error of 3.5 grey levels, as WebP 75; an upsampled 20x
 # slide 360 bytes with 6.6, WebP 55 321 with 6.4. WebP takes ten times as long to write for a tenth less at best.
 JPEG_QUALITY = 55
+
+_PLACE = re.compile(r"\{\{(\w+)\}\}")
 
 _ASSETS = Path(__file__).resolve().parent / "atlas_assets"
 _SCRIPTS = ("data.js", "thumbnails.js", "map.js", "panels.js", "main.js")
@@ -57,6 +61,7 @@ def write_page(
         places: x, y in the slide, level-0 px [N, 2].
         title, subtitle: plain text, escaped here.
     """
+    title, subtitle = redacted(title), redacted(subtitle)
     quantised = quantise(unit)
     order = curve_order(quantised)
     slots = np.argsort(order).astype(np.uint32)  # the inverse: where in that order a cell is
@@ -75,7 +80,7 @@ def write_page(
     size = 0
     with store.write("atlas.html") as stream:
         for part in _parts(facts, arrays, thumbnails[order], title=title, subtitle=subtitle):
-            size += stream.write(part.encode())
+            size += stream.write(part.encode(errors="replace"))
     return size
 
 
@@ -86,9 +91,8 @@ def _parts(
     page = (_ASSETS / "page.html").read_text(encoding="utf-8")
     filled = {"style": (_ASSETS / "style.css").read_text(encoding="utf-8")}
     filled |= {"title": html.escape(title), "subtitle": html.escape(subtitle)}
-    for name, text in filled.items():
-        page = page.replace(f"{{{{{name}}}}}", text)
-    head, tail = page.split("{{data}}")
+    # In one pass over the template: what is put in is text, whatever braces it has.
+    head, tail = (_PLACE.sub(lambda place: filled[place[1]], part) for part in page.split("{{data}}"))
     yield head
     yield f'<script type="application/json" id="facts">{script_json(facts)}</script>\n'
     for name, array in arrays.items():

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from lemon.config import Frozen
+from lemon.config import AnyPath, Frozen, LocalPath
 
 
 class ReportConfig(Frozen):
@@ -15,14 +15,14 @@ class ReportConfig(Frozen):
     experiment: list[str] = Field(
         ["scaling_sweep", "probe"], description="MLflow experiments: the outputs of their runs are shown"
     )
-    sweeps: list[str] | None = Field(None, description="outputs of jobs/scaling_sweep.py; null: those in MLflow")
-    probes: list[str] | None = Field(None, description="outputs of jobs/probe.py; null: those in MLflow")
-    atlas: str | None = Field(None, description="output of jobs/atlas.py, for Figure 4")
-    views: str | None = Field(None, description="picture of the views of each policy, for Figure 5")
-    paper: str | None = Field(
+    sweeps: list[AnyPath] | None = Field(None, description="outputs of jobs/scaling_sweep.py; null: those in MLflow")
+    probes: list[AnyPath] | None = Field(None, description="outputs of jobs/probe.py; null: those in MLflow")
+    atlas: AnyPath | None = Field(None, description="output of jobs/atlas.py, for Figure 4")
+    views: LocalPath | None = Field(None, description="picture of the views of each policy, for Figure 5")
+    paper: LocalPath | None = Field(
         None, description="CSV of the paper's numbers from your copy: artefact, row, column, value, spread"
     )
-    output: str = Field("report", description="folder or s3:// prefix of index.html, CSV, PNG and SVG")
+    output: AnyPath = Field("report", description="folder or s3:// prefix of index.html, CSV, PNG and SVG")
     title: str = Field("LEMON: what was found", description="heading of the page")
 
     @field_validator("experiment", "sweeps", "probes", mode="before")

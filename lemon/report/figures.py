@@ -119,7 +119,7 @@ def cost_points(store: Store) -> list[dict[str, Any]]:
     for (stem, task, protocol), cell in sorted(main_cells(rows).items()):
         name = f"costs/{stem}.json"
         if protocol == "leak-free" and store.exists(name):
-            cost = {name: value / 1e9 for name, value in store.read_json(name).items()}
+            cost = {name: value / 1e9 for name, value in store.read_json(name, dict[str, float]).items()}
             named = {"encoder": labels[stem], "task": task, "gflop": cost["flop"], "paper_gmac": cost["paper_mac"]}
             points.append(named | {"mean": cell.mean, "spread": cell.spread})
     return points

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -17,6 +18,7 @@ from lemon.report.provenance import provenance_section
 from lemon.report.sections import STUDIES, figure2_section, study_section, table1_section
 from lemon.report.sentences import probe_sentences, study_sentences
 from lemon.report.sources import Output, Sources, find_sources
+from lemon.runtime.secrets import redacted
 from lemon.runtime.store import Store, code_version, open_output
 
 NAME = "index.html"
@@ -65,7 +67,7 @@ def main(config: ReportConfig) -> int:
     sentences = [text for probe in sources.probes for text in probe_sentences(probe)]
     sentences += [text for sweep in sources.sweeps for text in study_sentences(sweep)]
     html = render(config, sections, sentences=sentences, missing=sources.missing)
-    store.write_bytes(NAME, html.encode())
+    store.write_bytes(NAME, html.encode(errors="replace"))
     for sentence in sentences:
         print(f"report: {sentence}")
     print(f"report: {len(sources.sweeps)} sweeps, {len(sources.probes)} outputs of probes; look at {store.uri}/{NAME}")
@@ -80,6 +82,7 @@ def render(config: ReportConfig, sections: list[Section], *, sentences: list[str
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_untold,
     )
     return environment.get_template("report.html").render(
         title=config.title,
@@ -90,6 +93,11 @@ def render(config: ReportConfig, sections: list[Section], *, sentences: list[str
         caveat=CAVEAT,
         sections=sections,
     )
+
+
+def _untold(value: Any) -> Any:
+    """What the template puts in, without secrets; pictures are passed over, which are long."""
+    return redacted(value) if isinstance(value, str) and not value.startswith("data:") else value
 
 
 def about(config: ReportConfig) -> Iterator[str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import hashlib
 import json
 import os
 import platform
@@ -25,10 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from typing_extensions import TypedDict
 
-from lemon.config import ConfigError
+from lemon.config import ConfigError, DamagedError
 from lemon.runtime.records import OWN
-from lemon.runtime.store import Store, open_output
+from lemon.runtime.secrets import redacted
+from lemon.runtime.store import Store, open_output, parse_json
 
 FOLDER = f"{OWN}/lease"
 CLAIM_BYTES = 1024
@@ -39,6 +42,20 @@ STALE_S = 30.0
 _DYING_S = 2.0  # a process that was killed may be there for so long
 
 _POLL_S = 0.5
+
+
+class _Content(TypedDict):
+    """What a claim says."""
+
+    stage: str
+    job: str | None
+    host: str
+    machine: str
+    pid: int
+    started: float
+    since: str
+    holds: bool
+    beat: int
 
 
 @contextlib.contextmanager
@@ -109,7 +126,7 @@ class _Claim:
         for name in self.store.list(FOLDER, suffix=".json"):
             if name != self.name:
                 with contextlib.suppress(FileNotFoundError):  # withdrawn since it was listed
-                    found[name] = json.loads(self.store.read_bytes(name))
+                    found[name] = _read(self.store.read_bytes(name))
         return found
 
     @contextlib.contextmanager
@@ -143,6 +160,16 @@ class _Claim:
             signal.pthread_kill(main, signal.SIGTERM)
 
 
+def _read(content: bytes) -> dict[str, Any]:
+    """A claim. One that cannot be read is a claim of another machine: it lives while its bytes change."""
+    try:
+        return dict(parse_json(content, _Content, told="claim"))
+    except DamagedError:
+        unknown = {"stage": "a job whose claim is damaged", "job": None, "host": "unknown", "machine": "", "pid": 0}
+        digest = hashlib.sha256(content).hexdigest()
+        return unknown | {"since": "unknown", "started": 0.0, "holds": True, "beat": digest}
+
+
 def _told(content: dict[str, Any]) -> str:
     job = f"job {content['job']}, " if content["job"] else ""
     return f"{content['stage']} ({job}host {content['host']}, process {content['pid']}, since {content['since']})"
@@ -150,8 +177,12 @@ def _told(content: dict[str, Any]) -> str:
 
 def _ray_job() -> str | None:
     """The submission id of the Ray job that this process is the driver of."""
-    settings = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
-    return (settings.get("metadata") or {}).get("job_submission_id")
+    given = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}"
+    with contextlib.suppress(DamagedError):
+        metadata = parse_json(given.encode(errors="replace"), dict[str, Any], told="Ray's settings").get("metadata")
+        if isinstance(metadata, dict) and metadata.get("job_submission_id"):
+            return redacted(str(metadata["job_submission_id"]))
+    return None
 
 
 def _process_is_there(content: dict[str, Any]) -> bool | None:

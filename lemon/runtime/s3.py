@@ -10,6 +10,8 @@ from functools import cache
 
 import pyarrow.fs as pafs
 
+from lemon.runtime.secrets import holds_secret
+
 ATTEMPTS = 8
 """Tries of a request that S3 answers with 500, 503 or not at all; they wait for longer each time, a minute in all."""
 
@@ -40,9 +42,9 @@ _STATUSES = {
 def bucket_and_prefix(uri: str) -> str:
     """bucket/prefix of a URI, which is told in errors only where it holds no secret."""
     parts = urllib.parse.urlsplit(uri)
-    if parts.query or parts.username or parts.password:
+    if parts.query or holds_secret(uri):
         raise ValueError(
-            f"{parts.scheme}://...{parts.path}: holds a key or an option; expected s3://bucket/prefix alone, the rest "
+            f"{parts.scheme}://...: holds a key or an option; expected s3://bucket/prefix alone, the rest "
             "in AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL or a profile"
         )
     if parts.scheme != "s3" or not parts.netloc:

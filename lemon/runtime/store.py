@@ -21,8 +21,9 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter, ValidationError
 
-from lemon.config import ConfigError, StorageError
+from lemon.config import ConfigError, DamagedError, StorageError
 from lemon.runtime import s3
 from lemon.runtime.records import OWN, Record, Records, is_own
 from lemon.runtime.scratch import scratch_folder
@@ -61,6 +62,8 @@ class Store:
 
     def __init__(self, uri: str | os.PathLike[str]) -> None:
         uri = str(uri)
+        if not uri.strip():
+            raise ValueError("got an empty path; expected a folder or s3://bucket/prefix")
         self.is_local = not is_uri(uri)
         if self.is_local:
             self.root = str(Path(uri.removeprefix("file://")).expanduser().absolute())
@@ -275,9 +278,12 @@ class Store:
                 time.sleep(min(10.0, 0.2 * 2**attempt))
         raise AssertionError
 
-    def read_json(self, name: str) -> Any:
-        """A JSON file's value. Raises FileNotFoundError."""
-        return json.loads(self.read_bytes(name))
+    def read_json(self, name: str, kind: Any = dict[str, Any]) -> Any:
+        """A JSON file's value, as the type that pydantic makes of it.
+
+        Raises FileNotFoundError; DamagedError where the file is cut short, is no JSON, or holds another kind of value.
+        """
+        return parse_json(self.read_bytes(name), kind, told=f"{self.uri}/{name}")
 
     def read_table(self, name: str, **options: Any) -> pa.Table:
         """One Parquet file. Raises FileNotFoundError."""
@@ -368,6 +374,22 @@ class Store:
             if s3.GONE.search(str(error)):
                 raise FileNotFoundError(f"{self.uri}/{name}: no such file") from None
             raise StorageError(f"{self.uri}/{name}: {told}") from None
+
+
+def parse_json(content: bytes, kind: Any, *, told: str) -> Any:
+    """The value of JSON as the type that pydantic makes of it; raises DamagedError, one line that begins with ``told``.
+
+    Python's own reader would end in six ways, from RecursionError to a list where a dictionary was meant.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(content)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, fault["loc"]))
+        reason = f"{where}: {fault['msg']}" if where else fault["msg"]
+        raise DamagedError(
+            f"{told}: is damaged or of another program ({reason}); restore it, or move it away and run again"
+        ) from None
 
 
 def is_uri(path: str | os.PathLike[str]) -> bool:

@@ -25,6 +25,7 @@ import requests
 from lemon.config import ConfigError, one_line
 from lemon.runtime.cluster import ray_address
 from lemon.runtime.scratch import scratch_folder
+from lemon.runtime.secrets import redacted
 from lemon.runtime.store import Store, code_version
 from lemon.schema import CROP_PX
 from lemon.version import __version__
@@ -49,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, else a SQLite database in the working directory, by its absolute path."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(DATABASE).absolute()}"
+    return os.environ.get("MLFLOW_TRACKING_URI", "").strip() or f"sqlite:///{Path(DATABASE).absolute()}"
 
 
 def version() -> str:
@@ -64,8 +65,12 @@ def reach(uri: str) -> None:
 
     Raises:
         requests.HTTPError: a server answers, but not that it is well. It may want the login that MLflow's client has.
-        OSError: no server answers, or the database's folder cannot be written.
+        OSError: it is no address, no server answers, or the database's folder cannot be written.
     """
+    try:
+        _ = urlsplit(uri).port
+    except ValueError:
+        raise OSError("it is no address: its host or port cannot be read") from None
     if uri.startswith(("http://", "https://")):
         try:
             answer = requests.get(f"{uri.rstrip('/')}/health", timeout=5)
@@ -104,7 +109,7 @@ class Run:
 
     def set_tag(self, key: str, value: str) -> None:
         """Set a tag."""
-        self._tell(f"tag {key}", lambda client: client.set_tag(self.run_id, key, value))
+        self._tell(f"tag {key}", lambda client: client.set_tag(self.run_id, key, redacted(value)))
 
     def log_dataset(self, name: str, *, digest: str, source: str, context: str) -> None:
         """Note which data the run used: shown as the run's datasets, and found by their digest.
@@ -118,7 +123,7 @@ class Run:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         kind = "s3" if source.startswith("s3://") else "local"
-        dataset = Dataset(name=name, digest=digest, source_type=kind, source=json.dumps({"uri": source}))
+        dataset = Dataset(name=name, digest=digest, source_type=kind, source=json.dumps({"uri": redacted(source)}))
         tags = [InputTag("mlflow.data.context", context)]
         given = [DatasetInput(dataset, tags)]
         self._tell(f"dataset {name}", lambda client: client.log_inputs(self.run_id, given))
@@ -144,7 +149,8 @@ class Run:
             earlier = _patiently(lambda: client.search_model_versions(f"run_id='{self.run_id}'"))
             if found := [each.version for each in earlier if each.name == name]:
                 return int(found[0])
-            return _register(client, self.run_id, name, encoder, width=width, tags=dict(tags))
+            told = {key: redacted(value) for key, value in tags.items()}
+            return _register(client, self.run_id, name, encoder, width=width, tags=told)
         except Exception as error:  # an artifact store raises what its own library does
             logger.debug("registration", exc_info=True)
             logger.warning("the encoder is not registered as %s: %s", name, _first_line(error))
@@ -188,6 +194,7 @@ def find_runs(experiment: str) -> list[Record]:
     uri = tracking_uri()
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         return []  # the client would make an empty one
+    _require(uri)
     found: list[Any] = []
     page: Any = None
     with _refused("experiment", uri):
@@ -213,8 +220,11 @@ def _refused(key: str, uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError) as error:
-        told = without_user(_first_line(error), uri=uri)
-        raise ConfigError(f"{key}: MLflow at {without_user(uri, uri=uri)} cannot be used: {told}") from None
+        raise ConfigError(f"{key}: MLflow at {redacted(uri)} cannot be used: {_first_line(error)}") from None
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{key}: MLflow at {redacted(uri)} needs the package {error.name}, which is not installed: pip install it"
+        ) from None
 
 
 def _require(uri: str) -> None:
@@ -225,15 +235,8 @@ def _require(uri: str) -> None:
             return  # MLflow's client tells why, or logs in
         except OSError as error:
             if not left or not uri.startswith("http"):
-                told = without_user(f"{uri}: {error}", uri=uri)
-                raise ConfigError(f"MLFLOW_TRACKING_URI: runs cannot go to {told}") from None
+                raise ConfigError(f"MLFLOW_TRACKING_URI: runs cannot go to {redacted(f'{uri}: {error}')}") from None
         time.sleep(_PAUSE_S)
-
-
-def without_user(text: str, *, uri: str) -> str:
-    """A text that may name ``uri``, without the user and password in it."""
-    place = urlsplit(uri).netloc
-    return text.replace(place, place.rpartition("@")[2]) if place else text
 
 
 def start_run(
@@ -291,12 +294,13 @@ def _create(client: Any, uri: str, experiment: str, name: str, *, tags: dict[str
     """A new run; returns its id."""
     found = client.get_experiment_by_name(experiment)
     experiment_id = found.experiment_id if found else _make_experiment(client, experiment, uri)
-    return str(_patiently(lambda: client.create_run(experiment_id, run_name=name, tags=tags)).info.run_id)
+    told = {key: redacted(value) for key, value in tags.items()}
+    return str(_patiently(lambda: client.create_run(experiment_id, run_name=redacted(name), tags=told)).info.run_id)
 
 
 def _told(store: Store, mark: str) -> dict[str, str]:
     """What a mark holds: experiment and key, then the run's id too; empty where there is no mark."""
-    return store.read_json(mark) if store.exists(mark) else {}
+    return store.read_json(mark, dict[str, str]) if store.exists(mark) else {}
 
 
 def _find(client: Any, told: Mapping[str, str]) -> str | None:
@@ -369,7 +373,9 @@ def _complete_params(client: Any, run_id: str, params: Mapping[str, Any]) -> Non
     from mlflow.entities import Param
 
     known = client.get_run(run_id).data.params
-    entries = [Param(key, str(value)[:_MAX_PARAM]) for key, value in flatten(params).items() if key not in known]
+    entries = [
+        Param(key, redacted(str(value))[:_MAX_PARAM]) for key, value in flatten(params).items() if key not in known
+    ]
     for first in range(0, len(entries), _PARAMS_A_CALL):
         some = entries[first : first + _PARAMS_A_CALL]
         _patiently(partial(client.log_batch, run_id, params=some))
@@ -464,4 +470,5 @@ def _patiently(call: Callable[[], T]) -> T:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
+    """What an error says, without what MLflow's client may have put into it of its address."""
+    return redacted(str(error).strip().partition("\n")[0]) or type(error).__name__

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from lemon.config import ConfigError
 from lemon.runtime.identifiers import look_alikes_line, some, tcga_patient
+from lemon.runtime.secrets import holds_secret
 from lemon.runtime.store import Store, is_uri
 from lemon.runtime.tables import Column, Form, is_table, read_user_table
 from lemon.schema import COHORT
@@ -139,6 +140,8 @@ def _read_cohort(path: str) -> list[Slide]:
     slides = []
     for row in read_user_table(path, form=_COHORT_FORM).rows():
         values = {name: value for name, value in row.items() if value is not None}
+        if holds_secret(values["path"]):
+            raise ConfigError(f"slides: cohort {path}: a path holds a key or an option; expected addresses alone")
         values["path"] = _beside(path, values["path"])
         slides.append(Slide(**{"slide_id": PurePosixPath(values["path"]).stem, **values}))
     _tell_names(path, slides)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lemon.config import ConfigError, Frozen, Settings, groups_of
+from lemon.config import AnyPath, ConfigError, Frozen, Settings, groups_of
 from lemon.pretrain.config import Seed
 from lemon.probe.config import ProbeSettings
 from lemon.runtime.cluster import ray_address
@@ -67,10 +67,10 @@ class SweepConfig(Settings):
     """``jobs/scaling_sweep.py``: a study's points x seeds -> pretrained, probed, compared."""
 
     sweep: Study
-    cells: str = Field(description="output of jobs/curate.py")
+    cells: AnyPath = Field(description="output of jobs/curate.py")
     tasks: list[str] = Field(min_length=1, description="benchmarks, as of jobs/probe.py")
-    data: str = Field("benchmarks_data", description="folder with a subfolder for each benchmark")
-    output: str = Field(description="folder of the trials and the table; one sweep each")
+    data: AnyPath = Field("benchmarks_data", description="folder with a subfolder for each benchmark")
+    output: AnyPath = Field(description="folder of the trials and the table; one sweep each")
     seeds: list[Seed] | None = Field(None, min_length=1, description="of training; null: the study's")
     pretrain: dict[str, Any] = Field({}, description="overrides of jobs/pretrain.py for all trials: pretrain.epochs=5")
     probe: ProbeSettings = ProbeSettings()

@@ -123,7 +123,7 @@ def open_output(config: SweepConfig) -> Store:
         launch.is_begun(Store(f"{output.uri}/{name}")) for name in output.entries(TRIALS)
     ):
         return output
-    if (study := output.read_json(MARK)["study"]) != config.sweep.name:
+    if (study := output.read_json(MARK, dict[str, str]).get("study")) != config.sweep.name:
         raise ConfigError(f"output: {output.uri} holds the sweep {study!r}; choose another output")
     return output
 

@@ -24,6 +24,7 @@ from lemon.config import Frozen
 from lemon.experiment import Result, finished
 from lemon.report.studies import OverSeeds, point_names, study_values
 from lemon.report.tables import as_csv
+from lemon.runtime.secrets import redacted
 from lemon.runtime.store import Store
 from lemon.runtime.tracking import run_id_of
 from lemon.schema import SWEEP, SWEEP_FILE
@@ -46,13 +47,13 @@ def lost(entry: Entry) -> Lost | None:
     store = entry.trial.store
     if not store.exists(LOST):
         return None
-    found = Lost.model_validate(store.read_json(LOST))
+    found: Lost = store.read_json(LOST, Lost)
     return found if found.fingerprint == entry.trial.fingerprint else None
 
 
 def write_lost(entry: Entry, *, status: str, error: str) -> None:
     """Note why a trial has no result, in one line."""
-    found = Lost(status=status, error=" ".join(error.split()), fingerprint=entry.trial.fingerprint)
+    found = Lost(status=status, error=" ".join(redacted(error).split()), fingerprint=entry.trial.fingerprint)
     entry.trial.store.write_json(LOST, found.model_dump())
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
+from typing_extensions import TypedDict
 
 from lemon import experiment
 from lemon.cells.names import file_stem
@@ -43,6 +44,14 @@ LOSSES = 3
 PROBED = "probe/balanced_accuracy"  # as pretraining logs it
 METRIC, STEP = "online_probe", "step"  # as Tune is told: its own training_iteration begins anew after an interruption
 _PLACE: dict[str, float] = {"memory": 1 << 20}  # of a trial whose workers Ray Train places; nothing at all is refused
+
+
+class _Current(TypedDict):
+    """What CURRENT holds."""
+
+    name: str
+    trials: list[str]
+    settings: str
 
 
 def prepare(entries: Sequence[Entry], config: SweepConfig) -> None:
@@ -105,7 +114,7 @@ def _go_on(pending: list[Entry], grid: Grid, config: SweepConfig, trainable: Any
     output = Store(config.output)
     if not output.exists(CURRENT):
         return
-    current = output.read_json(CURRENT)
+    current: _Current = output.read_json(CURRENT, _Current)
     path, where = output.path(f"{FOLDER}/{current['name']}"), None if output.is_local else output.filesystem
     known = {entry.trial.name for entry in pending} <= set(current["trials"])
     same = known and current["settings"] == _settings(grid, config)

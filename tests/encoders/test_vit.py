@@ -191,5 +191,5 @@ def test_mean_and_std_come_from_the_file_beside_the_checkpoint(tmp_path: Path) -
     assert loaded.pretrained_cfg["mean"] == (0.1, 0.2, 0.3)
     assert loaded.pretrained_cfg["std"] == (0.4, 0.5, 0.6)
     mean_std.write_text(json.dumps({"mean": [0.1, 0.2]}))
-    with pytest.raises(ValueError, match=r"mean_std\.json: got"):
+    with pytest.raises(ValueError, match=r"mean_std\.json: "):
         load_lemon_checkpoint(path, mean_std=mean_std, encoder=TINY)

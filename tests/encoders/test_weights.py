@@ -129,7 +129,7 @@ def test_missing_and_unexpected_keys_name_the_encoder_and_the_file(tmp_path: Pat
 
 def test_a_file_that_would_run_code_or_holds_no_tensors_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {"a": Path("x")}}, tmp_path / "code.pth")
-    with pytest.raises(ConfigError, match="not a file of plain tensors") as told:
+    with pytest.raises(ConfigError, match="expected a file of plain tensors") as told:
         read_state(tmp_path / "code.pth")
     one_line(told)
     torch.save({"epoch": 3}, tmp_path / "none.pth")

@@ -207,7 +207,7 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(content: bytes, tmp
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "net.pth"
     torch.save({"model_dict": {}, "trap": print}, path)
-    with pytest.raises(ValueError, match="not a PyTorch checkpoint"):
+    with pytest.raises(ValueError, match="expected a file of plain tensors"):
         load_checkpoint(path)
 
 
@@ -289,3 +289,10 @@ def test_a_gpu_gives_nearly_the_same_mask_and_maps() -> None:
     gpu = HoverFast(path, device="cuda", batch=1).predict(image)[0]
     assert (cpu.mask == gpu.mask).mean() > 0.98
     assert np.abs(cpu.hv_maps - gpu.hv_maps).max() < 0.02
+
+
+@pytest.mark.parametrize("name", ["depth", "wf", "n_classes", "in_channels"])
+@pytest.mark.parametrize("value", [1000, -1, "3", None])
+def test_an_architecture_that_would_take_any_memory_is_refused(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name}: got {value!r}, expected"):
+        Architecture(**{name: value})  # type: ignore[arg-type]

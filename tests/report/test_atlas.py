@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
 import re
@@ -189,6 +190,29 @@ def test_title_and_subtitle_are_escaped(tables: tuple[Store, Store], tmp_path: P
     page = (tmp_path / "atlas.html").read_text()
     assert "<h1>&lt;b&gt;A &amp; &quot;B&quot;&lt;/b&gt;</h1>" in page
     assert "<b>" not in page
+
+
+@pytest.mark.parametrize(
+    "title",
+    [
+        "{{data}}",
+        "{{style}} {{title}}",
+        "{{subtitle}}{{nothing}}",
+        "{0} {x!r} %s %(a)d",
+        "</script><script>",
+        "$\\frac{",
+        "\\g<0>",
+    ],
+)
+def test_a_title_is_text_whatever_templates_would_make_of_it(
+    title: str, tables: tuple[Store, Store], tmp_path: Path
+) -> None:
+    config = config_for(*tables, tmp_path).model_copy(update={"title": title})
+    assert atlas.main(config) == 0
+    page = (tmp_path / "atlas.html").read_text()
+    assert f"<h1>{html.escape(title)}</h1>" in page
+    assert json.loads(script(page, "facts"))["title"] == title
+    assert page.count("<style>") == page.count('id="facts"') == 1
 
 
 def test_the_picture_is_there_as_png_and_svg(output: Path) -> None:

@@ -183,3 +183,39 @@ def test_of_many_that_start_at_once_exactly_one_holds(tmp_path: Path) -> None:
     assert all(job.returncode == 0 for job in jobs)
     assert told.count("held") == 1, told
     assert claims(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\0", b'{"stage": 3}'], ids=str)
+def test_a_claim_that_cannot_be_read_holds_while_it_changes_and_is_succeeded_when_it_stands_still(
+    content: bytes, tmp_path: Path, quick: None
+) -> None:
+    store, name = Store(tmp_path), f"{lease.FOLDER}/{0:020d}-damaged.json"
+    store.write_bytes(name, content)
+    with hold(str(tmp_path), stage="second"):
+        assert not store.exists(name)
+    stop = threading.Event()
+
+    def change() -> None:
+        for number in iter(int, None):
+            store.write_bytes(name, content + str(number).encode() * (1 + time.time_ns() % 97))
+            if stop.wait(0.05):
+                return
+
+    store.write_bytes(name, content)
+    other = threading.Thread(target=change)
+    other.start()
+    try:
+        with pytest.raises(ConfigError, match="a job whose claim is damaged"), hold(str(tmp_path), stage="second"):
+            pass
+    finally:
+        stop.set()
+        other.join()
+
+
+@pytest.mark.parametrize("settings", ["", "{", "[]", '{"metadata": []}', '{"metadata": {"job_submission_id": 3}}'])
+def test_settings_of_ray_that_cannot_be_read_stop_no_job(
+    settings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", settings)
+    with hold(str(tmp_path), stage="first"):
+        assert claims(tmp_path)[0]["stage"] == "first"

@@ -5,6 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from lemon.config import DamagedError
 from lemon.runtime.store import CIRCUMSTANCES, TEMPORARY, Store, file_fingerprint, fingerprint
 
 
@@ -76,3 +77,23 @@ def test_a_table_tells_what_it_was_made_from(tmp_path: Path) -> None:
     assert store.circumstances("told.parquet") == "abc"
     assert store.circumstances("silent.parquet") is None
     assert store.circumstances("absent.parquet") is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b'{"a": 1', b"[]", b"null", b"3", b"\xff\xfe", b"\0" * 40, b"[" * 100_000, b'{"name": 1, "beat": "x"}'],
+    ids=["empty", "cut", "cut2", "list", "null", "number", "bytes", "zeros", "deep", "types"],
+)
+def test_damaged_json_is_one_line_with_its_file_and_a_remedy(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(DamagedError) as caught:
+        Store(tmp_path).read_json("run.json", dict[str, str])
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{tmp_path}/run.json: is damaged")
+    assert "run again" in line
+
+
+@pytest.mark.parametrize("uri", ["", "  "])
+def test_an_empty_path_is_not_the_working_directory(uri: str) -> None:
+    with pytest.raises(ValueError, match="empty path"):
+        Store(uri)

@@ -31,7 +31,6 @@ from lemon.runtime.tracking import (
     run_of,
     start_run,
     tracking_uri,
-    without_user,
 )
 from tests.cells_table import synthetic_crops
 
@@ -294,7 +293,7 @@ def test_a_server_that_cannot_be_reached_costs_what_it_is_told_and_a_warning_and
 @pytest.mark.parametrize(
     ("uri", "why"),
     [
-        ("http://me:secret@127.0.0.1:9", r"http://127\.0\.0\.1:9: it does not answer: .*Connection refused$"),
+        ("http://me:secret@127.0.0.1:9", r"http://\*\*\*@127\.0\.0\.1:9: it does not answer: .*Connection refused$"),
         ("sqlite:///{here}", "is a folder; expected a file or none$"),
         ("sqlite:///{here}/text.db/runs/mlflow.db", r"text\.db is no folder that can be written$"),
         ("sqlite:///{here}/text.db", "cannot be used: .*not a database$"),
@@ -355,7 +354,28 @@ def test_runs_are_found_by_their_experiment_with_what_was_noted_of_them(here: Pa
     assert find_runs("scaling_sweep") == []
 
 
-def test_a_password_is_not_told() -> None:
-    uri = "https://me:secret@host:5000"
-    assert without_user(f"{uri}/api failed", uri=uri) == "https://host:5000/api failed"
-    assert without_user("sqlite:///a/b.db", uri="sqlite:///a/b.db") == "sqlite:///a/b.db"
+@pytest.mark.parametrize(
+    ("uri", "part"),
+    [
+        ("mysql+nothing://me:hunter2@host/db", "cannot be used"),
+        ("sqlite+aiosqlite:///x.db", "needs the package aiosqlite"),
+        ("nothing://me:hunter2@host", "cannot be used"),
+        ("postgresql://me:hunter2@host:port/db", "no address"),
+        ("http://me:hunter2@[bad/", "no address"),
+    ],
+)
+def test_an_address_that_cannot_be_used_is_one_line_without_its_password(
+    uri: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    for use in (lambda: find_runs("probe"), lambda: start_run("probe", "a", store=Store(tmp_path), params={})):
+        with pytest.raises(ConfigError, match=part) as caught:
+            use()
+        assert "hunter2" not in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_blanks_are_no_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "  ")
+    assert tracking_uri() == f"sqlite:///{tmp_path / 'mlflow.db'}"

@@ -101,3 +101,11 @@ def test_what_cannot_be_a_cohort_is_told_in_one_line(folder: Path, source: str, 
     with pytest.raises(ConfigError, match=part) as caught:
         list_slides(str(folder / source))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["s3://KEY:pl4nted@b/x.svs", "https://h/x.svs?X-Amz-Signature=pl4nted"])
+def test_an_address_with_a_key_in_a_cohort_is_refused_untold(path: str, tmp_path: Path) -> None:
+    (tmp_path / "c.csv").write_text(f"path\n{path}\n")
+    with pytest.raises(ConfigError, match="a path holds a key") as caught:
+        list_slides(str(tmp_path / "c.csv"))
+    assert "pl4nted" not in str(caught.value)

@@ -1,0 +1,75 @@
+"""Files of weights, opened as plain tensors: the only place that calls ``torch.load``.
+
+No code in a file is run. Whatever a damaged or hostile file provokes becomes one line that names the file; torch's own
+advice, to open it without that protection, is never passed on.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors
+import safetensors.torch
+import torch
+
+from lemon.config import DamagedError
+
+T = TypeVar("T")
+
+# A pickle is a small program; what a wrong one ends in depends on the byte that is wrong.
+FAULTS = (
+    *(ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, ImportError, LookupError, MemoryError),
+    *(NameError, RuntimeError, SyntaxError, TypeError, ValueError, pickle.PickleError, struct.error),
+    safetensors.SafetensorError,
+)
+_REMEDY = "expected a file of plain tensors: download or copy it again"
+
+
+def read_weights(
+    source: str | Path | bytes, *, told: str, device: torch.device | str = "cpu", safe: Sequence[Any] = ()
+) -> Any:
+    """What a .safetensors or a torch file holds: tensors, numbers, texts and containers of them.
+
+    Args:
+        source: a path, or the content of a torch file.
+        told: what the file is called in an error.
+        device: where the tensors are put.
+        safe: further types that the file may hold, as ``torch.serialization.safe_globals`` takes them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        DamagedError: cut short, of another format, or asks for code to be run.
+    """
+    with_path = isinstance(source, str | Path)
+    if with_path and not Path(source).is_file():  # type: ignore[arg-type]
+        raise FileNotFoundError(f"{told}: no such file")
+    if with_path and str(source).endswith(".safetensors"):
+        return undamaged(lambda: safetensors.torch.load_file(str(source), device=str(device)), told=told)
+    opened: Any = io.BytesIO(source) if isinstance(source, bytes) else source
+    with torch.serialization.safe_globals([*safe]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an old or unknown protocol; whether the file opens is what counts
+        return undamaged(lambda: torch.load(opened, map_location=device, weights_only=True), told=told)
+
+
+def undamaged(read: Callable[[], T], *, told: str) -> T:
+    """What a reader of weights returns; whatever it ends in is a DamagedError, one line that begins with ``told``."""
+    try:
+        return read()
+    except FAULTS as error:
+        raise DamagedError(f"{told}: {_reason(error)}; {_REMEDY}") from None
+
+
+def _reason(error: BaseException) -> str:
+    """Why a file cannot be opened, in our words where torch would have the reader switch the protection off."""
+    text = " ".join(str(error).split())
+    if "weights_only" in text or "WeightsUnpickler" in text or isinstance(error, pickle.UnpicklingError):
+        return "holds something else than tensors, which is not opened because it could run code, or is damaged"
+    if isinstance(error, EOFError):
+        return "is empty or cut short"
+    return f"cannot be read as weights ({type(error).__name__}{f': {text[:100]}' if text else ''})"
