@@ -17,6 +17,7 @@ import psutil
 from benchmarks.drills.cluster import ROOT, Cluster
 from lemon.cells.ledger import read_ledger
 from lemon.pretrain.checkpoint import Checkpoints
+from lemon.runtime.attempts import FOLDER as ATTEMPTS
 from lemon.runtime.store import Store
 from lemon.runtime.tracking import Run, metric_history
 from lemon.slides.synthetic import make_tissue, write_pyramid
@@ -119,7 +120,7 @@ class Curate(Stage):
 
     def in_hand(self, output: Store) -> set[str]:
         """Slides with a mark of an attempt."""
-        return {name.split("/")[1] for name in output.list("attempts")} - self.committed(output)
+        return {name.split("/")[2] for name in output.list(ATTEMPTS)} - self.committed(output)
 
     def difference(self, reference: Output, output: Output) -> Difference:
         """Cells whole, rows of the ledger but for times and the version of the code."""
@@ -207,11 +208,11 @@ class Sweep(Stage):
 
     def committed(self, output: Store) -> set[str]:
         """Trials with a result."""
-        return {name.split("/")[1] for name in output.list("trials", suffix="/result.json")}
+        return {name.split("/")[2] for name in output.list("trials", suffix="/result.json")}
 
     def in_hand(self, output: Store) -> set[str]:
         """Trials whose pretraining began."""
-        return {name.split("/")[1] for name in output.list("trials", suffix="/pretrain.json")} - self.committed(output)
+        return {name.split("/")[2] for name in output.list("trials", suffix="/pretrain.json")} - self.committed(output)
 
     def victim(self, cluster: Cluster, output: Store) -> psutil.Process | None:
         """A worker whose trial is in hand."""
