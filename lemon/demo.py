@@ -78,7 +78,8 @@ def _gallery(path: Path, *, store: Store, slide_id: str) -> None:
             policy = policy.with_stain_statistics(fitted)
         policies.append(policy)
     images = images_from_arrow(store.read_table(shard_name(slide_id), columns=["image"])["image"])
-    draw_gallery(torch.from_numpy(images[:6].copy()), policies=policies, path=path, seed=0)
+    with Store(path.parent).write_path(path.name) as unnamed:
+        draw_gallery(torch.from_numpy(images[:6].copy()), policies=policies, path=unnamed, seed=0)
     print(f"demo: views of every policy in {path}")
 
 
@@ -165,5 +166,7 @@ def _picture(path: Path, *, slide: Path, store: Store) -> None:
         features = json.load(stream)["features"]
     polygons = [shapely.Polygon(feature["geometry"]["coordinates"][0]) for feature in features]
     with contextlib.closing(SlideReader(slide)) as reader:
-        draw_curation(path, slide=reader, polygons=polygons, cells=store.read_table(shard_name(slide.stem)))
+        cells = store.read_table(shard_name(slide.stem))
+        with Store(path.parent).write_path(path.name) as unnamed:
+            draw_curation(unnamed, slide=reader, polygons=polygons, cells=cells)
     print(f"demo: nuclei in {path}")

@@ -48,7 +48,7 @@ def main(config: FetchConfig) -> int:
     """``run`` with its outcome told; returns the exit code."""
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # attempts that are repeated are no news
     try:
-        with hold(config.output, stage="fetch_tcga"):
+        with hold(config.output, stage="fetch_tcga", owns=("downloads", COHORT_FILE)):
             summary = run(config)
     except (GdcError, OSError) as error:
         print(f"fetch_tcga: stopped: {error}; a rerun goes on", file=sys.stderr)

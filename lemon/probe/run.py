@@ -34,6 +34,9 @@ from lemon.runtime.lease import hold
 from lemon.runtime.store import CIRCUMSTANCES, Store, fingerprint
 from lemon.runtime.tracking import Run, start_run
 
+OWNS = ("scores", "predictions", "embeddings", "costs", "runs")
+"""Folders of a probe in its output."""
+
 CROPS_A_TICK = 1024  # of the progress bar; the encoder chooses its own batches within
 
 
@@ -64,7 +67,7 @@ class Unit:
 
 def main(config: ProbeConfig) -> int:
     """Score every encoder on every task, tell what could not be done; returns the exit code."""
-    with hold(config.output, stage="probe"):
+    with hold(config.output, stage="probe", owns=OWNS):
         return _score_all(config, Store(config.output))
 
 

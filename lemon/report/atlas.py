@@ -18,10 +18,13 @@ from lemon.schema import MAP, marked
 
 MAP_NAME = "map.parquet"
 
+OWNS = ("atlas.html", "atlas.png", "atlas.svg", MAP_NAME)
+"""What an atlas writes in its output."""
+
 
 def main(config: AtlasConfig) -> int:
     """Make the atlas and tell what it is; returns the exit code. Raises ConfigError."""
-    with hold(config.output, stage="atlas"):
+    with hold(config.output, stage="atlas", owns=OWNS):
         return _make(config, Store(config.output))
 
 

@@ -14,14 +14,18 @@ from lemon.report.blocks import Section
 from lemon.report.config import ReportConfig
 from lemon.report.paper import ARTEFACTS, PaperNumbers, read_paper
 from lemon.report.pasted import atlas_section, views_section
-from lemon.report.provenance import provenance_section
+from lemon.report.provenance import FILE, provenance_section
 from lemon.report.sections import STUDIES, figure2_section, study_section, table1_section
 from lemon.report.sentences import probe_sentences, study_sentences
 from lemon.report.sources import Output, Sources, find_sources
+from lemon.runtime.lease import hold
 from lemon.runtime.secrets import redacted
-from lemon.runtime.store import Store, code_version, open_output
+from lemon.runtime.store import Store, code_version
 
 NAME = "index.html"
+
+OWNS = (NAME, FILE)
+"""What a report writes in its output, whatever it shows; more is written by sections."""
 
 COMMANDS = {
     "table1": "python jobs/probe.py models=... tasks=... data=...",
@@ -49,7 +53,11 @@ def main(config: ReportConfig) -> int:
 
     Raises ConfigError where there is nothing to show, or where it cannot be written.
     """
-    store = open_output(config.output)
+    with hold(config.output, stage="report", owns=OWNS) as store:
+        return _write(config, store)
+
+
+def _write(config: ReportConfig, store: Store) -> int:
     numbers = PaperNumbers(read_paper(config.paper) if config.paper else ())
     sources = find_sources(config)
     pasted = {

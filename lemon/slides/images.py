@@ -22,12 +22,10 @@ import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from lemon.runtime.store import locate
+from lemon.slides.headers import MAX_TILE_PX
 
 MAX_PX = 150_000_000
 """Pixels of an image that are read at most: as RGB 450 MB."""
-
-MAX_TILE_PX = 1 << 26
-"""Pixels of a TIFF's tile at most: decoders allocate it whole, however small the image is."""
 
 _SURE_16_BIT = 1 << 14
 

