@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lemon import experiment
+from lemon.cells.ledger import read_ledger
 from lemon.cells.select import select_cells
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError, conf_dir, load
 from lemon.pretrain.config import DINOv2Config
@@ -18,6 +21,7 @@ from lemon.runtime.store import Store
 from lemon.runtime.tracking import RUN
 from lemon.sweep import grid, run, table
 from lemon.sweep.config import SweepConfig, words
+from tests.cells_table import synthetic_crops, write_slide
 from tests.sweeps import ORGANS, light_task, sweep_words, write_cells
 
 STUDIES = sorted(path.stem for path in (conf_dir() / "sweep").glob("*.yaml"))
@@ -208,6 +212,44 @@ def test_missing_stain_statistics_are_fitted_beside_the_cells(tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_stain_statistics_of_cells_that_the_table_had_before_are_fitted_again(tmp_path: Path) -> None:
+    write_cells(tmp_path / "cells")
+    config = config_of(tmp_path, "sweep.points=a1_gmm1")
+    grid.build(config)
+    (path,) = (tmp_path / "cells").glob("stain_*.json")
+    first = path.read_bytes()
+    grid.build(config)
+    assert path.read_bytes() == first
+    write_slide(Store(tmp_path / "cells"), "another", synthetic_crops(40, seed=9), organ=ORGANS[0])
+    grid.build(config)
+    assert path.read_bytes() != first
+
+
+def test_other_cells_or_other_labelled_nuclei_are_another_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cells(tmp_path / "cells")
+    config = config_of(tmp_path)
+
+    def names() -> set[str]:
+        return {entry.trial.fingerprint for entry in grid.build(config).entries}
+
+    first = names()
+    assert names() == first
+    shutil.copytree(tmp_path / "cells", tmp_path / "moved")
+    moved = config.model_copy(update={"cells": str(tmp_path / "moved")})
+    assert {entry.trial.fingerprint for entry in grid.build(moved).entries} == first
+    task = light_task()
+    changed = replace(task, images=task.images ^ 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(grid, "open_task", lambda name, data, *, seed=0: changed)
+        assert not names() & first
+    (slide_id, *_) = [row["slide_id"] for row in read_ledger(Store(tmp_path / "cells")).to_pylist()]
+    write_slide(Store(tmp_path / "cells"), slide_id, synthetic_crops(40, seed=9), organ=ORGANS[0])
+    assert not names() & first
+
+
 def test_a_sweep_gives_a_whole_table_and_nested_runs_and_a_rerun_does_nothing(
     tmp_path: Path, circumstances: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

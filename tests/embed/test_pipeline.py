@@ -198,6 +198,26 @@ def test_a_bad_shard_becomes_a_row_with_its_reason_and_the_others_are_complete(
     assert [row["error"] for row in out.read_table("slides/a.parquet").to_pylist()] == [None]
 
 
+@pytest.mark.parametrize("at", [0.2, 0.5, 0.8])
+def test_a_shard_with_flipped_bytes_is_a_failed_row_and_the_others_are_embedded(
+    model: Path, cells: Store, tmp_path: Path, at: float
+) -> None:
+    path = Path(cells.path(shard_name("a")))
+    content = bytearray(path.read_bytes())
+    start = int(at * len(content))
+    content[start : start + 40] = bytes(byte ^ 0x55 for byte in content[start : start + 40])
+    path.write_bytes(content)
+    rows = {row["slide_id"]: row for row in pipeline.run(config_for(model, cells, tmp_path / "out")).rows}
+    assert rows.pop("a")["status"] == "failed"
+    assert {row["status"] for row in rows.values()} == {"done"}
+
+
+def test_a_shard_of_another_slide_under_its_name_is_a_failed_row(model: Path, cells: Store, tmp_path: Path) -> None:
+    cells.write_bytes(shard_name("a"), cells.read_bytes(shard_name("d")))
+    rows = {row["slide_id"]: row for row in pipeline.run(config_for(model, cells, tmp_path / "out")).rows}
+    assert "holds other rows than its ledger says" in rows["a"]["error"]
+
+
 def test_every_kind_of_bad_shard_says_what_is_wrong(model: Path, cells: Store, tmp_path: Path) -> None:
     encoder = lemon.load_encoder(model)
     table = cells.read_table(shard_name("a"))

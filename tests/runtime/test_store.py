@@ -5,8 +5,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from lemon.config import DamagedError
+from lemon.config import ConfigError, DamagedError
 from lemon.runtime.store import CIRCUMSTANCES, TEMPORARY, Store, file_fingerprint, fingerprint
+from lemon.schema import CLUSTERS
 
 
 def test_a_file_appears_only_when_its_writer_ends_well(tmp_path: Path) -> None:
@@ -97,3 +98,16 @@ def test_damaged_json_is_one_line_with_its_file_and_a_remedy(content: bytes, tmp
 def test_an_empty_path_is_not_the_working_directory(uri: str) -> None:
     with pytest.raises(ValueError, match="empty path"):
         Store(uri)
+
+
+@pytest.mark.parametrize("damage", [b"", b"PAR1", b"PAR1 and no table PAR1"])
+def test_a_damaged_row_of_a_ledger_is_one_line_with_its_file_and_a_remedy(tmp_path: Path, damage: bytes) -> None:
+    store = Store(tmp_path)
+    store.write_table("slides/a.parquet", CLUSTERS.empty_table())
+    (tmp_path / "slides" / "a.parquet").write_bytes(damage)
+    with pytest.raises(ConfigError, match=r"slides/a\.parquet is damaged .* delete it, and the job that wrote it"):
+        store.read_tables("slides", schema=CLUSTERS)
+    (tmp_path / "slides" / "a.parquet").unlink()
+    store.write_table("slides/a.parquet", pa.table({"a": [1]}))
+    with pytest.raises(ConfigError, match=r"slides/a\.parquet is no table of lemon's"):
+        store.read_tables("slides", schema=CLUSTERS)
