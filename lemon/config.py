@@ -366,7 +366,7 @@ class FetchConfig(Frozen):
 class VerifyConfig(Frozen):
     """``jobs/verify.py``: reads all that LEMON wrote in an output and compares it with its records."""
 
-    output: str = Field(description="folder or s3:// prefix of any job's output, with outputs inside it")
+    output: AnyPath = Field(description="folder or s3:// prefix of any job's output, with outputs inside it")
 
 
 # --- demo ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lemon.config import ConfigError, CurateConfig, DemoConfig, FetchConfig, Frozen, run_job, validate
+from lemon.config import ConfigError, CurateConfig, DemoConfig, FetchConfig, Frozen, VerifyConfig, run_job, validate
 from lemon.embed.config import EmbedConfig
 from lemon.pretrain.config import FitStainConfig, PretrainConfig
 from lemon.probe.config import ProbeConfig
@@ -35,6 +35,7 @@ KEYS: list[tuple[type[Frozen], dict[str, Any], str]] = [
     (FetchConfig, {"output": "o", "manifest": "m", "slides_per_organ": 1, "stream": True}, "cells"),
     (FitStainConfig, {}, "cells"),
     (DemoConfig, {}, "output"),
+    (VerifyConfig, {}, "output"),
     *((PretrainConfig, PRETRAIN, key) for key in ("cells", "output", "cache", "views.stain.statistics")),
     *(
         (PretrainConfig, PRETRAIN | {"probe": {"cells": "c", "labels": "l"}}, f"probe.{key}")
