@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from lemon.config import ConfigError
 from lemon.encoders.config import EncoderConfig
-from lemon.encoders.vit import build_vit, forward_tokens, seeded
+from lemon.encoders.vit import CellTransformer, build_vit, class_token, forward_tokens, seeded
 from lemon.pretrain.config import DINOv2Config
 from lemon.pretrain.heads import DinoHead, ema_update, forward_in_chunks, frozen_copy
 from lemon.pretrain.losses import (
@@ -52,7 +52,7 @@ class DINOv2(Method):
         self.config = config
         n_heads = config.heads(encoder)
 
-        def backbone(drop_path: float) -> VisionTransformer:
+        def backbone(drop_path: float) -> CellTransformer:
             return build_vit(
                 encoder,
                 init="dinov2",
@@ -82,7 +82,7 @@ class DINOv2(Method):
         self.register_buffer("ibot_center", torch.zeros(config.prototypes))
 
     @property
-    def exported(self) -> VisionTransformer:
+    def exported(self) -> CellTransformer:
         """The teacher's encoder."""
         return self.teacher
 
@@ -125,7 +125,8 @@ class DINOv2(Method):
         pooled = [embeddings]
         if self.n_local_views:
             crops = torch.cat(list(views[2:]))  # [L * B, 3, px, px]
-            pooled.append(forward_in_chunks(self.encoder, crops, chunk=config.chunk))  # [L * B, dim]
+            encode = partial(self.run(class_token), self.encoder)
+            pooled.append(forward_in_chunks(encode, crops, chunk=config.chunk))  # [L * B, dim]
         parts = self._class_terms(torch.cat(pooled).split(n_cells), class_probs)
         weights = mask_weights(mask).flatten()[masked] / len(images)  # [M]
         parts["ibot"] = self._ibot(tokens[:, 1:].flatten(0, 1)[masked], patch_probs, weights)
@@ -158,11 +159,12 @@ class DINOv2(Method):
         return mask.to(images.device), sum(counts)
 
     def _encode(self, images: Tensor, mask: Tensor) -> Tensor:
-        return forward_tokens(self.encoder, images, mask, self.mask_token)
+        return self.run(forward_tokens)(self.encoder, images, mask, self.mask_token)
 
     @torch.no_grad()
     def _targets(self, images: Tensor, masked: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        tokens = forward_in_chunks(self.teacher.forward_features, images, chunk=self.config.chunk)  # [2B, 1 + P, dim]
+        encode = partial(self.run(forward_tokens), self.teacher)
+        tokens = forward_in_chunks(encode, images, chunk=self.config.chunk)  # [2B, 1 + P, dim]
         patches = tokens[:, 1:].flatten(0, 1)[masked]  # [M, dim]
         class_logits = head_of(self.teacher_heads, "dino")(tokens[:, 0])  # [2B, K]
         class_probs = self._probabilities(class_logits, self.dino_center, temperature)

@@ -75,10 +75,7 @@ class Trainer:
         fused = {"fused": True} if self._device.type == "cuda" else {"foreach": True}
         self._optimizer = torch.optim.AdamW(self.method.param_groups(), betas=self.method.config.betas, **fused)
         self._generator = torch.Generator(device=self._device)
-        if self.compiled:
-            for vit in (self.method.encoder, self.method.teacher):
-                for block in vit.blocks:
-                    block.compile()  # in place, so that the names in a checkpoint stay
+        self.method.compiled = self.compiled
         self._call: Any = DistributedDataParallel(self.method) if self.feed.world > 1 else self.method
 
     def resume(self) -> int:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from lemon.encoders.config import EncoderConfig
-from lemon.encoders.vit import build_vit, seeded
+from lemon.encoders.vit import CellTransformer, build_vit, class_token, seeded
 from lemon.pretrain.config import MoCoV3Config
 from lemon.pretrain.heads import ema_update, forward_in_chunks, frozen_copy, moco_mlp
 from lemon.pretrain.losses import feature_std, moco_contrastive
@@ -38,7 +38,7 @@ class MoCoV3(Method):
             self.teacher_projector = frozen_copy(self.projector, lambda: moco_mlp(projector))
 
     @property
-    def exported(self) -> VisionTransformer:
+    def exported(self) -> CellTransformer:
         """The student's encoder, as released by the paper (``base_encoder``)."""
         return self.encoder
 
@@ -55,10 +55,12 @@ class MoCoV3(Method):
         """
         images = torch.cat(list(views))  # [2B, 3, px, px]
         chunk = self.config.chunk
-        features = forward_in_chunks(self.encoder, images, chunk=chunk)  # [2B, dim]
+        encode = self.run(class_token)
+        features = forward_in_chunks(partial(encode, self.encoder), images, chunk=chunk)  # [2B, dim]
         q1, q2 = (self.predictor(self.projector(view)) for view in features.chunk(2))  # [B, out_dim]
         with torch.no_grad():
-            k1, k2 = map(self.teacher_projector, forward_in_chunks(self.teacher, images, chunk=chunk).chunk(2))
+            targets = forward_in_chunks(partial(encode, self.teacher), images, chunk=chunk)  # [2B, dim]
+            k1, k2 = map(self.teacher_projector, targets.chunk(2))
         temperature = self.config.temperature
         loss = moco_contrastive(q1, k2, temperature=temperature) + moco_contrastive(q2, k1, temperature=temperature)
         return {"loss": loss, "feature_std": feature_std(features)}

@@ -22,13 +22,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any, Literal, TypeVar
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+from lemon.encoders.vit import CellTransformer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,12 @@ def set_optimizer(optimizer: torch.optim.Optimizer, values: StepValues) -> None:
         group["weight_decay"] = values.weight_decay * group["wd_scale"]
 
 
+@lru_cache
+def whole_graph(function: Callable[..., T]) -> Callable[..., T]:
+    """The function compiled without breaks, for each shape anew."""
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
 class Method(nn.Module, ABC):
     """A self-supervised method as the loop sees it; calling it computes the loss.
 
@@ -121,21 +131,27 @@ class Method(nn.Module, ABC):
 
     config: Any
     """Frozen settings of the method; the loop reads ``betas``."""
-    encoder: VisionTransformer
+    encoder: CellTransformer
     """The student's backbone."""
-    teacher: VisionTransformer
+    teacher: CellTransformer
     """The EMA backbone; gets no gradient."""
     n_global_views = 2
     """Views of the encoder's crop size, first in the list of views."""
+    compiled = False
+    """Whether ``run`` compiles."""
 
     @property
     def n_local_views(self) -> int:
         """Views of ``config.local_crop_px``, after the global ones."""
         return 0
 
+    def run(self, function: Callable[..., T]) -> Callable[..., T]:
+        """The function, which takes an encoder and tensors; compiled, it is one graph for each shape."""
+        return whole_graph(function) if self.compiled else function
+
     @property
     @abstractmethod
-    def exported(self) -> VisionTransformer:
+    def exported(self) -> CellTransformer:
         """The backbone to evaluate and export."""
 
     @abstractmethod
