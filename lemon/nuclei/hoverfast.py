@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lemon.nuclei.hoverfast_cpu import RowwiseUNet
+from lemon.nuclei.hoverfast_device import DeviceLine, pack_bits
 from lemon.nuclei.instances import HVLimits, HVPrediction, calibrate_limits, postprocess_hv
 from lemon.nuclei.segmenter import Postprocess
 from lemon.runtime.store import local_copy
@@ -30,6 +31,9 @@ WEIGHTS_SOURCE = (
     "HoverFast's repository https://github.com/choosehappy/HoverFast offers hoverfast_crosstissue_best_model.pth "
     "(its releases; its container petroslk/hoverfast holds it in /HoverFast)"
 )
+
+PART = 2
+"""Regions that a GPU computes on at a time: enough to fill it, few enough that the copies of others hide behind."""
 
 
 _BOUNDS = {"n_classes": (1, 256), "in_channels": (3, 3), "depth": (1, 8), "wf": (1, 8)}
@@ -246,6 +250,7 @@ class HoverFast:
     """The segmenter (see ``segmenter.Segmenter``) on HoverFast's network.
 
     Predictions are ``HVPrediction``; the calibration of a slide is the range of its maps' gradients, ``HVLimits``.
+    ``compiled`` takes a fifth off a region's time on a GPU, and half a minute at the first region of each size.
     """
 
     def __init__(
@@ -257,6 +262,7 @@ class HoverFast:
         batch: int,
         min_area_um2: float = 5.0,
         um_per_px: float = 0.25,
+        compiled: bool = False,
     ) -> None:
         if batch < 1:
             raise ValueError(f"batch: got {batch}, expected 1 or more regions")
@@ -267,6 +273,8 @@ class HoverFast:
         self.batch = batch
         self.net = optimise(load_checkpoint(checkpoint), device=self.device, dtype=self.dtype)
         self.min_area_px = min_area_um2 / um_per_px**2
+        run = torch.compile(self._run, dynamic=False) if compiled else self._run
+        self._line = DeviceLine(run, self.device) if self.device.type == "cuda" else None
 
     def calibrate(self, samples: Sequence[np.ndarray]) -> HVLimits | None:
         """Limits of a slide: medians over its regions (uint8 [H, W, 3]) of what each region alone would take.
@@ -281,15 +289,24 @@ class HoverFast:
         """Masks and maps of uint8 [B, H, W, 3] at 0.25 um/px, ``batch`` regions at a time."""
         if regions.ndim != 4 or regions.shape[-1] != 3 or regions.dtype != np.uint8:
             raise ValueError(f"regions: got {regions.dtype} {regions.shape}, expected uint8 [B, H, W, 3]")
-        predictions: list[HVPrediction] = []
+        if self._line is not None:
+            parts: Iterable[tuple[np.ndarray, np.ndarray]] = self._line.run(regions, rows=min(self.batch, PART))
+        else:
+            parts = self._one_after_another(regions)
+        return [HVPrediction(*result) for part in parts for result in zip(*part, strict=True)]
+
+    def _one_after_another(self, regions: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for start in range(0, len(regions), self.batch):
             pixels = torch.from_numpy(np.ascontiguousarray(regions[start : start + self.batch])).to(self.device)
-            images = pixels.permute(0, 3, 1, 2).to(self.dtype).div_(255)  # [B, 3, H, W], channels last in memory
-            logits, maps = self.net(images)
-            masks = logits.argmax(dim=1).ne(0).cpu().numpy()  # [B, H, W]
-            halves = maps.to(torch.float16).contiguous().cpu().numpy()  # [B, 2, H, W]
-            predictions += [HVPrediction.pack(mask, half) for mask, half in zip(masks, halves, strict=True)]
-        return predictions
+            bits, maps = self._run(pixels)
+            yield bits.cpu().numpy(), maps.cpu().numpy()
+
+    def _run(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 [B, H, W, 3] -> what ``HVPrediction`` holds: uint8 [B, ceil(H * W / 8)] and float16 [B, 2, H, W]."""
+        images = pixels.permute(0, 3, 1, 2).to(self.dtype).div_(255)  # [B, 3, H, W], channels last in memory
+        logits, maps = self.net(images)
+        nuclei = logits[:, 1:].amax(dim=1) > logits[:, 0]  # [B, H, W]; no other class is above the background
+        return pack_bits(nuclei.flatten(1)), maps.to(torch.float16).contiguous()
 
     @property
     def postprocess(self) -> Postprocess:

@@ -1,0 +1,90 @@
+"""HoverFast's network host to host on a GPU: while it computes on some regions, the next go up and the last come down.
+
+Copies run beside the network only between pinned memory and on streams of their own. Results are small: a bit a pixel
+for the mask and two 16-bit numbers for the maps, packed on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Network = Callable[[Tensor], tuple[Tensor, Tensor]]
+AHEAD = 2
+"""Parts that are on their way at a time, besides those that wait on the host."""
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """``np.packbits`` of each row: bool [B, P] -> uint8 [B, ceil(P / 8)]."""
+    padded = torch.nn.functional.pad(mask, (0, -mask.shape[1] % 8)).view(len(mask), -1, 8)
+    shifts = torch.arange(7, -1, -1, device=mask.device, dtype=torch.uint8)
+    return (padded.to(torch.uint8) << shifts).sum(dim=2, dtype=torch.uint8)
+
+
+class DeviceLine:
+    """Runs parts of an array through a network on a GPU, in order, with copies beside the computation.
+
+    Args:
+        network: uint8 [b, H, W, 3] on the device -> two tensors with as many rows.
+        device: a CUDA device.
+    """
+
+    def __init__(self, network: Network, device: torch.device) -> None:
+        self._network, self._device = network, device
+        self._up, self._compute, self._down = (torch.cuda.Stream(device) for _ in range(3))
+        self._staged: list[tuple[Tensor, torch.cuda.Event]] = []
+
+    def run(self, regions: np.ndarray, *, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The network's two results for ``rows`` regions at a time; their memory is the caller's."""
+        waiting: list[tuple[Tensor, Tensor, torch.cuda.Event]] = []
+        for start in range(0, len(regions), rows):
+            waiting.append(self._start(regions[start : start + rows]))
+            if len(waiting) > AHEAD:
+                yield _finish(*waiting.pop(0))
+        for part in waiting:
+            yield _finish(*part)
+
+    def _start(self, part: np.ndarray) -> tuple[Tensor, Tensor, torch.cuda.Event]:
+        """Queue a part; returns host tensors that are filled once the event has happened."""
+        with torch.cuda.stream(self._up):
+            pixels = self._upload(part)
+        self._compute.wait_stream(self._up)
+        with torch.cuda.stream(self._compute):
+            pixels.record_stream(self._compute)
+            results = self._network(pixels)
+        self._down.wait_stream(self._compute)
+        with torch.cuda.stream(self._down):
+            bits, maps = (self._download(result) for result in results)
+            done = torch.cuda.Event()
+            done.record()
+        return bits, maps, done
+
+    def _upload(self, part: np.ndarray) -> Tensor:
+        """Through one of a few pinned buffers, which is free again once its last copy has ended."""
+        if self._staged and self._staged[0][0].shape[1:] != part.shape[1:]:
+            self._staged.clear()
+        if len(self._staged) < AHEAD:
+            buffer, copied = torch.empty(part.shape, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()
+        else:
+            buffer, copied = self._staged.pop(0)
+            copied.synchronize()
+        if len(buffer) < len(part):
+            buffer = torch.empty(part.shape, dtype=torch.uint8, pin_memory=True)
+        np.copyto(buffer.numpy()[: len(part)], part)
+        pixels = buffer[: len(part)].to(self._device, non_blocking=True)
+        copied.record()
+        self._staged.append((buffer, copied))
+        return pixels
+
+    def _download(self, result: Tensor) -> Tensor:
+        result.record_stream(self._down)
+        # Fresh memory each time, because the caller keeps it; torch's pinned memory is cached.
+        return torch.empty(result.shape, dtype=result.dtype, pin_memory=True).copy_(result, non_blocking=True)
+
+
+def _finish(bits: Tensor, maps: Tensor, done: torch.cuda.Event) -> tuple[np.ndarray, np.ndarray]:
+    done.synchronize()
+    return bits.numpy(), maps.numpy()
