@@ -1,14 +1,18 @@
 """The pretraining step: images a second of the whole step, its share of the device's peak, and of the feed alone.
 
 python -m benchmarks.pretrain [--device cuda --batch 4096 --encoder vit_s8 --peak-tflops 989] [--steps 20]
+    [--method mocov3|dinov2|dinov2_kde] [--parts step feed peer] [--profile TABLE.txt]
 
-Three rates on the same cells, the same MoCo v3 and the same device, one after another in one process:
+Three rates on the same cells, the same method and the same device, one after another in one process; each is printed
+and recorded as it comes:
 
 - step: the trainer as ``jobs/pretrain.py`` runs it (feed, views on the device, forward, backward, optimiser);
 - feed: the same feed with the step replaced by nothing;
-- peer: the same method fed by a torchvision PIL pipeline of the same policy in a DataLoader, as many workers as cores.
+- peer: the same method fed by a torchvision PIL pipeline of the same policy in a DataLoader, as many workers as cores
+  (MoCo v3 only).
 
 MFU is the arithmetic of a step (9.3 GFLOP an image for ViT-S/8 with its heads, counted here by torch) over the peak.
+The count is that of the whole network; where the last block computes class tokens alone, less is done.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import Compose, Normalize
 
@@ -33,51 +37,70 @@ from benchmarks.views import pil_steps
 from lemon.cells.batches import Feed, Order
 from lemon.encoders import config as encoders
 from lemon.pretrain.checkpoint import Checkpoints
-from lemon.pretrain.config import MoCoV3Config
+from lemon.pretrain.config import DINOv2Config, MoCoV3Config
+from lemon.pretrain.dinov2 import DINOv2
 from lemon.pretrain.loop import Trainer
 from lemon.pretrain.mocov3 import MoCoV3
 from lemon.pretrain.policy import load_policy
+from lemon.pretrain.schedules import Method
 from lemon.runtime.store import Store
+
+WARMUP_STEPS = 3
+METHODS: dict[str, tuple[type[Method], dict[str, Any]]] = {
+    "mocov3": (MoCoV3, {}),
+    "dinov2": (DINOv2, {}),
+    "dinov2_kde": (DINOv2, {"local_to_global": False, "regulariser": "kde"}),
+}
 
 
 def main() -> None:
     """Measure, print and record."""
+    options = arguments()
+    images = synthetic_crops(options.cells)
+    device = torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu"
+
+    def tell(figures: dict[str, float]) -> None:
+        for name, value in figures.items():
+            print(f"{name:>22} {value:,.3f}", flush=True)
+        packages = ("torch", "torchvision", "timm")
+        record("pretrain", {**vars(options), "device_name": device, **figures}, packages=packages)
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build(options, images, Path(folder))
+        if "step" in options.parts:
+            tell(step_figures(trainer, options))
+        if options.profile:
+            profile(trainer, options)
+        if "feed" in options.parts:
+            tell({"feed_images_per_s": feed_rate(images, options)})
+        if "peer" in options.parts:
+            tell({"peer_images_per_s": peer_rate(trainer, images, options)})
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--encoder", default="vit_tiny8", choices=["vit_tiny8", "vit_s8", "vit_b8"])
+    parser.add_argument("--method", default="mocov3", choices=list(METHODS))
+    parser.add_argument("--parts", nargs="+", default=["step", "feed", "peer"], choices=["step", "feed", "peer"])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--cells", type=int, default=20_000)
     parser.add_argument("--policy", default="a1_gray")
     parser.add_argument("--chunk", type=int, help="crops whose activations are kept at a time (ssl.chunk)")
     parser.add_argument("--peak-tflops", type=float, help="of the device, bf16, dense: gives the MFU")
-    options = parser.parse_args()
-    images = synthetic_crops(options.cells)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = build(options, images, Path(folder))
-        gflop = count_gflop(options)
-        figures: dict[str, Any] = {"step_images_per_s": step_rate(trainer, options), "gflop_per_image": gflop}
-        figures["data_wait_share"] = trainer.feed.wait_s / trainer_seconds(options, figures["step_images_per_s"])
-    figures["feed_images_per_s"] = feed_rate(images, options)
-    figures["peer_images_per_s"] = peer_rate(trainer, images, options)
-    figures["feed_over_step"] = figures["feed_images_per_s"] / figures["step_images_per_s"]
-    figures["step_over_peer"] = figures["step_images_per_s"] / figures["peer_images_per_s"]
-    if options.peak_tflops:
-        figures["mfu"] = figures["step_images_per_s"] * gflop / 1e3 / options.peak_tflops
-    for name, value in figures.items():
-        print(f"{name:>22} {value:,.3f}")
-    device = torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu"
-    record("pretrain", {**vars(options), "device_name": device, **figures}, packages=("torch", "torchvision", "timm"))
+    parser.add_argument("--profile", help="file for a table of three steps' kernels, by time on the device")
+    return parser.parse_args()
 
 
 def build(options: argparse.Namespace, images: np.ndarray, folder: Path) -> Trainer:
-    """A trainer of MoCo v3 with the paper's heads."""
+    """A trainer with the paper's heads."""
     device = torch.device(options.device)
     cuda = device.type == "cuda"
     if cuda:
         torch.set_float32_matmul_precision("high")
-    sizes = getattr(encoders, options.encoder.upper())
-    method = MoCoV3(MoCoV3Config(warmup_epochs=1, chunk=options.chunk), sizes, seed=0).to(device)
+    method = method_of(options, chunk=options.chunk).to(device)
     order = Order(len(images), seed=0)
     return Trainer(
         method=method,
@@ -92,32 +115,68 @@ def build(options: argparse.Namespace, images: np.ndarray, folder: Path) -> Trai
     )
 
 
+def method_of(options: argparse.Namespace, *, chunk: int | None = None) -> Method:
+    """The method that is measured, with its settings of a run."""
+    kind, settings = METHODS[options.method]
+    config = (MoCoV3Config if kind is MoCoV3 else DINOv2Config)(warmup_epochs=1, chunk=chunk, **settings)
+    return kind(config, getattr(encoders, options.encoder.upper()), seed=0)  # type: ignore[call-arg]
+
+
 def count_gflop(options: argparse.Namespace) -> float:
     """GFLOP of one training step an image, counted by torch on a small batch (a multiply-add is two)."""
-    sizes = getattr(encoders, options.encoder.upper())
-    method = MoCoV3(MoCoV3Config(warmup_epochs=1), sizes, seed=0)
+    method = method_of(options)
     values = method.schedules(epochs=10, steps_per_epoch=10, batch=4).at(1)
+    views = [torch.randn(4, 3, 40, 40)] * 2
+    if method.n_local_views:
+        size = method.config.local_crop_px
+        views.append(torch.randn(4 * method.n_local_views, 3, size, size))
     with FlopCounterMode(display=False) as counter:
-        method([torch.randn(4, 3, 40, 40)] * 2, values=values)["loss"].backward()
+        method(views, values=values)["loss"].backward()
     return counter.get_total_flops() / 4 / 1e9
 
 
-def step_rate(trainer: Trainer, options: argparse.Namespace) -> float:
-    """Images a second of whole steps, after two to warm up (compilation)."""
-    batches = trainer.feed.batches(0, options.steps + 2)
-    for _ in range(2):
+def step_figures(trainer: Trainer, options: argparse.Namespace) -> dict[str, float]:
+    """Images a second of whole steps, after three to warm up (compilation), and what follows from it."""
+    cuda = options.device.startswith("cuda")
+    batches = trainer.feed.batches(0, options.steps + WARMUP_STEPS)
+    begun = time.perf_counter()
+    for _ in range(WARMUP_STEPS):
         trainer.train_step(next(batches))
     synchronise(options)
     trainer.feed.wait_s, start = 0.0, time.perf_counter()
     for images in batches:
         trainer.train_step(images)
     synchronise(options)
-    return options.steps * options.batch / (time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    rate, gflop = options.steps * options.batch / seconds, count_gflop(options)
+    figures = {
+        "step_images_per_s": rate,
+        "step_ms": 1e3 * seconds / options.steps,
+        "first_steps_s": start - begun,
+        "gflop_per_image": gflop,
+        "data_wait_share": trainer.feed.wait_s / seconds,
+    }
+    if cuda:
+        figures["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    if options.peak_tflops:
+        figures["mfu"] = rate * gflop / 1e3 / options.peak_tflops
+    return figures
 
 
-def trainer_seconds(options: argparse.Namespace, rate: float) -> float:
-    """Seconds that the measured steps took."""
-    return options.steps * options.batch / rate
+def profile(trainer: Trainer, options: argparse.Namespace) -> None:
+    """Write a table of the kernels of three steps, the dearest first."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if options.device.startswith("cuda"):
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for images in trainer.feed.batches(trainer.step, trainer.step + 3):
+            trainer.train_step(images)
+        synchronise(options)
+    time_of = "self_device_time_total" if options.device.startswith("cuda") else "self_cpu_time_total"
+    rows = sorted(((getattr(e, time_of) / 3e3, e.count / 3, e.key) for e in profiler.key_averages()), reverse=True)
+    lines = [f"{sum(ms for ms, *_ in rows):9.3f} ms a step of {options.batch} images, {options.method}", ""]
+    lines += [f"{ms:9.3f} ms {calls:8.1f} calls  {key[:140]}" for ms, calls, key in rows[:100]]
+    Path(options.profile).write_text("\n".join(lines) + "\n")
 
 
 def feed_rate(images: np.ndarray, options: argparse.Namespace) -> float:
@@ -153,8 +212,7 @@ def peer_rate(trainer: Trainer, images: np.ndarray, options: argparse.Namespace)
     loader = DataLoader(
         PilViews(images, options.policy),
         batch_size=options.batch,
-        shuffle=True,
-        drop_last=True,
+        sampler=RandomSampler(images, replacement=True, num_samples=(options.steps + 1) * options.batch),
         num_workers=len(os.sched_getaffinity(0)),
         pin_memory=options.device.startswith("cuda"),
     )

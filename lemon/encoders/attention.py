@@ -162,7 +162,7 @@ if triton is not None:
 def _launch(kernel: Any, qkv: Tensor, *operands: Tensor, heads: int) -> None:
     cells, tokens, dim = qkv.shape[0], qkv.shape[1], qkv.shape[2] // (3 * heads)
     rows, columns = (max(16, 1 << (n - 1).bit_length()) for n in (tokens, dim))  # a matrix instruction takes 16
-    group, warps = launch_shape(rows=rows, columns=columns, heads=heads)
+    group, warps = launch_shape(rows=rows, columns=columns)
     # Triton's interpreter is no JITFunction, and runs on tensors of a CPU.
     runs = wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
     runs[(cells * heads // group,)](
@@ -180,7 +180,7 @@ def _launch(kernel: Any, qkv: Tensor, *operands: Tensor, heads: int) -> None:
     )
 
 
-def launch_shape(*, rows: int, columns: int, heads: int) -> tuple[int, int]:
+def launch_shape(*, rows: int, columns: int) -> tuple[int, int]:
     """(heads that a program takes one after another, warps of a program)."""
     return 1, max(1, min(8, rows * max(rows, columns) // 1024))
 

@@ -48,7 +48,7 @@ class CellTransformer(VisionTransformer):
         return self.norm(class_token_of(last, tokens)[:, 0])
 
     def tokens(self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
-        """What the first block gets, [B, 1 + P, dim]: patches with positions, masked ones replaced, class token first."""
+        """What the first block gets, [B, 1 + P, dim]: class token and patches with positions, masked ones replaced."""
         patches = self.patch_embed(images)  # [B, P, dim], or [B, h, w, dim] with dynamic_size
         if mask is not None:
             assert mask_token is not None

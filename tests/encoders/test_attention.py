@@ -1,4 +1,4 @@
-"""Attention over a few tokens by the Triton kernel, in Triton's interpreter on a CPU and on a GPU where one is there."""
+"""Attention over a few tokens by the Triton kernel: in Triton's interpreter on a CPU, and on a GPU."""
 
 from __future__ import annotations
 
