@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from timm.layers import DropPath, LayerNorm
@@ -45,7 +45,7 @@ class CellTransformer(VisionTransformer):
         tokens = self.tokens(x)
         for block in blocks:
             tokens = block(tokens)
-        return self.norm(class_token_of(last, tokens)[:, 0])
+        return self.norm(class_token_of(cast(Block, last), tokens)[:, 0])
 
     def tokens(self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
         """What the first block gets, [B, 1 + P, dim]: class token and patches with positions, masked ones replaced."""
@@ -61,9 +61,9 @@ class CellTransformer(VisionTransformer):
         return self.norm_pre(self.patch_drop(tokens))
 
     def _short(self, images: Tensor) -> bool:
-        patch = self.patch_embed.patch_size[0]
+        patch, first = self.patch_embed.patch_size[0], cast(Block, self.blocks[0])
         tokens = self.num_prefix_tokens + (images.shape[-2] // patch) * (images.shape[-1] // patch)
-        return serves(images, tokens=tokens, head_dim=self.embed_dim // self.blocks[0].attn.num_heads)
+        return serves(images, tokens=tokens, head_dim=self.embed_dim // first.attn.num_heads)
 
 
 LOW_RESIDUAL = False
@@ -71,7 +71,7 @@ LOW_RESIDUAL = False
 
 def class_token_of(block: Block, tokens: Tensor) -> Tensor:
     """The first row of ``block(tokens)``, [B, N, dim] -> [B, 1, dim], without the arithmetic of the others."""
-    attention: CellAttention = block.attn
+    attention = cast(CellAttention, block.attn)
     first = tokens[:, :1] + block.drop_path1(block.ls1(attention.first_row(block.norm1(tokens))))
     return first + block.drop_path2(block.ls2(block.mlp(block.norm2(first))))
 
