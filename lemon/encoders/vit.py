@@ -63,7 +63,7 @@ class CellTransformer(VisionTransformer):
     def _short(self, images: Tensor) -> bool:
         patch, first = self.patch_embed.patch_size[0], cast(Block, self.blocks[0])
         tokens = self.num_prefix_tokens + (images.shape[-2] // patch) * (images.shape[-1] // patch)
-        return serves(images, tokens=tokens, head_dim=self.embed_dim // first.attn.num_heads)
+        return serves(images, tokens=tokens, head_dim=self.embed_dim // cast(CellAttention, first.attn).num_heads)
 
 
 LOW_RESIDUAL = False
