@@ -76,6 +76,8 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(self.method.param_groups(), betas=self.method.config.betas, **fused)
         self._generator = torch.Generator(device=self._device)
         self.method.compiled = self.compiled
+        if self.compiled:
+            torch.compiler.reset()  # graphs of earlier trainers in this process, whose number torch limits
         self._call: Any = DistributedDataParallel(self.method) if self.feed.world > 1 else self.method
 
     def resume(self) -> int:
