@@ -42,11 +42,12 @@ def attend(qkv: Tensor, *, heads: int) -> Tensor:
 
 def serves(x: Tensor, *, tokens: int, head_dim: int) -> bool:
     """Whether the kernel computes attention for ``x``: on a GPU that Triton knows, and for few tokens."""
-    return x.is_cuda and tokens <= MOST_TOKENS and head_dim <= MOST_HEAD_DIM and _triton_runs()
+    return x.is_cuda and tokens <= MOST_TOKENS and head_dim <= MOST_HEAD_DIM and triton_runs()
 
 
 @torch.compiler.assume_constant_result
-def _triton_runs() -> bool:
+def triton_runs() -> bool:
+    """Whether this GPU is one that Triton's kernels are written for."""
     # The first generation with bfloat16, which Triton's support begins with.
     return triton is not None and torch.cuda.get_device_capability() >= (8, 0)
 
@@ -83,9 +84,9 @@ if triton is not None:
         return tl.dot(a, b, input_precision="ieee" if EXACT else "tf32")
 
     @triton.jit
-    def _softmax(q, k, rows, scale, TOKENS: tl.constexpr, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
-        """float32 [rows, rows], of base 2: ``scale`` holds log2(e). Keys beyond the tokens get 0."""
-        scores = _dot(q, tl.trans(k), EXACT) * scale
+    def _softmax(q, k, rows, SCALE: tl.constexpr, TOKENS: tl.constexpr, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
+        """float32 [rows, rows], of base 2: ``SCALE`` holds log2(e). Keys beyond the tokens get 0."""
+        scores = _dot(q, tl.trans(k), EXACT) * SCALE
         scores = tl.where(rows[None, :] < TOKENS, scores, float("-inf"))
         weights = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
         return weights / tl.sum(weights, axis=1)[:, None]
@@ -94,7 +95,7 @@ if triton is not None:
     def _forward_kernel(  # type: ignore[no-untyped-def]
         qkv_pointer,
         out_pointer,
-        scale,
+        SCALE: tl.constexpr,
         TOKENS: tl.constexpr,
         HEADS: tl.constexpr,
         DIM: tl.constexpr,
@@ -113,7 +114,7 @@ if triton is not None:
             q = tl.load(at, mask=there, other=0.0)
             k = tl.load(at + width, mask=there, other=0.0)
             v = tl.load(at + 2 * width, mask=there, other=0.0)
-            p = _softmax(q, k, rows, scale * 1.4426950408889634, TOKENS, EXACT)
+            p = _softmax(q, k, rows, SCALE * 1.4426950408889634, TOKENS, EXACT)
             out = _dot(p.to(v.dtype), v, EXACT)
             base = out_pointer + cell * (TOKENS * width) + (first + i) * DIM
             at, there = _tile(base, rows, columns, width, TOKENS, DIM)
@@ -124,7 +125,7 @@ if triton is not None:
         qkv_pointer,
         grad_pointer,
         grad_qkv_pointer,
-        scale,
+        SCALE: tl.constexpr,
         TOKENS: tl.constexpr,
         HEADS: tl.constexpr,
         DIM: tl.constexpr,
@@ -146,9 +147,9 @@ if triton is not None:
             base = grad_pointer + cell * (TOKENS * width) + (first + i) * DIM
             at, there = _tile(base, rows, columns, width, TOKENS, DIM)
             g = tl.load(at, mask=there, other=0.0)  # zero rows beyond the tokens, so that they add nothing below
-            p = _softmax(q, k, rows, scale * 1.4426950408889634, TOKENS, EXACT)
+            p = _softmax(q, k, rows, SCALE * 1.4426950408889634, TOKENS, EXACT)
             grad_p = _dot(g, tl.trans(v), EXACT)
-            grad_s = p * (grad_p - tl.sum(p * grad_p, axis=1)[:, None]) * scale
+            grad_s = p * (grad_p - tl.sum(p * grad_p, axis=1)[:, None]) * SCALE
             grad_s = grad_s.to(q.dtype)
             at, there = _tile(grad_qkv_pointer + offset, rows, columns, 3 * width, TOKENS, DIM)
             grad_q = _dot(grad_s, k, EXACT)
@@ -168,7 +169,7 @@ def _launch(kernel: Any, qkv: Tensor, *operands: Tensor, heads: int) -> None:
     runs[(cells * heads // group,)](
         qkv,
         *operands,
-        dim**-0.5,
+        SCALE=dim**-0.5,  # as an argument, torch 2.11 compiles it as float64, which doubles the time
         TOKENS=tokens,
         HEADS=heads,
         DIM=dim,

@@ -79,8 +79,9 @@ def test_the_kernel_equals_the_formula_in_the_interpreter() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [(SHAPES[0], dtype) for dtype in BOUNDS] + [(shape, torch.bfloat16) for shape in SHAPES[1:]]
+)
 def test_the_kernel_equals_the_formula_on_a_gpu(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     assert max(errors(shape, dtype, "cuda").values()) < BOUNDS[dtype]
 
