@@ -70,7 +70,10 @@ class Feed:
         """uint8 [ceil(batch / world), 60, 60, 3] on the device: steps ``first_step`` to ``last_step`` (exclusive)."""
         if self._on_device is not None:
             for step in range(first_step, last_step):
-                yield self._on_device[torch.from_numpy(self._indices(step)).to(self.device)]
+                indices = torch.from_numpy(self._indices(step))
+                if self.device.type == "cuda":
+                    indices = indices.pin_memory()  # a copy from other memory would wait for the step before
+                yield self._on_device[indices.to(self.device, non_blocking=True)]
             return
         ready: queue.Queue[torch.Tensor | BaseException] = queue.Queue(self.ahead)
         stop = threading.Event()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lemon.config import ConfigError
 from lemon.encoders.finite import not_finite
-from lemon.encoders.vit import load_strictly
+from lemon.encoders.vit import CellTransformer, load_strictly
 from lemon.runtime.store import locate, parse_json
 from lemon.runtime.tensors import read_weights, undamaged
 from lemon.schema import CROP_PX
@@ -151,6 +151,13 @@ def model_args(encoder: VisionTransformer) -> dict[str, Any]:
     return args
 
 
+def as_cell_transformer(model: VisionTransformer) -> CellTransformer:
+    """The same network, with weights of its own, as LEMON computes it; ``model_args`` must say all of it."""
+    cells = CellTransformer(**model_args(model))
+    cells.pretrained_cfg = model.pretrained_cfg
+    return cells
+
+
 def load_exported(directory: str | Path) -> tuple[nn.Module, CellInput]:
     """Open an exported encoder: the timm model in evaluation mode, and what it expects.
 
@@ -163,11 +170,14 @@ def load_exported(directory: str | Path) -> tuple[nn.Module, CellInput]:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name}: no such file; expected a folder written by lemon's export")
     told = f"{folder / CONFIG}"
-    section = parse_json((folder / CONFIG).read_bytes(), dict[str, Any], told=told).get("lemon")
+    content = parse_json((folder / CONFIG).read_bytes(), dict[str, Any], told=told)
+    section = content.get("lemon")
     if not isinstance(section, Mapping):
         raise ConfigError(f"{told}: got no section lemon; expected a folder written by lemon's export")
     cell_input = parse_json(json.dumps(section).encode(), CellInput, told=f"{told}: lemon")
     # Not with pretrained=True: the file says of itself which weights timm should take, and from where.
     model = undamaged(lambda: timm.create_model(f"local-dir:{folder}", pretrained=False), told=told)
+    if type(model) is VisionTransformer and content.get("model_args") == model_args(model):
+        model = as_cell_transformer(model)
     load_strictly(model, read_weights(folder / WEIGHTS, told=f"{folder / WEIGHTS}"), source=f"{folder / WEIGHTS}")
     return model.eval(), cell_input

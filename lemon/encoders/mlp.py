@@ -26,8 +26,8 @@ except ImportError:  # no build of Triton for this platform, as on macOS
 LEAST_ROWS = 8192
 """Fewer rows do not fill a GPU with tiles."""
 FORWARD = {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": 128, "BLOCK_DEPTH": 64, "num_warps": 8, "num_stages": 3}
-BACKWARD = {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": 128, "BLOCK_DEPTH": 64, "num_warps": 8, "num_stages": 3}
-"""Tiles of which two fit a multiprocessor, so that one is multiplied while the other is written."""
+BACKWARD = {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 128, "BLOCK_DEPTH": 64, "num_warps": 4, "num_stages": 3}
+"""The fastest of five on an H100: several tiles fit a multiprocessor, so that one is multiplied while another is written."""
 
 
 def gelu_mlp(x: Tensor, first: nn.Linear, second: nn.Linear) -> Tensor:

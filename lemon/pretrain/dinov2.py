@@ -175,7 +175,8 @@ class DINOv2(Method):
         config = self.config
         if config.centering == "sinkhorn":
             return sinkhorn_knopp(logits, teacher_temperature=temperature, iterations=config.sinkhorn_iterations)
-        probs = softmax_center(logits, center, teacher_temperature=temperature)
+        given = torch.tensor(temperature) if self.compiled else temperature
+        probs = softmax_center(logits, center, teacher_temperature=given, run=self.run)
         if self.training:
             center.copy_(updated_center(center, logits, momentum=config.center_momentum))
         return probs
@@ -192,6 +193,7 @@ class DINOv2(Method):
                 probs,
                 student_temperature=config.student_temperature,
                 chunk_rows=config.chunk_rows,
+                run=self.run,
             )
             return total / len(embeddings)
 
@@ -212,6 +214,7 @@ class DINOv2(Method):
             student_temperature=self.config.student_temperature,
             weights=weights,
             chunk_rows=self.config.chunk_rows,
+            run=self.run,
         )
 
     def _regulariser(self, embeddings: Tensor) -> Tensor:

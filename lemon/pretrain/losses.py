@@ -10,7 +10,7 @@ Shapes: N rows (cells of a view), C channels, K prototypes, B images, P patches 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+Run = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+"""Makes of a function the one that is called, such as the compiled one."""
 
 SPLIT_ELEMENTS = 2**26
 """Elements of the temporary copies that Sinkhorn-Knopp makes of its logits: 256 MiB in float32."""
@@ -81,6 +84,11 @@ def full_precision(x: Tensor) -> Iterator[None]:
 def at_least_float32(x: Tensor) -> Tensor:
     """float16 and bfloat16 become float32; float32 and float64 stay."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def as_it_is(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function itself: ``Run`` without compilation."""
+    return function
 
 
 # --- MoCo v3 ----------------------------------------------------------------------------------------------------------
@@ -158,10 +166,9 @@ def ibot_cross_entropy(
 def _chunk_cross_entropy(
     features: Tensor, prototypes: Tensor, teacher_probs: Tensor, weights: Tensor, student_temperature: float
 ) -> Tensor:
-    with full_precision(features):
-        logits = at_least_float32(features) @ prototypes.T  # [n, K]
-        rows = _cross_entropy_rows(logits, teacher_probs, student_temperature=student_temperature)  # [n]
-        return (rows * weights).sum()
+    logits = features @ prototypes.T  # [n, K]
+    rows = _cross_entropy_rows(logits, teacher_probs, student_temperature=student_temperature)  # [n]
+    return (rows * weights).sum()
 
 
 def chunked_cross_entropy(
@@ -172,6 +179,7 @@ def chunked_cross_entropy(
     student_temperature: float,
     weights: Tensor | None = None,
     chunk_rows: int = 2048,
+    run: Run = as_it_is,
 ) -> Tensor:
     """Weighted sum over rows of the cross-entropy of softmax(features @ prototypes.T / temperature), in chunks of rows.
 
@@ -185,14 +193,22 @@ def chunked_cross_entropy(
         student_temperature: 0.1 in DINOv2.
         weights: [N]; None: 1.
         chunk_rows: rows a chunk.
+        run: how the term of a chunk is called, as ``Method.run``.
     """
+    term = run(_chunk_cross_entropy)
+
+    def in_full_precision(rows: Tensor, *given: Any) -> Tensor:
+        # Around the compiled function, not within it: its backward would compute in the type that autocast has here.
+        with full_precision(rows):
+            return term(at_least_float32(rows), *given)
+
     if weights is None:
         weights = features.new_ones(len(features), dtype=torch.float32)
     total = prototypes.new_zeros(())
     parts = zip(*(x.split(chunk_rows) for x in (features, teacher_probs, weights)), strict=True)
     for rows, probs, row_weights in parts:
         total = total + checkpoint(
-            _chunk_cross_entropy,
+            in_full_precision,
             *(rows, prototypes, probs, row_weights, student_temperature),
             use_reentrant=False,
             preserve_rng_state=False,
@@ -204,10 +220,19 @@ def chunked_cross_entropy(
 
 
 @torch.no_grad()
-def softmax_center(teacher_logits: Tensor, center: Tensor, *, teacher_temperature: float) -> Tensor:
-    """Teacher probabilities: softmax of the centred logits. [..., K], center [K] -> [..., K]."""
+def softmax_center(
+    teacher_logits: Tensor, center: Tensor, *, teacher_temperature: float | Tensor, run: Run = as_it_is
+) -> Tensor:
+    """Teacher probabilities: softmax of the centred logits. [..., K], center [K] -> [..., K].
+
+    The temperature may be a tensor, a scalar: of a number that changes, each value would be compiled anew.
+    """
     with full_precision(teacher_logits):
-        return F.softmax((at_least_float32(teacher_logits) - center) / teacher_temperature, dim=-1)
+        return run(_softmax_center)(at_least_float32(teacher_logits), center, teacher_temperature)
+
+
+def _softmax_center(teacher_logits: Tensor, center: Tensor, temperature: float | Tensor) -> Tensor:
+    return F.softmax((teacher_logits - center) / temperature, dim=-1)
 
 
 @torch.no_grad()
