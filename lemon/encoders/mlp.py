@@ -27,7 +27,7 @@ LEAST_ROWS = 8192
 """Fewer rows do not fill a GPU with tiles."""
 FORWARD = {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": 128, "BLOCK_DEPTH": 64, "num_warps": 8, "num_stages": 3}
 BACKWARD = {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 128, "BLOCK_DEPTH": 64, "num_warps": 4, "num_stages": 3}
-"""The fastest of five on an H100: several tiles fit a multiprocessor, so that one is multiplied while another is written."""
+"""The fastest of five on an H100: several fit a multiprocessor, and one is multiplied while another is written."""
 
 
 def gelu_mlp(x: Tensor, first: nn.Linear, second: nn.Linear) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lemon.encoders.config import LEMON_MEAN, LEMON_STD, VIT_S8, EncoderConfig
 from lemon.encoders.export import CellInput, export_encoder, load_exported
-from lemon.encoders.vit import build_vit
+from lemon.encoders.vit import CellTransformer, build_vit
 
 TINY = EncoderConfig(name="tiny", dim=32, depth=2, heads=4)
 INPUT = CellInput(mean=LEMON_MEAN, std=LEMON_STD)
@@ -34,6 +34,27 @@ def test_timm_opens_an_export_with_the_output_of_the_source(config: EncoderConfi
     opened = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
     with torch.inference_mode():
         assert torch.equal(opened(images()), encoder.eval()(images()))
+
+
+@pytest.mark.parametrize("layer_scale", [None, 0.1])
+def test_an_export_opens_as_what_computes_by_the_kernels(layer_scale: float | None, tmp_path: Path) -> None:
+    encoder = build_vit(TINY, layer_scale=layer_scale).eval()
+    export_encoder(encoder, tmp_path, cell_input=INPUT)
+    opened, _ = load_exported(tmp_path)
+    assert isinstance(opened, CellTransformer)
+    assert tuple(opened.pretrained_cfg["mean"]) == LEMON_MEAN
+    assert torch.equal(opened(images()), encoder(images()))
+
+
+def test_an_export_with_settings_that_lemon_does_not_write_opens_as_timms(tmp_path: Path) -> None:
+    export_encoder(build_vit(TINY), tmp_path, cell_input=INPUT)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_args"]["act_layer"] = "relu"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    opened, _ = load_exported(tmp_path)
+    assert type(opened) is timm.models.vision_transformer.VisionTransformer
+    timms = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(opened(images()), timms(images()))
 
 
 def test_the_config_holds_scale_crop_and_normalisation(tmp_path: Path) -> None:

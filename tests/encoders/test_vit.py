@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
 from lemon.config import conf_dir
+from lemon.encoders import attention, vit
 from lemon.encoders.config import LEMON_MEAN, LEMON_STD, VIT_B8, VIT_S8, VIT_TINY8, EncoderConfig
 from lemon.encoders.vit import build_vit, forward_tokens, load_lemon_checkpoint, seeded, sincos_positions
 
@@ -47,6 +50,74 @@ def test_the_output_is_the_class_token_after_the_last_norm() -> None:
     assert tokens.shape == (3, 26, 32)
     torch.testing.assert_close(vit(images()), tokens[:, 0])
     torch.testing.assert_close(tokens.mean(dim=-1), torch.zeros(3, 26), rtol=0, atol=1e-5)
+
+
+def by_torch(qkv: Tensor, *, heads: int) -> Tensor:
+    """What ``attend`` gives, on any device."""
+    q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a network does where the kernels serve, with torch's attention in place of the kernel."""
+    monkeypatch.setattr(vit, "serves", lambda *args, **kwargs: True)
+    monkeypatch.setattr(attention, "serves", lambda *args, **kwargs: True)
+    monkeypatch.setattr(attention, "attend", by_torch)
+
+
+OF_DINOV2 = {"init": "dinov2", "layer_scale": 0.5, "dynamic_size": True}
+
+
+@pytest.mark.parametrize("options", [{}, OF_DINOV2], ids=["mocov3", "dinov2"])
+@pytest.mark.parametrize("px", [40, 24])
+@pytest.mark.parametrize("whole", [False, True], ids=["class token", "all tokens"])
+def test_where_kernels_serve_the_network_is_the_same_function(
+    options: dict[str, Any], px: int, whole: bool, request: pytest.FixtureRequest
+) -> None:
+    if px != 40 and not options:
+        pytest.skip("MoCo v3's encoder takes one size")
+    network = build_vit(TINY, **options).double()
+    mask = torch.rand(3, (px // 8) ** 2, generator=torch.Generator().manual_seed(1)) < 0.3
+
+    def run() -> list[Tensor]:
+        network.zero_grad()
+        x = images(px=px).double().requires_grad_()
+        out = network.forward_tokens(x, mask, torch.ones(1, 32)) if whole else network(x)
+        out.square().mul(torch.linspace(0, 1, 32)).sum().backward()
+        gradients = [p.grad for p in network.parameters() if p.requires_grad]
+        return [out.detach(), x.grad, *gradients]
+
+    plain = run()
+    request.getfixturevalue("as_on_a_gpu")
+    for got, expected in zip(run(), plain, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_where_kernels_serve_the_last_block_computes_the_class_token_alone(as_on_a_gpu: None) -> None:
+    network, seen = build_vit(TINY).eval(), []
+    for block in network.blocks:
+        block.mlp.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[1]))
+    network(images())
+    network.forward_tokens(images())
+    assert seen == [26, 1, 26, 26]
+
+
+def test_where_kernels_serve_the_residual_stream_has_autocasts_type(as_on_a_gpu: None) -> None:
+    network = build_vit(TINY).eval()
+    plain = network(images())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network.tokens(images()).dtype == torch.bfloat16
+        got = network(images())
+    torch.testing.assert_close(got.float(), plain, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize(("flatten", "options"), [(True, {}), (False, OF_DINOV2)])
+def test_patches_as_a_product_are_the_convolution(flatten: bool, options: dict[str, Any]) -> None:
+    network = build_vit(TINY, **options)
+    got, expected = network._patches(images()), network.patch_embed(images())
+    assert got.shape == expected.shape == ((3, 25, 32) if flatten else (3, 5, 5, 32))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_positions_are_fixed_sines_of_row_and_column() -> None:

@@ -19,6 +19,7 @@ from lemon.nuclei.hoverfast import (
     save_checkpoint,
 )
 from lemon.nuclei.hoverfast_cpu import RowwiseUNet, toom_cook
+from lemon.nuclei.hoverfast_device import pack_bits
 from lemon.nuclei.instances import HVLimits
 from tests.conftest import shared
 
@@ -289,6 +290,39 @@ def test_a_gpu_gives_nearly_the_same_mask_and_maps() -> None:
     gpu = HoverFast(path, device="cuda", batch=1).predict(image)[0]
     assert (cpu.mask == gpu.mask).mean() > 0.98
     assert np.abs(cpu.hv_maps - gpu.hv_maps).max() < 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_a_gpu_takes_regions_in_parts_and_gives_them_back_in_their_order(batch: int, tmp_path: Path) -> None:
+    save_checkpoint(random_net(TINY), tmp_path / "net.pth")
+    regions = np.random.default_rng(4).integers(0, 256, (11, 48, 56, 3), np.uint8)
+    expected = HoverFast(str(tmp_path / "net.pth"), device="cpu", batch=1).predict(regions)
+    gpu = HoverFast(str(tmp_path / "net.pth"), device="cuda", precision="fp32", batch=batch)
+    for _ in range(2):  # the second time with buffers that are there already
+        got = gpu.predict(regions)
+        assert len(got) == len(expected)
+        for ours, theirs in zip(got, expected, strict=True):
+            assert (ours.mask == theirs.mask).mean() > 0.98
+            assert np.abs(ours.hv_maps - theirs.hv_maps).max() < 0.1
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 9, 64, 1001])
+def test_bits_are_packed_on_the_device_as_numpy_packs_them(width: int) -> None:
+    mask = np.random.default_rng(width).random((3, width)) < 0.5
+    assert np.array_equal(pack_bits(torch.from_numpy(mask)).numpy(), np.packbits(mask, axis=1))
+
+
+def test_a_region_without_a_class_above_the_background_has_an_empty_mask(segmenter: HoverFast) -> None:
+    logits = torch.zeros(1, 2, 4, 4)  # equal: the first class, the background, wins
+    maps = torch.zeros(1, 2, 4, 4)
+    network, segmenter.net = segmenter.net, lambda images: (logits, maps)
+    try:
+        (prediction,) = segmenter.predict(np.zeros((1, 4, 4, 3), np.uint8))
+    finally:
+        segmenter.net = network
+    assert not prediction.mask.any()
 
 
 @pytest.mark.parametrize("name", ["depth", "wf", "n_classes", "in_channels"])

@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from lemon.config import ConfigError
+from lemon.encoders import vit
+from lemon.encoders.attention import CellAttention
 from lemon.encoders.export import NotFiniteError
 from lemon.encoders.features import effective_rank
+from lemon.encoders.mlp import CellMlp
 from lemon.pretrain.assemble import build_trainer, export, train
 from lemon.pretrain.checkpoint import Checkpoints
 from lemon.pretrain.config import PretrainConfig
@@ -30,6 +33,8 @@ DINO = {
     "head_dim": 16, "drop_path": 0.2,
 }  # fmt: skip
 
+KDE = DINO | {"local_to_global": False, "regulariser": "kde"}
+
 
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -46,6 +51,21 @@ def config_for(cells: Path, output: Path, **changes: Any) -> PretrainConfig:
         "cache": str(output / "cache"),
     }  # fmt: skip
     return PretrainConfig.model_validate(values | changes)
+
+
+@pytest.mark.parametrize("ssl", [MOCO, DINO, KDE], ids=["mocov3", "dinov2", "kde"])
+def test_fifty_steps_without_a_gpu_equal_those_of_timms_own_network_bit_for_bit(
+    cells: Path, tmp_path: Path, ssl: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, timms = Recorder(), Recorder()
+    settings = {"ssl": ssl, "epochs": 7, "batch": 8, "checkpoint_every": 1000}
+    trainer_for(config_for(cells, tmp_path / "a", **settings), ours).run(until=50)
+    for kind in (vit.CellTransformer, CellAttention, CellMlp):
+        monkeypatch.delattr(kind, "forward")
+    monkeypatch.setattr(vit, "block_of", lambda block, tokens, *, class_only=False: block(tokens))
+    trainer_for(config_for(cells, tmp_path / "b", **settings), timms).run(until=50)
+    assert len(ours.losses()) == 50
+    assert ours.losses() == timms.losses()
 
 
 class Recorder:
