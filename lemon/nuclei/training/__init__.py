@@ -1,0 +1,1 @@
+"""Training of HoverFast's network: labelled images, windows drawn on the device, loss, loop, job."""
