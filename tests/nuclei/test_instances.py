@@ -20,7 +20,9 @@ from lemon.nuclei.instances import (
     polygons_from_labels,
     postprocess_hv,
 )
-from lemon.nuclei.training import make_targets
+from lemon.nuclei.training.images import Labelled
+from lemon.nuclei.training.targets import make_targets
+from lemon.nuclei.training.windows import whole
 from tests.conftest import shared
 
 MIN_AREA_PX = 80.0
@@ -38,7 +40,8 @@ def ellipses(*boxes: tuple[float, float, float, float], size_px: int = 128) -> t
     labels = np.zeros((size_px, size_px), np.int32)
     for label, (cx, cy, a, b) in enumerate(boxes, start=1):
         labels[((x - cx) / a) ** 2 + ((y - cy) / b) ** 2 <= 1] = label
-    return labels > 0, make_targets(labels).hv_maps
+    targets = make_targets(whole(Labelled("", "", np.zeros((size_px, size_px, 3), np.uint8), labels)))
+    return labels > 0, targets.hv_maps[0].numpy()
 
 
 def area(nucleus: Nucleus) -> float:

@@ -6,8 +6,8 @@ In the order of nature: stain, optics, sampling (at 20x for a part of the window
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ class Appearance:
 
 
 def vary(images: Tensor, appearance: Appearance, *, generator: torch.Generator, host: np.random.Generator) -> Tensor:
-    """float32 [B, 3, S, S] in [0, 1] to the same, S a multiple of 16.
+    """float32 [B, 3, S, S] in [0, 1] to the same, S a multiple of 32.
 
     Windows are drawn independently of each other, so the first of a batch, which are those seen at 20x, are as random
     as any.
@@ -148,7 +148,8 @@ def _blurred(images: Tensor, sigma: Tensor) -> Tensor:
     size = images.shape[-1]
     for pad, axis in (((_TAPS, _TAPS, 0, 0), 3), ((0, 0, _TAPS, _TAPS), 2)):
         padded = F.pad(images, pad, mode="reflect")
-        images = sum(_each(weights[:, tap]) * padded.narrow(axis, tap, size) for tap in range(2 * _TAPS + 1))
+        parts = (_each(weights[:, tap]) * padded.narrow(axis, tap, size) for tap in range(2 * _TAPS + 1))
+        images = functools.reduce(torch.add, parts)
     return images
 
 
@@ -174,7 +175,7 @@ def _quantised(planes: Tensor, table: Tensor, scale: Tensor) -> Tensor:
     return blocks.transpose(3, 4).reshape(planes.shape)
 
 
-@cache
+@functools.cache
 def _constants(device: torch.device) -> dict[str, Tensor]:
     """Matrices on a device, float32; made once, because a copy to the device waits for it."""
     k = np.arange(8)

@@ -1,8 +1,8 @@
 """Convolutions of few channels, computed on blocks of 2x2 pixels.
 
-Tensor cores multiply tiles of 64 columns or more; a layer of 16 channels leaves most of each empty. With the four pixels
-of a block as channels the same layer has 64, at half the resolution: twice the multiplications for kernels of 7 px, but
-full tiles. Same parameters, same result.
+Tensor cores multiply tiles of 64 columns or more; a layer of 16 channels leaves most of each empty. With the four
+pixels of a block as channels the same layer has 64, at half the resolution: twice the multiplications for kernels of
+7 px, but full tiles. Same parameters, same result.
 """
 
 from __future__ import annotations

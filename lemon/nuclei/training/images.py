@@ -55,7 +55,9 @@ def _names_at_20x(table: Path) -> set[str]:
 
 
 def _read(folder: Path, name: str, *, enlarge: float) -> Labelled:
-    file = next((folder / f"{name}{suffix}" for suffix in IMAGE_SUFFIXES if (folder / f"{name}{suffix}").is_file()), None)
+    file = next(
+        (folder / f"{name}{suffix}" for suffix in IMAGE_SUFFIXES if (folder / f"{name}{suffix}").is_file()), None
+    )
     pixels = None if file is None else cv2.imread(str(file), cv2.IMREAD_COLOR)
     if pixels is None:
         raise ValueError(f"{folder}/{name}: no image beside {name}_inst.npz that can be read")

@@ -1,4 +1,4 @@
-"""The training loop: windows are drawn and varied on the device where the images stay; nothing in a step waits for the host.
+"""The training loop: windows are drawn and varied on the device where the images stay; a step never waits for the host.
 
 All randomness is drawn from (seed, step, rank), so a run that resumes at a step goes on as one that never stopped.
 """
@@ -48,8 +48,8 @@ class Recipe:
     weight_decay: float = 0.01
     warmup_steps: int = 40
     average: float = 0.999
-    geometry: Geometry = Geometry()
-    appearance: Appearance = Appearance()
+    geometry: Geometry = field(default_factory=Geometry)
+    appearance: Appearance = field(default_factory=Appearance)
     seam_weight: float | None = None
     bf16: bool = False
     seed: int = 0
@@ -85,11 +85,15 @@ class Trainer:
 
     def __post_init__(self) -> None:
         device = self.bank.device
-        self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.net.to(memory_format=torch.channels_last)
         self.averaged = copy.deepcopy(self.net).requires_grad_(False)
-        fused = {"fused": True} if device.type == "cuda" else {"foreach": True}
+        fused = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
-            self.net.parameters(), lr=self.recipe.learning_rate, weight_decay=self.recipe.weight_decay, **fused
+            self.net.parameters(),
+            lr=self.recipe.learning_rate,
+            weight_decay=self.recipe.weight_decay,
+            fused=fused,
+            foreach=not fused,
         )
         self._pairs = [
             [value for value in net.state_dict().values() if value.is_floating_point()]
@@ -152,7 +156,8 @@ class Trainer:
     def _average(self) -> None:
         # Less at the beginning, so that the weights that the network began with are forgotten.
         decay = min(self.recipe.average, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(*self._pairs, 1 - decay)
+        means, values = self._pairs
+        torch._foreach_lerp_(means, values, 1 - decay)
 
     def _report(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """The one place where the host waits for the device."""

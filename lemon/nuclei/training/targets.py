@@ -1,4 +1,4 @@
-"""What the network is to say: the reference's targets (10.21105/joss.07022), made for a batch of windows on their device."""
+"""What the network is to say: the reference's targets (10.21105/joss.07022) for a batch of windows, on their device."""
 
 from __future__ import annotations
 

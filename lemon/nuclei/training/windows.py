@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lemon.nuclei.training.images import Labelled
@@ -115,9 +116,7 @@ class Windows:
     cut: Tensor
 
 
-def draw(
-    bank: Bank, *, batch: int, size_px: int, geometry: Geometry | None, generator: torch.Generator
-) -> Windows:
+def draw(bank: Bank, *, batch: int, size_px: int, geometry: Geometry | None, generator: torch.Generator) -> Windows:
     """Windows at random places; without a geometry upright and unscaled."""
     device = bank.device
 
@@ -132,7 +131,9 @@ def draw(
     whole = torch.where(plain, centre.round() - 0.5, centre)  # windows have an even number of pixels
     offsets = torch.arange(-MARGIN_PX, size_px + MARGIN_PX, device=device, dtype=torch.float32) - (size_px - 1) / 2
     x, y = (
-        whole[axis][:, None, None] + turn[:, axis, 0, None, None] * offsets + turn[:, axis, 1, None, None] * offsets[:, None]
+        whole[axis][:, None, None]
+        + turn[:, axis, 0, None, None] * offsets
+        + turn[:, axis, 1, None, None] * offsets[:, None]
         for axis in (0, 1)
     )  # [B, S + 2 M, S + 2 M] each
     labels, inside = _nearest(bank, image, x, y)
@@ -182,5 +183,21 @@ def _bilinear(bank: Bank, image: Tensor, x: Tensor, y: Tensor) -> Tensor:
     right_share, low_share = (x - left)[..., None], (y - top)[..., None]
     columns = [_mirrored(left.long() + step, width) for step in (0, 1)]
     rows = [start + _mirrored(top.long() + step, height) * width for step in (0, 1)]
-    across = [torch.lerp(*(bank.pixels[row + column].float() for column in columns), right_share) for row in rows]
-    return torch.lerp(*across, low_share).permute(0, 3, 1, 2) / 255
+    above, below = (
+        torch.lerp(bank.pixels[row + columns[0]].float(), bank.pixels[row + columns[1]].float(), right_share)
+        for row in rows
+    )
+    return torch.lerp(above, below, low_share).permute(0, 3, 1, 2) / 255
+
+
+def whole(labelled: Labelled, *, device: torch.device | str = "cpu") -> Windows:
+    """A batch of one: a whole image as its window, upright; of sides that need not be equal."""
+    bank = Bank.of([labelled], device=device)
+    height, width = labelled.instances.shape
+    labels = bank.labels.view(1, height, width).long()
+    return Windows(
+        images=bank.pixels.view(1, height, width, 3).permute(0, 3, 1, 2) / 255,
+        labels=F.pad(labels, (MARGIN_PX,) * 4),
+        known=torch.ones_like(labels, dtype=torch.bool),
+        cut=bank.cut,
+    )
