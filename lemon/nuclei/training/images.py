@@ -38,7 +38,8 @@ class Labelled:
 def read_folder(folder: str | Path) -> list[Labelled]:
     """Images of a folder of ``<name>.<jpg, png, tif>`` and ``<name>_inst.npz`` (``inst_map``), sorted by name.
 
-    An ``images.csv`` with the columns ``image`` and ``objective_power`` names images at 20x: they are enlarged twice.
+    An ``images.csv`` with the columns ``image`` and ``objective_power`` names images at 20x: they are enlarged twice,
+    and are a source of their own, ``<folder>_20x``.
     """
     folder = Path(folder)
     at_20x = _names_at_20x(folder / "images.csv")
@@ -65,7 +66,8 @@ def _read(folder: Path, name: str, *, enlarge: float) -> Labelled:
         if "inst_map" not in stored:
             raise ValueError(f"{folder}/{name}_inst.npz: got arrays {sorted(stored)}, expected inst_map")
         instances = stored["inst_map"].astype(np.int32)
-    return enlarged(Labelled(folder.name, name, cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), instances), factor=enlarge)
+    source = folder.name if enlarge == 1 else f"{folder.name}_20x"
+    return enlarged(Labelled(source, name, cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), instances), factor=enlarge)
 
 
 def enlarged(labelled: Labelled, *, factor: float) -> Labelled:

@@ -21,9 +21,10 @@ def test_a_folder_of_images_and_maps_is_read_in_order(tmp_path: Path) -> None:
 
 def test_images_at_20x_are_enlarged(tmp_path: Path) -> None:
     for name in "ab":
-        stored(tmp_path, labelled(name=name))
-    (tmp_path / "images.csv").write_text("image,objective_power\na,20\nb,40\n")
-    coarse, fine = read_folder(tmp_path)
+        stored(tmp_path / "set", labelled(name=name))
+    (tmp_path / "set/images.csv").write_text("image,objective_power\na,20\nb,40\n")
+    coarse, fine = read_folder(tmp_path / "set")
+    assert (coarse.source, fine.source) == ("set_20x", "set")
     assert coarse.instances.shape == (192, 192)
     assert coarse.image.shape == (192, 192, 3)
     assert fine.instances.shape == (96, 96)
