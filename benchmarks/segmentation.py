@@ -24,7 +24,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 from scipy import ndimage, optimize
-from scipy.spatial import cKDTree
 from skimage.color import rgb2hed
 from skimage.feature import peak_local_max
 from skimage.filters import threshold_otsu
@@ -33,12 +32,12 @@ from skimage.segmentation import watershed
 
 from benchmarks.record import hardware
 from lemon.nuclei.hematoxylin import Gate, calibrate, candidates, choose, score, segment
+from lemon.nuclei.scores import centroids, detection, dice
 from lemon.runtime.store import code_version
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/segmentation.json"
 PAGE = ROOT / "docs/segmentation.md"
-REACH_PX = 12.0
 MIN_AREA_PX = 80  # 5 um2
 DEVELOPMENT = ("monuseg_train", "consep_train", "gbm40")
 OTHERS = ("cpm15", "dsb2018_he")
@@ -80,48 +79,6 @@ def labelled_images(folder: Path) -> Iterator[Labelled]:
     for name in names:
         image = imread(folder / f"{name}.jpg")
         yield Labelled(name, image, np.load(folder / f"{name}_inst.npz")["inst_map"].astype(np.int32))
-
-
-def centroids(labels: np.ndarray) -> np.ndarray:
-    """Centroids [N, 2] (x, y) of the labels above 0."""
-    flat = labels.ravel()
-    y, x = np.indices(labels.shape)
-    count = np.bincount(flat)
-    ids = np.flatnonzero(count)
-    ids = ids[ids > 0]
-    return np.stack([np.bincount(flat, axis.ravel())[ids] / count[ids] for axis in (x, y)], axis=1)
-
-
-def n_matched(found: np.ndarray, drawn: np.ndarray) -> int:
-    """Pairs of points [N, 2] and [M, 2] made one to one, nearest pairs first, at most ``REACH_PX`` apart."""
-    if len(found) == 0 or len(drawn) == 0:
-        return 0
-    near = cKDTree(found).sparse_distance_matrix(cKDTree(drawn), REACH_PX, output_type="coo_matrix")
-    used_found: set[int] = set()
-    used_drawn: set[int] = set()
-    for pair in np.argsort(near.data, kind="stable"):
-        a, b = int(near.row[pair]), int(near.col[pair])
-        if a not in used_found and b not in used_drawn:
-            used_found.add(a)
-            used_drawn.add(b)
-    return len(used_found)
-
-
-def detection(found: np.ndarray, drawn: np.ndarray) -> dict[str, float]:
-    """F1, precision and recall of predicted centroids [N, 2]; an image without nuclei that are found has F1 0."""
-    matched = n_matched(found, drawn)
-    return {
-        "f1": 2 * matched / max(len(found) + len(drawn), 1),
-        "precision": matched / max(len(found), 1),
-        "recall": matched / max(len(drawn), 1),
-    }
-
-
-def dice(found: np.ndarray, drawn: np.ndarray) -> float:
-    """2 |A and B| / (|A| + |B|) of the pixels that belong to any nucleus."""
-    a, b = found > 0, drawn > 0
-    both = float((a & b).sum())
-    return 2 * both / max(float(a.sum() + b.sum()), 1.0)
 
 
 # --- what is compared -------------------------------------------------------------------------------------------------

@@ -190,10 +190,12 @@ class HematoxylinConfig(Frozen):
 
 
 class HoverFastConfig(Frozen):
-    """HoverFast's network; the published checkpoint is a file that the user downloads."""
+    """HoverFast's network, with LEMON's weights (research only, see their card) or those of a file."""
 
     name: Literal["hoverfast"]
-    checkpoint: AnyPath = Field(description="path of a HoverFast checkpoint (.pth)")
+    checkpoint: AnyPath | None = Field(
+        None, description="path of a HoverFast checkpoint (.pth) or of .safetensors; null: the weights of LEMON"
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     batch: int = Field(4, ge=1, description="regions a forward pass")

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from lemon.cells.ledger import Ledger, open_ledger, tell_statuses
 from lemon.cells.names import FOLDERS, SETTINGS, file_stem, ledger_name
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError, CurateConfig, HoverFastConfig
+from lemon.nuclei.released import weights_path
 from lemon.runtime import pool
 from lemon.runtime.demand import Demand, is_new, settle
 from lemon.runtime.lease import hold
@@ -173,7 +174,7 @@ def check(config: CurateConfig) -> list[Slide]:
         from lemon.nuclei.hoverfast import load_checkpoint  # imports torch
 
         try:
-            load_checkpoint(config.segmenter.checkpoint)
+            load_checkpoint(weights_path(config.segmenter.checkpoint))
         except (ValueError, FileNotFoundError) as error:
             raise ConfigError(f"segmenter.checkpoint: {error}") from None
     if config.tissue.masks is not None and not path_exists(config.tissue.masks):

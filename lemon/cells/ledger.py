@@ -11,6 +11,7 @@ import pyarrow as pa
 from lemon import schema
 from lemon.cells.names import FOLDERS, SETTINGS, file_stem, ledger_name, shard_name
 from lemon.config import CurateConfig, HoverFastConfig
+from lemon.nuclei.released import weights_path
 from lemon.runtime.attempts import FOLDER as ATTEMPTS
 from lemon.runtime.attempts import begin_attempt, end_attempts
 from lemon.runtime.settings import keep_settings
@@ -62,7 +63,7 @@ def open_ledger(store: Store, config: CurateConfig) -> Ledger:
     """The ledger of an output; raises ConfigError when the output was made with other settings."""
     settings = config.result_settings()
     if isinstance(config.segmenter, HoverFastConfig):
-        with local_copy(config.segmenter.checkpoint) as checkpoint:
+        with local_copy(weights_path(config.segmenter.checkpoint)) as checkpoint:
             settings["segmenter"]["checkpoint"] = file_fingerprint(checkpoint)
     if config.overwrite:
         for name in (*FOLDERS, SETTINGS):

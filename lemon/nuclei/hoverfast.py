@@ -25,9 +25,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from lemon.nuclei.hoverfast_cpu import RowwiseUNet
 from lemon.nuclei.hoverfast_device import DeviceLine, pack_bits
 from lemon.nuclei.instances import HVLimits, HVPrediction, calibrate_limits, postprocess_hv
+from lemon.nuclei.released import weights_path
 from lemon.nuclei.segmenter import Postprocess
 from lemon.runtime.store import local_copy
-from lemon.runtime.tensors import read_weights
+from lemon.runtime.tensors import read_notes, read_weights
 
 WEIGHTS_SOURCE = (
     "HoverFast's repository https://github.com/choosehappy/HoverFast offers hoverfast_crosstissue_best_model.pth "
@@ -164,7 +165,7 @@ def pad_to_multiple(x: torch.Tensor, multiple_px: int) -> torch.Tensor:
 
 
 def load_checkpoint(path: str | Path) -> HoverFastNet:
-    """The network of a checkpoint in HoverFast's format, in fp32 and evaluation mode, on the CPU.
+    """The network of a checkpoint in HoverFast's format, or of ``save_half``, in fp32 and evaluation mode, on the CPU.
 
     Raises:
         FileNotFoundError: there is no such file; the message says where the published weights come from.
@@ -211,6 +212,8 @@ def save_half(net: HoverFastNet, path: str | Path) -> None:
 def _read_checkpoint(file: Path, path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"checkpoint {path}: no such file; {WEIGHTS_SOURCE}")
+    if file.suffix == ".safetensors":
+        return _read_safetensors(file, told=f"checkpoint {path}")
     # HoverFast's trainer stores the best loss as a NumPy array of no dimensions, under NumPy 1's module name.
     rebuild = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
     harmless = [rebuild, (rebuild, "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype]
@@ -219,6 +222,17 @@ def _read_checkpoint(file: Path, path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise ValueError(f"checkpoint {path}: got a {type(checkpoint).__name__}, expected a dict in HoverFast's format")
     return checkpoint
+
+
+def _read_safetensors(file: Path, *, told: str) -> dict[str, Any]:
+    """A file of ``save_half`` as the dict that HoverFast's format is."""
+    try:
+        architecture = json.loads(read_notes(file, told=told).get("architecture", "{}"))
+    except ValueError as error:
+        raise ValueError(f"{told}: its architecture is no JSON ({error})") from None
+    if not isinstance(architecture, dict):
+        raise ValueError(f"{told}: its architecture is a {type(architecture).__name__}, expected an object")
+    return {**architecture, "model_dict": read_weights(file, told=told)}
 
 
 def fold_batch_norm(net: HoverFastNet) -> HoverFastNet:
@@ -258,13 +272,14 @@ def choose_precision(precision: str, *, device: torch.device) -> torch.dtype:
 class HoverFast:
     """The segmenter (see ``segmenter.Segmenter``) on HoverFast's network.
 
-    Predictions are ``HVPrediction``; the calibration of a slide is the range of its maps' gradients, ``HVLimits``.
-    ``compiled`` takes a fifth off a region's time on a GPU, and half a minute at the first region of each size.
+    Its weights are those of LEMON, or of a checkpoint. Predictions are ``HVPrediction``; the calibration of a slide is
+    the range of its maps' gradients, ``HVLimits``. ``compiled`` takes a fifth off a region's time on a GPU, and half a
+    minute at the first region of each size.
     """
 
     def __init__(
         self,
-        checkpoint: str,
+        checkpoint: str | None = None,
         *,
         device: str = "auto",
         precision: str = "auto",
@@ -280,7 +295,7 @@ class HoverFast:
         self.device = torch.device(device)
         self.dtype = choose_precision(precision, device=self.device)
         self.batch = batch
-        self.net = optimise(load_checkpoint(checkpoint), device=self.device, dtype=self.dtype)
+        self.net = optimise(load_checkpoint(weights_path(checkpoint)), device=self.device, dtype=self.dtype)
         self.min_area_px = min_area_um2 / um_per_px**2
         run = torch.compile(self._run, dynamic=False) if compiled else self._run
         self._line = DeviceLine(run, self.device) if self.device.type == "cuda" else None

@@ -57,6 +57,16 @@ def read_weights(
         return undamaged(lambda: torch.load(opened, map_location=device, weights_only=True), told=told)
 
 
+def read_notes(path: str | Path, *, told: str) -> dict[str, str]:
+    """The texts by name at the head of a .safetensors file. Raises as ``read_weights``."""
+
+    def read() -> dict[str, str]:
+        with safetensors.safe_open(str(path), framework="pt") as stored:
+            return dict(stored.metadata() or {})
+
+    return undamaged(read, told=told)
+
+
 def undamaged(read: Callable[[], T], *, told: str) -> T:
     """What a reader of weights returns; whatever it ends in is a DamagedError, one line that begins with ``told``."""
     try:

@@ -12,6 +12,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from lemon.slides.images import read_image
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 
@@ -59,15 +61,14 @@ def _read(folder: Path, name: str, *, enlarge: float) -> Labelled:
     file = next(
         (folder / f"{name}{suffix}" for suffix in IMAGE_SUFFIXES if (folder / f"{name}{suffix}").is_file()), None
     )
-    pixels = None if file is None else cv2.imread(str(file), cv2.IMREAD_COLOR)
-    if pixels is None:
-        raise ValueError(f"{folder}/{name}: no image beside {name}_inst.npz that can be read")
+    if file is None:
+        raise ValueError(f"{folder}/{name}: no image beside {name}_inst.npz")
     with np.load(folder / f"{name}_inst.npz", allow_pickle=False) as stored:
         if "inst_map" not in stored:
             raise ValueError(f"{folder}/{name}_inst.npz: got arrays {sorted(stored)}, expected inst_map")
         instances = stored["inst_map"].astype(np.int32)
     source = folder.name if enlarge == 1 else f"{folder.name}_20x"
-    return enlarged(Labelled(source, name, cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), instances), factor=enlarge)
+    return enlarged(Labelled(source, name, read_image(file), instances), factor=enlarge)
 
 
 def enlarged(labelled: Labelled, *, factor: float) -> Labelled:

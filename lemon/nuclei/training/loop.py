@@ -36,7 +36,6 @@ class Recipe:
         batch, window_px: of a step, on one worker.
         learning_rate: highest; it rises over ``warmup_steps`` and falls with half a cosine to 0.
         average: decay of the averaged weights, less at the beginning.
-        seam_weight: see ``make_targets``.
         bf16: multiply in bfloat16.
     """
 
@@ -50,7 +49,6 @@ class Recipe:
     average: float = 0.999
     geometry: Geometry = field(default_factory=Geometry)
     appearance: Appearance = field(default_factory=Appearance)
-    seam_weight: float | None = None
     bf16: bool = False
     seed: int = 0
 
@@ -136,7 +134,7 @@ class Trainer:
         windows = draw(
             self.bank, batch=recipe.batch, size_px=recipe.window_px, geometry=recipe.geometry, generator=self._generator
         )
-        targets = make_targets(windows, seam_weight=recipe.seam_weight)
+        targets = make_targets(windows)
         images = vary(windows.images, recipe.appearance, generator=self._generator, host=host)
         with torch.autocast(self.bank.device.type, torch.bfloat16, enabled=recipe.bf16):
             logits, hv_maps = self._call(images.contiguous(memory_format=torch.channels_last))

@@ -30,31 +30,22 @@ class Targets:
     edge: Tensor
 
 
-def make_targets(windows: Windows, *, seam_weight: float | None = None) -> Targets:
+def make_targets(windows: Windows) -> Targets:
     """Targets of windows.
 
     Maps are those of the nucleus as it lies in the window, turned and scaled, so they are made anew for each window.
-
-    Args:
-        windows: whose labels reach ``MARGIN_PX`` beyond them.
-        seam_weight: pixels of a nucleus that touch another one become background, which so parts them, and weigh this
-            much in the mask's loss; None leaves them, as the reference does.
     """
     labels = windows.labels
     hv_maps, cut = _maps(labels, windows.cut)
     nucleus = labels > 0
-    mask, mask_weight = nucleus, torch.ones_like(hv_maps[:, 0])
-    if seam_weight is not None:
-        seam = _seams(labels)
-        mask, mask_weight = nucleus & ~seam, torch.where(seam, seam_weight, 1.0)
     edge = (F.max_pool2d(nucleus.float(), 5, stride=1, padding=2) > 0) & ~nucleus
     inner = slice(MARGIN_PX, -MARGIN_PX)
     known = windows.known.float()
     return Targets(
-        mask=mask[:, inner, inner].long(),
+        mask=nucleus[:, inner, inner].long(),
         hv_maps=hv_maps[:, :, inner, inner],
         map_weight=torch.where(cut, 0.0, 1.0)[:, inner, inner] * known,
-        mask_weight=mask_weight[:, inner, inner] * known,
+        mask_weight=known,
         edge=edge[:, inner, inner],
     )
 
@@ -84,11 +75,3 @@ def _maps(labels: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
     nucleus = labels > 0
     cuts = cuts & nucleus
     return torch.stack(maps, 1) * (nucleus & ~cuts)[:, None], cuts
-
-
-def _seams(labels: Tensor) -> Tensor:
-    """bool [B, H, W]: pixels of a nucleus next to, or diagonal to, a pixel of another one."""
-    values = labels.float()  # exact up to 16 million
-    highest = F.max_pool2d(values, 3, stride=1, padding=1)
-    lowest = -F.max_pool2d(torch.where(labels > 0, -values, -torch.inf), 3, stride=1, padding=1)
-    return (labels > 0) & ((highest > values) | (lowest < values))

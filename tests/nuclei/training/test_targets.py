@@ -9,9 +9,9 @@ from lemon.nuclei.training.windows import Bank, Geometry, draw, whole
 from tests.nuclei.training.made_up import blobs, labelled
 
 
-def of(instances: np.ndarray, *, seam_weight: float | None = None) -> Targets:
+def of(instances: np.ndarray) -> Targets:
     image = np.zeros((*instances.shape, 3), np.uint8)
-    return make_targets(whole(Labelled("", "", image, instances)), seam_weight=seam_weight)
+    return make_targets(whole(Labelled("", "", image, instances)))
 
 
 def by_hand(instances: np.ndarray) -> np.ndarray:
@@ -82,15 +82,3 @@ def test_edges_are_the_background_around_nuclei() -> None:
     targets = of(blobs())
     assert targets.edge.any()
     assert not (targets.edge & targets.mask.bool()).any()
-
-
-def test_seams_part_nuclei_that_touch_and_weigh_more() -> None:
-    instances = np.zeros((32, 32), np.int32)
-    instances[8:20, 4:16], instances[8:20, 16:28] = 1, 2
-    targets = of(instances, seam_weight=3.0)
-    seam = np.zeros((32, 32), bool)
-    seam[8:20, 15:17] = True
-    assert np.array_equal(targets.mask[0].numpy() > 0, (instances > 0) & ~seam)
-    assert np.array_equal(targets.mask_weight[0].numpy() == 3, seam)
-    alone = np.where(instances == 1, instances, 0)
-    assert np.array_equal(of(alone, seam_weight=3.0).mask[0].numpy() > 0, alone > 0)
