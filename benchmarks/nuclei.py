@@ -2,13 +2,14 @@
 
     python -m benchmarks.nuclei --data FOLDER [FOLDER ...] [--checkpoint FILE ...] [--held-out-share 0.08]
 
-A folder holds ``<name>.jpg`` (or png, tif) and ``<name>_inst.npz`` (``inst_map``, 0 is background), at 0.25 um/px; those
-that ``images.csv`` says are at 20x are enlarged twice and are a source of their own. Every image is a slide of its own.
-``--held-out-share`` keeps of each source the images that training with that share never saw.
+A folder holds ``<name>.jpg`` (or png, tif) and ``<name>_inst.npz`` (``inst_map``, 0 is background), at 0.25 um/px;
+images that ``images.csv`` says are at 20x are enlarged twice and are a source of their own. Every image is a slide of
+its own. ``--held-out-share`` keeps of each source the images that training with that share never saw.
 
 Compared are ``hematoxylin``, ``hoverfast`` with the weights of LEMON, and with each checkpoint named. Figures (see
-``lemon/nuclei/scores.py``) are means over images with 95 % intervals, images drawn 10,000 times with replacement; seconds
-are processor time a million pixels. A line goes to ``benchmarks/results/nuclei.jsonl``, a table to standard output.
+``lemon/nuclei/scores.py``) are means over images with 95 % intervals, images drawn 10,000 times with replacement;
+seconds are processor time a million pixels. A line goes to ``benchmarks/results/nuclei.jsonl``, a table to standard
+output.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -32,10 +34,8 @@ from lemon.nuclei.training.images import Labelled, read_folder, split
 SHOWN = ("f1", "precision", "recall", "f1_iou", "pq", "aji", "dice")
 DRAWS = 10_000
 
-Row = dict[str, float]
 
-
-def measured(segmenter: Segmenter, image: Labelled) -> Row:
+def measured(segmenter: Segmenter, image: Labelled) -> dict[str, float]:
     """Scores of one image that is its own slide; ``seconds`` is processor time, its calibration left out."""
     calibration = segmenter.calibrate([image.image])
     start = time.process_time()
@@ -46,10 +46,10 @@ def measured(segmenter: Segmenter, image: Labelled) -> Row:
     return scores(found, image.instances) | {"seconds": seconds, "mpx": found.size / 1e6}
 
 
-def summary(rows: Sequence[Row]) -> dict[str, object]:
+def summary(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Means over images, each with its interval; nuclei found a drawn one; seconds a million pixels."""
     drawn = np.random.default_rng(0).integers(0, len(rows), (DRAWS, len(rows)))
-    figures: dict[str, object] = {}
+    figures: dict[str, Any] = {}
     for key in SHOWN:
         values = np.array([row[key] for row in rows])
         ends = np.percentile(values[drawn].mean(axis=1), [2.5, 97.5])
@@ -61,25 +61,23 @@ def summary(rows: Sequence[Row]) -> dict[str, object]:
     }
 
 
-def table(rows: Sequence[Mapping[str, object]]) -> str:
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown of the rows."""
     lines = [
         "| source | images | segmenter | F1 within 3 um | F1, IoU 0.5 | PQ | AJI | Dice | found a drawn one | s/Mpx |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        cells = [
-            f"{mean:.3f} ({low:.3f} to {high:.3f})" for mean, low, high in (row[k] for k in ("f1", "f1_iou", "pq"))
-        ]  # type: ignore[misc, attr-defined]
-        cells += [f"{row[key][0]:.3f}" for key in ("aji", "dice")]  # type: ignore[index]
+        cells = ["{:.3f} ({:.3f} to {:.3f})".format(*row[key]) for key in ("f1", "f1_iou", "pq")]
+        cells += [f"{row[key][0]:.3f}" for key in ("aji", "dice")]
         cells += [f"{row['found_per_drawn']:.2f}", f"{row['s_per_mpx']:.2f}"]
         lines.append(f"| {row['source']} | {row['images']} | {row['segmenter']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def measure(images: Sequence[Labelled], segmenters: Mapping[str, Segmenter]) -> list[dict[str, object]]:
+def measure(images: Sequence[Labelled], segmenters: Mapping[str, Segmenter]) -> list[dict[str, Any]]:
     """One row a source and segmenter."""
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for source in dict.fromkeys(image.source for image in images):
         own = [image for image in images if image.source == source]
         for name, segmenter in segmenters.items():
