@@ -6,6 +6,10 @@ A folder holds ``<name>.jpg`` (or png, tif) and ``<name>_inst.npz`` (``inst_map`
 images that ``images.csv`` says are at 20x are enlarged twice and are a source of their own. Every image is a slide of
 its own. ``--held-out-share`` keeps of each source the images that training with that share never saw.
 
+    python -m benchmarks.nuclei --slide SLIDE --window X Y WIDTH HEIGHT
+
+counts what a whole slide's curation finds in a window, in pixels of level 0, that has no nuclei, or hardly any.
+
 Compared are ``hematoxylin``, ``hoverfast`` with the weights of LEMON, and with each checkpoint named. Figures (see
 ``lemon/nuclei/scores.py``) are means over images with 95 % intervals, images drawn 10,000 times with replacement;
 seconds are processor time a million pixels. A line goes to ``benchmarks/results/nuclei.jsonl``, a table to standard
@@ -15,6 +19,7 @@ output.
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,14 +30,20 @@ import numpy as np
 import torch
 
 from benchmarks.record import record
+from lemon.cells.names import shard_name
+from lemon.config import CurateConfig, load
 from lemon.nuclei.hematoxylin import Hematoxylin
 from lemon.nuclei.hoverfast import HoverFast
 from lemon.nuclei.scores import labels_of, scores
 from lemon.nuclei.segmenter import Segmenter
 from lemon.nuclei.training.images import Labelled, read_folder, split
+from lemon.runtime.store import Store
+from lemon.slide import build_segmenter, curate_slide, start_processes
+from lemon.slides.cohort import list_slides
 
 SHOWN = ("f1", "precision", "recall", "f1_iou", "pq", "aji", "dice")
 DRAWS = 10_000
+PACKAGES = ("torch", "opencv-python-headless", "numpy")
 
 
 def measured(segmenter: Segmenter, image: Labelled) -> dict[str, float]:
@@ -87,15 +98,51 @@ def measure(images: Sequence[Labelled], segmenters: Mapping[str, Segmenter]) -> 
     return rows
 
 
+def found_in_window(slide_file: Path, *, window: Sequence[int], words: Sequence[str]) -> dict[str, Any]:
+    """Nuclei of a slide, and of a window (x, y, width, height), whose centroids lie in it."""
+    x, y, width, height = window
+    with tempfile.TemporaryDirectory() as folder, start_processes(1) as processes:
+        given = [f"slides={slide_file}", f"output={folder}", "cells_per_slide=null", *words]
+        config = load("curate", given, CurateConfig)
+        (slide,) = list_slides(config.slides)
+        segmenter, store = build_segmenter(config.segmenter), Store(config.output)
+        row = curate_slide(slide, config=config, segmenter=segmenter, processes=processes, store=store)
+        cells = store.read_table(shard_name(slide.slide_id), columns=["x_level0_px", "y_level0_px"])
+    at_x, at_y = (np.asarray(cells[name]) for name in ("x_level0_px", "y_level0_px"))
+    inside = (at_x >= x) & (at_x < x + width) & (at_y >= y) & (at_y < y + height)
+    mm2 = width * height * row["mpp"] ** 2 / 1e6
+    found = int(inside.sum())
+    return {"slide": row["n_nuclei"], "window": found, "per_mm2": round(found / mm2), "network_s": row["network_s"]}
+
+
+def measure_window(slide_file: Path, *, window: Sequence[int], checkpoints: Sequence[str]) -> None:
+    """One line a segmenter, printed and recorded."""
+    named = {"hematoxylin": ["segmenter=hematoxylin"], "hoverfast": ["segmenter=hoverfast"]}
+    for file in checkpoints:
+        named[f"hoverfast, {Path(file).name}"] = ["segmenter=hoverfast", f"segmenter.checkpoint={file}"]
+    rows = {}
+    for name, words in named.items():
+        rows[name] = found_in_window(slide_file, window=window, words=words)
+        print(name, rows[name], flush=True)
+    record("nuclei", {"slide": slide_file.name, "window": list(window), "found": rows}, packages=PACKAGES)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders of labelled images")
+    parser.add_argument("--data", type=Path, nargs="+", default=[], help="folders of labelled images")
     parser.add_argument("--checkpoint", nargs="*", default=[], help="further weights of HoverFast's network")
     parser.add_argument("--held-out-share", type=float, help="only images that training with this share never saw")
+    parser.add_argument("--slide", type=Path, help="a slide with a window that has hardly any nuclei")
+    parser.add_argument("--window", type=int, nargs=4, help="x, y, width, height at level 0")
     options = parser.parse_args()
+    if bool(options.data) == bool(options.slide) or bool(options.slide) != bool(options.window):
+        parser.error("expected --data, or --slide and --window")
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
+    if options.slide:
+        measure_window(options.slide, window=options.window, checkpoints=options.checkpoint)
+        return
     images = [image for folder in options.data for image in read_folder(folder)]
     if options.held_out_share is not None:
         images = split(images, held_out_share=options.held_out_share)[1]
@@ -104,7 +151,7 @@ def main() -> None:
     rows = measure(images, segmenters)
     print(table(rows))
     what = "all" if options.held_out_share is None else f"held out, share {options.held_out_share}"
-    record("nuclei", {"which": what, "rows": rows}, packages=("torch", "opencv-python-headless", "numpy"))
+    record("nuclei", {"which": what, "rows": rows}, packages=PACKAGES)
 
 
 if __name__ == "__main__":
