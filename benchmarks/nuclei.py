@@ -48,7 +48,8 @@ PACKAGES = ("torch", "opencv-python-headless", "numpy")
 
 def measured(segmenter: Segmenter, image: Labelled) -> dict[str, float]:
     """Scores of one image that is its own slide; ``seconds`` is processor time, its calibration left out."""
-    calibration = segmenter.calibrate([image.image])
+    # A network's region that is its own slide needs no calibration; it would take the network a second time.
+    calibration = segmenter.calibrate([image.image]) if isinstance(segmenter, Hematoxylin) else None
     start = time.process_time()
     (prediction,) = segmenter.predict(image.image[None])
     nuclei = segmenter.postprocess(image.image, prediction, calibration)

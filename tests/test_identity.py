@@ -15,12 +15,14 @@ import pytest
 
 from lemon import curate
 from lemon.cells.ledger import Ledger, open_ledger
+from lemon.cells.names import SETTINGS
 from lemon.cells.select import Selection, select_cells
 from lemon.cells.shard import images_from_arrow
 from lemon.config import ConfigError, CurateConfig, load
 from lemon.embed import pipeline
 from lemon.embed.config import EmbedConfig
-from lemon.runtime.store import Store
+from lemon.nuclei.released import weights_path
+from lemon.runtime.store import Store, file_fingerprint
 from lemon.slide import build_segmenter, curate_slide, start_processes
 from lemon.slides.cohort import Slide
 from lemon.slides.synthetic import make_tissue, write_pyramid
@@ -196,14 +198,30 @@ def test_other_weights_of_the_segmenter_are_other_settings_wherever_their_file_l
         path = tmp_path / folder / "w.pth"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(weights)
-        words = [f"slides={tmp_path}", f"output={tmp_path}", "segmenter=hoverfast", f"segmenter.checkpoint={path}"]
-        ledger = open_ledger(Store(tmp_path / "out"), load("curate", words, CurateConfig))
-        ledger.commit({"slide_id": "a", "path": "", "status": "done"})
+        begin_ledger(tmp_path, f"segmenter.checkpoint={path}")
 
     begin(b"weights", "one")
     begin(b"weights", "two")
     with pytest.raises(ConfigError, match=r"segmenter\.checkpoint \w+ then, \w+ now"):
         begin(b"other", "one")
+
+
+def test_the_weights_that_come_with_lemon_are_known_by_their_content(tmp_path: Path) -> None:
+    released = Path(weights_path(None))
+    begin_ledger(tmp_path)
+    assert Store(tmp_path / "out").read_json(SETTINGS)["segmenter"]["checkpoint"] == file_fingerprint(released)
+    copy = tmp_path / "elsewhere.safetensors"
+    copy.write_bytes(released.read_bytes())
+    begin_ledger(tmp_path, f"segmenter.checkpoint={copy}")
+    copy.write_bytes(b"others")
+    with pytest.raises(ConfigError, match=r"segmenter\.checkpoint \w+ then, \w+ now"):
+        begin_ledger(tmp_path, f"segmenter.checkpoint={copy}")
+
+
+def begin_ledger(folder: Path, *words: str) -> None:
+    given = [f"slides={folder}", f"output={folder}", "segmenter=hoverfast", *words]
+    ledger = open_ledger(Store(folder / "out"), load("curate", given, CurateConfig))
+    ledger.commit({"slide_id": "a", "path": "", "status": "done"})
 
 
 @pytest.mark.parametrize(

@@ -226,8 +226,9 @@ def _read_checkpoint(file: Path, path: str | Path) -> dict[str, Any]:
 
 def _read_safetensors(file: Path, *, told: str) -> dict[str, Any]:
     """A file of ``save_half`` as the dict that HoverFast's format is."""
+    notes = read_notes(file, told=told)
     try:
-        architecture = json.loads(read_notes(file, told=told).get("architecture", "{}"))
+        architecture = json.loads(notes.get("architecture", "{}"))
     except ValueError as error:
         raise ValueError(f"{told}: its architecture is no JSON ({error})") from None
     if not isinstance(architecture, dict):

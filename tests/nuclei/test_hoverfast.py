@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from lemon.nuclei.hoverfast import (
@@ -17,6 +20,7 @@ from lemon.nuclei.hoverfast import (
     load_checkpoint,
     optimise,
     save_checkpoint,
+    save_half,
 )
 from lemon.nuclei.hoverfast_cpu import RowwiseUNet, toom_cook
 from lemon.nuclei.hoverfast_device import pack_bits
@@ -155,6 +159,41 @@ def test_a_written_checkpoint_opens_as_the_same_network(architecture: Architectu
         assert torch.equal(tensor, net.state_dict()[name])
 
 
+@pytest.mark.parametrize("architecture", VARIANTS, ids=str)
+def test_weights_in_half_precision_open_as_the_same_network(architecture: Architecture, tmp_path: Path) -> None:
+    net = random_net(architecture)
+    save_half(net, tmp_path / "net.safetensors")
+    loaded = load_checkpoint(tmp_path / "net.safetensors")
+    assert loaded.architecture == architecture
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.dtype == net.state_dict()[name].dtype
+        assert torch.allclose(tensor, net.state_dict()[name], rtol=1e-3, atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("notes", "said"),
+    [
+        ({}, "lacks n_classes"),
+        ({"architecture": "{"}, "no JSON"),
+        ({"architecture": "[3]"}, "expected an object"),
+        ({"architecture": json.dumps(asdict(TINY) | {"depth": 1000})}, "depth: got 1000"),
+        ({"architecture": json.dumps(asdict(TINY) | {"conv_block": ["unet"]})}, "conv_block: got"),
+        ({"architecture": json.dumps(asdict(TINY) | {"wf": 3})}, "misshapen"),
+        ({"architecture": json.dumps(asdict(TINY) | {"model_dict": {}})}, "lacks weights: last"),
+    ],
+)
+def test_safetensors_that_do_not_fit_are_named_in_one_line(notes: dict[str, str], said: str, tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    state = random_net(TINY).state_dict()
+    if "model_dict" in notes.get("architecture", ""):  # what the notes call weights is none
+        state = {name: value for name, value in state.items() if not name.startswith("last")}
+    safetensors.torch.save_file(state, str(path), metadata=notes)
+    with pytest.raises(ValueError) as caught:
+        load_checkpoint(path)
+    assert said in one_line(caught.value)
+    assert str(path) in str(caught.value)
+
+
 def test_the_loss_that_the_original_stores_as_an_array_does_not_stop_loading(tmp_path: Path) -> None:
     path = written(random_net(TINY), tmp_path / "net.pth", best_loss_on_test=np.array(0.5, np.float32))
     assert load_checkpoint(path).architecture == TINY
@@ -197,8 +236,9 @@ def test_a_checkpoint_that_does_not_fit_is_named_in_one_line(
 @pytest.mark.parametrize(
     "content", [b"", b"not a checkpoint", pickle.dumps({"a": 1}, protocol=2), pickle.dumps(Path("x"), protocol=2)]
 )
-def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "net.pth"
+@pytest.mark.parametrize("name", ["net.pth", "net.safetensors"])
+def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(content: bytes, name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(ValueError) as caught:
         load_checkpoint(path)
