@@ -274,7 +274,6 @@ class HoverFast:
     """The segmenter (see ``segmenter.Segmenter``) on HoverFast's network.
 
     Its weights are those of LEMON, or of a checkpoint. Predictions are ``HVPrediction``; the calibration of a slide is
-    Its weights are those of LEMON, or of a checkpoint. Predictions are ``HVPrediction``; the calibration of a slide is
     the range of its maps' gradients, ``HVLimits``. ``compiled`` takes a fifth off a region's time on a GPU, and half a
     minute at the first region of each size.
     """
