@@ -163,7 +163,9 @@ def test_a_comma_in_the_name_of_a_file_is_no_list(tmp_path: Path, monkeypatch: p
     assert load("curate", ["slides=c.svs,d.svs", "output=o"], CurateConfig).slides == ["c.svs", "d.svs"]
 
 
-@pytest.mark.parametrize("script", sorted((Path(__file__).parents[1] / "jobs").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "script", sorted((Path(__file__).parents[1] / "jobs").glob("*.py")), ids=lambda path: path.stem
+)
 def test_of_every_job_a_wrong_word_is_the_only_fault(
     script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
