@@ -667,6 +667,8 @@ def _explain(fault: Any, model: type[BaseModel]) -> str:
         return f"{key}: unknown key{f'; did you mean {close[0]}?' if close else '; --help lists the keys'}"
     if fault["type"] == "missing" or (fault["type"] == "string_type" and fault["input"] == "???"):
         return f"{key}: missing; give {key}=..."
+    if fault["type"] == "string_pattern_mismatch" and (field := model.model_fields.get(key)) and field.description:
+        return f"{key}: got {fault['input']!r}; expected {field.description}"  # no user reads a regular expression
     message = fault["msg"].removeprefix("Value error, ")
     expected = message.removeprefix("Input should be ").removeprefix("a valid ")
     if expected == message:

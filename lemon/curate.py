@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lemon.cells.ledger import Ledger, open_ledger, tell_statuses
-from lemon.cells.names import FOLDERS, SETTINGS, file_stem, ledger_name
+from lemon.cells.names import FOLDERS, SETTINGS, file_stem, geojson_name, ledger_name
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError, CurateConfig, HoverFastConfig
 from lemon.nuclei.released import weights_path
 from lemon.runtime import pool
@@ -203,6 +203,7 @@ def _pending(slides: list[Slide], ledger: Ledger, config: CurateConfig) -> list[
         },
         "have other tissue masks": changed_masks(finished, config.tissue.masks, stem=file_stem),
         "lost their cells": ledger.without_shard(finished),
+        "have no GeoJSON": ledger.without_geojson(finished) if config.geojson else set(),
     }
     for why, slide_ids in again.items():
         if slide_ids:
@@ -211,6 +212,8 @@ def _pending(slides: list[Slide], ledger: Ledger, config: CurateConfig) -> list[
     redone = set().union(*again.values())
     for slide_id in redone:
         ledger.store.delete(ledger_name(slide_id))
+        if ledger.store.records.agree(geojson_name(slide_id)):  # nuclei of pixels that are no more
+            ledger.store.delete(geojson_name(slide_id))
     done = {row["slide_id"] for row in finished} - redone
     return [slide for slide in slides if slide.slide_id not in done]
 

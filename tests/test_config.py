@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -162,3 +163,18 @@ def test_a_comma_in_the_name_of_a_file_is_no_list(tmp_path: Path, monkeypatch: p
         (tmp_path / name).touch()
     assert load("curate", [f"slides={given}", "output=o"], CurateConfig).slides == given
     assert load("curate", ["slides=c.svs,d.svs", "output=o"], CurateConfig).slides == ["c.svs", "d.svs"]
+
+
+@pytest.mark.parametrize(
+    "script", sorted((Path(__file__).parents[1] / "jobs").glob("*.py")), ids=lambda path: path.stem
+)
+def test_of_every_job_a_wrong_word_is_the_only_fault(
+    script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(script), "no_such_key=1"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == EXIT_BAD_CONFIG
+    told = capsys.readouterr().err
+    assert "no_such_key: unknown key" in told
+    assert told.count("unknown key") == 1  # none of the job's own file

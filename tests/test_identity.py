@@ -177,6 +177,20 @@ def test_what_changed_is_made_again_in_every_stage_and_nothing_else_is(
     assert lab.embed() == 0
 
 
+def test_geojson_that_is_gone_or_was_not_asked_for_is_made_and_none_outlives_its_pixels(lab: Lab) -> None:
+    before, made = lab.selection(), lab.cells / "geojson" / "a.geojson.gz"
+    assert lab.curate("geojson=true") == ["a", "b"]
+    assert lab.curate("geojson=true") == []
+    made.unlink()
+    assert lab.curate("geojson=true") == ["a"]
+    assert made.exists()
+    assert lab.selection().fingerprint == before.fingerprint  # nothing downstream is done again
+    another_slide(lab)
+    assert lab.curate() == ["a"]
+    assert not made.exists()
+    assert (lab.cells / "geojson" / "b.geojson.gz").exists()
+
+
 def test_the_images_of_a_selection_are_those_of_its_table_after_curation_anew(lab: Lab) -> None:
     another_slide(lab)
     lab.curate()

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from lemon import schema
-from lemon.cells.names import FOLDERS, SETTINGS, file_stem, ledger_name, shard_name
+from lemon.cells.names import FOLDERS, SETTINGS, file_stem, geojson_name, ledger_name, shard_name
 from lemon.config import CurateConfig, HoverFastConfig
 from lemon.nuclei.released import weights_path
 from lemon.runtime.attempts import FOLDER as ATTEMPTS
@@ -43,6 +43,11 @@ class Ledger:
         """Slides whose rows say that they have cells, and whose shard is gone."""
         there = set(self.store.list("cells"))
         return {row["slide_id"] for row in rows if row["n_cells"] and shard_name(row["slide_id"]) not in there}
+
+    def without_geojson(self, rows: Sequence[dict[str, Any]]) -> set[str]:
+        """Slides with nuclei whose GeoJSON is gone, or was not asked for when they were curated."""
+        there = set(self.store.list("geojson"))
+        return {row["slide_id"] for row in rows if row["n_nuclei"] and geojson_name(row["slide_id"]) not in there}
 
 
 def tell_statuses(rows: Sequence[dict[str, Any]]) -> str:

@@ -73,7 +73,7 @@ REFUSED = {
     "crops of no width": (["views.view_a.crop.ratio=[0.001,0.002]"], "views.view_a.crop.ratio.0: got 0.001; expected"),
     "an empty path": (["cells="], "cells: "),
     **{
-        f"a registered name with {name!r}": ([f"register_as={name}"], "register_as: ")
+        f"a registered name with {name!r}": ([f"register_as={name}"], "register_as: got ")
         for name in ("a/b", "a:b", "a.b", "a%b", "..", "' '", "x" * 201)
     },
 }
