@@ -179,6 +179,7 @@ def check(config: CurateConfig) -> list[Slide]:
             raise ConfigError(f"segmenter.checkpoint: {error}") from None
     if config.tissue.masks is not None and not path_exists(config.tissue.masks):
         raise ConfigError(f"tissue.masks: got {config.tissue.masks!r}; expected a folder of <slide_id>.png")
+    Store(config.output).records.require_all(OWNS)  # before a cluster is asked for
     return slides
 
 

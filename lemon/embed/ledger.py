@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -74,11 +74,18 @@ def _file(job: dict[str, Any]) -> str:
     return embeddings_name(job["slide_id"])
 
 
+def _same_model(earlier: dict[str, Any], made: Made) -> str | None:
+    """What the model of an output was called, where it has the same weights."""
+    return earlier["model"] if earlier.get("model_fingerprint") == made.model_fingerprint else None
+
+
 def open_ledger(store: Store, made: Made, *, overwrite: bool) -> EmbedLedger:
     """The ledger of an output; raises ConfigError when the output was begun with another model or other numbers."""
     if overwrite:
         for name in (*FOLDERS, CENTRES, SETTINGS):
             store.delete(name)
+    if store.exists(SETTINGS) and (name := _same_model(store.read_json(SETTINGS, dict), made)):
+        made = replace(made, model=called)  # the same weights from another folder
     store.delete(ATTEMPTS)  # marks of a run that was killed; only this one's count
     keep_settings(
         store,

@@ -142,6 +142,7 @@ class _Claim:
             thread.join()
             with contextlib.suppress(OSError):  # then it goes stale
                 self.store.remove_own(self.name)
+                self.store.remove_empty(OWN)  # of an output that was refused nothing is left
 
     def _beat(self, ended: threading.Event) -> None:
         while not ended.wait(BEAT_S):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -145,7 +145,7 @@ class Records:
         By listings alone: each file is compared with its record when it is about to be replaced. Hidden files (of
         Finder, say) stand in nobody's way and stay.
         """
-        foreign = [name for top in names for name in self._foreign(top)]
+        foreign = [name for top in names for name in self.foreign(top)]
         if foreign:
             others = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
             raise ForeignFileError(
@@ -153,7 +153,8 @@ class Records:
                 "move it away, or choose another output"
             )
 
-    def _foreign(self, top: str) -> Iterable[str]:
+    def foreign(self, top: str) -> list[str]:
+        """Files below a name, or the file of that name, of which there is no record; hidden ones are left out."""
         if self.store.info(top).type == pafs.FileType.File:
             return [] if self.of(top) else [top]
         there = self.store.list(top)

@@ -141,7 +141,7 @@ class Store:
             if self.records.agree(each):
                 self._remove(each)
                 self.records.forget(each)
-        self._remove_empty(name)
+        self.remove_empty(name)
 
     def _remove(self, name: str) -> None:
         with self._plain_errors(name), contextlib.suppress(FileNotFoundError):  # another process may be removing it
@@ -150,7 +150,7 @@ class Store:
             elif self.info(name).type == pafs.FileType.File:
                 self.filesystem.delete_file(self.path(name))
 
-    def _remove_empty(self, folder: str) -> None:
+    def remove_empty(self, folder: str) -> None:
         """Remove a local folder and those in it as far as nothing is left in them."""
         if self.is_local:
             for path, _, _ in os.walk(self.path(folder), topdown=False):
@@ -236,9 +236,15 @@ class Store:
     def write_own(self, name: str, content: bytes) -> None:
         """Write a small file below ``.lemon/`` atomically; no record is kept of it."""
         assert is_own(name)
-        with self._unnamed(name) as path:
-            path.write_bytes(content)
-            self._give_name(path, name)
+        for attempt in range(3):
+            try:
+                with self._unnamed(name) as path:
+                    path.write_bytes(content)
+                    self._give_name(path, name)
+                return
+            except FileNotFoundError:  # another job, which ends, removed the empty folder
+                if attempt == 2:
+                    raise
 
     def remove_own(self, name: str) -> None:
         """Remove a file below ``.lemon/``; absent is fine."""

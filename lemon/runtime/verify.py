@@ -30,6 +30,8 @@ class Fault:
 def main(config: VerifyConfig) -> int:
     """Verify an output and the outputs inside it; prints a line for each fault; returns the exit code: 3 for any."""
     store = Store(config.output)
+    if store.info("").type == pafs.FileType.File:
+        raise ConfigError(f"output: {store.uri} is a file; expected the folder of a job's output")
     outputs = sorted(outputs_in(store))
     if not outputs:
         raise ConfigError(f"output: {store.uri} holds nothing that this version of lemon wrote")
@@ -38,7 +40,7 @@ def main(config: VerifyConfig) -> int:
         inner = Store(f"{store.uri}/{folder}".rstrip("/"))
         names = sorted(inner.records.names(""))
         n_files += len(names)
-        found = [*verify_files(inner, names), *verify_ledgers(inner)]
+        found = [*verify_files(inner, names), *strangers(inner, names), *verify_ledgers(inner)]
         faults += [Fault(f"{folder}/{fault.name}".lstrip("/"), fault.reason) for fault in found]
     for fault in faults:
         print(f"  {fault.name}: {fault.reason}")
@@ -62,6 +64,8 @@ def verify_files(store: Store, names: list[str]) -> Iterator[Fault]:
             return "is gone; the job that wrote it makes it again"
         known = {record.sha256 for record in store.records.of(name)}
         try:
+            if not known:
+                return "has a damaged record; move the file away, and the job that wrote it makes it again"
             if store.info(name).type == pafs.FileType.Directory:
                 store.records.require(name)
             elif store.records.digest(name) not in known:
@@ -75,6 +79,15 @@ def verify_files(store: Store, names: list[str]) -> Iterator[Fault]:
     with ThreadPoolExecutor(READERS) as pool:
         reasons = tqdm(pool.map(reason, names), total=len(names), unit="file", desc="verify", disable=None)
         yield from (Fault(name, why) for name, why in zip(names, reasons, strict=True) if why is not None)
+
+
+def strangers(store: Store, names: list[str]) -> Iterator[Fault]:
+    """Files without a record in the folders that LEMON writes, or whose records are damaged."""
+    inside = [folder for folder in outputs_in(store) if folder]
+    for top in sorted({name.partition("/")[0] for name in names}):
+        for name in store.records.foreign(top):
+            if not any(name.startswith(f"{folder}/") for folder in inside):
+                yield Fault(name, "has no record: lemon did not write it, or its record was lost; move it away")
 
 
 def verify_ledgers(store: Store) -> Iterator[Fault]:

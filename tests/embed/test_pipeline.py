@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,12 @@ def test_a_slide_that_was_curated_anew_is_embedded_anew_and_so_are_its_files(
     summary = pipeline.run(config)
     assert (summary.n_skipped, summary.n_embedded) == (2, 50)
     assert len(Store(tmp_path / "out").read_table("clusters/a.parquet")) == 50
+
+
+def test_the_same_weights_in_another_folder_are_the_same_model(model: Path, cells: Store, tmp_path: Path) -> None:
+    pipeline.run(config_for(model, cells, tmp_path / "out"))
+    copy = shutil.copytree(model, tmp_path / "copy of the run")
+    assert pipeline.run(config_for(copy, cells, tmp_path / "out")).n_skipped == len(SLIDES)
 
 
 def test_an_output_begun_with_another_model_or_type_is_refused_until_told_otherwise(

@@ -219,3 +219,9 @@ def test_settings_of_ray_that_cannot_be_read_stop_no_job(
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", settings)
     with hold(str(tmp_path), stage="first"):
         assert claims(tmp_path)[0]["stage"] == "first"
+
+
+def test_a_job_that_is_refused_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError), hold(str(tmp_path / "out"), stage="test"):
+        raise ConfigError("model: got no such thing")
+    assert list((tmp_path / "out").iterdir()) == []

@@ -59,3 +59,15 @@ def test_a_folder_of_somebody_else_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="holds nothing that this version of lemon wrote"):
         main(VerifyConfig(output=str(tmp_path)))
+
+
+def test_files_and_records_that_lemon_did_not_write_are_told(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (output / "cells" / "mine.txt").write_text("mine")
+    (output / ".lemon" / "files" / "cells" / "a.parquet.json").unlink()
+    (output / ".lemon" / "files" / "slides" / "a.parquet.json").write_text("{{")
+    assert main(VerifyConfig(output=str(output))) == 3
+    told = capsys.readouterr().out
+    for name, reason in {"cells/mine.txt": "no", "cells/a.parquet": "no", "slides/a.parquet": "a damaged"}.items():
+        assert f"  {name}: has {reason} record" in told
+    with pytest.raises(ConfigError, match="is a file; expected the folder"):
+        main(VerifyConfig(output=str(output / "cells" / "mine.txt")))
