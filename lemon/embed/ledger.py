@@ -84,7 +84,7 @@ def open_ledger(store: Store, made: Made, *, overwrite: bool) -> EmbedLedger:
     if overwrite:
         for name in (*FOLDERS, CENTRES, SETTINGS):
             store.delete(name)
-    if store.exists(SETTINGS) and (name := _same_model(store.read_json(SETTINGS, dict), made)):
+    if store.exists(SETTINGS) and (called := _same_model(store.read_json(SETTINGS, dict), made)):
         made = replace(made, model=called)  # the same weights from another folder
     store.delete(ATTEMPTS)  # marks of a run that was killed; only this one's count
     keep_settings(
