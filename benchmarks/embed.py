@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pyarrow as pa
-import pyarrow.parquet as pq
 import shapely
 
 from benchmarks.record import record
@@ -27,6 +26,7 @@ from lemon.cells.shard import PARQUET_OPTIONS, ROW_GROUP_ROWS, images_to_arrow
 from lemon.encoders.config import LEMON_MEAN, LEMON_STD, EncoderConfig
 from lemon.encoders.export import CellInput, export_encoder
 from lemon.encoders.vit import build_vit
+from lemon.runtime.shards import write_shard
 from lemon.runtime.store import Store
 
 JOB = Path(__file__).resolve().parents[1] / "jobs" / "embed.py"
@@ -79,15 +79,13 @@ def write_cells(store: Store, *, slides: int, cells: int) -> None:
     images = generator.integers(0, 256, (min(cells, ROW_GROUP_ROWS), 60, 60, 3), np.uint8)
     for slide in range(slides):
         slide_id = f"s{slide:04d}"
-        with (
-            store.write(shard_name(slide_id)) as stream,
-            pq.ParquetWriter(stream, schema.CELLS, **PARQUET_OPTIONS) as writer,
-        ):
+        with write_shard(store, shard_name(slide_id), schema.CELLS, **PARQUET_OPTIONS) as shard:
             for start in range(0, cells, ROW_GROUP_ROWS):
                 count = min(ROW_GROUP_ROWS, cells - start)
                 ranks = (start + np.arange(count)) / cells
-                writer.write_table(_rows(slide_id, ranks, images=images[:count], generator=generator))
+                shard.write(_rows(slide_id, ranks, images=images[:count], generator=generator))
         row = {"slide_id": slide_id, "path": "", "status": "done", "n_cells": cells, "n_nuclei": cells}
+        row["cells_digest"] = shard.digest
         Ledger(store, config_fingerprint="benchmark").commit(row)
 
 

@@ -34,6 +34,7 @@ from lemon.probe.config import ProbeSettings
 from lemon.probe.score import POOLED, score_task
 from lemon.probe.task import Task
 from lemon.probe.tasks import consep
+from lemon.runtime.shards import write_shard
 from lemon.runtime.store import Store
 from lemon.schema import CELLS, CROP_PX
 
@@ -165,8 +166,9 @@ def write_slide(store: Store, slide_id: str, crops: np.ndarray) -> None:
     absent: dict[str, Any] = dict.fromkeys(("patient_id", "organ", "site"), [None] * len(ids))
     columns = {name: values.get(name, absent.get(name, np.zeros(len(ids)))) for name in CELLS.names}
     table = pa.table({name: pa.array(column) for name, column in columns.items()}).cast(CELLS)
-    store.write_table(shard_name(slide_id), table, **PARQUET_OPTIONS)
-    counts = {"n_cells": len(ids), "n_nuclei": len(ids)}
+    with write_shard(store, shard_name(slide_id), CELLS, **PARQUET_OPTIONS) as shard:
+        shard.write(table)
+    counts = {"n_cells": len(ids), "n_nuclei": len(ids), "cells_digest": shard.digest}
     Ledger(store, config_fingerprint="masks").commit({"slide_id": slide_id, "path": "", "status": "done", **counts})
 
 
