@@ -45,9 +45,9 @@ def fault_of(found: pa.Schema, expected: pa.Schema) -> str | None:
     got, _, version = (found.metadata or {}).get(TABLE, b"").decode().partition("/")
     job = f"the output of jobs/{_MADE_BY.get(wanted, wanted)}.py"
     if not got:
-        return f"is no table of lemon's, or of a version before {VERSION}; expected the table {wanted}, {job}"
+        return f"is no table of lemon's, or of a version before {VERSION}; expected {job} (table {wanted})"
     if got != wanted:
-        return f"is the table {got}; expected {wanted}, {job}"
+        return f"is the table {got}; expected {job} (table {wanted})"
     if version != str(VERSION):
         mend = "install the lemon that wrote it" if version > str(VERSION) else "make it again in another output"
         return f"is the table {got} of version {version}; this lemon reads version {VERSION}: {mend}"
