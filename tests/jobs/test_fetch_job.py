@@ -147,4 +147,5 @@ def test_a_killed_stream_goes_on_and_downloads_no_committed_slide_again(slides: 
     assert kept.items() <= committed(tmp_path).items()
     rows = read_ledger(Store(tmp_path / "cells")).to_pylist()
     assert [(row["status"], row["n_cells"]) for row in rows] == [("done", 40)] * 3
-    assert list((tmp_path / "passing").iterdir()) == []
+    assert part_bytes(tmp_path / PASSING) == 0
+    assert list((tmp_path / PASSING).glob("*.tiff")) == []

@@ -41,7 +41,7 @@ def test_where_nothing_is_found_one_line_says_what_to_do_and_no_database_is_made
 @pytest.mark.parametrize(
     ("word", "part"),
     [
-        ("paper=nowhere.csv", "report: paper: nowhere.csv cannot be read"),
+        ("paper=nowhere.csv", "report: paper: nowhere.csv: no such file"),
         ("sweep=x", "report: sweep: unknown key; did you mean sweeps?"),
         ("output=mlflow.db/x", "report: output: cannot write to 'mlflow.db/x'"),
     ],
