@@ -182,15 +182,17 @@ def check_configs() -> Finding:
 
 def check_storage(path: str) -> Finding:
     """A file is written, listed, read and deleted."""
+    from lemon.runtime.records import OWN
     from lemon.runtime.store import Store
 
-    store, name = Store(path), f"lemon-doctor-{uuid.uuid4().hex[:8]}/probe"
-    store.write_bytes(name, b"lemon")
+    store, name = Store(path), f"{OWN}/doctor-{uuid.uuid4().hex[:8]}"
+    store.write_own(name, b"lemon")
     try:
-        if name not in store.list(name.split("/")[0]) or store.read_bytes(name) != b"lemon":
+        if name not in store.list(OWN) or store.read_bytes(name) != b"lemon":
             return Finding("fail", f"{path}: what was written is not found again", "is it the same bucket everywhere?")
     finally:
-        store.delete(name.split("/")[0])
+        store.remove_own(name)
+        store.remove_empty(OWN)
     return Finding("ok", f"{path}: written, listed, read, deleted")
 
 
