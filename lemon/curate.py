@@ -163,13 +163,13 @@ def ask(config: CurateConfig, *, key: str = "workers") -> list[Slide]:
 def check(config: CurateConfig) -> list[Slide]:
     """The slides of a config. Raises ConfigError for all that can be wrong before work begins."""
     slides = list_slides(config.slides)
+    tables = [_absolute(f"{config.output.rstrip('/')}/{folder}") for folder in FOLDERS]
     for slide in slides:
-        for folder in FOLDERS:
-            if _lies_in(slide.path, f"{config.output.rstrip('/')}/{folder}"):
-                raise ConfigError(
-                    f"slides: {slide.path} lies in the folder of a table of output={config.output}; expected another "
-                    "output"
-                )
+        path = _absolute(slide.path)
+        if any(path.startswith(f"{table}/") for table in tables):
+            raise ConfigError(
+                f"slides: {slide.path} lies in the folder of a table of output={config.output}; expected another output"
+            )
     if isinstance(config.segmenter, HoverFastConfig):
         from lemon.nuclei.hoverfast import load_checkpoint  # imports torch
 
@@ -183,10 +183,9 @@ def check(config: CurateConfig) -> list[Slide]:
     return slides
 
 
-def _lies_in(path: str, folder: str) -> bool:
-    if is_uri(path) or is_uri(folder):
-        return path.startswith(f"{folder}/")
-    return Path(path).resolve().is_relative_to(Path(folder).expanduser().resolve())
+def _absolute(path: str) -> str:
+    """A path with its links followed; a URI as it is."""
+    return path if is_uri(path) else str(Path(path).expanduser().resolve())
 
 
 def _pending(slides: list[Slide], ledger: Ledger, config: CurateConfig) -> list[Slide]:

@@ -116,8 +116,8 @@ class Records:
     def _matching(self, name: str, info: pafs.FileInfo, known: Sequence[Record]) -> Record | None:
         """Which of its records a file agrees with: by size and time, else by its digest."""
         if info.type == pafs.FileType.Directory:
-            now = Record.of(Path(self.store.path(name))) if known else None
-            return next((each for each in known if now and each.sha256 == now.sha256), None)
+            now = self.digest(name) if known else None
+            return next((each for each in known if each.sha256 == now), None)
         alike = [each for each in known if each.size_bytes == info.size]
         in_time = [each for each in alike if each.mtime_ns == info.mtime_ns]
         if in_time or not alike:
@@ -128,7 +128,7 @@ class Records:
         return next((each for each in alike if each.sha256 == digest), None)
 
     def digest(self, name: str) -> str:
-        """SHA-256 of a file as it is now. Raises FileNotFoundError."""
+        """SHA-256 of a file, or of a local folder, as it is now. Raises FileNotFoundError."""
         if self.store.is_local:
             return Record.of(Path(self.store.path(name))).sha256
         if self.store.size(name) <= MOST_REMOTE_BYTES:

@@ -11,7 +11,7 @@ import pyarrow.fs as pafs
 from tqdm import tqdm
 
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError, VerifyConfig
-from lemon.runtime.records import FILES, ForeignFileError
+from lemon.runtime.records import FILES
 from lemon.runtime.shards import digest_in
 from lemon.runtime.store import READERS, Store
 from lemon.schema import EMBEDDED, SLIDES
@@ -37,11 +37,13 @@ def main(config: VerifyConfig) -> int:
         raise ConfigError(f"output: {store.uri} holds nothing that this version of lemon wrote")
     n_files, faults = 0, []
     for folder in outputs:
-        inner = Store(f"{store.uri}/{folder}".rstrip("/"))
-        names = sorted(inner.records.names(""))
+        own = Store(f"{store.uri}/{folder}".rstrip("/"))
+        names = sorted(own.records.names(""))
         n_files += len(names)
-        found = [*verify_files(inner, names), *strangers(inner, names), *verify_ledgers(inner)]
-        faults += [Fault(f"{folder}/{fault.name}".lstrip("/"), fault.reason) for fault in found]
+        above = f"{folder}/".lstrip("/")
+        inside = [other.removeprefix(above) for other in outputs if other != folder and other.startswith(above)]
+        found = [*verify_files(own, names), *strangers(own, names, inside=inside), *verify_ledgers(own)]
+        faults += [Fault(above + fault.name, fault.reason) for fault in found]
     for fault in faults:
         print(f"  {fault.name}: {fault.reason}")
     print(f"verify: {n_files:,} files in {store.uri}; {len(faults)} are not as they were written")
@@ -63,30 +65,23 @@ def verify_files(store: Store, names: list[str]) -> Iterator[Fault]:
         if store.info(name).type == pafs.FileType.NotFound:
             return "is gone; the job that wrote it makes it again"
         known = {record.sha256 for record in store.records.of(name)}
+        if not known:
+            return "has a damaged record; move the file away, and the job that wrote it makes it again"
         try:
-            if not known:
-                return "has a damaged record; move the file away, and the job that wrote it makes it again"
-            if store.info(name).type == pafs.FileType.Directory:
-                store.records.require(name)
-            elif store.records.digest(name) not in known:
-                return f"is damaged or was changed; {REMEDY}"
-        except ForeignFileError:
-            return f"is damaged or was changed; {REMEDY}"
+            return None if store.records.digest(name) in known else f"is damaged or was changed; {REMEDY}"
         except OSError as error:
             return f"cannot be read: {error}"
-        return None
 
     with ThreadPoolExecutor(READERS) as pool:
         reasons = tqdm(pool.map(reason, names), total=len(names), unit="file", desc="verify", disable=None)
         yield from (Fault(name, why) for name, why in zip(names, reasons, strict=True) if why is not None)
 
 
-def strangers(store: Store, names: list[str]) -> Iterator[Fault]:
-    """Files without a record in the folders that LEMON writes, or whose records are damaged."""
-    inside = [folder for folder in outputs_in(store) if folder]
+def strangers(store: Store, names: list[str], *, inside: list[str]) -> Iterator[Fault]:
+    """Files without a record in the folders that LEMON writes, but for outputs ``inside``, which have their own."""
     for top in sorted({name.partition("/")[0] for name in names}):
         for name in store.records.foreign(top):
-            if not any(name.startswith(f"{folder}/") for folder in inside):
+            if not name.startswith(tuple(f"{folder}/" for folder in inside)):
                 yield Fault(name, "has no record: lemon did not write it, or its record was lost; move it away")
 
 
