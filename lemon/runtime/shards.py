@@ -119,11 +119,3 @@ def digest_in(file: pq.ParquetFile) -> str | None:
     """The digest that a shard's metadata states; None where it states none."""
     found = (file.metadata.metadata or {}).get(DIGEST)
     return None if found is None else found.decode()
-
-
-def digest_of(store: Store, name: str, *, schema: pa.Schema) -> str:
-    """The digest of a shard's rows as they are read now. Raises FileNotFoundError, OSError, pa.ArrowException."""
-    rows = RowsDigest(schema)
-    for batch in store.iter_batches(name, columns=schema.names):
-        rows.update(batch)
-    return rows.hexdigest()
