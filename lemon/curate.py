@@ -64,14 +64,15 @@ def _in_place() -> Locate:
 IN_PLACE = Source(open=_in_place, ahead=0)
 
 
-def run(config: CurateConfig, *, source: Source = IN_PLACE) -> Summary:
+def run(config: CurateConfig, *, source: Source = IN_PLACE, slides: list[Slide] | None = None) -> Summary:
     """Curate the slides of a config; returns what became of each.
 
-    A slide that its source could not provide gets no row, so that it is tried again by a rerun.
+    A slide that its source could not provide gets no row, so that it is tried again by a rerun. ``slides`` is what
+    ``ask`` gave where a larger job asked already.
 
     Raises ConfigError for what the user must mend first; FatalError when the job cannot go on.
     """
-    slides = ask(config)
+    slides = ask(config) if slides is None else slides
     with hold(config.output, stage="curate", owns=OWNS) as store:
         ledger = open_ledger(store, config)
         pending = _pending(slides, ledger, config)
@@ -85,10 +86,10 @@ def run(config: CurateConfig, *, source: Source = IN_PLACE) -> Summary:
     return Summary(rows=rows, n_skipped=len(slides) - len(pending), exit_code=code)
 
 
-def main(config: CurateConfig, *, source: Source = IN_PLACE) -> int:
+def main(config: CurateConfig, *, source: Source = IN_PLACE, slides: list[Slide] | None = None) -> int:
     """``run`` with its outcome told; returns the exit code."""
     try:
-        summary = run(config, source=source)
+        summary = run(config, source=source, slides=slides)
     except pool.FatalError as error:
         print(f"curate: stopped: {error}; what is committed stays, rerun goes on", file=sys.stderr)
         return EXIT_FAILURES

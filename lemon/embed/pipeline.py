@@ -31,6 +31,7 @@ from lemon.runtime.demand import Demand, is_new, settle
 from lemon.runtime.lease import hold
 from lemon.runtime.shards import ShardError
 from lemon.runtime.store import Store, open_output
+from lemon.slides.cohort import Slide
 
 OWNS = (*FOLDERS, CENTRES, SETTINGS)
 """What embedding writes in its output."""
@@ -49,8 +50,10 @@ class Summary:
     exit_code: int
 
 
-def run(config: EmbedConfig) -> Summary:
+def run(config: EmbedConfig, *, slides: list[Slide] | None = None) -> Summary:
     """Embed the cells of a config and write the formats; returns what became of each slide.
+
+    ``slides`` are those that curation was asked about already.
 
     Raises ConfigError for what the user must mend first; pool.FatalError when the job cannot go on.
     """
@@ -61,7 +64,7 @@ def run(config: EmbedConfig) -> Summary:
     jobs = _jobs(cells) if config.cells is not None else []  # before anything is overwritten
     ledger = open_ledger(output, made, overwrite=config.overwrite)
     if config.slides is not None:
-        code = _curate(config)
+        code = _curate(config, slides)
         with contextlib.suppress(ConfigError):  # no cells: the line that curation printed says why
             jobs = _jobs(cells)
     pending = ledger.without_embeddings(jobs)
@@ -78,10 +81,10 @@ def run(config: EmbedConfig) -> Summary:
 
 def main(config: EmbedConfig) -> int:
     """``run`` with its outcome told; returns the exit code."""
-    _ask(config)
+    slides = _ask(config)
     try:
         with hold(config.output, stage="embed", owns=OWNS):
-            summary = run(config)
+            summary = run(config, slides=slides)
     except (pool.FatalError, OSError) as error:
         print(f"embed: stopped: {error}; what is committed stays, rerun goes on", file=sys.stderr)
         return EXIT_FAILURES
@@ -110,10 +113,10 @@ def _located(config: EmbedConfig) -> tuple[EmbedConfig, Store]:
     return config.model_copy(update=update), output
 
 
-def _curate(config: EmbedConfig) -> int:
+def _curate(config: EmbedConfig, slides: list[Slide] | None) -> int:
     """Curate the slides; cells of an earlier run are kept, also when embeddings are to be overwritten."""
     try:
-        return curate.main(config.curate_config())
+        return curate.main(config.curate_config(), slides=slides)
     except ConfigError as error:
         raise ConfigError(str(error).replace("overwrite=true", "curation.overwrite=true")) from None
 
@@ -189,14 +192,13 @@ def _export(
     return [row for slide_id, row in ledger.rows().items() if slide_id in paths]
 
 
-def _ask(config: EmbedConfig) -> None:
-    """Check what the job asks of the cluster before it writes anything. Raises ConfigError."""
-    if config.slides is not None:
-        n_slides = len(curate.ask(config.curate_config(), key="curation.workers"))
-    else:
-        n_slides = len(_jobs(Store(config.cells or "")))
+def _ask(config: EmbedConfig) -> list[Slide] | None:
+    """Check what the job asks of the cluster before it writes anything; the slides to curate. Raises ConfigError."""
+    slides = None if config.slides is None else curate.ask(config.curate_config(), key="curation.workers")
+    n_slides = len(_jobs(Store(config.cells or "")) if slides is None else slides)
     if is_new(config.output, table="slides"):
         _actors(config, n_slides=n_slides, gpus=config.workers.gpus)
+    return slides
 
 
 def _is_here(config: EmbedConfig, *, n_slides: int) -> bool:

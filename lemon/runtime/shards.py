@@ -20,40 +20,45 @@ class RowsDigest:
     """SHA-256 over rows of one schema: the same however they are cut into batches, row groups and chunks."""
 
     def __init__(self, schema: pa.Schema) -> None:
-        self._names = schema.names
-        self._columns = {name: hashlib.sha256() for name in schema.names}
+        # A stream for each kind of a column's bytes: in one stream they would alternate with the chunks.
+        self._columns = {name: (hashlib.sha256(), hashlib.sha256(), hashlib.sha256()) for name in schema.names}
 
     def update(self, rows: pa.Table | pa.RecordBatch) -> None:
         """Take the next rows."""
-        for name, digest in self._columns.items():
+        for name, streams in self._columns.items():
             column = rows[name]
             for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
-                _update(digest, chunk)
+                for stream, part in zip(streams, _parts(chunk), strict=True):
+                    stream.update(part)
 
     def hexdigest(self) -> str:
         """32 hexadecimal digits of the rows so far."""
         whole = hashlib.sha256()
-        for name, digest in self._columns.items():
-            whole.update(name.encode() + b"\0" + digest.digest())
+        for name, streams in self._columns.items():
+            whole.update(name.encode() + b"\0" + b"".join(stream.digest() for stream in streams))
         return whole.hexdigest()[:32]
 
 
-def _update(digest: Any, values: pa.Array) -> None:
-    """One column's values, without what depends on Arrow's layout: offsets into buffers, absent null bitmaps."""
+def _parts(values: pa.Array) -> tuple[Any, Any, Any]:
+    """Which values are there, their lengths where these differ, and the values: without what is of Arrow's layout."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
-    digest.update(pc.is_valid(values).to_numpy(zero_copy_only=False).tobytes())
-    if pa.types.is_fixed_size_list(values.type):
-        digest.update(np.ascontiguousarray(values.flatten().to_numpy(zero_copy_only=False)).data)
+    valid, lengths = pc.is_valid(values).to_numpy(zero_copy_only=False).tobytes(), b""
+    content: Any = b""
+    if not len(values):
+        pass
+    elif pa.types.is_fixed_size_list(values.type):
+        content = np.ascontiguousarray(values.flatten().to_numpy(zero_copy_only=False)).data
     elif pa.types.is_fixed_size_binary(values.type):
         width = values.type.byte_width
-        digest.update(values.buffers()[1][values.offset * width : (values.offset + len(values)) * width])
+        content = values.buffers()[1][values.offset * width : (values.offset + len(values)) * width]
     elif pa.types.is_string(values.type) or pa.types.is_binary(values.type):
         filled = pc.fill_null(values, "" if pa.types.is_string(values.type) else b"")
-        digest.update(pc.binary_length(filled).to_numpy(zero_copy_only=False).tobytes())
-        digest.update(b"".join(filled.cast(pa.binary()).to_pylist()))
+        lengths = pc.binary_length(filled).to_numpy(zero_copy_only=False).tobytes()
+        content = b"".join(filled.cast(pa.binary()).to_pylist())
     else:
-        digest.update(pc.fill_null(values, 0).to_numpy(zero_copy_only=False).tobytes())
+        content = pc.fill_null(values, 0).to_numpy(zero_copy_only=False).tobytes()
+    return valid, lengths, content
 
 
 class ShardWriter:

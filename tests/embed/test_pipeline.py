@@ -286,7 +286,7 @@ def test_a_slide_is_curated_first_where_no_table_is_given(
     """Ray is left out: what curation is asked for is checked, and a table put where it writes one."""
     asked = []
 
-    def curated(config: object) -> int:
+    def curated(config: object, *, slides: object) -> int:
         asked.append(config)
         write_cells(Store(config.output), "s", 20)  # type: ignore[attr-defined]
         return 0
@@ -305,7 +305,7 @@ def test_a_slide_is_curated_first_where_no_table_is_given(
 def test_cells_of_other_settings_are_refused_with_the_key_that_discards_them(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(config: object) -> int:
+    def refused(config: object, *, slides: object) -> int:
         raise ConfigError("output: was made with other settings; choose another output or overwrite=true")
 
     monkeypatch.setattr(pipeline.curate, "main", refused)
@@ -318,7 +318,7 @@ def test_slides_without_any_cell_end_with_the_exit_code_of_curation(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline.curate, "ask", lambda config, key: [None])
-    monkeypatch.setattr(pipeline.curate, "main", lambda config: 3)
+    monkeypatch.setattr(pipeline.curate, "main", lambda config, *, slides: 3)
     words = [f"model={model}", f"output={tmp_path / 'out'}", "slides=bad.svs", "device=cpu"]
     assert pipeline.main(load("embed", words, EmbedConfig)) == 3
 
