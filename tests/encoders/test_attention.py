@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -13,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lemon.encoders.attention import MOST_TOKENS, CellAttention, attend, serves
+from tests.encoders.interpreter import interpreted
 
 pytest.importorskip("triton")
 
@@ -58,20 +55,10 @@ INTERPRETED = {dtype: bound for dtype, bound in BOUNDS.items() if dtype != torch
 
 
 def test_the_kernel_equals_the_formula_in_the_interpreter() -> None:
-    program = (
-        "import json\n"
-        "from tests.encoders.test_attention import INTERPRETED, SHAPES, errors\n"
-        "print(json.dumps([[s, str(d), b, errors(s, d, 'cpu')] for s in SHAPES for d, b in INTERPRETED.items()]))"
+    rows = interpreted(
+        "[[s, str(d), b, errors(s, d, 'cpu')] for s in SHAPES for d, b in INTERPRETED.items()]",
+        imports="from tests.encoders.test_attention import INTERPRETED, SHAPES, errors",
     )
-    told = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"TRITON_INTERPRET": "1"},  # read when the kernel's module is imported
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert told.returncode == 0, told.stderr
-    rows = json.loads(told.stdout)
     assert len(rows) == len(SHAPES) * len(INTERPRETED)
     for shape, dtype, bound, found in rows:
         assert max(found.values()) < bound, (shape, dtype, found)

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +11,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from lemon.encoders.mlp import LEAST_ROWS, CellMlp, gelu_mlp, serves
+from tests.encoders.interpreter import interpreted
 
 pytest.importorskip("triton")
 
@@ -48,20 +45,10 @@ CASES = [((3, 27), 64), ((130,), 64), ((1, 1), 128)]
 
 
 def test_the_kernel_equals_the_formula_in_the_interpreter() -> None:
-    program = (
-        "import json, torch\n"
-        "from tests.encoders.test_mlp import CASES, case\n"
-        "print(json.dumps([case(*c, torch.float32) for c in CASES] + [case(*CASES[0], torch.float16)]))"
+    *exact, half = interpreted(
+        "[case(*c, torch.float32) for c in CASES] + [case(*CASES[0], torch.float16)]",
+        imports="from tests.encoders.test_mlp import CASES, case",
     )
-    told = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"TRITON_INTERPRET": "1"},  # read when the kernel's module is imported
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert told.returncode == 0, told.stderr
-    *exact, half = json.loads(told.stdout)
     assert len(exact) == len(CASES)
     assert max(max(found.values()) for found in exact) < 2e-6, exact
     assert max(half.values()) < 4e-3, half

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,8 @@ from lemon.nuclei.hoverfast_device import pack_bits
 from lemon.nuclei.instances import HVLimits
 from tests.conftest import shared
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = Architecture(depth=2, wf=2)
 VARIANTS = [
     TINY,
@@ -36,15 +37,6 @@ VARIANTS = [
     Architecture(depth=2, wf=3, batch_norm=False),
     Architecture(depth=1, wf=3),
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Images this small gain nothing from threads, and on a busy machine threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def random_net(architecture: Architecture, *, seed: int = 0) -> HoverFastNet:

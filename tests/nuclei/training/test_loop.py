@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -12,16 +12,9 @@ from lemon.nuclei.training.loss import HoverFastLoss
 from lemon.nuclei.training.windows import Bank
 from tests.nuclei.training.made_up import labelled
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = Architecture(depth=2, wf=2)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Windows this small gain nothing from threads, and on a busy machine threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def trainer(*, seed: int = 0, log: list[Mapping[str, float]] | None = None, **recipe: float) -> Trainer:
