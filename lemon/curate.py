@@ -75,10 +75,11 @@ def run(config: CurateConfig, *, source: Source = IN_PLACE, slides: list[Slide] 
     slides = ask(config) if slides is None else slides
     with hold(config.output, stage="curate", owns=OWNS) as store:
         ledger = open_ledger(store, config)
-        pending = _pending(slides, ledger, config)
+        rows = ledger.rows()
+        pending = _pending(slides, rows, ledger=ledger, config=config)
         if pending:
             _curate_all(pending, config=config, ledger=ledger, source=source)
-        rows = ledger.rows()
+            rows = ledger.rows()
     wanted = {slide.slide_id for slide in slides}
     rows = [row for row in rows if row["slide_id"] in wanted]
     failed = sum(row["status"] == "failed" for row in rows)
@@ -157,6 +158,7 @@ def ask(config: CurateConfig, *, key: str = "workers") -> list[Slide]:
     """
     slides = check(config)
     if is_new(config.output, table="slides"):
+        Store(config.output).records.require_all(OWNS)  # before a cluster is asked for
         settle(_demand(config, n_slides=len(slides), key=key), stage="curate")
     return slides
 
@@ -180,7 +182,6 @@ def check(config: CurateConfig) -> list[Slide]:
             raise ConfigError(f"segmenter.checkpoint: {error}") from None
     if config.tissue.masks is not None and not path_exists(config.tissue.masks):
         raise ConfigError(f"tissue.masks: got {config.tissue.masks!r}; expected a folder of <slide_id>.png")
-    Store(config.output).records.require_all(OWNS)  # before a cluster is asked for
     return slides
 
 
@@ -189,14 +190,14 @@ def _absolute(path: str) -> str:
     return path if is_uri(path) else str(Path(path).expanduser().resolve())
 
 
-def _pending(slides: list[Slide], ledger: Ledger, config: CurateConfig) -> list[Slide]:
+def _pending(slides: list[Slide], rows: list[dict[str, Any]], *, ledger: Ledger, config: CurateConfig) -> list[Slide]:
     """The slides that are to be worked on: new ones, those to be retried, and those whose pixels or mask changed.
 
     Of these the row goes first, so that after a kill they are new.
     """
     paths = {slide.slide_id: slide.path for slide in slides}
     mpp = {slide.slide_id: slide.mpp for slide in slides}
-    finished = [row for row in ledger.rows() if row["status"] not in config.retry and row["slide_id"] in paths]
+    finished = [row for row in rows if row["status"] not in config.retry and row["slide_id"] in paths]
     again = {
         "changed since they were curated": changed_sources(finished, paths),
         "have another um/px in the cohort": {

@@ -30,7 +30,7 @@ from lemon.runtime.cluster import ray_address
 from lemon.runtime.demand import Demand, is_new, settle
 from lemon.runtime.lease import hold
 from lemon.runtime.shards import ShardError
-from lemon.runtime.store import Store, open_output
+from lemon.runtime.store import Store
 from lemon.slides.cohort import Slide
 
 OWNS = (*FOLDERS, CENTRES, SETTINGS)
@@ -57,7 +57,11 @@ def run(config: EmbedConfig, *, slides: list[Slide] | None = None) -> Summary:
 
     Raises ConfigError for what the user must mend first; pool.FatalError when the job cannot go on.
     """
-    config, output = _located(config)
+    with hold(config.output, stage="embed", owns=OWNS) as output:
+        return _run(_located(config, output), output, slides=slides)
+
+
+def _run(config: EmbedConfig, output: Store, *, slides: list[Slide] | None) -> Summary:
     encoder = open_encoder(config.model)
     made = Made(encoder.name, encoder.fingerprint, encoder.width, config.dtype, config.precision)
     code, cells = EXIT_OK, Store(config.cells or config.curate_config().output)
@@ -83,8 +87,7 @@ def main(config: EmbedConfig) -> int:
     """``run`` with its outcome told; returns the exit code."""
     slides = _ask(config)
     try:
-        with hold(config.output, stage="embed", owns=OWNS):
-            summary = run(config, slides=slides)
+        summary = run(config, slides=slides)
     except (pool.FatalError, OSError) as error:
         print(f"embed: stopped: {error}; what is committed stays, rerun goes on", file=sys.stderr)
         return EXIT_FAILURES
@@ -100,9 +103,8 @@ def main(config: EmbedConfig) -> int:
     return summary.exit_code
 
 
-def _located(config: EmbedConfig) -> tuple[EmbedConfig, Store]:
-    """Paths made absolute, because actors run elsewhere; and the output, which can be written."""
-    output = open_output(config.output, owns=OWNS)
+def _located(config: EmbedConfig, output: Store) -> EmbedConfig:
+    """Paths made absolute, because actors run elsewhere. Raises ConfigError for an output that does not do."""
     if "spatialdata" in config.format:
         check_spatialdata(output)
     update: dict[str, Any] = {"output": output.uri, "model": located_model(config.model)}
@@ -110,7 +112,7 @@ def _located(config: EmbedConfig) -> tuple[EmbedConfig, Store]:
         update["cells"] = Store(config.cells).uri
         if update["cells"] == output.uri:
             raise ConfigError("output: got the folder of cells; expected another one, both have a table named slides")
-    return config.model_copy(update=update), output
+    return config.model_copy(update=update)
 
 
 def _curate(config: EmbedConfig, slides: list[Slide] | None) -> int:

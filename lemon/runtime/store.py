@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
@@ -203,13 +204,17 @@ class Store:
                 shutil.rmtree(final)
             path.replace(final)
             return
-        with self._plain_errors(name), ThreadPoolExecutor(1) as thread:  # a thread, which no signal interrupts
-            thread.submit(self._upload, path, name).result()
+        with path.open("rb") as source:
+            self._upload(source, name)
 
-    def _upload(self, path: Path, name: str) -> None:
+    def _upload(self, source: IO[bytes], name: str) -> None:
         # Not pyarrow's copy_files: where the server refuses a small file, it reports success (pyarrow 25).
-        with path.open("rb") as source, self.filesystem.open_output_stream(self.path(name)) as target:
-            shutil.copyfileobj(source, target, COPY_BYTES)
+        def copy() -> None:
+            with self.filesystem.open_output_stream(self.path(name)) as target:
+                shutil.copyfileobj(source, target, COPY_BYTES)
+
+        with self._plain_errors(name), ThreadPoolExecutor(1) as thread:  # a thread, which no signal interrupts
+            thread.submit(copy).result()
 
     def download(self, name: str, target: str | os.PathLike[str]) -> None:
         """Copy a file, or a folder with all below it, to a local path. Raises FileNotFoundError."""
@@ -236,6 +241,9 @@ class Store:
     def write_own(self, name: str, content: bytes) -> None:
         """Write a small file below ``.lemon/`` atomically; no record is kept of it."""
         assert is_own(name)
+        if not self.is_local:
+            self._upload(io.BytesIO(content), name)
+            return
         for attempt in range(3):
             try:
                 with self._unnamed(name) as path:
