@@ -12,8 +12,9 @@ from lemon.runtime.scratch import scratch_folder
 from lemon.runtime.store import is_uri, locate
 from lemon.slides.errors import SlideError
 from lemon.slides.paths import on_disk
+from lemon.slides.source import HEADS
 
-SEVERAL_FILES = (".mrxs", ".vms", ".vmu", ".dcm")
+SEVERAL_FILES = (*HEADS, ".dcm")
 SPARE_BYTES = 1 << 30  # left free on the scratch disk: shards are spilled and spooled there too
 
 

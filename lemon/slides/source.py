@@ -15,7 +15,7 @@ from lemon.runtime.store import READERS, Store, is_uri, locate
 from lemon.slides.headers import read_instance
 from lemon.slides.paths import on_disk
 
-_HEADS = {".mrxs", ".vms", ".vmu"}
+HEADS = {".mrxs", ".vms", ".vmu"}
 """Formats whose file names others, in its folder, that hold the pixels."""
 
 
@@ -46,7 +46,7 @@ def files_of(path: Path) -> list[Path]:
         raise OSError(f"{path}: no regular file")
     if instance := read_instance(str(path)):
         return [file for file in sorted(path.parent.iterdir()) if _is_of(instance.series, file)]
-    if path.suffix.lower() not in _HEADS:
+    if path.suffix.lower() not in HEADS:
         return [path]
     beside = path.parent.glob(f"{path.stem}*") if path.suffix.lower() != ".mrxs" else path.with_suffix("").rglob("*")
     return [path, *sorted(file for file in beside if file.is_file() and file != path)]
