@@ -59,6 +59,9 @@ class Submitted:
         return list(dict.fromkeys(line for line in self.told.splitlines() if line.startswith(f"{stage}:")))
 
 
+_ALL_OF_BEFORE = re.compile(r"\((\d+) done, [^()]*; \1 of an earlier run\)")
+
+
 class LocalCluster:
     """A head, more nodes and MLflow, each a process of this machine."""
 
@@ -175,9 +178,12 @@ def expect(condition: object, message: str, *jobs: Submitted) -> None:
 
 
 def expect_one_done(jobs: list[Submitted], stage: str) -> None:
-    """Of jobs submitted at once with the same output, one did the work and the others said why they did not."""
-    codes = sorted(job.driver_code for job in jobs)
-    expect(codes == [0, *[2] * (len(jobs) - 1)], f"{stage}: exit codes {codes}, expected one 0 and else 2", *jobs)
+    """Of jobs submitted at once with the same output, one did the work and the others said why they did not.
+
+    Curation of small slides may be over before another job comes to the output: that one finds all done.
+    """
+    codes = sorted(job.driver_code for job in jobs if not _ALL_OF_BEFORE.search(job.told))
+    expect(codes == [0, *[2] * (len(codes) - 1)], f"{stage}: exit codes {codes}, expected one 0 and else 2", *jobs)
     for job in jobs:
         if job.driver_code == 2:
             lines = job.lines(stage)

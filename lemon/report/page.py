@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError
 from lemon.report.blocks import Section
@@ -104,8 +105,9 @@ def render(config: ReportConfig, sections: list[Section], *, sentences: list[str
 
 
 def _untold(value: Any) -> Any:
-    """What the template puts in, without secrets; pictures are passed over, which are long."""
-    return redacted(value) if isinstance(value, str) and not value.startswith("data:") else value
+    """What the template puts in, without secrets; pictures, which are long, and markup, made of such, pass as are."""
+    made = isinstance(value, Markup) or not isinstance(value, str) or value.startswith("data:")
+    return value if made else redacted(value)
 
 
 def about(config: ReportConfig) -> Iterator[str]:

@@ -55,7 +55,7 @@ def find_sources(config: ReportConfig) -> Sources:
     sources = Sources()
     for name in config.experiment:
         _find_runs(name, sources, needed=config.sweeps is None or config.probes is None)
-    made = [record for record in sources.runs.values() if "output" in record.tags]
+    made = [each for each in sources.runs.values() if "output" in each.tags and not each.is_child]
     by_kind: dict[bool, list[str]] = {True: [], False: []}
     for record in made:
         by_kind["sweep.name" in record.params].append(record.tags["output"])

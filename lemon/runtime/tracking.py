@@ -34,6 +34,9 @@ DATABASE = "mlflow.db"
 RUN = "run.json"
 """In an output: which run of MLflow is its own."""
 
+MLFLOW_PARENT = "mlflow.parentRunId"
+"""The tag that MLflow gives a run which belongs to another."""
+
 _KEY = "lemon.key"
 _MAX_PARAM = 6000  # characters that MLflow keeps of a parameter
 _PARAMS_A_CALL = 100
@@ -183,6 +186,11 @@ class Record:
     params: dict[str, str]
     metrics: dict[str, float]
 
+    @property
+    def is_child(self) -> bool:
+        """Whether it belongs to another run, as a trial's to its sweep's."""
+        return MLFLOW_PARENT in self.tags
+
 
 def find_runs(experiment: str) -> list[Record]:
     """All runs of an experiment, the oldest first; none where the experiment or the database is absent.
@@ -280,7 +288,7 @@ def start_run(
             told = {"experiment": experiment, "key": uuid.uuid4().hex}
             store.write_json(mark, told)
             facts = {"code_version": code_version(), "host": os.uname().nodename, _KEY: told["key"]} | dict(tags or {})
-            facts |= {"mlflow.parentRunId": parent.run_id} if parent else {}
+            facts |= {MLFLOW_PARENT: parent.run_id} if parent else {}
             run_id = _create(client, uri, experiment, name, tags=facts)
         else:
             _patiently(partial(client.update_run, run_id, status="RUNNING"))

@@ -241,6 +241,7 @@ def test_a_run_whose_folder_was_removed_is_a_line_and_no_failure(home: Path, tmp
     finally:
         moved.rename(home / "probe")
     text = (tmp_path / page.NAME).read_text()
+    assert text.count("missing: ") == 1
     assert f"missing: {home / 'probe'} holds no scores" in text
 
 
