@@ -22,11 +22,11 @@ from selenium import webdriver
 
 from benchmarks.encoding import real_crops, synthetic_crops
 from benchmarks.record import record
+from lemon.atlas.cells import THUMBNAIL_PX
+from lemon.atlas.fields import categories_of, measures_of
+from lemon.atlas.page import write_page
+from lemon.atlas.projection import map_tsne, to_unit_square
 from lemon.embed.slide import MORPHOMETRICS
-from lemon.report.atlas_cells import THUMBNAIL_PX
-from lemon.report.atlas_fields import categories_of, measures_of
-from lemon.report.atlas_map import map_tsne, to_unit_square
-from lemon.report.atlas_page import write_page
 from lemon.runtime.store import Store
 
 DIFFERENT_CROPS = 4096  # repeated; sheets are compressed one by one, so that repetition saves nothing

@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.record import RESULTS
 
-REGION_PX, OVERLAP_PX, MPP = 1024, 128, 0.25  # of curation; lemon/config.py
+REGION_PX, OVERLAP_PX, MPP = 1024, 128, 0.25  # of curation; lemon/curate/config.py
 REGION_MM2 = ((REGION_PX - OVERLAP_PX) * MPP / 1000) ** 2  # of tissue that a region adds, its overlap taken off
 GFLOP_AN_IMAGE = 9.3  # two views, student forward and backward, teacher forward, heads; python -m benchmarks.pretrain
 HEMATOXYLIN_MM2 = ((1500 - 2 * 60) * MPP / 1000) ** 2  # tissue of a slide of benchmarks.memory

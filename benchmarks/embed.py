@@ -20,7 +20,7 @@ import shapely
 
 from benchmarks.record import record
 from lemon import schema
-from lemon.cells.ledger import Ledger
+from lemon.cells.ledger import cells_ledger
 from lemon.cells.names import shard_name
 from lemon.cells.shard import PARQUET_OPTIONS, ROW_GROUP_ROWS, images_to_arrow
 from lemon.encoders.config import LEMON_MEAN, LEMON_STD, EncoderConfig
@@ -86,7 +86,7 @@ def write_cells(store: Store, *, slides: int, cells: int) -> None:
                 shard.write(_rows(slide_id, ranks, images=images[:count], generator=generator))
         row = {"slide_id": slide_id, "path": "", "status": "done", "n_cells": cells, "n_nuclei": cells}
         row["cells_digest"] = shard.digest
-        Ledger(store, config_fingerprint="benchmark").commit(row)
+        cells_ledger(store, config_fingerprint="benchmark").commit(row)
 
 
 def _rows(slide_id: str, ranks: np.ndarray, *, images: np.ndarray, generator: np.random.Generator) -> pa.Table:

@@ -22,18 +22,18 @@ from skimage.feature import hog
 
 from benchmarks.record import record
 from lemon.cells.crop import cut_crops
-from lemon.cells.ledger import Ledger
+from lemon.cells.ledger import cells_ledger
 from lemon.cells.names import shard_name
 from lemon.cells.select import rank_of
 from lemon.cells.shard import PARQUET_OPTIONS, images_to_arrow
-from lemon.config import load
 from lemon.encoders.open import load_encoder
-from lemon.pretrain import launch
+from lemon.pretrain import job as pretraining
 from lemon.pretrain.config import PretrainConfig
 from lemon.probe.config import ProbeSettings
 from lemon.probe.score import POOLED, score_task
 from lemon.probe.task import Task
 from lemon.probe.tasks import consep
+from lemon.runtime.config import load
 from lemon.runtime.shards import write_shard
 from lemon.runtime.store import Store
 from lemon.schema import CELLS, CROP_PX
@@ -74,7 +74,7 @@ def pretrained(seed: int, store: Store, options: argparse.Namespace, *, task: Ta
     words = [f"cells={store.uri}", f"output={output}", f"cache={options.work / 'cache'}", f"seed={seed}"]
     start = time.monotonic()
     config = load("pretrain", [*words, "variant=laptop", *options.overrides], PretrainConfig)
-    if launch.main(config):
+    if pretraining.main(config):
         raise SystemExit("pretraining failed")
     minutes = (time.monotonic() - start) / 60
     scores = told(f"seed {seed}", probe(task, embed(str(output), task)))
@@ -169,7 +169,9 @@ def write_slide(store: Store, slide_id: str, crops: np.ndarray) -> None:
     with write_shard(store, shard_name(slide_id), CELLS, **PARQUET_OPTIONS) as shard:
         shard.write(table)
     counts = {"n_cells": len(ids), "n_nuclei": len(ids), "cells_digest": shard.digest}
-    Ledger(store, config_fingerprint="masks").commit({"slide_id": slide_id, "path": "", "status": "done", **counts})
+    cells_ledger(store, config_fingerprint="masks").commit(
+        {"slide_id": slide_id, "path": "", "status": "done", **counts}
+    )
 
 
 if __name__ == "__main__":

@@ -31,14 +31,15 @@ import torch
 
 from benchmarks.record import record
 from lemon.cells.names import shard_name
-from lemon.config import CurateConfig, load
+from lemon.curate.config import CurateConfig
+from lemon.curate.slide import build_segmenter, curate_slide, start_processes
 from lemon.nuclei.hematoxylin import Hematoxylin
 from lemon.nuclei.hoverfast import HoverFast
 from lemon.nuclei.scores import labels_of, scores
 from lemon.nuclei.segmenter import Segmenter
 from lemon.nuclei.training.images import Labelled, read_folder, split
+from lemon.runtime.config import load
 from lemon.runtime.store import Store
-from lemon.slide import build_segmenter, curate_slide, start_processes
 from lemon.slides.cohort import list_slides
 
 SHOWN = ("f1", "precision", "recall", "f1_iou", "pq", "aji", "dice")

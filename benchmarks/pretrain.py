@@ -41,9 +41,9 @@ from lemon.pretrain.config import DINOv2Config, MoCoV3Config
 from lemon.pretrain.dinov2 import DINOv2
 from lemon.pretrain.loop import Trainer
 from lemon.pretrain.mocov3 import MoCoV3
-from lemon.pretrain.policy import load_policy
 from lemon.pretrain.schedules import Method
 from lemon.runtime.store import Store
+from lemon.views.policy import load_policy
 
 WARMUP_STEPS = 3
 METHODS: dict[str, tuple[type[Method], dict[str, Any]]] = {

@@ -27,14 +27,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.record import record
-from lemon import curate, schema
+from lemon import schema
 from lemon.cells.batches import Order
-from lemon.cells.ledger import Ledger, open_ledger, read_ledger
-from lemon.cells.names import ledger_name, shard_name
+from lemon.cells.ledger import cells_ledger, read_ledger
+from lemon.cells.names import shard_name
 from lemon.cells.select import select_cells
 from lemon.cells.shard import PARQUET_OPTIONS, ROW_GROUP_ROWS
-from lemon.config import CurateConfig, load
+from lemon.curate import job as curate
+from lemon.curate.config import CurateConfig
+from lemon.curate.job import open_ledger
 from lemon.runtime import pool
+from lemon.runtime.config import load
+from lemon.runtime.identifiers import file_stem
 from lemon.runtime.records import Record
 from lemon.runtime.store import Store
 
@@ -93,7 +97,7 @@ def measured(step: Callable[[], Any]) -> dict[str, Any]:
 def lay_out(options: argparse.Namespace) -> None:
     """The output of a curation that is done: ledger, shards, settings, and the (empty) slide files."""
     store, config = Store(options.folder / "cells"), curation(options.folder)
-    fingerprint = open_ledger(store, config).config_fingerprint
+    fingerprint = open_ledger(store, config).facts["config_fingerprint"]
     generator = np.random.default_rng(0)
     for index in range(TEMPLATES):
         write_shard(store, f"templates/{index}.parquet", np.sort(generator.random(options.cells) / 10))
@@ -109,8 +113,9 @@ def lay_out(options: argparse.Namespace) -> None:
         facts = {"config_fingerprint": fingerprint, "code_version": "benchmark"}
         row = row_of(slide_id, str(slide), n_cells=options.cells) | facts
         # Not by the store, whose writes wait for the disk.
-        pq.write_table(pa.Table.from_pylist([row], schema=schema.SLIDES), store.path(ledger_name(slide_id)))
-        store.records.note(ledger_name(slide_id), Record.of(Path(store.path(ledger_name(slide_id)))), replaced=None)
+        name = f"slides/{file_stem(slide_id)}.parquet"
+        pq.write_table(pa.Table.from_pylist([row], schema=schema.SLIDES), store.path(name))
+        store.records.note(name, Record.of(Path(store.path(name))), replaced=None)
     store.delete("templates")
 
 
@@ -154,7 +159,7 @@ class Idle(curate.Curator):
 
     def __init__(self, config: CurateConfig, *, config_fingerprint: str, source: curate.Source) -> None:
         self.output, self.locate = config.output, source.open()
-        self.ledger = Ledger(Store(config.output), config_fingerprint=config_fingerprint)
+        self.ledger = cells_ledger(Store(config.output), config_fingerprint=config_fingerprint)
 
     def work(self, item: pool.Item) -> pool.Row:
         """A row without cells."""

@@ -17,14 +17,14 @@ from pathlib import Path
 
 from benchmarks.learning import COLLECTIONS, write_collection
 from benchmarks.record import record
-from lemon.config import load
-from lemon.report import page
+from lemon.report import job as report
 from lemon.report.config import ReportConfig
-from lemon.report.studies import study_values
+from lemon.runtime.config import load
 from lemon.runtime.store import Store
 from lemon.schema import SWEEP_FILE
-from lemon.sweep import run
+from lemon.sweep import job as sweep
 from lemon.sweep.config import SweepConfig
+from lemon.sweep.studies import study_values
 
 # An encoder of 0.5 M parameters that sees 25,600 cells: about a minute of two cores a trial.
 PRETRAIN = (
@@ -67,7 +67,7 @@ def main() -> None:
     found = {}
     for study in options.studies:
         words = [*STUDIES[study].split(), *common, f"output={work / study}", *options.overrides]
-        run.main(load("scaling_sweep", words, SweepConfig))
+        sweep.main(load("scaling_sweep", words, SweepConfig))
         rows = Store(work / study).read_table(SWEEP_FILE).to_pylist()
         found[study] = [asdict(value) for value in study_values(rows)]
     record(
@@ -75,7 +75,7 @@ def main() -> None:
     )
     sweeps = ",".join(str(work / study) for study in found)
     words = [f"output={work / 'report'}", f"sweeps=[{sweeps}]", "probes=[]", "title=Miniature studies on real nuclei"]
-    page.main(load("report", words, ReportConfig))
+    report.main(load("report", words, ReportConfig))
 
 
 def benchmarks_folder(data: Path, folder: Path) -> Path:

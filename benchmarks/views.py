@@ -23,8 +23,7 @@ from torchvision import transforms as T
 
 from benchmarks.encoding import real_crops, synthetic_crops
 from benchmarks.record import hardware, record
-from lemon.pretrain.policy import Policy, ViewRecipe
-from lemon.pretrain.views import (
+from lemon.views.make import (
     constants_of,
     draw_view_parameters,
     load_policy,
@@ -32,6 +31,7 @@ from lemon.pretrain.views import (
     plan_of,
     render_views,
 )
+from lemon.views.policy import Policy, ViewRecipe
 
 
 def main() -> None:

@@ -2,14 +2,14 @@
 
 import sys
 
-from lemon.config import run_job
-from lemon.report.atlas_config import AtlasConfig
+from lemon.atlas.config import AtlasConfig
+from lemon.runtime.job import run_job
 
 
 def main(config: AtlasConfig) -> int:
-    from lemon.report import atlas  # imports torch
+    from lemon.atlas import job  # imports torch
 
-    return atlas.main(config)
+    return job.main(config)
 
 
 if __name__ == "__main__":

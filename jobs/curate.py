@@ -2,13 +2,14 @@
 
 import sys
 
-from lemon.config import CurateConfig, run_job
+from lemon.curate.config import CurateConfig
+from lemon.runtime.job import run_job
 
 
 def main(config: CurateConfig) -> int:
-    from lemon import curate  # after the config is known to be good
+    from lemon.curate import job  # after the config is known to be good
 
-    return curate.main(config)
+    return job.main(config)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,15 @@
 import sys
 from pathlib import Path
 
-from lemon.config import EXIT_OK, DemoConfig, run_job
+from lemon.demo.config import DemoConfig
+from lemon.errors import EXIT_OK
+from lemon.runtime.job import run_job
 
 
 def main(config: DemoConfig) -> int:
-    from lemon import demo
+    from lemon.demo import job
 
-    page = demo.run(Path(config.output), synthetic=config.synthetic)
+    page = job.run(Path(config.output), synthetic=config.synthetic)
     print(f"demo: the report is {page}")
     return EXIT_OK
 

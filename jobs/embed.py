@@ -2,14 +2,14 @@
 
 import sys
 
-from lemon.config import run_job
 from lemon.embed.config import EmbedConfig
+from lemon.runtime.job import run_job
 
 
 def main(config: EmbedConfig) -> int:
-    from lemon.embed import pipeline  # imports torch
+    from lemon.embed import job  # imports torch
 
-    return pipeline.main(config)
+    return job.main(config)
 
 
 if __name__ == "__main__":

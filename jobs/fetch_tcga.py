@@ -2,13 +2,14 @@
 
 import sys
 
-from lemon.config import FetchConfig, run_job
+from lemon.fetch.config import FetchConfig
+from lemon.runtime.job import run_job
 
 
 def main(config: FetchConfig) -> int:
-    from lemon import fetch  # after the config is known to be good
+    from lemon.fetch import job  # after the config is known to be good
 
-    return fetch.main(config)
+    return job.main(config)
 
 
 if __name__ == "__main__":

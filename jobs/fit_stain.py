@@ -2,8 +2,9 @@
 
 import sys
 
-from lemon.config import EXIT_OK, run_job
+from lemon.errors import EXIT_OK
 from lemon.pretrain.config import FitStainConfig
+from lemon.runtime.job import run_job
 
 
 def main(config: FitStainConfig) -> int:

@@ -2,14 +2,14 @@
 
 import sys
 
-from lemon.config import run_job
 from lemon.pretrain.config import PretrainConfig
+from lemon.runtime.job import run_job
 
 
 def main(config: PretrainConfig) -> int:
-    from lemon.pretrain import launch  # imports torch
+    from lemon.pretrain import job  # imports torch
 
-    return launch.main(config)
+    return job.main(config)
 
 
 if __name__ == "__main__":

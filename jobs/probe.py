@@ -2,18 +2,14 @@
 
 import sys
 
-from lemon.config import run_job
 from lemon.probe.config import ProbeConfig
+from lemon.runtime.job import run_job
 
 
 def main(config: ProbeConfig) -> int:
-    from lemon.probe import run  # imports torch
-    from lemon.report import figures, tables
+    from lemon.probe import job  # imports torch
 
-    code = run.main(config)
-    figures.draw_cost(config.output)
-    print(tables.write_table1(config.output))
-    return code
+    return job.main(config)
 
 
 if __name__ == "__main__":

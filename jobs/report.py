@@ -2,14 +2,14 @@
 
 import sys
 
-from lemon.config import run_job
 from lemon.report.config import ReportConfig
+from lemon.runtime.job import run_job
 
 
 def main(config: ReportConfig) -> int:
-    from lemon.report import page  # imports torch
+    from lemon.report import job  # imports torch
 
-    return page.main(config)
+    return job.main(config)
 
 
 if __name__ == "__main__":

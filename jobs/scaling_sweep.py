@@ -2,14 +2,14 @@
 
 import sys
 
-from lemon.config import run_job
+from lemon.runtime.job import run_job
 from lemon.sweep.config import SweepConfig
 
 
 def main(config: SweepConfig) -> int:
-    from lemon.sweep import run  # imports torch
+    from lemon.sweep import job  # imports torch
 
-    return run.main(config)
+    return job.main(config)
 
 
 if __name__ == "__main__":

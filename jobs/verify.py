@@ -2,7 +2,8 @@
 
 import sys
 
-from lemon.config import VerifyConfig, run_job
+from lemon.runtime.job import run_job
+from lemon.runtime.verify import VerifyConfig
 
 
 def main(config: VerifyConfig) -> int:

@@ -132,7 +132,7 @@ def check_encoder() -> Finding:
 
 def check_ray(*, start: bool) -> Finding:
     """Ray's version, and that it can start here or answers at RAY_ADDRESS; with ``start`` it does, and runs a task."""
-    from lemon.config import ConfigError
+    from lemon.errors import ConfigError
     from lemon.runtime.cluster import check_address, ray_address, ray_version, temporary_folder, try_ray
 
     address = ray_address()
@@ -175,7 +175,7 @@ def check_mlflow() -> Finding:
 
 def check_configs() -> Finding:
     """Every shipped config composes."""
-    from lemon.config import compose_all
+    from lemon.runtime.config import compose_all
 
     return Finding("ok", f"{len(compose_all())} variants compose")
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from lemon import schema
-from lemon.cells.ledger import Ledger
+from lemon.cells.ledger import cells_ledger
 from lemon.cells.names import shard_name
 from lemon.cells.select import rank_of
 from lemon.cells.shard import PARQUET_OPTIONS, images_to_arrow
@@ -54,7 +54,7 @@ def write_slide(
         shard.write(table, row_group_size=row_group_size)
     row = {"slide_id": slide_id, "path": "", "status": "done", "n_cells": len(images), "n_nuclei": len(images)} | slide
     row["cells_digest"] = shard.digest
-    Ledger(store, config_fingerprint="test").commit(row)
+    cells_ledger(store, config_fingerprint="test").commit(row)
     return images[order]
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from lemon.runtime import s3 as s3_client
 from tests import s3
+from tests.browser import browser as browser  # a fixture
 
 # Before Ray is imported anywhere: no token file in the home folder, no call home.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")

@@ -13,17 +13,20 @@ import cv2
 import numpy as np
 import pytest
 
-from lemon import curate
-from lemon.cells.ledger import Ledger, open_ledger
 from lemon.cells.names import SETTINGS
 from lemon.cells.select import Selection, select_cells
 from lemon.cells.shard import images_from_arrow
-from lemon.config import ConfigError, CurateConfig, load
-from lemon.embed import pipeline
+from lemon.curate import job as curate
+from lemon.curate.config import CurateConfig
+from lemon.curate.job import open_ledger
+from lemon.curate.slide import build_segmenter, curate_slide, start_processes
+from lemon.embed import job as embedding
 from lemon.embed.config import EmbedConfig
+from lemon.errors import ConfigError
 from lemon.nuclei.released import weights_path
+from lemon.runtime.config import load
+from lemon.runtime.ledger import Ledger
 from lemon.runtime.store import Store, file_fingerprint
-from lemon.slide import build_segmenter, curate_slide, start_processes
 from lemon.slides.cohort import Slide
 from lemon.slides.synthetic import make_tissue, write_pyramid
 from tests.embed.tables import write_encoder
@@ -61,7 +64,7 @@ class Lab:
     def embed(self) -> int:
         """Slides that the job embedded now."""
         words = [f"model={self.folder / 'run'}", f"cells={self.cells}", f"output={self.embeddings}", "device=cpu"]
-        return 2 - pipeline.run(load("embed", [*words, "clusters.k=2"], EmbedConfig)).n_skipped
+        return 2 - embedding.run(load("embed", [*words, "clusters.k=2"], EmbedConfig)).n_skipped
 
     def is_consistent(self) -> bool:
         """Whether the embeddings are of the cells that are there."""

@@ -9,12 +9,18 @@ from typing import Any
 
 import pytest
 
-from lemon.config import ConfigError, CurateConfig, DemoConfig, FetchConfig, Frozen, VerifyConfig, run_job, validate
+from lemon.atlas.config import AtlasConfig
+from lemon.curate.config import CurateConfig
+from lemon.demo.config import DemoConfig
 from lemon.embed.config import EmbedConfig
+from lemon.errors import ConfigError
+from lemon.fetch.config import FetchConfig
 from lemon.pretrain.config import FitStainConfig, PretrainConfig
 from lemon.probe.config import ProbeConfig
-from lemon.report.atlas_config import AtlasConfig
 from lemon.report.config import ReportConfig
+from lemon.runtime.config import Frozen, validate
+from lemon.runtime.job import run_job
+from lemon.runtime.verify import VerifyConfig
 from lemon.sweep.config import SweepConfig
 
 CURATE = {"slides": "s", "output": "o", "segmenter": {"name": "hematoxylin"}}

@@ -24,7 +24,7 @@ from lemon.slides.synthetic import make_tissue, write_pyramid
 from lemon.sweep.table import PARQUET
 from tests.cells_table import synthetic_crops, write_slide
 from tests.probe.tasks.test_folder import write_crops
-from tests.sweeps import TINY, write_cells
+from tests.sweep.studies import TINY, write_cells
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import numpy as np
 
 from lemon.cells.select import Selection
 from lemon.cells.shard import images_from_arrow
-from lemon.config import ConfigError, StorageError
+from lemon.errors import ConfigError, StorageError
 from lemon.runtime.shards import ShardError
 from lemon.schema import CROP_PX
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from lemon.config import ConfigError
+from lemon.errors import ConfigError
 from lemon.runtime.identifiers import look_alikes_line
 from lemon.runtime.tables import Column, Form, read_user_table
 

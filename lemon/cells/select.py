@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from lemon.cells.ledger import read_ledger
 from lemon.cells.names import shard_name
-from lemon.config import ConfigError
+from lemon.errors import ConfigError
 from lemon.runtime.identifiers import likely_name, some, tcga_patient
 from lemon.runtime.shards import ShardError, read_shard
 from lemon.runtime.store import READERS, Store, fingerprint

@@ -6,17 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lemon.config import (
-    CELLS_FOLDER,
-    AnyPath,
-    AnyPaths,
-    CurateConfig,
-    Frozen,
-    HematoxylinConfig,
-    NameOrPath,
-    SegmenterConfig,
-    nested_curate_config,
-)
+from lemon.curate.config import CELLS_FOLDER, CurateConfig, nested_curate_config
+from lemon.nuclei.config import HematoxylinConfig, SegmenterConfig
+from lemon.runtime.config import AnyPath, AnyPaths, Frozen, NameOrPath
 
 IN_PROCESS_SLIDES = 16  # up to here the 10 s that Ray takes to start are not won back on one machine
 

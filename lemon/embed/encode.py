@@ -9,13 +9,13 @@ from typing import Any
 import pyarrow as pa
 
 from lemon.cells.names import shard_name
-from lemon.config import ConfigError
 from lemon.embed.config import EmbedConfig
 from lemon.embed.ledger import EmbedLedger
 from lemon.embed.names import embeddings_name
 from lemon.embed.stream import embed_shard
 from lemon.encoders.device import choose_device
 from lemon.encoders.open import Encoder, load_encoder
+from lemon.errors import ConfigError
 from lemon.runtime.pool import Worker
 from lemon.runtime.shards import ShardError
 from lemon.runtime.store import Store

@@ -81,8 +81,8 @@ class Exporter(Worker):
 
     def lacking(self, slide_ids: Iterable[str]) -> set[str]:
         """The slides of which a file is still to be written."""
-        wanted = [(name, self.ledger.store.entries(name("").partition("/")[0])) for _, name, _ in self._wanted()]
-        return {slide_id for slide_id in slide_ids if any(name(slide_id) not in there for name, there in wanted)}
+        slide_ids = list(slide_ids)
+        return set().union(*(self.ledger.lacking(slide_ids, name) for _, name, _ in self._wanted()))
 
     def begin(self, row: dict[str, Any], *, run_id: str) -> int:
         """Note that work on a slide begins; how often it began before."""

@@ -6,14 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import pyarrow as pa
-
-from lemon.cells.names import file_stem, geojson_name, ledger_name
+from lemon.cells.names import geojson_name
 from lemon.embed.names import CENTRES, FOLDERS, SETTINGS, clusters_name, embeddings_name, h5ad_name, spatialdata_name
-from lemon.runtime.attempts import FOLDER as ATTEMPTS
-from lemon.runtime.attempts import begin_attempt, end_attempts
-from lemon.runtime.settings import keep_settings
-from lemon.runtime.store import Store, code_version
+from lemon.runtime.ledger import Ledger, begin_output
+from lemon.runtime.store import Store
 from lemon.schema import EMBEDDED
 
 
@@ -28,38 +24,24 @@ class Made:
     precision: str
 
 
-class EmbedLedger:
-    """The ledger of one output. A slide's row is written last, so a row means that its embeddings are complete."""
+class EmbedLedger(Ledger):
+    """The ledger of one output, whose embeddings are all of one model."""
 
     def __init__(self, store: Store, made: Made) -> None:
-        self.store, self.made = store, made
-
-    def rows(self) -> dict[str, dict[str, Any]]:
-        """All rows by slide id."""
-        return {row["slide_id"]: row for row in self.store.read_tables("slides", schema=EMBEDDED).to_pylist()}
-
-    def begin(self, slide_id: str, *, run_id: str) -> int:
-        """Note that work on a slide begins; returns how often it began before in this run without coming to an end."""
-        return begin_attempt(self.store, file_stem(slide_id), run_id=run_id)
+        facts = {"model": made.model, "model_fingerprint": made.model_fingerprint}
+        super().__init__(store, schema=EMBEDDED, facts=facts)
+        self.made = made
 
     def discard(self, slide_id: str) -> None:
         """Forget a slide, its embeddings and what was made from them, because they are about to be replaced."""
-        for name in (ledger_name, embeddings_name, clusters_name, h5ad_name, geojson_name, spatialdata_name):
+        self.forget(slide_id)
+        for name in (embeddings_name, clusters_name, h5ad_name, geojson_name, spatialdata_name):
             self.store.delete(name(slide_id))
-
-    def commit(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Write a slide's row and forget its attempts; returns the whole row."""
-        slide_id = row["slide_id"]
-        known = {"model": self.made.model, "model_fingerprint": self.made.model_fingerprint}
-        row = {name: row.get(name) for name in EMBEDDED.names} | known | {"code_version": code_version()}
-        self.store.write_table(ledger_name(slide_id), pa.Table.from_pylist([row], schema=EMBEDDED))
-        end_attempts(self.store, file_stem(slide_id))
-        return row
 
     def without_embeddings(self, jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The slides whose cells, of this digest, are not embedded yet."""
-        rows, files = self.rows(), set(self.store.list("embeddings"))
-        return [job for job in jobs if not (self._says(rows.get(job["slide_id"]), job) and _file(job) in files)]
+        rows, lost = self.rows(), self.lacking((job["slide_id"] for job in jobs), embeddings_name)
+        return [job for job in jobs if job["slide_id"] in lost or not self._says(rows.get(job["slide_id"]), job)]
 
     def _says(self, row: dict[str, Any] | None, job: dict[str, Any]) -> bool:
         return (
@@ -70,10 +52,6 @@ class EmbedLedger:
         )
 
 
-def _file(job: dict[str, Any]) -> str:
-    return embeddings_name(job["slide_id"])
-
-
 def _same_model(earlier: dict[str, Any], made: Made) -> str | None:
     """What the model of an output was called, where it has the same weights."""
     return earlier["model"] if earlier.get("model_fingerprint") == made.model_fingerprint else None
@@ -81,17 +59,8 @@ def _same_model(earlier: dict[str, Any], made: Made) -> str | None:
 
 def open_ledger(store: Store, made: Made, *, overwrite: bool) -> EmbedLedger:
     """The ledger of an output; raises ConfigError when the output was begun with another model or other numbers."""
-    if overwrite:
-        for name in (*FOLDERS, CENTRES, SETTINGS):
-            store.delete(name)
-    if store.exists(SETTINGS) and (called := _same_model(store.read_json(SETTINGS, dict), made)):
+    earlier = {} if overwrite or not store.exists(SETTINGS) else store.read_json(SETTINGS, dict)
+    if called := _same_model(earlier, made):
         made = replace(made, model=called)  # the same weights from another folder
-    store.delete(ATTEMPTS)  # marks of a run that was killed; only this one's count
-    keep_settings(
-        store,
-        SETTINGS,
-        asdict(made),
-        is_empty=lambda: not store.list("slides"),
-        remedy="choose another output or overwrite=true",
-    )
+    begin_output(store, SETTINGS, asdict(made), folders=(*FOLDERS, CENTRES), overwrite=overwrite)
     return EmbedLedger(store, made)

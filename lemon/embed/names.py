@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lemon.cells.names import file_stem
+from lemon.runtime.identifiers import file_stem
 
 SETTINGS = "embed.json"
 CENTRES = "clusters.json"

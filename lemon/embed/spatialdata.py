@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import shapely
 
-from lemon.config import ConfigError
 from lemon.embed.anndata import EMBEDDING, annotate
 from lemon.embed.names import spatialdata_name
 from lemon.embed.slide import EmbeddedSlide
+from lemon.errors import ConfigError
 from lemon.runtime.store import Store
 
 SHAPES, TABLE = "cells", "cells_features"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from lemon.config import Settings
+from lemon.runtime.config import Settings
 
 LEMON_MEAN = (0.5626308917999268, 0.3856308162212372, 0.5453570485115051)
 LEMON_STD = (0.1810322254896164, 0.16682660579681396, 0.13694559037685394)

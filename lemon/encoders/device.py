@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lemon.config import ConfigError
+from lemon.errors import ConfigError
 
 
 def choose_device(name: str) -> torch.device:

@@ -16,9 +16,9 @@ from timm.layers import LayerScale
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from lemon.config import ConfigError
 from lemon.encoders.finite import not_finite
 from lemon.encoders.vit import CellTransformer, load_strictly
+from lemon.errors import ConfigError
 from lemon.runtime.store import locate, parse_json
 from lemon.runtime.tensors import read_weights, undamaged
 from lemon.schema import CROP_PX

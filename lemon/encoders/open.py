@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from lemon.config import ConfigError
 from lemon.encoders.architectures import LEMON_SIZES, build, import_transformers, pool
 from lemon.encoders.export import CONFIG, CellInput, check_finite, load_exported
 from lemon.encoders.features import encode_cells
 from lemon.encoders.registry import REGISTRY, EncoderEntry, split_name
 from lemon.encoders.vit import load_lemon_checkpoint
 from lemon.encoders.weights import MissingWeightsError, find_weights, hub_file, load_weights
+from lemon.errors import ConfigError
 from lemon.runtime.scratch import scratch_folder
 from lemon.runtime.store import is_uri, local_copy, locate
 from lemon.runtime.tensors import undamaged

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lemon.config import ConfigError
 from lemon.encoders.config import LEMON_MEAN, LEMON_STD
+from lemon.errors import ConfigError
 
 Triple = tuple[float, float, float]
 

@@ -19,10 +19,10 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from lemon.config import ConfigError
 from lemon.encoders.attention import CellAttention, serves
 from lemon.encoders.config import LEMON_MEAN, LEMON_STD, VIT_S8, EncoderConfig
 from lemon.encoders.mlp import CellMlp
+from lemon.errors import ConfigError
 from lemon.runtime.store import parse_json
 from lemon.runtime.tensors import read_weights
 

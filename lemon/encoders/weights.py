@@ -22,9 +22,9 @@ from huggingface_hub.errors import (
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from lemon.config import ConfigError
 from lemon.encoders.registry import EncoderEntry
 from lemon.encoders.vit import load_strictly
+from lemon.errors import ConfigError
 from lemon.runtime.tensors import read_weights
 
 HUB_TIMEOUT_S = 5.0

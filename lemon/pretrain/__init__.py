@@ -1,1 +1,1 @@
-"""Pretraining: views of cells, stain augmentation, self-supervised losses, the training loop and its launch."""
+"""Pretraining: self-supervised losses, the training loop and its launch."""

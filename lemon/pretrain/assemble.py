@@ -11,17 +11,17 @@ import torch
 from lemon.cells.batches import Feed, Order
 from lemon.cells.cache import open_images, read_images
 from lemon.cells.select import Selection, select_cells
-from lemon.config import ConfigError
 from lemon.encoders.export import CellInput, NotFiniteError, export_encoder
+from lemon.errors import ConfigError
 from lemon.pretrain.checkpoint import Checkpoints
 from lemon.pretrain.config import DINOv2Config, FitStainConfig, PretrainConfig
 from lemon.pretrain.dinov2 import DINOv2
 from lemon.pretrain.loop import Log, Trainer, TrainingStoppedError
 from lemon.pretrain.mocov3 import MoCoV3
 from lemon.pretrain.online_probe import OnlineProbe
-from lemon.pretrain.stain import fit_stain_statistics, statistics_name
-from lemon.pretrain.views import statistics_of
 from lemon.runtime.store import Store, code_version, fingerprint
+from lemon.views.make import statistics_of
+from lemon.views.stain import fit_stain_statistics, statistics_name
 
 WATCHED_CELLS = 512  # cells on which the effective rank is taken
 EXPORT = "encoder"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lemon.cells.cache import check_cache
 from lemon.cells.select import Selection
-from lemon.config import ConfigError
 from lemon.encoders.device import choose_device
+from lemon.errors import ConfigError
 from lemon.pretrain.assemble import select, with_stain
 from lemon.pretrain.config import LEAST_CELLS, PretrainConfig
 from lemon.pretrain.online_probe import OnlineProbe

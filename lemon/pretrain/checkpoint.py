@@ -15,8 +15,8 @@ from typing import IO, Any
 
 import torch
 
-from lemon.config import DamagedError
 from lemon.encoders.finite import not_finite
+from lemon.errors import DamagedError
 from lemon.runtime.store import Store
 from lemon.runtime.tensors import read_weights
 

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from lemon.config import AnyPath, Fault, LocalPath, Settings, raise_faults
 from lemon.encoders.config import EncoderConfig
-from lemon.pretrain.policy import Policy, Positive, Probability, ordered
+from lemon.runtime.config import AnyPath, Fault, LocalPath, Settings, raise_faults
+from lemon.views.policy import Policy, Positive, Probability, ordered
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 """Of a running mean, as AdamW's betas."""

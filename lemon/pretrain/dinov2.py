@@ -18,9 +18,9 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lemon.config import ConfigError
 from lemon.encoders.config import EncoderConfig
 from lemon.encoders.vit import CellTransformer, build_vit, class_token, forward_tokens, seeded
+from lemon.errors import ConfigError
 from lemon.pretrain.config import DINOv2Config
 from lemon.pretrain.heads import DinoHead, ema_update, forward_in_chunks, frozen_copy
 from lemon.pretrain.losses import (

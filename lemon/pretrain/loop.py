@@ -22,9 +22,9 @@ from lemon.cells.batches import Feed
 from lemon.encoders.features import effective_rank, encode_cells
 from lemon.encoders.finite import not_finite
 from lemon.pretrain.checkpoint import Checkpoints
-from lemon.pretrain.policy import Policy
 from lemon.pretrain.schedules import Method, Schedules, set_optimizer
-from lemon.pretrain.views import make_local_views, make_views
+from lemon.views.make import make_local_views, make_views
+from lemon.views.policy import Policy
 
 COLLAPSED_RANK = 1.5
 """Features of different cells that use fewer directions than this carry no information."""

@@ -16,11 +16,11 @@ from torch import nn
 
 from lemon.cells.labels import read_labels
 from lemon.cells.shard import images_from_arrow
-from lemon.config import ConfigError
 from lemon.encoders.features import encode_cells
+from lemon.errors import ConfigError
 from lemon.pretrain.config import OnlineProbeConfig
-from lemon.pretrain.policy import Policy
 from lemon.runtime.store import Store
+from lemon.views.policy import Policy
 
 FOLDS = 3
 

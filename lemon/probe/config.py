@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from lemon.config import AnyPath, Frozen, NameOrPath
+from lemon.runtime.config import AnyPath, Frozen, NameOrPath
 
 
 class ProbeSettings(Frozen):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lemon.report.paper import Artefact, Printed
-from lemon.report.studies import OverSeeds
+from lemon.sweep.studies import OverSeeds
 
 
 class Cell(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from lemon.config import AnyPath, Frozen, LocalPath
+from lemon.runtime.config import AnyPath, Frozen, LocalPath
 
 
 class ReportConfig(Frozen):

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lemon.config import ConfigError
+from lemon.errors import ConfigError
 from lemon.runtime.tables import ANY_NUMBER, Column, Form, read_user_table
 
 COLUMNS = ("artefact", "row", "column", "value", "spread")

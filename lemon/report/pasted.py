@@ -6,7 +6,7 @@ import io
 
 from PIL import Image
 
-from lemon.report.atlas import MAP_NAME
+from lemon.atlas.job import MAP_NAME
 from lemon.report.blocks import Picture, Section, plural
 from lemon.report.paper import ARTEFACTS
 from lemon.report.sections import data_uri, facts_of

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lemon.probe.tables import as_csv, encoder_stem
 from lemon.report.blocks import Cell, Section, Table
 from lemon.report.sources import Output, Sources
-from lemon.report.tables import as_csv, encoder_stem
 from lemon.runtime.store import Store
 from lemon.runtime.tracking import Record
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from lemon.probe.figures import cost_figure, cost_points, save_figure
 from lemon.probe.folds import PAPER
-from lemon.report import figures, studies
+from lemon.probe.tables import as_csv, encoder_labels, main_cells, paired_differences, table1_records
+from lemon.report import figures
 from lemon.report.blocks import (
     Cell,
     Picture,
@@ -27,9 +29,9 @@ from lemon.report.blocks import (
 )
 from lemon.report.paper import ARTEFACTS, UNKNOWN, Artefact, PaperNumbers
 from lemon.report.sources import Output
-from lemon.report.tables import as_csv, encoder_labels, main_cells, paired_differences, table1_records
 from lemon.runtime.store import Store
 from lemon.runtime.tracking import Record, metric_history
+from lemon.sweep import studies
 
 Runs = Mapping[str, Record]
 
@@ -124,13 +126,13 @@ def figure2_section(probe: Output, numbers: PaperNumbers, store: Store, *, stem:
     artefact = ARTEFACTS["figure2"]
     section = Section(stem, "Figure 2: accuracy against arithmetic", artefact)
     section.facts = facts_of(artefact, probe_facts(probe))
-    points = figures.cost_points(probe.store)
+    points = cost_points(probe.store)
     if not points:
         section.notes.append(f"{probe.store.uri} holds no scores by splits without leaks, or no costs of its encoders.")
         return section
     caption = "Linear probe by splits without leaks (s.d. over folds) against GFLOP a cell, a multiply-add being two."
     alt = "A panel for each task: one point an encoder, score against arithmetic; the numbers are in the table below."
-    section.pictures = [picture(figures.cost_figure(points), store, stem, caption=caption, alt=alt)]
+    section.pictures = [picture(cost_figure(points), store, stem, caption=caption, alt=alt)]
     _write_csv(store, f"{stem}.csv", points)
     head = [("encoder", ""), ("task", ""), ("GFLOP", "all arithmetic"), ("GMAC", "the paper's FLOPs"), ("score", "")]
     rows = [
@@ -350,7 +352,7 @@ def left_table(artefact: str, numbers: PaperNumbers) -> list[Table]:
 
 def picture(figure: Figure, store: Store, stem: str, *, caption: str, alt: str) -> Picture:
     """Write a figure as PNG and SVG; the page holds the SVG."""
-    files = figures.save_figure(figure, store, stem)
+    files = save_figure(figure, store, stem)
     return Picture(caption, alt, data_uri(store.read_bytes(f"{stem}.svg"), "image/svg+xml"), files)
 
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lemon.probe.folds import LEAK_FREE
-from lemon.report import studies
+from lemon.probe.tables import encoder_labels, main_cells, paired_differences
 from lemon.report.blocks import bracketed, fixed, plural, signed, signed_interval
 from lemon.report.figures import AXES
 from lemon.report.sources import Output
-from lemon.report.studies import Value
-from lemon.report.tables import encoder_labels, main_cells, paired_differences
+from lemon.sweep import studies
+from lemon.sweep.studies import Value
 
 SCALES = (*AXES, "organs")
 """Studies whose points are in an order."""

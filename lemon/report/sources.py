@@ -8,9 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from lemon.config import ConfigError
+from lemon.errors import ConfigError
+from lemon.probe.tables import read_scores
 from lemon.report.config import ReportConfig
-from lemon.report.tables import read_scores
 from lemon.runtime.store import Store
 from lemon.runtime.tracking import Record, find_runs
 from lemon.schema import SWEEP, SWEEP_FILE

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from lemon.config import ConfigError
+from lemon.errors import ConfigError
 
 JOIN_S = 60.0
 """Ray that is joined answers by then; with a dead address or a wrong token ``ray.init`` never returns (2.60)."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lemon.config import ConfigError
+from lemon.errors import ConfigError
 from lemon.runtime import cluster
 from lemon.runtime.store import Store
 

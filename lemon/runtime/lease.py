@@ -28,7 +28,7 @@ from typing import Any
 import psutil
 from typing_extensions import TypedDict
 
-from lemon.config import ConfigError, DamagedError
+from lemon.errors import ConfigError, DamagedError
 from lemon.runtime.records import OWN
 from lemon.runtime.secrets import redacted
 from lemon.runtime.store import Store, open_output, parse_json

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from lemon.config import ConfigError
+from lemon.errors import ConfigError
 from lemon.runtime.cluster import quiet_ray_data
 from lemon.runtime.demand import Granted
 

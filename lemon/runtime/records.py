@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow.fs as pafs
 
-from lemon.config import ConfigError
+from lemon.errors import ConfigError
 
 if TYPE_CHECKING:
     from lemon.runtime.store import Store

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lemon.config import ConfigError
+from lemon.errors import ConfigError
 from lemon.runtime.store import Store
 
 

@@ -24,7 +24,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 
-from lemon.config import ConfigError, DamagedError, StorageError
+from lemon.errors import ConfigError, DamagedError, StorageError
 from lemon.runtime import s3
 from lemon.runtime.records import OWN, Record, Records, is_own
 from lemon.runtime.scratch import scratch_folder

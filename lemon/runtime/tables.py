@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lemon.config import ConfigError
+from lemon.errors import ConfigError
 from lemon.runtime.identifiers import some
 from lemon.runtime.raw_tables import (
     NESTED,

@@ -18,7 +18,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from lemon.config import DamagedError
+from lemon.errors import DamagedError
 
 T = TypeVar("T")
 

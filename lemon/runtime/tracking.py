@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import requests
 
-from lemon.config import ConfigError, one_line
+from lemon.errors import ConfigError, one_line
 from lemon.runtime.cluster import ray_address
 from lemon.runtime.scratch import scratch_folder
 from lemon.runtime.secrets import redacted

@@ -8,15 +8,23 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.fs as pafs
+from pydantic import Field
 from tqdm import tqdm
 
-from lemon.config import EXIT_FAILURES, EXIT_OK, ConfigError, VerifyConfig
+from lemon.errors import EXIT_FAILURES, EXIT_OK, ConfigError
+from lemon.runtime.config import AnyPath, Frozen
 from lemon.runtime.records import FILES
 from lemon.runtime.shards import digest_in
 from lemon.runtime.store import READERS, Store
 from lemon.schema import EMBEDDED, SLIDES
 
 REMEDY = "delete it, and the job that wrote it makes it again"
+
+
+class VerifyConfig(Frozen):
+    """``jobs/verify.py``: reads all that LEMON wrote in an output and compares it with its records."""
+
+    output: AnyPath = Field(description="folder or s3:// prefix of any job's output, with outputs inside it")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 
-from lemon.config import ConfigError
+from lemon.errors import ConfigError
 from lemon.runtime.identifiers import look_alikes_line, some, tcga_patient
 from lemon.runtime.secrets import holds_secret
 from lemon.runtime.store import Store, is_uri

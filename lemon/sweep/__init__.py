@@ -1,1 +1,1 @@
-"""Sweeps: a study's points x seeds, each a trial of ``lemon.experiment``; Ray Tune runs them."""
+"""Sweeps: a study's points x seeds, each a trial of ``lemon.sweep.trial``; Ray Tune runs them."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 
-from lemon import experiment
 from lemon.pretrain.loop import Log
 from lemon.probe.task import Task
 from lemon.runtime.tracking import Run
 from lemon.sweep import table
+from lemon.sweep import trial as trials
 from lemon.sweep.grid import Entry
 
 logger = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ def attempt(entry: Entry, *, tasks: list[Task] | None, parent: Run, tries: int, 
     for _ in range(tries):
         store.delete(table.LOST)
         try:
-            experiment.run(entry.trial, tasks=tasks, parent=parent, log=log)
+            trials.run(entry.trial, tasks=tasks, parent=parent, log=log)
         except Exception as error:  # the other trials go on
             logger.debug("trial %s", entry.trial.name, exc_info=True)
             table.write_lost(entry, status="failed", error=f"{type(error).__name__}: {error}")

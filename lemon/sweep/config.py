@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lemon.config import AnyPath, ConfigError, Frozen, Settings, groups_of
+from lemon.errors import ConfigError
 from lemon.pretrain.config import Seed
 from lemon.probe.config import ProbeSettings
 from lemon.runtime.cluster import ray_address
+from lemon.runtime.config import AnyPath, Frozen, Settings, groups_of
 
 RESERVED = ("cells", "output", "seed")
 """Keys of the pretraining job that the sweep itself sets."""
@@ -119,7 +120,7 @@ class SweepConfig(Settings):
 
 
 def words(overrides: Overrides, prefix: str = "") -> list[str]:
-    """Overrides as the words that ``lemon.config.load`` takes. Raises ConfigError for a word without ``=``."""
+    """Overrides as the words that ``lemon.runtime.config.load`` takes. Raises ConfigError for a word without ``=``."""
     if isinstance(overrides, list):
         wrong = [word for word in overrides if "=" not in word]
         if wrong:

@@ -12,24 +12,25 @@ import numpy as np
 import torch
 
 from lemon.cells.ledger import read_ledger
-from lemon.cells.names import file_stem
 from lemon.cells.select import Selection, rank_of, select_cells
-from lemon.config import ConfigError, load
 from lemon.encoders.device import choose_device
-from lemon.experiment import Trial
-from lemon.pretrain import launch
+from lemon.errors import ConfigError
+from lemon.pretrain import job as pretraining
 from lemon.pretrain.assemble import fit_stain
 from lemon.pretrain.check import located
 from lemon.pretrain.config import FitStainConfig, PretrainConfig
-from lemon.pretrain.stain import statistics_name
 from lemon.probe.task import Task, TaskError
 from lemon.probe.tasks.catalogue import open_task
 from lemon.runtime.cluster import ray_address
+from lemon.runtime.config import load
 from lemon.runtime.demand import grant
+from lemon.runtime.identifiers import file_stem
 from lemon.runtime.store import Store, path_exists
 from lemon.runtime.store import open_output as writable
 from lemon.schema import SWEEP_FILE
 from lemon.sweep.config import Point, SweepConfig, words
+from lemon.sweep.trial import Trial
+from lemon.views.stain import statistics_name
 
 EXPERIMENT = "scaling_sweep"
 MARK = "sweep.json"
@@ -121,7 +122,7 @@ def open_output(config: SweepConfig) -> Store:
     """The output, which can be written and holds no other sweep. Raises ConfigError."""
     output = writable(config.output, owns=(MARK, SWEEP_FILE))
     if not output.exists(MARK) or not any(
-        launch.is_begun(Store(f"{output.uri}/{name}")) for name in output.entries(TRIALS)
+        pretraining.is_begun(Store(f"{output.uri}/{name}")) for name in output.entries(TRIALS)
     ):
         return output
     if (study := output.read_json(MARK, dict[str, str]).get("study")) != config.sweep.name:
@@ -202,7 +203,8 @@ def settings_faults(config: PretrainConfig, sweep: SweepConfig) -> list[str]:
     elif ray_address() is None:
         here = {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
         faults += _told(
-            functools.partial(grant, nodes=[here], coming=(), place="this machine"), launch.demand_of(config.workers)
+            functools.partial(grant, nodes=[here], coming=(), place="this machine"),
+            pretraining.demand_of(config.workers),
         )
     return faults
 
@@ -225,11 +227,11 @@ def trial_of(config: SweepConfig, point: Point, made: PretrainConfig, *, seed: i
 
 def begun_faults(trial: Trial, select: Callable[..., Selection]) -> list[str]:
     """A trial in whose folder something was made with other settings."""
-    if not launch.is_begun(trial.store):
+    if not pretraining.is_begun(trial.store):
         return []
     try:
         config = located(trial.pretrain)
-        changed = launch.settings_changed(config, select(**config.select.model_dump()), trial.store)
+        changed = pretraining.settings_changed(config, select(**config.select.model_dump()), trial.store)
     except ConfigError:
         return []  # stain statistics that are to be fitted
     place = trial.store.uri.rpartition("/")[0]

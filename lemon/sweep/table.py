@@ -20,15 +20,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from lemon.config import Frozen
-from lemon.experiment import Result, finished
-from lemon.report.studies import OverSeeds, point_names, study_values
-from lemon.report.tables import as_csv
+from lemon.probe.tables import as_csv
+from lemon.runtime.config import Frozen
 from lemon.runtime.secrets import redacted
 from lemon.runtime.store import Store
 from lemon.runtime.tracking import run_id_of
 from lemon.schema import SWEEP, SWEEP_FILE
 from lemon.sweep.grid import Entry
+from lemon.sweep.studies import OverSeeds, point_names, study_values
+from lemon.sweep.trial import Result, finished
 
 LOST = "lost.json"
 PARQUET, CSV = SWEEP_FILE, "sweep.csv"

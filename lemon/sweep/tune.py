@@ -16,19 +16,19 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from typing_extensions import TypedDict
 
-from lemon import experiment
-from lemon.cells.names import file_stem
-from lemon.experiment import Trial
-from lemon.pretrain import launch
+from lemon.pretrain import job as pretraining
 from lemon.runtime.cluster import nodes, start_ray
 from lemon.runtime.demand import room, settle
+from lemon.runtime.identifiers import file_stem
 from lemon.runtime.records import OWN
 from lemon.runtime.store import Store, fingerprint
 from lemon.runtime.tracking import Run
 from lemon.sweep import table
+from lemon.sweep import trial as trials
 from lemon.sweep.attempt import attempt
 from lemon.sweep.config import SweepConfig
 from lemon.sweep.grid import Entry, Grid
+from lemon.sweep.trial import Trial
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def prepare(entries: Sequence[Entry], config: SweepConfig) -> None:
     """Join or start Ray for trials. Raises ConfigError, also where the cluster never has room for one."""
     _start_ray()
     for workers in {entry.trial.pretrain.workers for entry in entries}:
-        demand = launch.demand_of(workers, key="pretrain.workers")
+        demand = pretraining.demand_of(workers, key="pretrain.workers")
         if workers.in_process:
             demand = replace(demand, wished=min(config.max_concurrent or 1, len(entries)), count_key="max_concurrent")
         settle(demand, stage="sweep")
@@ -144,7 +144,7 @@ def _trainable(entries: list[Entry], config: SweepConfig, *, parent: Run) -> Any
 def _trial(settings: dict[str, Any], *, entries: dict[str, Entry], parent: Run, tries: int, reports: bool) -> None:
     """What Tune calls in a process of its own; to Tune a trial fails only with that process."""
     entry = entries[settings["trial"]]
-    if experiment.finished(entry.trial) is not None:
+    if trials.finished(entry.trial) is not None:
         return  # before an interruption; Tune had not noted it
     os.environ["LOKY_MAX_CPU_COUNT"] = str(entry.trial.pretrain.workers.cpus)  # of the probes; else all of the machine
     attempt(entry, tasks=None, parent=parent, tries=tries, log=_report if reports else None)
@@ -164,7 +164,7 @@ def _resources(trial: Trial) -> Any:
 
 def _capacity(pending: list[Entry]) -> int:
     """Trials that the cluster has room for at once: Tune does not count what Ray Train's workers take."""
-    demands = {launch.demand_of(entry.trial.pretrain.workers) for entry in pending}
+    demands = {pretraining.demand_of(entry.trial.pretrain.workers) for entry in pending}
     holds = (room(nodes(), cpus=each.cpus, gpus=each.gpus or 0) // each.wished for each in demands)
     return max(1, min(holds))
 
@@ -220,7 +220,7 @@ def _reason(trial: Any) -> str:
 
 
 def _is_open(entry: Entry) -> bool:
-    return experiment.finished(entry.trial) is None and table.lost(entry) is None
+    return trials.finished(entry.trial) is None and table.lost(entry) is None
 
 
 def _start_ray() -> None:

@@ -17,7 +17,7 @@ import pytest
 from lemon.cells import cache as caching
 from lemon.cells.cache import check_cache, open_images, read_images
 from lemon.cells.select import Selection, select_cells
-from lemon.config import ConfigError, StorageError
+from lemon.errors import ConfigError, StorageError
 from tests.cells_table import numbered, small_table, write_slide
 
 FILL = """

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lemon.cells.labels import read_labels
-from lemon.config import ConfigError
+from lemon.errors import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lemon.cells.names import MAX_STEM_BYTES, file_stem, geojson_name
+from lemon.cells.names import geojson_name
+from lemon.runtime.identifiers import MAX_STEM_BYTES, file_stem
 
 ANY_ID = st.text(st.characters(), max_size=400)  # lone surrogates among them
 

@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lemon.cells.ledger import Ledger
+from lemon.cells.ledger import cells_ledger
 from lemon.cells.names import shard_name
 from lemon.cells.select import _prefixes, rank_of, select_cells
-from lemon.config import ConfigError
+from lemon.errors import ConfigError
 from lemon.runtime.store import Store
 from tests.cells_table import small_table
 
@@ -111,7 +111,7 @@ def test_a_barcode_excludes_its_slides_whatever_the_table_calls_the_patient(
     barcode = "TCGA-A2-A0SX-01Z-00-DX1.8B4F6C1A"
     store.write_table(shard_name(barcode), pa.table({"rank": [0.1]}))
     row = {"slide_id": barcode, "path": "", "patient_id": patient, "status": "done", "n_cells": 1}
-    Ledger(store, config_fingerprint="x").commit(row)
+    cells_ledger(store, config_fingerprint="x").commit(row)
     assert {part.slide_id for part in select_cells(store).parts} == {"a", "b", "c", barcode}
     assert {part.slide_id for part in select_cells(store, exclude_patients=[name]).parts} == {"a", "b", "c"}
 
@@ -124,7 +124,7 @@ def test_patients_that_match_nothing_are_told(tmp_path: Path, caplog: pytest.Log
 
 def test_failed_slides_have_no_cells(tmp_path: Path) -> None:
     store, _ = small_table(tmp_path)
-    Ledger(store, config_fingerprint="x").commit({"slide_id": "d", "path": "", "status": "failed", "n_cells": 0})
+    cells_ledger(store, config_fingerprint="x").commit({"slide_id": "d", "path": "", "status": "failed", "n_cells": 0})
     assert {part.slide_id for part in select_cells(store).parts} == {"a", "b", "c"}
 
 

@@ -14,13 +14,15 @@ import shapely
 from scipy import sparse
 
 from lemon.cells.names import shard_name
-from lemon.config import ConfigError, load
-from lemon.embed import pipeline, spatialdata
+from lemon.embed import job as embedding
+from lemon.embed import spatialdata
 from lemon.embed.clusters import fit_clusters, palette
 from lemon.embed.config import EmbedConfig
 from lemon.embed.ledger import Made
 from lemon.embed.slide import EmbeddedSlide
+from lemon.errors import ConfigError
 from lemon.runtime import store as storage
+from lemon.runtime.config import load
 from lemon.runtime.records import ForeignFileError
 from lemon.runtime.store import Store
 from lemon.schema import CLUSTERS
@@ -57,7 +59,7 @@ def output(model: Path, cells: Store, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("out")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "BATCH_ROWS", 16)  # several batches a slide
-        assert pipeline.main(config_for(model, cells, folder, "format=[parquet,h5ad,geojson]")) == 0
+        assert embedding.main(config_for(model, cells, folder, "format=[parquet,h5ad,geojson]")) == 0
     return folder
 
 
@@ -149,14 +151,14 @@ def test_a_nucleus_in_qupath_has_the_class_and_the_colour_of_its_cluster(output:
 def test_another_number_of_clusters_makes_the_files_anew_but_no_embedding(
     model: Path, cells: Store, tmp_path: Path
 ) -> None:
-    pipeline.run(config_for(model, cells, tmp_path, "format=[h5ad]"))
+    embedding.run(config_for(model, cells, tmp_path, "format=[h5ad]"))
     before = (tmp_path / "embeddings" / "a.parquet").stat().st_mtime_ns
-    summary = pipeline.run(config_for(model, cells, tmp_path, "format=[h5ad]", "clusters.k=5"))
+    summary = embedding.run(config_for(model, cells, tmp_path, "format=[h5ad]", "clusters.k=5"))
     assert summary.n_skipped == len(SLIDES)
     assert (tmp_path / "embeddings" / "a.parquet").stat().st_mtime_ns == before
     assert len(anndata.read_h5ad(tmp_path / "h5ad" / "a.h5ad").obs["cluster"].cat.categories) == 5
     # Without clusters: every nucleus is a nucleus.
-    pipeline.run(config_for(model, cells, tmp_path, "format=[h5ad,geojson]", "clusters.k=null"))
+    embedding.run(config_for(model, cells, tmp_path, "format=[h5ad,geojson]", "clusters.k=null"))
     assert "cluster" not in anndata.read_h5ad(tmp_path / "h5ad" / "a.h5ad").obs
     assert not (tmp_path / "clusters").exists()
     with gzip.open(tmp_path / "geojson" / "a.geojson.gz") as file:
@@ -169,12 +171,12 @@ def test_a_format_that_cannot_be_made_leaves_the_embeddings_and_is_tried_again(
     store = Store(tmp_path / "cells")
     write_slide(store, "s", np.zeros((20, 60, 60, 3), np.uint8), arrays={"polygon": [b"no polygon"] * 20})
     config = config_for(model, store, tmp_path / "out", "format=[geojson,h5ad]")
-    assert pipeline.main(config) == 3
+    assert embedding.main(config) == 3
     assert "s: partial: geojson: " in capsys.readouterr().out
     assert (tmp_path / "out" / "h5ad" / "s.h5ad").exists()
     assert not (tmp_path / "out" / "geojson" / "s.geojson.gz").exists()
     write_cells(store, "s", 20)
-    assert pipeline.main(config) == 0
+    assert embedding.main(config) == 0
     told = capsys.readouterr().out
     assert "1 slides (1 done, 0 partial, 0 failed; 0 of an earlier run)" in told
     assert (tmp_path / "out" / "geojson" / "s.geojson.gz").exists()
@@ -183,15 +185,15 @@ def test_a_format_that_cannot_be_made_leaves_the_embeddings_and_is_tried_again(
 def test_embeddings_that_were_spoilt_since_are_told_and_made_again_once_deleted(
     model: Path, cells: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pipeline.run(config_for(model, cells, tmp_path))
+    embedding.run(config_for(model, cells, tmp_path))
     (tmp_path / "embeddings" / "a.parquet").write_bytes(b"spoilt")
     without = config_for(model, cells, tmp_path, "clusters.k=null", "format=[h5ad]")
-    assert pipeline.main(without) == 3
+    assert embedding.main(without) == 3
     assert "a: partial: h5ad: embeddings/a.parquet: cannot be read: " in capsys.readouterr().out
-    assert pipeline.main(config_for(model, cells, tmp_path, "format=[h5ad]")) == 3
+    assert embedding.main(config_for(model, cells, tmp_path, "format=[h5ad]")) == 3
     assert "embed: stopped: embeddings/a.parquet: cannot be read: " in capsys.readouterr().err
     (tmp_path / "embeddings" / "a.parquet").unlink()
-    assert pipeline.main(config_for(model, cells, tmp_path, "format=[h5ad]")) == 0
+    assert embedding.main(config_for(model, cells, tmp_path, "format=[h5ad]")) == 0
 
 
 def test_coordinates_count_from_the_scanned_area_where_the_slide_is_at_hand(
@@ -240,7 +242,7 @@ def test_a_file_on_object_storage_is_made_here_and_appears_there_when_it_is_whol
 
 def test_spatialdata_joins_polygons_and_table_on_the_cells_id(model: Path, cells: Store, tmp_path: Path) -> None:
     sd = pytest.importorskip("spatialdata")
-    assert pipeline.main(config_for(model, cells, tmp_path, "format=[spatialdata]")) == 0
+    assert embedding.main(config_for(model, cells, tmp_path, "format=[spatialdata]")) == 0
     data = sd.read_zarr(tmp_path / "spatialdata" / "a.zarr")
     shard = cells.read_table(shard_name("a"))
     ids = shard["cell_id"].to_pylist()

@@ -13,13 +13,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 import lemon
-from lemon.config import ConfigError
 from lemon.encoders.config import LEMON_MEAN, LEMON_STD, EncoderConfig
 from lemon.encoders.export import CellInput, export_encoder, load_exported
 from lemon.encoders.features import default_batch, encode_cells, resize
 from lemon.encoders.open import RELEASED, Encoder, cell_input_of, load_encoder
 from lemon.encoders.registry import find_entry
 from lemon.encoders.vit import build_vit, seeded
+from lemon.errors import ConfigError
 
 TINY = EncoderConfig(name="tiny", dim=32, depth=2, heads=4)
 INPUT = CellInput(mean=LEMON_MEAN, std=LEMON_STD)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lemon.config import ConfigError
 from lemon.encoders import architectures
 from lemon.encoders.architectures import TokenPool, build
 from lemon.encoders.preact import PreActResNet
 from lemon.encoders.registry import REGISTRY, describe, encoder_names, find_entry, split_name
 from lemon.encoders.vit import seeded
 from lemon.encoders.weights import MissingWeightsError
+from lemon.errors import ConfigError
 
 MILLION_PARAMETERS = {
     "lemon": 21.4,

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
-from lemon.config import conf_dir
 from lemon.encoders import attention, vit
 from lemon.encoders.config import LEMON_MEAN, LEMON_STD, VIT_B8, VIT_S8, VIT_TINY8, EncoderConfig
 from lemon.encoders.vit import build_vit, forward_tokens, load_lemon_checkpoint, seeded, sincos_positions
+from lemon.runtime.config import conf_dir
 
 TINY = EncoderConfig(name="tiny", dim=32, depth=2, heads=4)
 

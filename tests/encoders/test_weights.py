@@ -16,7 +16,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lemon.config import ConfigError
 from lemon.encoders import open as opening
 from lemon.encoders import weights
 from lemon.encoders.architectures import build
@@ -24,6 +23,7 @@ from lemon.encoders.open import Encoder, load_encoder, load_entry
 from lemon.encoders.registry import EncoderEntry, find_entry
 from lemon.encoders.vit import build_vit, seeded
 from lemon.encoders.weights import MissingWeightsError, find_weights, load_weights, read_state
+from lemon.errors import ConfigError
 
 
 def shallow(name: str) -> EncoderEntry:

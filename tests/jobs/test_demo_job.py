@@ -18,7 +18,7 @@ from lemon.runtime.store import Store
 SHORT = """
 import sys
 from pathlib import Path
-from lemon import demo
+from lemon.demo import job as demo
 demo.PRETRAIN = demo.PRETRAIN.replace("images_per_epoch=2560 epochs=8", "images_per_epoch=640 epochs=2")
 demo.run(Path(sys.argv[1]), synthetic=True)
 """

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from lemon.cells.ledger import read_ledger
-from lemon.fetch import PASSING, DownloadLedger
+from lemon.demo.slide import make_synthetic_slide
+from lemon.fetch.download import PARTS
+from lemon.fetch.job import PASSING, download_ledger
 from lemon.runtime.store import Store
-from lemon.slides.download import PARTS
-from lemon.slides.samples import make_synthetic_slide
-from tests.gdc_server import GdcServer, Served, serving
+from tests.fetch.gdc_server import GdcServer, Served, serving
 from tests.jobs.test_curate_job import kill_all, wait_for
 
 JOB = Path(__file__).resolve().parents[2] / "jobs" / "fetch_tcga.py"
@@ -113,7 +113,7 @@ def test_slides_become_cells_as_they_come_and_leave_the_disk(slides: list[Served
             row = rows[file.slide_id]
             assert (row["n_cells"], row["path"]) == (40, f"{server.url}/data/{file.file_id}")
             assert (row["organ"], row["project"], row["patient_id"]) == ("breast", "TCGA-BRCA", file.name[:12])
-        downloads = DownloadLedger(Store(tmp_path / "cells")).rows()
+        downloads = download_ledger(Store(tmp_path / "cells")).rows()
         assert [downloads[file.slide_id]["status"] for file in slides] == ["done"] * 4 + ["failed"]
         assert f"{lost.slide_id}: failed: md5" in told
         second = sorted(request.at_s for file in slides for request in server.asked(file)[:1])[1]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.probe.tasks.test_folder import write_crops
-from tests.sweeps import sweep_words, write_cells
+from tests.sweep.studies import sweep_words, write_cells
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 SECRET = "pl4nted+S3CRET/0123456789"

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from benchmarks.processes import family, kill
-from lemon.config import conf_dir, load
 from lemon.pretrain.config import PretrainConfig
+from lemon.runtime.config import conf_dir, load
 from lemon.runtime.store import Store
 from lemon.runtime.tracking import Run, metric_history
 from tests.cells_table import synthetic_crops, write_slide

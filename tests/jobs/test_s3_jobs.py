@@ -18,7 +18,7 @@ from lemon.runtime.store import Store
 from lemon.slides.synthetic import make_tissue, write_pyramid
 from tests import s3
 from tests.probe.tasks.test_folder import write_crops
-from tests.sweeps import TINY, write_cells
+from tests.sweep.studies import TINY, write_cells
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 

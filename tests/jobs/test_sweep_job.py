@@ -18,7 +18,7 @@ from lemon.runtime.store import Store
 from lemon.runtime.tracking import RUN
 from lemon.sweep import table
 from tests.probe.tasks.test_folder import write_crops
-from tests.sweeps import sweep_words, write_cells
+from tests.sweep.studies import sweep_words, write_cells
 
 JOB = Path(__file__).resolve().parents[2] / "jobs" / "scaling_sweep.py"
 

@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from lemon.cells.batches import Feed, Order
-from lemon.config import ConfigError, conf_dir, load, validate
+from lemon.errors import ConfigError
 from lemon.pretrain.checkpoint import Checkpoints
 from lemon.pretrain.config import DINOv2Config, PretrainConfig
 from lemon.pretrain.dinov2 import DINOv2
 from lemon.pretrain.loop import Trainer
-from lemon.pretrain.policy import load_policy
+from lemon.runtime.config import conf_dir, load, validate
 from lemon.runtime.store import Store
 from lemon.sweep.config import SweepConfig
+from lemon.views.policy import load_policy
 from tests.cells_table import synthetic_crops
 
 BASE = ["cells=c", "output=o", "variant=smoke"]

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
-from lemon.config import conf_dir
 from lemon.encoders.config import EncoderConfig
 from lemon.encoders.vit import forward_tokens
 from lemon.pretrain import losses
 from lemon.pretrain.config import DINOv2Config, MoCoV3Config
 from lemon.pretrain.dinov2 import DINOv2, block_mask, masked_patches
 from lemon.pretrain.heads import DinoHead
+from lemon.runtime.config import conf_dir
 from tests.pretrain.test_losses import assert_same_as_one_worker, run_workers
 from tests.pretrain.test_mocov3 import CELLS, assert_same, crops, gradients, schedules, train
 

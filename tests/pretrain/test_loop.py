@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from lemon.config import ConfigError
 from lemon.encoders import vit
 from lemon.encoders.attention import CellAttention
 from lemon.encoders.export import NotFiniteError
 from lemon.encoders.features import effective_rank
 from lemon.encoders.mlp import CellMlp
+from lemon.errors import ConfigError
 from lemon.pretrain.assemble import build_trainer, export, train
 from lemon.pretrain.checkpoint import Checkpoints
 from lemon.pretrain.config import PretrainConfig
 from lemon.pretrain.loop import Trainer, TrainingStoppedError
 from lemon.pretrain.online_probe import OnlineProbe
-from lemon.pretrain.policy import load_policy
 from lemon.runtime.store import Store
+from lemon.views.policy import load_policy
 from tests.cells_table import synthetic_crops, write_slide
 
 CPU = torch.device("cpu")

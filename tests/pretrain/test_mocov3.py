@@ -14,13 +14,13 @@ import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lemon.config import conf_dir
 from lemon.encoders.config import EncoderConfig
 from lemon.pretrain.config import MoCoV3Config
 from lemon.pretrain.heads import HeadBatchNorm, moco_mlp
 from lemon.pretrain.losses import moco_contrastive
 from lemon.pretrain.mocov3 import MoCoV3
 from lemon.pretrain.schedules import Method, Schedules, set_optimizer
+from lemon.runtime.config import conf_dir
 from tests.pretrain.test_losses import assert_same_as_one_worker, run_workers
 
 ENCODER = EncoderConfig(name="tiny", dim=32, depth=2, heads=4)

@@ -8,18 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lemon import experiment
-from lemon.config import EXIT_FAILURES, load
 from lemon.encoders.config import EncoderConfig
 from lemon.encoders.export import CellInput, export_encoder
 from lemon.encoders.vit import build_vit, seeded
-from lemon.probe import run as probe
+from lemon.errors import EXIT_FAILURES
+from lemon.probe import job as probe
 from lemon.probe.config import ProbeConfig
 from lemon.probe.task import Task
+from lemon.runtime.config import load
 from lemon.sweep import grid
-from lemon.sweep import run as sweep
+from lemon.sweep import job as sweep
+from lemon.sweep import trial as trials
 from lemon.sweep.config import Study, SweepConfig
-from tests.sweeps import light_task, sweep_words, write_cells
+from tests.sweep.studies import light_task, sweep_words, write_cells
 
 SCRIPT = "<script>alert('a1')</script>"
 """Name of a point."""
@@ -36,7 +37,7 @@ def write_outputs(folder: Path, patch: pytest.MonkeyPatch) -> str:
     """``out`` (a sweep of two points with two seeds, and one that fails) and ``probe``; returns MLflow's address."""
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     patch.setenv("MLFLOW_TRACKING_URI", uri)
-    for module in (grid, experiment, probe):
+    for module in (grid, trials, probe):
         patch.setattr(module, "open_task", open_light)
     write_cells(folder / "cells")
     points = [

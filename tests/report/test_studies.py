@@ -11,14 +11,15 @@ import pyarrow as pa
 import pytest
 from scipy import stats
 
-from lemon.config import ConfigError
-from lemon.report import figures, studies
+from lemon.errors import ConfigError
+from lemon.report import figures
 from lemon.report.paper import PaperNumbers, read_paper
 from lemon.report.sections import images_seen
 from lemon.report.sentences import study_sentences
 from lemon.report.sources import Output, read_sweep
 from lemon.runtime.store import Store
 from lemon.schema import SWEEP, SWEEP_FILE
+from lemon.sweep import studies
 
 SEEDS = (0, 1, 2)
 

@@ -18,7 +18,7 @@ import grpc
 import pytest
 import ray
 
-from lemon.config import ConfigError
+from lemon.errors import ConfigError
 from lemon.runtime import cluster
 from lemon.runtime.cluster import check_address, explain, folder_fault, ray_address, start_ray, temporary_folder
 
@@ -215,7 +215,8 @@ def test_a_start_that_hangs_ends_in_time_and_one_that_fails_is_a_line(
 HANGS = """
 import sys, threading
 import ray
-from lemon.config import CurateConfig, run_job
+from lemon.curate.config import CurateConfig
+from lemon.runtime.job import run_job
 from lemon.runtime.cluster import start_ray
 
 def hang(**options):

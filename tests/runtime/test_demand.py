@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lemon.config import ConfigError
+from lemon.errors import ConfigError
 from lemon.runtime.demand import Demand, Node, grant, room
 
 SMALL: list[Node] = [{"CPU": 1.0}]

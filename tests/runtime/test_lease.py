@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lemon.config import ConfigError
+from lemon.errors import ConfigError
 from lemon.runtime import lease
 from lemon.runtime.lease import hold
 from lemon.runtime.store import Store
@@ -29,7 +29,7 @@ with hold(sys.argv[1], stage="first"):
 RACER = """
 import sys, time
 from pathlib import Path
-from lemon.config import ConfigError
+from lemon.errors import ConfigError
 from lemon.runtime.lease import hold
 while time.time() < float(sys.argv[3]): pass
 try:

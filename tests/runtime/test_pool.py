@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lemon.config import ConfigError
+from lemon.errors import ConfigError
 from lemon.runtime import pool
 
 

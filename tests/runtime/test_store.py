@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from lemon.config import ConfigError, DamagedError
+from lemon.errors import ConfigError, DamagedError
 from lemon.runtime.store import CIRCUMSTANCES, TEMPORARY, Store, file_fingerprint, fingerprint
 from lemon.schema import CLUSTERS
 

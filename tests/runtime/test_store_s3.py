@@ -17,12 +17,12 @@ import pyarrow as pa
 import pytest
 
 from lemon import schema
-from lemon.config import ConfigError, StorageError
+from lemon.errors import ConfigError, StorageError
 from lemon.runtime import s3 as s3_client
 from lemon.runtime import store as storage
 from lemon.runtime.store import CIRCUMSTANCES, Store, local_copy, open_output
 from lemon.slides.cohort import list_slides
-from lemon.slides.fetch import local_slide
+from lemon.slides.local import local_slide
 from lemon.slides.reader import SlideError
 from tests import s3
 
@@ -284,7 +284,7 @@ def test_a_slide_lies_in_scratch_only_while_it_is_worked_on(
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(SlideError, match="file not found"), local_slide(f"{bucket.uri}/b.svs", scratch=str(tmp_path)):
         pass
-    monkeypatch.setattr("lemon.slides.fetch.SPARE_BYTES", 1 << 60)
+    monkeypatch.setattr("lemon.slides.local.SPARE_BYTES", 1 << 60)
     with pytest.raises(SlideError, match="no space"), local_slide(f"{bucket.uri}/a.svs", scratch=str(tmp_path)):
         pass
     with pytest.raises(SlideError, match="several files"), local_slide("s3://b/a.mrxs"):

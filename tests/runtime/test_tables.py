@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lemon.config import ConfigError
+from lemon.errors import ConfigError
 from lemon.runtime.identifiers import trimmed
 from lemon.runtime.tables import ANY_NUMBER, MISSING, Column, Form, UserTable, read_user_table
 

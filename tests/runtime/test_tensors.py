@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lemon.config import ConfigError, DamagedError
 from lemon.encoders.export import CONFIG, WEIGHTS, load_exported
 from lemon.encoders.open import RELEASED, load_encoder
+from lemon.errors import ConfigError, DamagedError
 from lemon.nuclei.hoverfast import load_checkpoint
 from lemon.runtime.tensors import read_weights
 

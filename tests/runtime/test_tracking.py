@@ -13,11 +13,11 @@ import pytest
 import requests
 import torch
 
-from lemon.config import ConfigError
 from lemon.encoders.config import VIT_TINY8
 from lemon.encoders.export import CellInput, export_encoder
 from lemon.encoders.open import load_encoder
 from lemon.encoders.vit import build_vit
+from lemon.errors import ConfigError
 from lemon.runtime import tracking
 from lemon.runtime.store import Store
 from lemon.runtime.tracking import (

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from lemon.cells.names import shard_name
-from lemon.config import ConfigError, VerifyConfig
+from lemon.errors import ConfigError
 from lemon.runtime.store import Store
-from lemon.runtime.verify import main, outputs_in
+from lemon.runtime.verify import VerifyConfig, main, outputs_in
 from tests.cells_table import write_slide
 
 

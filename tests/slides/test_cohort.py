@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lemon.config import ConfigError
+from lemon.errors import ConfigError
 from lemon.slides.cohort import Slide, list_slides, with_barcode
 
 BARCODE = "TCGA-A2-A0SX-01Z-00-DX1.8B4F6C1A-1111-2222-3333-444455556666"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lemon.config import ConfigError
+from lemon.errors import ConfigError
 from lemon.runtime.store import Store
 from lemon.schema import COHORT
 from lemon.slides.cohort import Slide, list_slides

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from lemon.cells.select import select_cells
 from lemon.cells.shard import images_from_arrow
-from lemon.config import ConfigError
+from lemon.errors import ConfigError
 from lemon.probe.folds import N_FOLDS, leak_free
 from lemon.probe.task import Count, Task, TaskError
 from lemon.probe.tasks.assemble import check_protocols

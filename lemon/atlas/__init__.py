@@ -1,0 +1,1 @@
+"""The atlas: a map of cells by their embeddings."""

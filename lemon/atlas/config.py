@@ -1,0 +1,44 @@
+"""Settings of the atlas. Imports no torch, so that a mistake is told at once."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from lemon.runtime.config import AnyPath, Frozen
+
+MAX_CELLS = 100_000  # as in the paper's Figure 4; the page then has up to 60 MB
+
+
+class AtlasSelect(Frozen):
+    """Which slides of the table."""
+
+    organs: list[str] | None = Field(None, description="slides of these organs")
+    slides: list[str] | None = Field(None, description="slides of these ids")
+
+    @field_validator("organs", "slides", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class AtlasConfig(Frozen):
+    """``jobs/atlas.py``: embeddings -> a map of cells, as a picture and as a page."""
+
+    embeddings: AnyPath = Field(description="output of jobs/embed.py")
+    cells: AnyPath = Field(description="the cells table that was embedded: an output of jobs/curate.py")
+    output: AnyPath = Field("atlas", description="folder or s3:// prefix of atlas.html, .png, .svg and map.parquet")
+    n_cells: int = Field(20_000, ge=10, le=MAX_CELLS, description="the cells of lowest rank over all slides")
+    select: AtlasSelect = AtlasSelect()
+    labels: AnyPath | None = Field(None, description="CSV or Parquet with cell_id, label: classes to colour by")
+    method: Literal["tsne", "umap"] = Field("tsne", description="umap needs pip install umap-learn")
+    perplexity: float = Field(30, ge=2, description="of t-SNE; for UMAP the number of neighbours")
+    seed: int = Field(0, ge=0)
+    threads: int = Field(1, ge=1, description="of t-SNE; the map is the same in every run with the same number")
+    grid: int = Field(28, ge=4, le=60, description="squares of cell images a side of the picture")
+    title: str = Field("Atlas of cells", description="heading of picture and page")
+
+    def map_settings(self) -> dict[str, Any]:
+        """The settings that change where a cell lies."""
+        return self.model_dump(include={"method", "perplexity", "seed"})

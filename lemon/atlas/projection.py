@@ -1,0 +1,110 @@
+"""From vectors to a map: t-SNE or UMAP by cosine distance, and what is asked of the positions afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from openTSNE import TSNE
+from tqdm import tqdm
+
+from lemon.errors import ConfigError
+
+EARLY_STEPS, STEPS = 250, 500  # openTSNE's own numbers
+STEPS_A_TICK = 25
+
+LEVELS = 65_535
+"""Positions are stored in 16 bits a coordinate: 1/65 px of a map of 1000 px, finer than a screen."""
+
+
+def open_method(method: str) -> Callable[..., np.ndarray]:
+    """The function that ``method=`` names. Raises ConfigError where its package is absent."""
+    if method == "tsne":
+        return map_tsne
+    try:
+        import umap  # noqa: F401
+    except ImportError:
+        raise ConfigError("method: got umap, which is not installed; expected pip install umap-learn") from None
+    return map_umap
+
+
+def map_tsne(vectors: np.ndarray, *, perplexity: float, seed: int, threads: int) -> np.ndarray:
+    """t-SNE of [N, D] with PCA as the start: float32 [N, 2].
+
+    The same for the same seed and number of threads. Another number finds other approximate neighbours and adds in
+    another order, which t-SNE grows into another, equally good map (measured with openTSNE 1.0.4).
+    """
+    directions = directions_of(vectors)
+    # More would only be lowered by openTSNE, with a warning: every cell needs three times as many neighbours.
+    perplexity = min(perplexity, (len(directions) - 1) / 3)
+    with tqdm(total=EARLY_STEPS + STEPS, unit="step", desc="t-SNE (neighbours first)", disable=None) as bar:
+
+        def tick(_step: int, divergence: float, _positions: np.ndarray) -> None:
+            bar.set_description("t-SNE", refresh=False)
+            bar.set_postfix(KL=f"{divergence:.3f}", refresh=False)
+            bar.update(STEPS_A_TICK)
+
+        found = TSNE(
+            perplexity=perplexity,
+            metric="cosine",
+            initialization="pca",
+            early_exaggeration_iter=EARLY_STEPS,
+            n_iter=STEPS,
+            n_jobs=threads,
+            random_state=seed,
+            callbacks=tick,
+            callbacks_every_iters=STEPS_A_TICK,
+        ).fit(directions)
+    return np.asarray(found, np.float32)
+
+
+def map_umap(vectors: np.ndarray, *, perplexity: float, seed: int, threads: int) -> np.ndarray:  # noqa: ARG001
+    """UMAP of [N, D]: float32 [N, 2]. ``perplexity`` is the number of neighbours; a seed allows one thread only."""
+    import umap
+
+    neighbours = min(round(perplexity), len(vectors) - 1)
+    reducer = umap.UMAP(
+        n_neighbors=neighbours, metric="cosine", init="pca", random_state=seed, n_jobs=1, tqdm_kwds={"disable": None}
+    )
+    return np.asarray(reducer.fit_transform(directions_of(vectors)), np.float32)
+
+
+def directions_of(vectors: np.ndarray) -> np.ndarray:
+    """float32 [N, D] of length one, as clusters compare them; so that PCA looks at directions too."""
+    vectors = vectors.astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
+
+
+def to_unit_square(positions: np.ndarray) -> np.ndarray:
+    """Positions [N, 2] moved and scaled (both axes alike) to fill the unit square, y downwards: float64 [N, 2]."""
+    low, high = positions.min(axis=0).astype(np.float64), positions.max(axis=0).astype(np.float64)
+    unit = 0.5 + (positions - (low + high) / 2) / max(float((high - low).max()), 1e-12)
+    unit[:, 1] = 1 - unit[:, 1]
+    return unit.clip(0, 1)
+
+
+def quantise(unit: np.ndarray) -> np.ndarray:
+    """Positions in the unit square as uint16 [N, 2]."""
+    return np.round(unit * LEVELS).astype(np.uint16)
+
+
+def curve_order(quantised: np.ndarray) -> np.ndarray:
+    """Cells along a Z-order curve through the map, so that neighbours come together: int64 [N] of indices."""
+    code = np.zeros(len(quantised), np.uint64)
+    for axis in (0, 1):
+        values = quantised[:, axis].astype(np.uint64)
+        for bit in range(16):
+            code |= ((values >> np.uint64(bit)) & np.uint64(1)) << np.uint64(2 * bit + axis)
+    return np.argsort(code, kind="stable")
+
+
+def nearest_in_squares(unit: np.ndarray, *, squares: int) -> np.ndarray:
+    """The cell nearest the centre of each square of a grid over the map: int64 [squares, squares], -1 for none."""
+    place = np.minimum((unit * squares).astype(np.int64), squares - 1)  # [N, 2]: column, row
+    distance = np.linalg.norm(unit * squares - place - 0.5, axis=1)
+    square = place[:, 1] * squares + place[:, 0]
+    order = np.lexsort((distance, square))
+    first = order[np.unique(square[order], return_index=True)[1]]
+    chosen = np.full(squares * squares, -1, np.int64)
+    chosen[square[first]] = first
+    return chosen.reshape(squares, squares)

@@ -1,0 +1,259 @@
+"""Slides -> nuclei -> cells on Ray Data: a slide a row, in a pool of actors that each commit what they finish."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from lemon.cells.ledger import cells_ledger, tell_statuses
+from lemon.cells.names import FOLDERS, SETTINGS, geojson_name, shard_name
+from lemon.curate.config import CurateConfig
+from lemon.curate.slide import OutputError, build_segmenter, curate_slide, start_processes
+from lemon.errors import EXIT_FAILURES, EXIT_OK, ConfigError
+from lemon.nuclei.config import HoverFastConfig
+from lemon.nuclei.released import weights_path
+from lemon.runtime import pool
+from lemon.runtime.demand import Demand, is_new, settle
+from lemon.runtime.identifiers import file_stem
+from lemon.runtime.lease import hold
+from lemon.runtime.ledger import Ledger, begin_output
+from lemon.runtime.secrets import redacted
+from lemon.runtime.store import Store, file_fingerprint, fingerprint, is_uri, local_copy, path_exists
+from lemon.slides.cohort import Slide, list_slides
+from lemon.slides.source import changed_masks, changed_sources
+
+OWNS = (*FOLDERS, SETTINGS)
+"""What curation writes in its output."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Outcome of a job: the ledger's rows of the slides that were asked for."""
+
+    rows: list[dict[str, Any]]
+    n_skipped: int
+    exit_code: int
+
+
+Locate = Callable[[Slide], contextlib.AbstractContextManager[str]]
+"""Makes a slide's file be there for the length of a block, and says where. Raises pool.AbsentError."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the actors find the slides.
+
+    Attributes:
+        open: makes what locates them, in each actor; has to be picklable.
+        ahead: slides that an actor locates while it curates another.
+    """
+
+    open: Callable[[], Locate]
+    ahead: int
+
+
+def _in_place() -> Locate:
+    return lambda slide: contextlib.nullcontext(slide.path)
+
+
+IN_PLACE = Source(open=_in_place, ahead=0)
+
+
+def run(config: CurateConfig, *, source: Source = IN_PLACE, slides: list[Slide] | None = None) -> Summary:
+    """Curate the slides of a config; returns what became of each.
+
+    A slide that its source could not provide gets no row, so that it is tried again by a rerun. ``slides`` is what
+    ``ask`` gave where a larger job asked already.
+
+    Raises ConfigError for what the user must mend first; FatalError when the job cannot go on.
+    """
+    slides = ask(config) if slides is None else slides
+    with hold(config.output, stage="curate", owns=OWNS) as store:
+        ledger = open_ledger(store, config)
+        rows = list(ledger.rows().values())
+        pending = _pending(slides, rows, ledger=ledger, config=config)
+        if pending:
+            _curate_all(pending, config=config, ledger=ledger, source=source)
+            rows = list(ledger.rows().values())
+    wanted = {slide.slide_id for slide in slides}
+    rows = [row for row in rows if row["slide_id"] in wanted]
+    failed = sum(row["status"] == "failed" for row in rows)
+    code = EXIT_FAILURES if failed > config.max_failed_share * len(rows) else EXIT_OK
+    return Summary(rows=rows, n_skipped=len(slides) - len(pending), exit_code=code)
+
+
+def main(config: CurateConfig, *, source: Source = IN_PLACE, slides: list[Slide] | None = None) -> int:
+    """``run`` with its outcome told; returns the exit code."""
+    try:
+        summary = run(config, source=source, slides=slides)
+    except pool.FatalError as error:
+        print(f"curate: stopped: {error}; what is committed stays, rerun goes on", file=sys.stderr)
+        return EXIT_FAILURES
+    told = tell_statuses(summary.rows)
+    total = {name: sum(row[name] or 0 for row in summary.rows) for name in ("n_nuclei", "n_cells")}
+    print(
+        f"curate: {len(summary.rows)} slides ({told}; {summary.n_skipped} of an earlier run), "
+        f"{total['n_nuclei']:,} nuclei, {total['n_cells']:,} cells in {config.output}"
+    )
+    return summary.exit_code
+
+
+class Curator(pool.Worker):
+    """Curates one slide at a time; holds the segmenter and the worker processes."""
+
+    fatal = (OutputError,)
+
+    def __init__(self, config: CurateConfig, *, config_fingerprint: str, source: Source = IN_PLACE) -> None:
+        self.config, self.locate = config, source.open()
+        self.output = config.output
+        self.ledger = cells_ledger(Store(config.output), config_fingerprint=config_fingerprint)
+        self.segmenter = build_segmenter(config.segmenter)
+        self.processes = start_processes(config.workers.cpus)
+
+    @contextlib.contextmanager
+    def ready(self, item: pool.Item) -> Iterator[pool.Item]:
+        """The slide with the path of its file."""
+        with contextlib.ExitStack() as stack:
+            path = stack.enter_context(self.locate(Slide(**item["slide"])))
+            yield item | {"path": path}
+
+    def begin(self, item: pool.Item, *, run_id: str) -> int:
+        """Note that work on a slide begins; how often it began before."""
+        return self.ledger.begin(item["slide"]["slide_id"], run_id=run_id)
+
+    def work(self, item: pool.Item) -> pool.Row:
+        """Curate a slide and commit it."""
+        slide = Slide(**item["slide"])
+        try:
+            row = curate_slide(
+                replace(slide, path=item["path"]),
+                config=self.config,
+                segmenter=self.segmenter,
+                processes=self.processes,
+                store=self.ledger.store,
+            )
+        except BrokenProcessPool as error:
+            self.processes = start_processes(self.config.workers.cpus)
+            raise pool.CrashError from error
+        return self.ledger.commit(row | {"path": slide.path})
+
+    def fail(self, item: pool.Item, reason: str) -> pool.Row:
+        """Give a slide up."""
+        told = {"status": "failed", "n_cells": 0, "error": " ".join(redacted(reason).split())}
+        return self.ledger.commit(item["slide"] | told)
+
+
+def ask(config: CurateConfig, *, key: str = "workers") -> list[Slide]:
+    """Check a config and, where there is work, what it asks of the cluster; returns the slides.
+
+    ``key`` is what its ``workers`` are called where it is a part of another job's. Raises ConfigError.
+    """
+    slides = check(config)
+    if is_new(config.output, table="slides"):
+        Store(config.output).records.require_all(OWNS)  # before a cluster is asked for
+        settle(_demand(config, n_slides=len(slides), key=key), stage="curate")
+    return slides
+
+
+def check(config: CurateConfig) -> list[Slide]:
+    """The slides of a config. Raises ConfigError for all that can be wrong before work begins."""
+    slides = list_slides(config.slides)
+    tables = [_absolute(f"{config.output.rstrip('/')}/{folder}") for folder in FOLDERS]
+    for slide in slides:
+        path = _absolute(slide.path)
+        if any(path.startswith(f"{table}/") for table in tables):
+            raise ConfigError(
+                f"slides: {slide.path} lies in the folder of a table of output={config.output}; expected another output"
+            )
+    if isinstance(config.segmenter, HoverFastConfig):
+        from lemon.nuclei.hoverfast import load_checkpoint  # imports torch
+
+        try:
+            load_checkpoint(weights_path(config.segmenter.checkpoint))
+        except (ValueError, FileNotFoundError) as error:
+            raise ConfigError(f"segmenter.checkpoint: {error}") from None
+    if config.tissue.masks is not None and not path_exists(config.tissue.masks):
+        raise ConfigError(f"tissue.masks: got {config.tissue.masks!r}; expected a folder of <slide_id>.png")
+    return slides
+
+
+def _absolute(path: str) -> str:
+    """A path with its links followed; a URI as it is."""
+    return path if is_uri(path) else str(Path(path).expanduser().resolve())
+
+
+def open_ledger(store: Store, config: CurateConfig) -> Ledger:
+    """The ledger of an output; raises ConfigError when the output was made with other settings."""
+    settings = config.result_settings()
+    if isinstance(config.segmenter, HoverFastConfig):
+        with local_copy(weights_path(config.segmenter.checkpoint)) as checkpoint:
+            settings["segmenter"]["checkpoint"] = file_fingerprint(checkpoint)
+    begin_output(store, SETTINGS, settings, folders=FOLDERS, overwrite=config.overwrite)
+    return cells_ledger(store, config_fingerprint=fingerprint(settings))
+
+
+def _pending(slides: list[Slide], rows: list[dict[str, Any]], *, ledger: Ledger, config: CurateConfig) -> list[Slide]:
+    """The slides that are to be worked on: new ones, those to be retried, and those whose pixels or mask changed.
+
+    Of these the row goes first, so that after a kill they are new.
+    """
+    paths = {slide.slide_id: slide.path for slide in slides}
+    mpp = {slide.slide_id: slide.mpp for slide in slides}
+    finished = [row for row in rows if row["status"] not in config.retry and row["slide_id"] in paths]
+    drawn = [row["slide_id"] for row in finished if config.geojson and row["n_nuclei"]]
+    again = {
+        "changed since they were curated": changed_sources(finished, paths),
+        "have another um/px in the cohort": {
+            row["slide_id"] for row in finished if mpp[row["slide_id"]] not in (None, row["mpp"])
+        },
+        "have other tissue masks": changed_masks(finished, config.tissue.masks, stem=file_stem),
+        "lost their cells": ledger.lacking((row["slide_id"] for row in finished if row["n_cells"]), shard_name),
+        "have no GeoJSON": ledger.lacking(drawn, geojson_name),
+    }
+    for why, slide_ids in again.items():
+        if slide_ids:
+            some = ", ".join(sorted(slide_ids)[:5]) + (", ..." if len(slide_ids) > 5 else "")
+            print(f"curate: {len(slide_ids)} slides {why}, and are curated again: {some}")
+    redone = set().union(*again.values())
+    for slide_id in redone:
+        ledger.forget(slide_id)
+        if ledger.store.records.agree(geojson_name(slide_id)):  # nuclei of pixels that are no more
+            ledger.store.delete(geojson_name(slide_id))
+    done = {row["slide_id"] for row in finished} - redone
+    return [slide for slide in slides if slide.slide_id not in done]
+
+
+def _demand(config: CurateConfig, *, n_slides: int, key: str = "workers") -> Demand:
+    workers = config.workers
+    return Demand(
+        cpus=workers.cpus,
+        gpus=workers.gpus,
+        wished=min(workers.actors or 1, n_slides),
+        may_shrink="cpus" not in workers.model_fields_set,
+        key=key,
+        count_key=f"{key}.actors",
+    )
+
+
+def _curate_all(slides: list[Slide], *, config: CurateConfig, ledger: Ledger, source: Source) -> None:
+    granted = settle(_demand(config, n_slides=len(slides)), stage="curate")
+    workers = config.workers.model_copy(update={"cpus": granted.cpus})
+    # Paths are made absolute here: actors run elsewhere.
+    located = config.model_copy(update={"output": ledger.store.uri, "workers": workers})
+    make = functools.partial(Curator, located, config_fingerprint=ledger.facts["config_fingerprint"], source=source)
+    actors = pool.Actors(granted, most=workers.actors, ahead=source.ahead)
+    items = [{"slide": asdict(slide)} for slide in slides]
+    with tqdm(total=len(slides), unit="slide", desc="curate", disable=None) as bar:
+        cells = failed = 0
+        for row in pool.run(items, make, actors=actors, max_attempts=config.max_attempts):
+            cells, failed = cells + (row.get("n_cells") or 0), failed + (row["status"] == "failed")
+            bar.set_postfix(cells=cells, failed=failed, refresh=False)
+            bar.update()

@@ -1,0 +1,353 @@
+"""One slide from file to committed cells: reading, network, instances, crops and writing overlap. No Ray in here."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import cv2
+import numpy as np
+import pyarrow as pa
+
+from lemon import schema
+from lemon.cells.crop import Claims, Frame, claim_cells
+from lemon.cells.names import geojson_name, shard_name
+from lemon.cells.qupath import GeoJsonWriter
+from lemon.cells.shard import SlideShard
+from lemon.curate.config import CurateConfig
+from lemon.nuclei.config import HoverFastConfig, SegmenterConfig
+from lemon.nuclei.segmenter import Postprocess, Segmenter
+from lemon.runtime.identifiers import file_stem
+from lemon.runtime.store import Store
+from lemon.schema import CROP_MPP
+from lemon.slides.cohort import Slide
+from lemon.slides.local import local_slide
+from lemon.slides.reader import RegionError, SlideError, SlideReader
+from lemon.slides.source import mask_digest, read_source
+from lemon.slides.tiles import Region, plan_regions, spread
+from lemon.slides.tissue import OVERVIEW_MPP, find_tissue, read_mask, reason_not_he
+
+CALIBRATION_REGIONS = 8  # enough that a slide's thresholds no longer move; read twice, so not more
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class OutputError(Exception):
+    """The output cannot be written (disk full, no permission): no other slide would fare better."""
+
+
+@dataclass
+class Tally:
+    """What happened to a slide so far; becomes its row in the ledger."""
+
+    n_regions: int = 0
+    n_failed_regions: int = 0
+    n_nuclei: int = 0
+    n_cells: int = 0
+    n_edge_cells: int = 0
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("open", "read", "network", "instances", "write"), 0.0)
+    )
+    cells_digest: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def clock(self, stage: str) -> Iterator[None]:
+        """Add the time of a block to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - start
+
+
+def build_segmenter(config: SegmenterConfig) -> Segmenter:
+    """The segmenter that a config names."""
+    if isinstance(config, HoverFastConfig):
+        from lemon.nuclei.hoverfast import HoverFast  # imports torch
+
+        return HoverFast(
+            config.checkpoint,
+            device=config.device,
+            precision=config.precision,
+            batch=config.batch,
+            min_area_um2=config.min_area_um2,
+        )
+    from lemon.nuclei.hematoxylin import Hematoxylin
+
+    return Hematoxylin(min_area_um2=config.min_area_um2)
+
+
+def start_processes(count: int) -> ProcessPoolExecutor:
+    """Worker processes for instances and crops: started afresh (no fork), because threads and CUDA are about."""
+    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_process)
+
+
+def _begin_process() -> None:
+    cv2.setNumThreads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """After kill -9 of its parent a process would wait for ever: it holds the other end of its queue's pipe itself."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def curate_slide(
+    slide: Slide, *, config: CurateConfig, segmenter: Segmenter, processes: Executor, store: Store
+) -> dict[str, Any]:
+    """Segment a slide and commit its cells; returns its row of the slides table (without provenance columns).
+
+    A slide that cannot be used gives a failed row with the reason. Raises OutputError when nothing can be written, and
+    BrokenProcessPool when a worker process died.
+    """
+    start, tally = time.perf_counter(), Tally()
+    row: dict[str, Any] = dict.fromkeys(schema.SLIDES.names)
+    row |= {key: getattr(slide, key) for key in ("slide_id", "path", "patient_id", "project", "organ", "site")}
+    try:
+        with contextlib.ExitStack() as stack:
+            with tally.clock("open"):
+                path = stack.enter_context(local_slide(slide.path, scratch=config.scratch))
+                if source := read_source(slide.path, local=Path(path)):
+                    row |= source.columns()
+                row["mask_digest"] = mask_digest(config.tissue.masks, file_stem(slide.slide_id))
+                reader = SlideReader(path, default_mpp=config.default_mpp, mpp=slide.mpp, limit_s=config.region_limit_s)
+            stack.callback(reader.close)
+            row |= {"mpp": reader.mpp, "mpp_assumed": reader.mpp_assumed}
+            row |= {"width_px": reader.width_px, "height_px": reader.height_px}
+            _curate_open(
+                reader, slide=slide, config=config, segmenter=segmenter, processes=processes, store=store, tally=tally
+            )
+        row["status"] = "partial" if tally.n_failed_regions else "done"
+    except SlideError as error:
+        row["status"] = "failed"
+        tally.notes.append(str(error))
+    row |= {
+        name: getattr(tally, name)
+        for name in (
+            "n_regions",
+            "n_failed_regions",
+            "n_nuclei",
+            "n_cells",
+            "n_edge_cells",
+            "cells_digest",
+        )
+    }
+    row |= {f"{stage}_s": round(seconds, 3) for stage, seconds in tally.seconds.items()}
+    return row | {"error": "; ".join(tally.notes) or None, "total_s": round(time.perf_counter() - start, 3)}
+
+
+def _curate_open(
+    reader: SlideReader,
+    *,
+    slide: Slide,
+    config: CurateConfig,
+    segmenter: Segmenter,
+    processes: Executor,
+    store: Store,
+    tally: Tally,
+) -> None:
+    with tally.clock("open"):
+        tally.notes.extend(reader.notes)
+        if reader.mpp > config.max_mpp:
+            raise SlideError(
+                f"{reader.mpp:.3g} um/px is coarser than max_mpp={config.max_mpp:g}: nuclei cannot be resolved"
+            )
+        overview, overview_mpp = _overview(reader, tally=tally)
+        regions = _plan(reader, overview, overview_mpp=overview_mpp, slide=slide, config=config, tally=tally)
+        samples = _samples(reader, regions)
+        if overview is None and samples:  # where it could not be seen as a whole, by its parts
+            _check_stain(np.concatenate(samples), mpp=CROP_MPP, config=config)
+        calibration = segmenter.calibrate(samples) if samples else None
+    tally.n_regions = len(regions)
+    frame = Frame(slide=slide, mpp=reader.mpp, scale=reader.scale, bounds_px=reader.bounds_base_px)
+    # One batch in the network, one behind it in the processes: what lies in memory does not depend on the slide.
+    batch = getattr(config.segmenter, "batch", 1)
+    with contextlib.closing(SlideShard(keep=config.cells_per_slide)) as shard, contextlib.ExitStack() as stack:
+        geojson = stack.enter_context(_geojson(store, slide, reader, wanted=config.geojson))
+        readers = stack.enter_context(ThreadPoolExecutor(config.workers.readers))
+        images = ordered_map(
+            readers, lambda region: _timed_read(reader, region), regions, ahead=config.workers.readers + batch
+        )
+        predicted = _predict(zip(regions, images, strict=True), segmenter=segmenter, batch=batch, tally=tally)
+        claims = ordered_map(
+            processes,
+            _postprocess_and_claim,
+            (
+                (segmenter.postprocess, image, prediction, calibration, region, frame, shard.rank_below)
+                for region, image, prediction in predicted
+            ),
+            ahead=config.workers.cpus + batch,
+        )
+        for claimed, seconds in claims:
+            tally.seconds["instances"] += seconds
+            with tally.clock("write"), _as_output_error():
+                held = shard.add(claimed)
+                if geojson is not None:
+                    geojson.write(held)
+        _check_regions(tally, config=config)
+        with tally.clock("write"), _as_output_error():
+            tally.n_cells, tally.n_edge_cells, tally.cells_digest = shard.commit(store, shard_name(slide.slide_id))
+            stack.close()  # completes the GeoJSON, so that it is there before the slide's row
+        tally.n_nuclei = shard.n_nuclei
+
+
+def _overview(reader: SlideReader, *, tally: Tally) -> tuple[np.ndarray | None, float]:
+    try:
+        return reader.overview(mpp=OVERVIEW_MPP)
+    except RegionError as error:
+        # Tissue then is everywhere: each region still gets its chance to be read.
+        tally.notes.append(f"overview unreadable, whole area searched ({error})")
+        return None, OVERVIEW_MPP
+
+
+def _plan(
+    reader: SlideReader,
+    overview: np.ndarray | None,
+    *,
+    overview_mpp: float,
+    slide: Slide,
+    config: CurateConfig,
+    tally: Tally,
+) -> list[Region]:
+    """Regions with tissue; raises SlideError for a slide that must not be used."""
+    mask = None if overview is None else _check_stain(overview, mpp=overview_mpp, config=config)
+    if config.tissue.masks is not None:
+        mask = read_mask(f"{config.tissue.masks}/{file_stem(slide.slide_id)}.png").mask
+    regions = plan_regions(
+        reader.bounds_base_px,
+        size_px=config.region_px,
+        overlap_px=config.overlap_px,
+        tissue=mask,
+        min_tissue_share=config.tissue.min_share,
+    )
+    if not regions:
+        tally.notes.append("no tissue found")
+    return regions
+
+
+def _check_stain(picture: np.ndarray, *, mpp: float, config: CurateConfig) -> np.ndarray:
+    """The tissue of a picture, bool [h, w]; raises SlideError where its colours are not those of H&E."""
+    mask = find_tissue(picture, mpp=mpp).mask
+    reason = reason_not_he(picture, mask) if config.tissue.require_he else None
+    if reason:
+        raise SlideError(reason)
+    return mask
+
+
+def _samples(reader: SlideReader, regions: list[Region]) -> list[np.ndarray]:
+    """Some regions of a slide, those that can be read."""
+    samples = []
+    for region in spread(regions, CALIBRATION_REGIONS):
+        with contextlib.suppress(RegionError):  # counted when its turn comes
+            samples.append(_read(reader, region))
+    return samples
+
+
+def _read(reader: SlideReader, region: Region) -> np.ndarray:
+    return reader.region(region.x_px, region.y_px, width_px=region.size_px, height_px=region.size_px)
+
+
+def _timed_read(reader: SlideReader, region: Region) -> tuple[np.ndarray | RegionError, float]:
+    start = time.perf_counter()
+    try:
+        image: np.ndarray | RegionError = _read(reader, region)
+    except RegionError as error:
+        image = error
+    return image, time.perf_counter() - start
+
+
+def _predict(
+    regions: Iterable[tuple[Region, tuple[np.ndarray | RegionError, float]]],
+    *,
+    segmenter: Segmenter,
+    batch: int,
+    tally: Tally,
+) -> Iterator[tuple[Region, np.ndarray, Any]]:
+    """Run the network over readable regions, a batch at a time; unreadable ones are counted."""
+
+    def readable() -> Iterator[tuple[Region, np.ndarray]]:
+        for region, (image, seconds) in regions:
+            tally.seconds["read"] += seconds
+            if isinstance(image, RegionError):
+                tally.n_failed_regions += 1
+                if tally.n_failed_regions == 1:
+                    tally.notes.append(f"first unreadable region: {image}")
+            else:
+                yield region, image
+
+    source = readable()
+    while group := list(itertools.islice(source, batch)):
+        with tally.clock("network"):
+            predictions = segmenter.predict(np.stack([image for _, image in group]))
+        for (region, image), prediction in zip(group, predictions, strict=True):
+            yield region, image, prediction
+
+
+def _postprocess_and_claim(
+    job: tuple[Postprocess, np.ndarray, Any, Any, Region, Frame, float],
+) -> tuple[Claims, float]:
+    """What a worker process does with a region; returns the claims and the seconds that they took."""
+    postprocess, image, prediction, calibration, region, frame, rank_below = job
+    start = time.perf_counter()
+    nuclei = postprocess(image, prediction, calibration)
+    claims = claim_cells(image, nuclei, region=region, frame=frame, rank_below=rank_below)
+    return claims, time.perf_counter() - start
+
+
+def _check_regions(tally: Tally, *, config: CurateConfig) -> None:
+    share = tally.n_failed_regions / max(1, tally.n_regions)
+    if share > config.max_failed_region_share:
+        raise SlideError(f"{tally.n_failed_regions} of {tally.n_regions} regions cannot be read")
+
+
+@contextlib.contextmanager
+def _geojson(store: Store, slide: Slide, reader: SlideReader, *, wanted: bool) -> Iterator[GeoJsonWriter | None]:
+    if not wanted:
+        yield None
+        return
+    with (
+        store.write(geojson_name(slide.slide_id)) as stream,
+        GeoJsonWriter(stream, origin_px=reader.bounds_px[:2]) as writer,
+    ):
+        yield writer
+
+
+@contextlib.contextmanager
+def _as_output_error() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise OutputError(str(error)) from error
+
+
+def ordered_map(executor: Executor, function: Callable[[T], R], items: Iterable[T], *, ahead: int) -> Iterator[R]:
+    """``map`` on an executor with at most ``ahead`` items under way, results in the order of the items.
+
+    When the consumer stops early, what has not begun is cancelled.
+    """
+    pending: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            pending.append(executor.submit(function, item))
+            if len(pending) >= ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()

@@ -1,0 +1,1 @@
+"""The demo: every stage on one slide."""

@@ -1,0 +1,225 @@
+"""Cells -> embeddings -> formats, a slide a row: in this process for a few slides, else in pools of Ray actors."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from lemon.cells.ledger import read_ledger, tell_statuses
+from lemon.cells.select import select_cells
+from lemon.curate import job as curate
+from lemon.embed.clusters import open_clusters
+from lemon.embed.config import EmbedConfig
+from lemon.embed.encode import Embedder, open_encoder
+from lemon.embed.export import Exporter
+from lemon.embed.ledger import EmbedLedger, Made, open_ledger
+from lemon.embed.names import CENTRES, FOLDERS, SETTINGS
+from lemon.embed.spatialdata import check_spatialdata
+from lemon.encoders.open import Encoder
+from lemon.errors import EXIT_FAILURES, EXIT_OK, ConfigError
+from lemon.runtime import pool
+from lemon.runtime.cluster import ray_address
+from lemon.runtime.demand import Demand, is_new, settle
+from lemon.runtime.lease import hold
+from lemon.runtime.shards import ShardError
+from lemon.runtime.store import Store
+from lemon.slides.cohort import Slide
+
+OWNS = (*FOLDERS, CENTRES, SETTINGS)
+"""What embedding writes in its output."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Outcome of a job: the ledger's rows of the table's slides, and how long the new ones took."""
+
+    rows: list[dict[str, Any]]
+    n_skipped: int
+    n_embedded: int
+    embed_s: float
+    made: Made
+    output: str
+    exit_code: int
+
+
+def run(config: EmbedConfig, *, slides: list[Slide] | None = None) -> Summary:
+    """Embed the cells of a config and write the formats; returns what became of each slide.
+
+    ``slides`` are those that curation was asked about already.
+
+    Raises ConfigError for what the user must mend first; pool.FatalError when the job cannot go on.
+    """
+    with hold(config.output, stage="embed", owns=OWNS) as output:
+        return _run(_located(config, output), output, slides=slides)
+
+
+def _run(config: EmbedConfig, output: Store, *, slides: list[Slide] | None) -> Summary:
+    encoder = open_encoder(config.model)
+    made = Made(encoder.name, encoder.fingerprint, encoder.width, config.dtype, config.precision)
+    code, cells = EXIT_OK, Store(config.cells or config.curate_config().output)
+    jobs = _jobs(cells) if config.cells is not None else []  # before anything is overwritten
+    ledger = open_ledger(output, made, overwrite=config.overwrite)
+    if config.slides is not None:
+        code = _curate(config, slides)
+        with contextlib.suppress(ConfigError):  # no cells: the line that curation printed says why
+            jobs = _jobs(cells)
+    pending = ledger.without_embeddings(jobs)
+    start = time.perf_counter()
+    _embed(pending, config=config, ledger=ledger, cells=cells, encoder=encoder)
+    seconds = time.perf_counter() - start
+    rows = _export(jobs, config=config, ledger=ledger, cells=cells)
+    if sum(row["status"] != "done" for row in rows) > config.max_failed_share * len(rows):
+        code = EXIT_FAILURES
+    fresh = {job["slide_id"] for job in pending}
+    n_embedded = sum(row["n_cells"] for row in rows if row["slide_id"] in fresh)
+    return Summary(rows, len(jobs) - len(pending), n_embedded, seconds, made, output.uri, code)
+
+
+def main(config: EmbedConfig) -> int:
+    """``run`` with its outcome told; returns the exit code."""
+    slides = _ask(config)
+    try:
+        summary = run(config, slides=slides)
+    except (pool.FatalError, OSError) as error:
+        print(f"embed: stopped: {error}; what is committed stays, rerun goes on", file=sys.stderr)
+        return EXIT_FAILURES
+    told = tell_statuses(summary.rows)
+    n_cells = sum(row["n_cells"] for row in summary.rows)
+    rate = f"{summary.n_embedded / summary.embed_s:,.0f} cells/s" if summary.n_embedded else "none of them now"
+    folders = ", ".join(["embeddings/", *(f"{kind}/" for kind in config.format if kind != "parquet")])
+    print(
+        f"embed: {len(summary.rows)} slides ({told}; {summary.n_skipped} of an earlier run), "
+        f"{n_cells:,} cells ({rate}), {summary.made.width} values each by {summary.made.model}; "
+        f"{folders} in {summary.output}"
+    )
+    return summary.exit_code
+
+
+def _located(config: EmbedConfig, output: Store) -> EmbedConfig:
+    """Paths made absolute, because actors run elsewhere. Raises ConfigError for an output that does not do."""
+    if "spatialdata" in config.format:
+        check_spatialdata(output)
+    update: dict[str, Any] = {"output": output.uri, "model": located_model(config.model)}
+    if config.cells is not None:
+        update["cells"] = Store(config.cells).uri
+        if update["cells"] == output.uri:
+            raise ConfigError("output: got the folder of cells; expected another one, both have a table named slides")
+    return config.model_copy(update=update)
+
+
+def _curate(config: EmbedConfig, slides: list[Slide] | None) -> int:
+    """Curate the slides; cells of an earlier run are kept, also when embeddings are to be overwritten."""
+    try:
+        return curate.main(config.curate_config(), slides=slides)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("overwrite=true", "curation.overwrite=true")) from None
+
+
+def located_model(model: str) -> str:
+    """A model's path made absolute, also that in ``name:path``; a name stays, even where a folder is called so."""
+    name, colon, rest = model.rpartition(":")
+    path = Path(rest).expanduser()
+    is_encoder = path.is_file() or any((folder / "config.json").is_file() for folder in (path, path / "encoder"))
+    return f"{name}{colon}{path.absolute()}" if is_encoder else model
+
+
+def _jobs(cells: Store) -> list[dict[str, Any]]:
+    """The slides of a cells table that have cells. Raises ConfigError when there are none."""
+    rows = [row for row in read_ledger(cells).to_pylist() if row["status"] != "failed" and row["n_cells"]]
+    if not rows:
+        raise ConfigError(f"cells: {cells.uri} holds no cells; expected the output of jobs/curate.py")
+    return [
+        {
+            "slide_id": row["slide_id"],
+            "path": row["path"],
+            "n_cells": row["n_cells"],
+            "cells_digest": row["cells_digest"],
+        }
+        for row in rows
+    ]
+
+
+def _embed(
+    jobs: Sequence[dict[str, Any]], *, config: EmbedConfig, ledger: EmbedLedger, cells: Store, encoder: Encoder
+) -> None:
+    if not jobs:
+        return
+    make = functools.partial(Embedder, config, ledger=ledger, cells=cells)
+    total = sum(job["n_cells"] for job in jobs)
+    actors = _actors(config, n_slides=len(jobs), gpus=config.workers.gpus)
+    with tqdm(total=total, unit="cell", unit_scale=True, desc="embed", disable=None) as bar:
+        if actors is None:
+            make = functools.partial(make, encoder=encoder, progress=bar.update)
+        for row in pool.run(jobs, make, actors=actors, max_attempts=config.max_attempts):
+            bar.update(row["n_cells"] if actors is not None else 0)
+
+
+def _export(
+    jobs: Sequence[dict[str, Any]], *, config: EmbedConfig, ledger: EmbedLedger, cells: Store
+) -> list[dict[str, Any]]:
+    """Clusters and formats of all slides that have embeddings; returns the ledger's rows of the jobs."""
+    paths = {job["slide_id"]: job["path"] for job in jobs}
+    rows = [row for slide_id, row in ledger.rows().items() if slide_id in paths]
+    embedded = [row for row in rows if row["status"] != "failed"]
+    if not embedded:
+        return rows
+    selection = select_cells(cells, slides=[row["slide_id"] for row in embedded], n_cells=config.clusters.n_cells)
+    parents = [ledger.made.model_fingerprint, *(row["cells_digest"] for row in embedded)]
+    try:
+        clusters = open_clusters(
+            selection, ledger.store, k=config.clusters.k, seed=config.clusters.seed, parents=parents
+        )
+    except ShardError as error:
+        raise pool.FatalError(f"{error}; delete that file to have it made again") from None
+    make = functools.partial(Exporter, ledger=ledger, cells=cells, clusters=clusters, formats=config.format)
+    here = make()
+    lacking = here.lacking([row["slide_id"] for row in embedded])
+    pending = [
+        row | {"path": paths[row["slide_id"]]}
+        for row in embedded
+        if row["status"] == "partial" or row["slide_id"] in lacking
+    ]
+    with tqdm(total=len(pending), unit="slide", desc="formats", disable=None if pending else True) as bar:
+        actors = _actors(config, n_slides=len(pending), gpus=0)
+        for _ in pool.run(pending, make, actors=actors, max_attempts=config.max_attempts):
+            bar.update()
+    return [row for slide_id, row in ledger.rows().items() if slide_id in paths]
+
+
+def _ask(config: EmbedConfig) -> list[Slide] | None:
+    """Check what the job asks of the cluster before it writes anything; the slides to curate. Raises ConfigError."""
+    slides = None if config.slides is None else curate.ask(config.curate_config(), key="curation.workers")
+    n_slides = len(_jobs(Store(config.cells or "")) if slides is None else slides)
+    if is_new(config.output, table="slides"):
+        _actors(config, n_slides=n_slides, gpus=config.workers.gpus)
+    return slides
+
+
+def _is_here(config: EmbedConfig, *, n_slides: int) -> bool:
+    return n_slides == 0 or config.workers.in_process(n_slides, cluster=ray_address() is not None)
+
+
+def _demand(config: EmbedConfig, *, n_slides: int, gpus: float | None) -> Demand:
+    workers = config.workers
+    return Demand(
+        cpus=workers.cpus,
+        gpus=0 if config.device == "cpu" and gpus is None else gpus,
+        wished=min(workers.actors or 1, n_slides),
+        may_shrink="cpus" not in workers.model_fields_set,
+        count_key="workers.actors",
+    )
+
+
+def _actors(config: EmbedConfig, *, n_slides: int, gpus: float | None) -> pool.Actors | None:
+    """The pool for so many slides; None where this process works on them. Raises ConfigError."""
+    if _is_here(config, n_slides=n_slides):
+        return None
+    return pool.Actors(settle(_demand(config, n_slides=n_slides, gpus=gpus), stage="embed"), most=config.workers.actors)

@@ -1,0 +1,41 @@
+"""What may go wrong, by what the user has to do about it, and the exit codes that say so."""
+
+from __future__ import annotations
+
+import errno
+
+EXIT_OK, EXIT_BAD_CONFIG, EXIT_FAILURES = 0, 2, 3
+EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # 128 + the signal, as shells tell it
+
+
+class ConfigError(ValueError):
+    """Something the user gave is wrong; the message is one line: what it was, what is expected, how to mend it."""
+
+
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM has come: to be ended as by Ctrl-C, by all that cleans up after itself."""
+
+
+FULL_OR_GONE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOTCONN}
+"""Errors of a disk that is full or out of reach: no fault of the code, so a line and no traceback."""
+
+
+NO_SUCH_FILE = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EINVAL, errno.ENXIO, errno.ENODEV, errno.ENOTEMPTY, errno.EEXIST, errno.ETXTBSY, None),
+}
+"""Errors of a path that is not what was expected, or not allowed; None is pyarrow's, which tells only a text."""
+
+
+class DamagedError(ConfigError):
+    """A file is not what it was written as; one line: the file, what is wrong with it, how to mend it."""
+
+
+class StorageError(OSError):
+    """Object storage refuses or does not answer; the message is one line: the path, the HTTP status, the reason."""
+
+
+def one_line(error: Exception) -> str:
+    """An error of ``requests`` in one line, without the names of its inner objects where it has a cause."""
+    reason = getattr(error.args[0], "reason", None) if error.args else None
+    return " ".join(str(reason or error).split()) or type(error).__name__

@@ -1,0 +1,251 @@
+"""Slides from the GDC: kept in a folder, or curated one by one as they come and deleted."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from lemon.cells.ledger import read_ledger
+from lemon.cells.select import rank_of
+from lemon.curate import job as curate
+from lemon.errors import EXIT_FAILURES, EXIT_OK, ConfigError
+from lemon.fetch.config import COHORT_FILE, FetchConfig
+from lemon.fetch.download import PARTS, Downloader, DownloadError, StoppedError, open_session
+from lemon.fetch.gdc import GdcError, GdcFile, list_files, organ_of, read_manifest, studies_of
+from lemon.runtime import pool
+from lemon.runtime.lease import hold
+from lemon.runtime.ledger import Ledger
+from lemon.runtime.records import OWN
+from lemon.runtime.secrets import redacted
+from lemon.runtime.store import Store, open_output
+from lemon.schema import DOWNLOADS
+from lemon.slides.cohort import Slide, write_cohort
+
+PASSING = f"{OWN}/passing"
+"""Folder in the output for slides that are deleted after their curation."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Outcome of a job: a row of the ledger of downloads for each slide that was tried, now or earlier."""
+
+    rows: list[dict[str, Any]]
+    n_skipped: int
+    exit_code: int
+
+
+def main(config: FetchConfig) -> int:
+    """``run`` with its outcome told; returns the exit code."""
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # attempts that are repeated are no news
+    try:
+        with hold(config.output, stage="fetch_tcga", owns=("downloads", COHORT_FILE)):
+            summary = run(config)
+    except (GdcError, OSError) as error:
+        print(f"fetch_tcga: stopped: {error}; a rerun goes on", file=sys.stderr)
+        return EXIT_FAILURES
+    failed = [row for row in summary.rows if row["status"] == "failed"]
+    for row in failed:
+        print(f"  {row['slide_id']}: failed: {row['error']}")
+    n_done = len(summary.rows) - len(failed)
+    n_bytes = sum(row["size_bytes"] for row in summary.rows if row["status"] == "done")
+    where = f"curated into {config.curate_config().output}" if config.stream else f"in {config.output}"
+    print(
+        f"fetch_tcga: {n_done + len(failed)} slides ({n_done} done, {len(failed)} failed; {summary.n_skipped} of an "
+        f"earlier run), {_gigabytes(n_bytes)} {where}"
+    )
+    return summary.exit_code
+
+
+def run(config: FetchConfig) -> Summary:
+    """Download the slides of a config, and curate them where it says so; returns what became of each download.
+
+    Raises:
+        ConfigError: the user must mend something first.
+        GdcError: the GDC cannot be asked which slides there are.
+        OSError: the ledger cannot be written.
+    """
+    folder = Path(open_output(config.output).root)
+    files = _chosen(config)
+    return _stream(files, folder, config) if config.stream else _keep(files, folder, config)
+
+
+# --- which slides -----------------------------------------------------------------------------------------------------
+
+
+def choose(files: Sequence[GdcFile], n: int | None, *, one_per_patient: bool) -> list[GdcFile]:
+    """The ``n`` files of lowest rank of their slides' ids (None: all): a smaller choice lies inside a larger one.
+
+    ``one_per_patient`` leaves of each patient only the slide of lowest rank.
+    """
+    ranks = rank_of(file.slide_id for file in files)
+    kept: dict[str, GdcFile] = {}
+    for index in np.argsort(ranks, kind="stable"):
+        patient_id = files[index].slide("").patient_id if one_per_patient else None
+        kept.setdefault(patient_id or files[index].slide_id, files[index])
+    return list(kept.values())[:n]
+
+
+def _chosen(config: FetchConfig) -> dict[str, GdcFile]:
+    """The slides of a config by their ids. Raises ConfigError and GdcError."""
+    pick = functools.partial(choose, n=config.slides_per_organ, one_per_patient=config.one_per_patient)
+    if config.manifest is not None:
+        organ = organ_of(config.organs[0]) if config.organs else None
+        groups = {config.manifest: pick(read_manifest(config.manifest, organ=organ))}
+    else:
+        studies = {word: studies_of(word) for word in config.organs}  # all words are checked before one is asked for
+        with open_session(config.download) as session:
+            ask = functools.partial(list_files, session, config.api, timeout_s=config.download.timeout_s)
+            groups = {word: pick(ask(studies=codes)) for word, codes in studies.items()}
+    for word, group in groups.items():
+        if not group:
+            raise ConfigError(f"{'manifest' if config.manifest else 'organs'}: {word} has no diagnostic slides")
+        if config.slides_per_organ is not None and len(group) < config.slides_per_organ:
+            print(f"fetch_tcga: {word} has {len(group)} slides, not {config.slides_per_organ}")
+    return {file.slide_id: file for group in groups.values() for file in group}
+
+
+# --- downloads --------------------------------------------------------------------------------------------------------
+
+
+def download_ledger(store: Store) -> Ledger:
+    """What became of each download: one row a slide, in ``downloads/``."""
+    return Ledger(store, schema=DOWNLOADS, folder="downloads")
+
+
+class Fetcher:
+    """Downloads slides into a folder and notes what became of each."""
+
+    def __init__(
+        self,
+        folder: Path,
+        ledger: Ledger,
+        config: FetchConfig,
+        *,
+        progress: Callable[[int], object] = lambda _: None,
+    ) -> None:
+        self.api, self.ledger = config.api, ledger
+        self.downloader = Downloader(folder, config.download, progress=progress)
+
+    def fetch(self, file: GdcFile) -> Path:
+        """Where a slide's file now lies. Raises DownloadError, StoppedError, and OSError when its row isn't written."""
+        start, remote = time.perf_counter(), file.remote(self.api)
+        row = file.model_dump() | {"slide_id": file.slide_id, "url": remote.url}
+        try:
+            path = self.downloader.get(remote)
+        except DownloadError as error:
+            told = {"status": "failed", "error": redacted(str(error))}
+            self.ledger.commit(row | told | {"total_s": round(time.perf_counter() - start, 3)})
+            raise
+        self.ledger.commit(row | {"status": "done", "total_s": round(time.perf_counter() - start, 3)})
+        return path
+
+
+def _keep(files: dict[str, GdcFile], folder: Path, config: FetchConfig) -> Summary:
+    """Download the slides that are not there yet; list those that are there in the cohort."""
+    store = Store(folder)
+    ledger = download_ledger(store)
+    known = ledger.rows()
+    pending = [file for slide_id, file in files.items() if not _is_here(file, known.get(slide_id), folder=folder)]
+    n_bytes = sum(file.size_bytes for file in pending)
+    print(f"fetch_tcga: {len(files)} slides, of which {len(pending)} ({_gigabytes(n_bytes)}) to download")
+    with tqdm(total=n_bytes, unit="B", unit_scale=True, desc="fetch_tcga", disable=None) as bar:
+
+        def progress(n_bytes: int) -> None:
+            with bar.get_lock():
+                bar.update(n_bytes)
+
+        _fetch_all(Fetcher(folder, ledger, config, progress=progress), pending, parallel=config.download.parallel)
+    rows = {slide_id: row for slide_id, row in ledger.rows().items() if slide_id in files}
+    done = [file for slide_id, file in files.items() if rows[slide_id]["status"] == "done"]
+    write_cohort(store, COHORT_FILE, [file.slide(file.file_name) for file in done])
+    code = EXIT_OK if len(done) == len(files) else EXIT_FAILURES
+    return Summary(list(rows.values()), len(files) - len(pending), code)
+
+
+def _is_here(file: GdcFile, row: dict[str, Any] | None, *, folder: Path) -> bool:
+    """Whether a row says that a file is done, and the file is still there."""
+    path = folder / file.file_name
+    done = row is not None and row["status"] == "done" and row["md5"] == file.md5
+    return done and path.is_file() and path.stat().st_size == file.size_bytes
+
+
+def _fetch_all(fetcher: Fetcher, files: Sequence[GdcFile], *, parallel: int) -> None:
+    def fetch(file: GdcFile) -> None:
+        with contextlib.suppress(DownloadError, StoppedError):  # the row says it; after a stop there is no row
+            fetcher.fetch(file)
+
+    with ThreadPoolExecutor(parallel) as pool:
+        try:
+            for future in as_completed([pool.submit(fetch, file) for file in files]):
+                future.result()
+        except BaseException:  # Ctrl-C too: what is under way ends soon
+            fetcher.downloader.stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+# --- straight into cells ----------------------------------------------------------------------------------------------
+
+
+class Passing:
+    """Slides that are on disk only while they are curated; lives in the actors of curation."""
+
+    def __init__(self, files: dict[str, GdcFile], folder: Path, config: FetchConfig, *, cells: str) -> None:
+        self.files = files
+        self.fetcher = Fetcher(folder, download_ledger(Store(cells)), config)
+
+    @contextlib.contextmanager
+    def __call__(self, slide: Slide) -> Iterator[str]:
+        """Download a slide, say where it is, and delete it. Raises pool.AbsentError."""
+        try:
+            path = self.fetcher.fetch(self.files[slide.slide_id])
+        except DownloadError as error:
+            raise pool.AbsentError(str(error)) from error
+        try:
+            yield str(path)
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _stream(files: dict[str, GdcFile], folder: Path, config: FetchConfig) -> Summary:
+    """Curate the slides as they come. Downloads are noted beside the cells, because actors may be on other machines."""
+    curation = config.curate_config()
+    try:
+        cells = Store(curation.output)
+    except ValueError as error:
+        raise ConfigError(f"cells: {error}") from None
+    write_cohort(Store(folder), COHORT_FILE, [file.slide(file.remote(config.api).url) for file in files.values()])
+    committed = files.keys() & set(read_ledger(cells)["slide_id"].to_pylist())
+    _tidy(folder / PASSING, keep=[file.file_name for slide_id, file in files.items() if slide_id not in committed])
+    opening = functools.partial(Passing, files, folder / PASSING, config, cells=cells.uri)
+    try:
+        code = curate.main(curation, source=curate.Source(open=opening, ahead=config.ahead))
+    except ConfigError as error:
+        told = str(error).replace("output: ", "cells: ", 1).replace("overwrite=true", "curation.overwrite=true")
+        raise ConfigError(told) from None
+    rows = [row for slide_id, row in download_ledger(cells).rows().items() if slide_id in files]
+    if any(row["status"] == "failed" for row in rows):
+        code = EXIT_FAILURES
+    return Summary(rows, len(committed), code)
+
+
+def _tidy(folder: Path, *, keep: Sequence[str]) -> None:
+    """Delete what a killed job left of slides that are no longer wanted; what is wanted is gone on with."""
+    for path in (*folder.glob("*"), *(folder / PARTS).glob("*")):
+        if path.is_file() and path.name not in keep:
+            path.unlink()
+
+
+def _gigabytes(n_bytes: float) -> str:
+    return f"{n_bytes / 1e9:.1f} GB"

@@ -1,0 +1,206 @@
+"""Starts training: in this process for one worker, on Ray Train for several or on a cluster."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from tqdm import tqdm
+
+from lemon.cells.select import Selection
+from lemon.encoders.device import choose_device
+from lemon.encoders.export import CONFIG, CellInput
+from lemon.errors import EXIT_FAILURES, EXIT_OK
+from lemon.pretrain.assemble import EXPORT, train
+from lemon.pretrain.check import check
+from lemon.pretrain.checkpoint import FOLDER as CHECKPOINTS
+from lemon.pretrain.checkpoint import Checkpoints
+from lemon.pretrain.config import PretrainConfig, TrainWorkers
+from lemon.pretrain.loop import Log, TrainingStoppedError
+from lemon.runtime.cluster import start_ray
+from lemon.runtime.demand import Demand, settle
+from lemon.runtime.lease import hold
+from lemon.runtime.records import OWN
+from lemon.runtime.settings import difference, keep_settings
+from lemon.runtime.store import Store, local_copy, open_output
+from lemon.runtime.tracking import RUN, Run, start_run
+from lemon.views.make import statistics_of
+
+SETTINGS = "pretrain.json"
+OWNS = (CHECKPOINTS, EXPORT, SETTINGS, RUN)
+"""What in an output may only be LEMON's."""
+
+_STOPPED = re.compile(rf"^(?:\w+\.)*{TrainingStoppedError.__name__}: (.*)$", re.MULTILINE)
+
+
+def main(config: PretrainConfig) -> int:
+    """Pretrain and tell the outcome; returns the exit code. Nothing is written before all is checked."""
+    config, selection = check(config)
+    if not config.workers.in_process:
+        settle(demand_of(config.workers), stage="pretrain")
+    with hold(config.output, stage="pretrain", owns=OWNS) as store:
+        keep(config, selection, store)
+        return _pretrain(config, selection, store)
+
+
+def _pretrain(config: PretrainConfig, selection: Selection, store: Store) -> int:
+    run = _open_run(config, store, cells_fingerprint=selection.fingerprint)
+    try:
+        encoder = fit(config, run)
+    except TrainingStoppedError as error:
+        run.close("FAILED")
+        print(f"pretrain: stopped: {error}", file=sys.stderr)
+        return EXIT_FAILURES
+    except BaseException:
+        run.close("KILLED")
+        raise
+    run.close()
+    print(f"pretrain: encoder in {encoder}; MLflow run {run.run_id}")
+    return EXIT_OK
+
+
+def prepare(config: PretrainConfig) -> tuple[PretrainConfig, Selection]:
+    """``check``, then ``keep``, for who holds the output, or a folder above it, already. Raises ConfigError."""
+    config, selection = check(config)
+    keep(config, selection, open_output(config.output, owns=OWNS))
+    return config, selection
+
+
+def keep(config: PretrainConfig, selection: Selection, store: Store) -> None:
+    """Note in the output with which settings it begins, and tell what will be done.
+
+    Raises ConfigError for an output in which something was made with other settings. One in which nothing was takes
+    new ones, and a run of its own in MLflow.
+    """
+    if settings_changed(config, selection, store) and not is_begun(store):
+        store.delete(RUN)
+    settings = settings_of(config, selection)
+    keep_settings(store, SETTINGS, settings, is_empty=lambda: not is_begun(store), remedy="choose another output")
+    if selection.n_cells < config.batch:
+        print(f"pretrain: {selection.n_cells:,} cells are fewer than a batch of {config.batch:,}; cells repeat in it")
+    slides = len(selection.parts)
+    print(f"pretrain: {selection.n_cells:,} cells of {slides} slides, {config.total_steps:,} steps of {config.batch:,}")
+
+
+def settings_of(config: PretrainConfig, selection: Selection) -> dict[str, Any]:
+    """The settings that change the encoder; cells and stain statistics by their content, wherever they lie."""
+    settings = config.result_settings() | {"cells": selection.fingerprint}
+    if config.views.stain.kind == "gmm":
+        stain = settings["views"]["stain"] | {"statistics": statistics_of(config.views.stain).fingerprint}
+        settings["views"] = settings["views"] | {"stain": stain}
+    return settings
+
+
+def is_begun(store: Store) -> bool:
+    """Whether an output holds something that was trained."""
+    return bool(Checkpoints(store).steps()) or store.exists(f"{EXPORT}/{CONFIG}")
+
+
+def settings_changed(config: PretrainConfig, selection: Selection, store: Store) -> str:
+    """What differs from the settings that are noted in an output; empty where nothing does, or none are."""
+    return difference(store.read_json(SETTINGS), settings_of(config, selection)) if store.exists(SETTINGS) else ""
+
+
+def fit(config: PretrainConfig, run: Run, *, log: Log | None = None) -> str:
+    """Train what ``check`` returned, from its newest checkpoint, here or on Ray; returns where the encoder is.
+
+    Metrics and the encoder go to ``run``, which stays open; metrics to ``log`` too where this process trains.
+    Raises TrainingStoppedError.
+    """
+    if config.workers.in_process:
+        train(config, device=choose_device(config.device), log=_Logger(run, total=config.total_steps, then=log))
+    else:
+        _train_on_ray(config, run)
+    encoder = f"{Store(config.output).uri}/{EXPORT}"
+    run.set_tag("encoder", encoder)
+    if config.register_as is not None:
+        _register(config.register_as, encoder, run)
+    return encoder
+
+
+def _register(name: str, encoder: str, run: Run) -> None:
+    """Put the encoder into MLflow's registry; how it was made, as its config.json says, becomes the version's tags."""
+    described = Store(encoder).read_json(CONFIG)
+    expects = {each.name for each in fields(CellInput)}
+    tags = {key: str(value) for key, value in described["lemon"].items() if key not in expects}
+    with local_copy(encoder) as folder:
+        version = run.register(name, folder, width=described["num_features"], tags=tags)
+    if version is not None:
+        print(f"pretrain: registered in MLflow as models:/{name}/{version}")
+
+
+class _Logger:
+    """Metrics to MLflow, and a progress bar with the loss."""
+
+    def __init__(self, run: Run, *, total: int, then: Log | None = None) -> None:
+        self._run, self._then = run, then
+        self._bar = tqdm(total=total, unit="step", desc="pretrain", disable=None)
+
+    def __call__(self, metrics: Mapping[str, float], step: int) -> None:
+        self._run.log(metrics, step=step)
+        if "loss" in metrics:
+            self._bar.set_postfix(
+                loss=f"{metrics['loss']:.3f}", images_s=f"{metrics['images_per_s']:.0f}", refresh=False
+            )
+        self._bar.update(step - self._bar.n)
+        if self._then is not None:
+            self._then(metrics, step)
+
+
+def _train_on_ray(config: PretrainConfig, run: Run) -> None:
+    """N workers; a lost one restarts all from the newest checkpoint, which is in the output and not Ray's."""
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    start_ray()
+    workers, output = config.workers, Store(config.output)
+    count: Any = workers.count  # a pair makes the run elastic
+    trainer = TorchTrainer(
+        _ray_worker,
+        train_loop_config={"config": config.model_dump(mode="json"), "run": (run.uri, run.run_id)},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=count,
+            use_gpu=workers.gpus > 0,
+            resources_per_worker={"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"pretrain-{run.run_id[:8]}-{int(time.time())}",
+            storage_path=output.path(f"{OWN}/ray"),
+            storage_filesystem=None if output.is_local else output.filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        if stopped := _STOPPED.findall(str(error)):  # of a worker, whose traceback Ray gives as text
+            raise TrainingStoppedError(stopped[-1]) from None
+        raise
+
+
+def demand_of(workers: TrainWorkers, *, key: str = "workers") -> Demand:
+    """What a run asks of a cluster: of an elastic one the least number of workers has to be there."""
+    least, most = (workers.count, workers.count) if isinstance(workers.count, int) else workers.count
+    return Demand(workers.cpus, workers.gpus, least=least, wished=most, key=key, count_key=f"{key}.count")
+
+
+def _ray_worker(settings: dict[str, Any]) -> None:
+    import ray.train
+    import ray.train.torch
+
+    config = PretrainConfig.model_validate(settings["config"])
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    log = _Logger(Run(*settings["run"]), total=config.total_steps) if rank == 0 else None
+    train(config, device=ray.train.torch.get_device(), rank=rank, world=world, log=log)
+
+
+def _open_run(config: PretrainConfig, store: Store, *, cells_fingerprint: str) -> Run:
+    """The MLflow run of this output: a rerun goes on in the same one."""
+    tags = {"cells_fingerprint": cells_fingerprint}
+    name = f"{config.encoder.name}-{config.ssl.name}-{config.views.name}"
+    return start_run("pretrain", name, store=store, params=config.model_dump(mode="json"), tags=tags)

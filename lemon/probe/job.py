@@ -1,0 +1,223 @@
+"""Encoders x tasks -> scores: what ``jobs/probe.py`` does.
+
+A unit of work is one encoder on one task. Its scores are a file that says of which data and settings they are, written
+last; a rerun does what is missing or of other circumstances.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from lemon import schema
+from lemon.encoders.cost import Cost, count
+from lemon.encoders.device import choose_device
+from lemon.encoders.open import Encoder, check_name, load_encoder
+from lemon.errors import EXIT_FAILURES, EXIT_OK, ConfigError
+from lemon.probe.config import ProbeConfig
+from lemon.probe.figures import draw_cost
+from lemon.probe.score import MAIN_METRICS, fold_means, score_task
+from lemon.probe.tables import write_table1
+from lemon.probe.task import Task, TaskError
+from lemon.probe.tasks.catalogue import counts_table, open_task
+from lemon.runtime.identifiers import file_stem
+from lemon.runtime.lease import hold
+from lemon.runtime.store import CIRCUMSTANCES, Store, fingerprint
+from lemon.runtime.tracking import Run, start_run
+
+OWNS = ("scores", "predictions", "embeddings", "costs", "runs")
+"""Folders of a probe in its output."""
+
+CROPS_A_TICK = 1024  # of the progress bar; the encoder chooses its own batches within
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One encoder on one task; ``circumstances`` names the data and the settings of its scores."""
+
+    model: str
+    model_fingerprint: str
+    task: str
+    data_fingerprint: str
+    circumstances: str
+
+    @property
+    def stem(self) -> str:
+        """<task>/<model>-<fingerprint>."""
+        return f"{file_stem(self.task)}/{file_stem(self.model)}-{self.model_fingerprint}"
+
+    @property
+    def scores(self) -> str:
+        """The file of rows of the scores table, written last."""
+        return f"scores/{self.stem}.parquet"
+
+    def is_done(self, store: Store) -> bool:
+        """Whether its scores are there, of the same data and settings."""
+        return store.circumstances(self.scores) == self.circumstances
+
+
+def main(config: ProbeConfig) -> int:
+    """Score every encoder on every task, tell what could not be done; returns the exit code."""
+    with hold(config.output, stage="probe", owns=OWNS) as store:
+        code = _score_all(config, store)
+        draw_cost(store.uri)
+        print(write_table1(store.uri))
+        return code
+
+
+def _score_all(config: ProbeConfig, store: Store) -> int:
+    device = choose_device(config.device)
+    tasks, faults = open_tasks(config)
+    models = [name for name in dict.fromkeys(config.models) if not _left_out(check_name, name, faults)]
+    for name in models:
+        try:
+            encoder = load_encoder(name, device=device)
+        except (ConfigError, FileNotFoundError, ValueError) as error:
+            faults.append(f"{name}: {error}")
+            print(f"probe: left out {faults[-1]}", file=sys.stderr)
+            continue
+        probe_model(encoder, tasks, config=config, store=store)
+    if not store.list("scores"):
+        raise ConfigError("models: none of them can be opened, see above")
+    print(f"probe: {len(store.list('scores'))} files of scores in {store.uri}/scores; {len(faults)} left out")
+    return EXIT_FAILURES if faults else EXIT_OK
+
+
+def _left_out(check: Callable[[str], None], name: str, faults: list[str]) -> bool:
+    """Whether a check refuses a name, which is told then: before the hours that the others take."""
+    try:
+        check(name)
+    except ConfigError as error:
+        faults.append(str(error))
+        print(f"probe: left out {error}", file=sys.stderr)
+        return True
+    return False
+
+
+def open_tasks(config: ProbeConfig) -> tuple[list[Task], list[str]]:
+    """The tasks that can be read, with their counts printed, and a line for each that cannot."""
+    tasks, faults = [], []
+    for name in dict.fromkeys(config.tasks):
+        try:
+            task = open_task(name, config.data, seed=config.seed)
+        except TaskError as error:
+            faults.append(f"{name}: {error}")
+            print(f"probe: left out {faults[-1]}", file=sys.stderr)
+            continue
+        print(counts_table(task))
+        tasks.append(task)
+    if not tasks:
+        raise ConfigError("tasks: none of them can be read, see above")
+    return tasks, faults
+
+
+def probe_model(
+    encoder: Encoder, tasks: list[Task], *, config: ProbeConfig, store: Store, run: Run | None = None
+) -> list[dict[str, Any]]:
+    """Score one encoder on all tasks; returns its rows of the scores table.
+
+    Metrics go to ``run``, which stays open, or to an MLflow run of the encoder's own that a rerun goes on with.
+    """
+    cost = count(encoder.model, px=encoder.cell_input.px)
+    logged = run or _open_run(encoder, config, store, cost=cost)
+    store.write_json(f"costs/{file_stem(encoder.name)}-{encoder.fingerprint}.json", asdict(cost))
+    scores = []
+    for task in tasks:
+        data = data_fingerprint(task)
+        circumstances = fingerprint([data, config.settings()])
+        unit = Unit(encoder.name, encoder.fingerprint, task.name, data, circumstances)
+        if not unit.is_done(store):
+            embedding = embedded(encoder, task, unit=unit, store=store)
+            scored = score_task(task, embedding, config)
+            store.write_table(f"predictions/{unit.stem}.parquet", scored.predictions)
+            store.write_table(unit.scores, scores_table(scored.rows, unit, seed=config.seed))
+        rows = store.read_table(unit.scores).to_pylist()
+        logged.log(flat_metrics(rows), step=0)
+        print(f"probe: {encoder.name} on {task.name}: {told(rows)}")
+        scores += rows
+    if run is None:
+        logged.close()
+    return scores
+
+
+def embedded(encoder: Encoder, task: Task, *, unit: Unit, store: Store) -> np.ndarray:
+    """Embeddings float32 [N, D] of a task's crops; kept in the output, so that new settings cost no new pass."""
+    name = f"embeddings/{file_stem(task.name)}/{unit.model_fingerprint}-{unit.data_fingerprint}.npy"
+    if store.exists(name):
+        return np.load(io.BytesIO(store.read_bytes(name)))
+    starts = tqdm(range(0, len(task.images), CROPS_A_TICK), desc=f"{encoder.name} on {task.name}", disable=None)
+    parts = [encoder.embed(task.images[start : start + CROPS_A_TICK]).cpu().numpy() for start in starts]
+    embedding = np.concatenate(parts)
+    with store.write(name) as stream:
+        np.save(stream, embedding)
+    return embedding
+
+
+def scores_table(rows: list[dict[str, Any]], unit: Unit, *, seed: int) -> pa.Table:
+    """Rows of the scores table with the columns that name the unit."""
+    named = {
+        "model": unit.model,
+        "task": unit.task,
+        "seed": seed,
+        "model_fingerprint": unit.model_fingerprint,
+        "data_fingerprint": unit.data_fingerprint,
+    }
+    columns = schema.marked(schema.SCORES, **{CIRCUMSTANCES: unit.circumstances})
+    return pa.Table.from_pylist([row | named for row in rows], schema=columns)
+
+
+def data_fingerprint(task: Task) -> str:
+    """16 hexadecimal digits of a task's crops, targets and groups."""
+    digest = hashlib.sha256(np.ascontiguousarray(task.images).data)
+    names = [*task.target_names, *(name for column in task.groups.values() for name in column)]
+    if task.kind == "regression":
+        digest.update(np.ascontiguousarray(task.target).data)
+    else:
+        names += task.target.tolist()
+    digest.update(json.dumps([str(name) for name in names]).encode())
+    return digest.hexdigest()[:16]
+
+
+def flat_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Metrics for MLflow: ``probe/<task>/<metric>`` without leaks, ``probe/<task>/<protocol>/<metric>`` otherwise."""
+    task = short_name(rows[0]["task"])
+    found = [(protocol, metric, mean) for protocol, metric, mean, _ in fold_means(rows)]
+    found += [(row["protocol"], row["metric"], row["value"]) for row in rows if row["protocol"] == "robustness"]
+    plain = ("leak-free", "robustness")
+    return {
+        f"probe/{task}/{metric}" if protocol in plain else f"probe/{task}/{protocol}/{metric}": value
+        for protocol, metric, value in found
+        if np.isfinite(value)
+    }
+
+
+def short_name(task: str) -> str:
+    """A task in MLflow's names, where a slash begins a group: of a path its last two parts, morphometry_runs_cells."""
+    kind, _, place = task.partition(":")
+    return re.sub(r"[^\w.-]", "_", "_".join([kind, *PurePosixPath(place).parts[-2:]]))
+
+
+def told(rows: list[dict[str, Any]]) -> str:
+    """The main metric of each protocol in words."""
+    main = [found for found in fold_means(rows) if found[1] in MAIN_METRICS]
+    return "; ".join(
+        f"{metric.replace('_', ' ')} {mean:.3f} ({spread:.3f}) {protocol}" for protocol, metric, mean, spread in main
+    )
+
+
+def _open_run(encoder: Encoder, config: ProbeConfig, store: Store, *, cost: Cost) -> Run:
+    mark = f"runs/{file_stem(encoder.name)}-{encoder.fingerprint}.json"
+    params = {"model": encoder.name, "width": encoder.width, "cost": asdict(cost), **config.settings()}
+    tags = {"output": store.uri, "model_fingerprint": encoder.fingerprint}
+    return start_run("probe", encoder.name, store=store, mark=mark, params=params, tags=tags)

@@ -1,0 +1,89 @@
+"""The frame of every job: its config is read, its ``main`` called, and what stops it told in a line."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from lemon.errors import (
+    EXIT_BAD_CONFIG,
+    EXIT_FAILURES,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_TERMINATED,
+    FULL_OR_GONE,
+    NO_SUCH_FILE,
+    ConfigError,
+    StorageError,
+    TerminatedError,
+)
+from lemon.runtime.config import Frozen, describe, load
+from lemon.runtime.secrets import guarded
+
+C = TypeVar("C", bound=Frozen)
+
+_TOLD_CHARACTERS = 800  # of a path
+
+
+def run_job(stage: str, model: type[C], main: Callable[[C], int], argv: Sequence[str] | None = None) -> int:
+    """The frame of every job: read the config, call ``main(config)``, tell what stops it in a line; the exit code.
+
+    Nothing that is printed meanwhile holds a secret. What is no fault of the user's, disk's or network's is raised.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if any(word in ("-h", "--help") for word in argv):
+        print(describe(stage, model))
+        return EXIT_OK
+    with guarded(), _ended_by_sigterm():
+        try:
+            return main(load(stage, argv, model))
+        except ConfigError as error:
+            return _stopped(stage, str(error), EXIT_BAD_CONFIG)
+        except OSError as error:
+            if isinstance(error, StorageError) or error.errno in FULL_OR_GONE:
+                return _stopped(stage, f"stopped: {error}; what is committed stays, rerun goes on", EXIT_FAILURES)
+            if error.errno not in NO_SUCH_FILE:
+                raise
+            return _stopped(stage, f"stopped: {_told(error)}", EXIT_BAD_CONFIG)
+        except TerminatedError:
+            return _stopped(stage, f"ended by SIGTERM; {_GOES_ON}", EXIT_TERMINATED)
+        except KeyboardInterrupt:
+            return _stopped(stage, f"interrupted; {_GOES_ON}", EXIT_INTERRUPTED)
+
+
+_GOES_ON = "the same command again goes on where it stopped"
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises TerminatedError in the block; a second one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield
+        return
+
+    def end(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise TerminatedError
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stopped(stage: str, reason: str, code: int) -> int:
+    for line in reason.splitlines():
+        print(f"{stage}: {line}", file=sys.stderr)
+    return code
+
+
+def _told(error: OSError) -> str:
+    """The file and the reason, in one line."""
+    if error.filename is None or error.strerror is None:
+        return " ".join(str(error).split())
+    return f"{str(error.filename)[:_TOLD_CHARACTERS]}: {error.strerror}"

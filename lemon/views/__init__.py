@@ -1,0 +1,1 @@
+"""Views: augmented copies of cells, made in batches on the device."""

@@ -1,0 +1,277 @@
+"""The atlas's page in a real browser, opened from its file without a network."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lemon.atlas import job as atlas
+from lemon.atlas.cells import AtlasCells, read_cells
+from lemon.atlas.fields import CATEGORIES, categories_of
+from lemon.atlas.page import write_page
+from lemon.atlas.projection import to_unit_square
+from lemon.cells.labels import read_labels
+from lemon.embed.clusters import palette
+from lemon.runtime.store import Store
+from tests.atlas.made_up import MALICIOUS, K, config_for, flat_images, write_embedded
+
+pytestmark = pytest.mark.slow
+
+
+class Page:
+    """The page of a small atlas in a browser, and what it should show."""
+
+    def __init__(self, browser: Any) -> None:
+        self.browser = browser
+
+    def expect(self, cells: AtlasCells, placed: pa.Table) -> None:
+        """Take the cells and the map that the page was made from."""
+        self.cells, self.ids = cells, cells.table["cell_id"].to_pylist()
+        self.unit = to_unit_square(np.stack([placed["x"], placed["y"]], axis=1))
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        """The value of a piece of JavaScript."""
+        return self.browser.execute_script(script, *arguments)
+
+    def find(self, selector: str) -> Any:
+        """The first element that fits."""
+        return self.browser.find_element("css selector", selector)
+
+    def wait(self, condition: Callable[[], Any], what: str) -> None:
+        """Until a condition holds, ten seconds at most."""
+        end = time.monotonic() + 10
+        while not condition():
+            assert time.monotonic() < end, f"waited in vain until {what}"
+            time.sleep(0.05)
+
+    def place(self, cell: int) -> tuple[float, float]:
+        """Where a cell is drawn, in CSS pixels of the map."""
+        x, y = self.run("return [window.atlas.screenX(arguments[0]), window.atlas.screenY(arguments[0])]", cell)
+        return x, y
+
+    def actions(self) -> Any:
+        """A chain of actions of the pointer."""
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        return ActionChains(self.browser, duration=0)
+
+    def move(self, actions: Any, x: float, y: float) -> Any:
+        """Add a move to a place of the map, which selenium counts from its middle."""
+        width, height = self.run("const m = document.getElementById('map'); return [m.clientWidth, m.clientHeight]")
+        return actions.move_to_element_with_offset(self.find("#map"), round(x - width / 2), round(y - height / 2))
+
+    def hover(self, cell: int) -> None:
+        """Move the pointer to a cell."""
+        self.move(self.actions(), *self.place(cell)).perform()
+
+    def pixel(self, canvas: str, x: float, y: float) -> list[int]:
+        """Red, green, blue that a canvas shows at a place in CSS pixels."""
+        read = (
+            "const [canvas, ...place] = arguments, [x, y] = place.map((at) => Math.floor(at * devicePixelRatio));"
+            "const data = document.querySelector(canvas).getContext('2d').getImageData(x, y, 1, 1).data;"
+            "return [...data].slice(0, 3)"
+        )
+        found: list[int] = self.run(read, canvas, x, y)
+        return found
+
+    def choose(self, selector: str, value: str) -> None:
+        """Choose an option of a list."""
+        from selenium.webdriver.support.ui import Select
+
+        Select(self.find(selector)).select_by_value(value)
+
+    def lonely(self) -> list[int]:
+        """Cells that have no other within 14 pixels, so that each is drawn whole and hit alone."""
+        places = np.array([self.place(cell) for cell in range(len(self.ids))])
+        distance = np.linalg.norm(places[:, None] - places, axis=2) + np.eye(len(places)) * 1e9
+        return np.flatnonzero(distance.min(axis=1) > 14).tolist()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tables")
+    assert atlas.main(config_for(*write_embedded(folder), folder / "atlas")) == 0
+    return folder
+
+
+@pytest.fixture
+def page(browser: Any, folder: Path) -> Iterator[Page]:
+    config = config_for(Store(folder / "cells"), Store(folder / "embeddings"), folder / "atlas")
+    browser.get((folder / "atlas" / "atlas.html").as_uri())
+    opened = Page(browser)
+    opened.expect(read_cells(config), pq.read_table(folder / "atlas" / "map.parquet"))
+    opened.wait(lambda: opened.run("return performance.getEntriesByName('first-frame').length"), "it is drawn")
+    yield opened
+    assert opened.run("return performance.getEntriesByType('resource').length") == 0
+    # Errors, and requests that the page's policy refused. Warnings come from this test's reading of pixels.
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_every_point_is_drawn_in_the_colour_of_its_cluster(page: Page) -> None:
+    assert page.run("return window.atlas.ids") == page.ids
+    codes = page.cells.table["cluster"].to_pylist()
+    lonely = page.lonely()
+    assert len(lonely) > 20
+    for cell in lonely:
+        assert page.pixel("#points", *page.place(cell)) == list(palette(K)[codes[cell]])
+    # Its place is that of the map.
+    scale = page.run("return window.atlas.camera.scale")
+    places = np.array([page.place(cell) for cell in range(len(page.ids))])
+    np.testing.assert_allclose(places - places[0], (page.unit - page.unit[0]) * scale, atol=0.1)
+
+
+def test_the_pointer_shows_the_cell_its_image_and_its_facts(page: Page) -> None:
+    names = page.cells.table["slide_id"].to_pylist()
+    lonely = page.lonely()
+    for cell in (lonely[0], lonely[1], next(cell for cell in lonely if names[cell] == MALICIOUS)):
+        page.hover(cell)
+        page.wait(lambda cell=cell: page.find("#hover .id").text == page.ids[cell], "the card is there")
+        expected = page.cells.thumbnails[cell, 24, 24].astype(int)
+        page.wait(
+            lambda expected=expected: np.abs(np.array(page.pixel("#hover canvas", 66, 40)) - expected).max() < 10,
+            "the card has the cell's image",
+        )
+        told = page.find("#hover dl").text
+        area = page.cells.table["area_um2"][cell].as_py()
+        assert f"{area:.1f} µm²" in told
+        assert re.sub(r"\s+", " ", names[cell]) in re.sub(r"\s+", " ", told)
+    assert page.run("return document.images.length") == 0  # the slide's name made no element
+
+
+def test_a_measure_colours_by_its_scale_and_has_a_legend(page: Page) -> None:
+    facts = json.loads(page.find("#facts").get_attribute("textContent"))
+    field = next(field for field in facts["fields"] if field["key"] == "area_um2")
+    page.choose("#color-by", "area_um2")
+    assert page.find("#legend-title").text == "Area, µm²"
+    ticks = page.find("#legend .ticks").text.split()
+    assert float(ticks[0]) == pytest.approx(field["low"], abs=0.1)
+    assert float(ticks[-1]) == pytest.approx(field["high"], abs=0.1)
+    page.run("window.atlas.draw()")
+    for cell in page.lonely()[:10]:
+        area = page.cells.table["area_um2"][cell].as_py()
+        share = np.clip((area - field["low"]) / (field["high"] - field["low"]), 0, 1)
+        expected = facts["scale"][int(share * 255 + 0.5)]
+        assert "#{:02x}{:02x}{:02x}".format(*page.pixel("#points", *page.place(cell))) == expected
+
+
+def test_a_category_can_be_hidden_alone_and_all_shown_again(page: Page) -> None:
+    codes = page.cells.table["cluster"].to_pylist()
+    buttons = page.browser.find_elements("css selector", "#legend button")
+    assert [button.text.split() for button in buttons] == [[str(k), str(codes.count(k))] for k in range(K)]
+    buttons[0].send_keys("\n")  # by keyboard
+    assert [button.get_attribute("aria-pressed") for button in buttons] == ["false", "true", "true"]
+    hidden = next(cell for cell in page.lonely() if codes[cell] == 0)
+    page.hover(hidden)
+    assert not page.find("#hover").is_displayed()
+    page.run("window.atlas.draw()")
+    assert page.pixel("#points", *page.place(hidden)) == [0xE9] * 3
+    page.find("#all").click()
+    page.hover(hidden)
+    assert page.find("#hover").is_displayed()
+
+
+def test_the_lasso_exports_the_cells_inside_with_the_label_that_was_given(page: Page) -> None:
+    x = np.sort(page.unit[:, 0])
+    gaps = np.diff(x)[40:80]
+    cut = 41 + int(gaps.argmax())  # the widest gap about the middle
+    border = (x[cut - 1] + x[cut]) / 2
+    expected = [cell_id for cell_id, place in zip(page.ids, page.unit[:, 0], strict=True) if place < border]
+    width, height = page.run("const m = document.getElementById('map'); return [m.clientWidth, m.clientHeight]")
+    scale, middle = page.run("return [window.atlas.camera.scale, window.atlas.camera.x]")
+    right = (border - middle) * scale + width / 2
+    page.find("#lasso").click()
+    actions = page.move(page.actions(), 5, 60).click_and_hold()
+    for x_px, y_px in ((right, 60), (right, height - 5), (5, height - 5)):
+        actions = page.move(actions, x_px, y_px)
+    actions.release().perform()
+    assert page.find("#selected").text == f"{len(expected)} cells selected"
+    assert [page.ids[cell] for cell in page.run("return window.atlas.selected()")] == expected
+    page.find("#label").send_keys('a "b", c')
+    page.find("#export").click()
+    file = page.browser.downloads / "cells.csv"
+    page.wait(file.exists, "the file is there")
+    with file.open(newline="") as stream:
+        rows = list(csv.reader(stream))
+    assert rows == [["cell_id", "label"], *([cell_id, 'a "b", c'] for cell_id in expected)]
+    page.find("#clear").click()
+    assert page.run("return window.atlas.selected()") is None
+    # What was exported can be read back as classes.
+    assert read_labels(file, key="labels") == dict.fromkeys(expected, 'a "b", c')
+
+
+def test_keys_move_zoom_pin_and_select(page: Page) -> None:
+    area = page.find("#map")
+    scale, x = page.run("return [window.atlas.camera.scale, window.atlas.camera.x]")
+    area.send_keys("+")
+    assert page.run("return window.atlas.camera.scale") == pytest.approx(scale * 1.4)
+    area.send_keys("\ue014")  # arrow to the right
+    assert page.run("return window.atlas.camera.x") > x
+    area.send_keys("0")
+    assert page.run("return window.atlas.camera.scale") == pytest.approx(scale)
+    page.find("#find").send_keys(page.ids[7] + "\n")
+    page.wait(lambda: page.find("#pinned").is_displayed(), "the cell is pinned")
+    assert page.find("#pinned-card .id").text == page.ids[7]
+    area.send_keys("0")
+    page.find("#in-view").send_keys("\n")
+    assert page.find("#selected").text == f"{len(page.ids)} cells selected"
+    area.send_keys("\ue00c")  # Escape
+    assert not page.find("#selection").is_displayed()
+
+
+def test_squares_over_more_sheets_than_are_kept_all_get_their_cells(browser: Any, tmp_path: Path) -> None:
+    count = 6000  # 24 sheets
+    generator = np.random.default_rng(0)
+    images = flat_images(count, seed=0)[:, :48, :48]
+    table = pa.table(
+        {"cluster": np.zeros(count, np.int16)} | {name: [None] * count for name in CATEGORIES if name != "cluster"}
+    )
+    write_page(
+        Store(tmp_path),
+        ids=[str(cell) for cell in range(count)],
+        unit=generator.uniform(size=(count, 2)),
+        thumbnails=images,
+        categories=categories_of(table),
+        measures=[],
+        places=np.zeros((count, 2)),
+        title="squares",
+        subtitle="",
+    )
+    browser.get((tmp_path / "atlas.html").as_uri())
+    opened = Page(browser)
+    opened.choose("#show", "cells")
+    squares = opened.run("return window.atlas.squaresInView()")
+    assert len(squares) > 150
+    middles = [(square["x"] + square["size"] / 2, square["y"] + square["size"] / 2) for square in squares]
+    expected = images[[square["cell"] for square in squares], 0, 0].astype(int)
+    opened.wait(
+        lambda: np.abs(np.array([opened.pixel("#overlay", *at) for at in middles]) - expected).max() < 12,
+        "every square has its cell's image",
+    )
+
+
+def test_squares_show_cells_by_their_place(page: Page) -> None:
+    page.choose("#show", "cells")
+    cell = page.lonely()[0]
+    x, y = page.place(cell)
+    page.move(page.actions(), x, y).perform()
+    page.wait(lambda: page.find("#hover").is_displayed(), "the square's cell is told")
+    shown = page.ids.index(page.find("#hover .id").text)
+    there = page.place(shown)
+    assert np.hypot(there[0] - x, there[1] - y) < 90  # of the same square
+    expected = page.cells.thumbnails[shown, 24, 24].astype(int)
+    # The pointer may lie on the square's frame: look around it.
+    around = [(x + dx, y + dy) for dx in (-8, 0, 8) for dy in (-8, 0, 8)]
+    page.wait(
+        lambda: any(np.abs(np.array(page.pixel("#overlay", *at)) - expected).max() < 12 for at in around),
+        "the square has the cell's image",
+    )

@@ -1,0 +1,384 @@
+"""Slides to cells in one process: what happens to good and to bad slides, without Ray where it is not needed."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from scipy.spatial import cKDTree
+
+from lemon import schema
+from lemon.cells.ledger import read_ledger
+from lemon.cells.names import shard_name
+from lemon.curate import job as curate
+from lemon.curate.config import CurateConfig
+from lemon.curate.job import open_ledger
+from lemon.curate.slide import build_segmenter, curate_slide, ordered_map, start_processes
+from lemon.errors import ConfigError
+from lemon.nuclei.instances import Nucleus
+from lemon.runtime import pool
+from lemon.runtime.config import load
+from lemon.runtime.store import Store
+from lemon.slides import reader as reader_module
+from lemon.slides.cohort import Slide, list_slides
+from lemon.slides.synthetic import SyntheticTissue, make_tissue, write_pyramid
+from tests.conftest import shared
+
+SIDE_PX = 1600
+
+
+@pytest.fixture(scope="module")
+def tissue() -> SyntheticTissue:
+    return make_tissue(SIDE_PX, seed=3, border_px=80)
+
+
+@pytest.fixture(scope="module")
+def slide_file(tissue: SyntheticTissue, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("slide") / "s1.tiff"
+    write_pyramid(path, tissue.image, mpp=0.25)
+    return path
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[ProcessPoolExecutor]:
+    with start_processes(2) as pool:
+        yield pool
+
+
+def config_for(slides: object, output: object, *words: str) -> CurateConfig:
+    return load("curate", [f"slides={slides}", f"output={output}", "region_px=512", *words], CurateConfig)
+
+
+def curate_one(path: Path, output: Path, processes: ProcessPoolExecutor, *words: str) -> dict[str, Any]:
+    config = config_for(path, output, *words)
+    (slide,) = list_slides(str(path))
+    return curate_slide(
+        slide, config=config, segmenter=build_segmenter(config.segmenter), processes=processes, store=Store(output)
+    )
+
+
+def test_a_slide_becomes_cells_that_lie_on_its_nuclei(
+    tissue: SyntheticTissue, slide_file: Path, tmp_path: Path, processes: ProcessPoolExecutor
+) -> None:
+    row = curate_one(slide_file, tmp_path, processes, "cells_per_slide=null", "geojson=true")
+    assert row["status"] == "done"
+    assert row["error"] is None
+    cells = pq.read_table(tmp_path / shard_name("s1"))
+    assert len(cells) == row["n_cells"] == row["n_nuclei"]
+    points = np.stack([cells["x_level0_px"], cells["y_level0_px"]], 1)
+    distance, _ = cKDTree(points).query(tissue.center_px)
+    assert (distance < 8).mean() > 0.97  # every nucleus, also at seams
+    assert len(points) < 1.03 * len(tissue.center_px)
+    close, _ = cKDTree(points).query(points, k=2)
+    assert close[:, 1].min() > 8  # none twice
+    assert (tmp_path / "geojson" / "s1.geojson.gz").exists()
+    assert all(row[f"{stage}_s"] >= 0 for stage in ("open", "read", "network", "instances", "write"))
+
+
+def test_fewer_cells_are_the_lowest_ranks_of_all(
+    slide_file: Path, tmp_path: Path, processes: ProcessPoolExecutor
+) -> None:
+    curate_one(slide_file, tmp_path / "all", processes, "cells_per_slide=null")
+    row = curate_one(slide_file, tmp_path / "few", processes, "cells_per_slide=40")
+    all_cells, few = (pq.read_table(tmp_path / name / shard_name("s1")) for name in ("all", "few"))
+    assert row["n_cells"] == 40
+    assert row["n_nuclei"] == len(all_cells)
+    assert few.equals(all_cells.slice(0, 40))
+
+
+def test_the_size_of_regions_hardly_matters(slide_file: Path, tmp_path: Path, processes: ProcessPoolExecutor) -> None:
+    """Seams fall elsewhere; the nuclei stay."""
+    found = []
+    for size in (512, 1024):
+        curate_one(slide_file, tmp_path / str(size), processes, "cells_per_slide=null", f"region_px={size}")
+        cells = pq.read_table(tmp_path / str(size) / shard_name("s1"))
+        found.append(np.stack([cells["x_level0_px"], cells["y_level0_px"]], 1))
+    distance, _ = cKDTree(found[1]).query(found[0])
+    assert (distance < 2).mean() > 0.98
+    assert abs(len(found[0]) - len(found[1])) <= 0.02 * len(found[0])
+
+
+def test_a_mask_of_the_user_says_where_to_look(
+    slide_file: Path, tmp_path: Path, processes: ProcessPoolExecutor
+) -> None:
+    mask = np.zeros((16, 16), np.uint8)
+    mask[:, :4] = 255
+    (tmp_path / "masks").mkdir()
+    cv2.imwrite(str(tmp_path / "masks" / "s1.png"), mask)
+    curate_one(slide_file, tmp_path, processes, f"tissue.masks={tmp_path / 'masks'}")
+    cells = pq.read_table(tmp_path / shard_name("s1"))
+    assert len(cells) > 0
+    assert max(cells["x_level0_px"].to_pylist()) < SIDE_PX / 2
+
+
+def bad_slides(folder: Path, tissue: SyntheticTissue) -> dict[str, tuple[str, str]]:
+    """Writes one slide of each kind of trouble; returns the expected status and a part of the reason of each."""
+    folder.mkdir()
+    write_pyramid(folder / "good.tiff", tissue.image, mpp=0.25)
+    (folder / "zero.svs").write_bytes(b"")
+    (folder / "truncated.tiff").write_bytes((folder / "good.tiff").read_bytes()[:300_000])
+    (folder / "text.svs").write_text("patient,organ\n" * 1000)
+    write_pyramid(folder / "coarse.tiff", tissue.image, mpp=2.0)
+    write_pyramid(folder / "unscaled.tiff", tissue.image, mpp=None)
+    write_pyramid(folder / "white.tiff", np.full((800, 800, 3), 244, np.uint8), mpp=0.25)
+    dark = np.zeros((800, 800, 3), np.uint8)
+    dark[300:500, 300:500] = (10, 20, 200)
+    write_pyramid(folder / "dapi.tiff", dark, mpp=0.25)
+    return {
+        "good": ("done", ""),
+        "zero": ("failed", "empty"),
+        "truncated": ("failed", "not a slide"),
+        "text": ("failed", "not a slide"),
+        "coarse": ("failed", "2 um/px is coarser"),
+        "unscaled": ("done", "um/px missing"),
+        "white": ("done", "no tissue"),
+        "dapi": ("failed", "not H&E"),
+    }
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_every_kind_of_bad_slide_gets_its_row_and_reason_and_the_others_are_complete(
+    tissue: SyntheticTissue, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = bad_slides(tmp_path / "slides", tissue)
+    words = ["workers.actors=1", "cells_per_slide=50"]
+    assert curate.main(config_for(tmp_path / "slides", tmp_path / "out", *words)) == 3
+    rows = {row["slide_id"]: row for row in read_ledger(Store(tmp_path / "out")).to_pylist()}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        name: status for name, (status, _) in expected.items()
+    }
+    assert all(part in (rows[name]["error"] or "") for name, (_, part) in expected.items())
+    assert rows["unscaled"]["mpp_assumed"] is True
+    assert (rows["good"]["n_cells"], rows["white"]["n_cells"]) == (50, 0)
+    assert rows["good"]["config_fingerprint"] == rows["zero"]["config_fingerprint"]
+    told = capsys.readouterr().out
+    assert all(f"{name}: failed: " in told for name, (status, _) in expected.items() if status == "failed")
+    # The same with a larger allowance: nothing new to do but the failed ones, and the exit code says all is well.
+    assert curate.main(config_for(tmp_path / "slides", tmp_path / "out", *words, "max_failed_share=0.7")) == 0
+    assert "3 of an earlier run" in capsys.readouterr().out
+
+
+def test_unreadable_regions_are_counted_and_make_a_slide_partial(
+    slide_file: Path, tmp_path: Path, processes: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = reader_module.SlideReader.region
+
+    def region(self: reader_module.SlideReader, x: int, y: int, **size: int) -> np.ndarray:
+        if (x, y) == (320, 320):
+            raise reader_module.RegionError("corrupt tile")
+        return real(self, x, y, **size)
+
+    monkeypatch.setattr(reader_module.SlideReader, "region", region)
+    row = curate_one(slide_file, tmp_path / "a", processes)
+    assert (row["status"], row["n_failed_regions"]) == ("partial", 1)
+    assert "corrupt tile" in row["error"]
+    assert row["n_cells"] > 0
+    row = curate_one(slide_file, tmp_path / "b", processes, "max_failed_region_share=0.01")
+    assert row["status"] == "failed"
+    assert f"1 of {row['n_regions']} regions" in row["error"]
+    assert not (tmp_path / "b" / "cells").exists()
+
+
+class CrashingSegmenter:
+    """Kills the worker process that it runs in, as a segmentation fault would."""
+
+    def calibrate(self, samples: Sequence[np.ndarray]) -> None:
+        return None
+
+    def predict(self, regions: np.ndarray) -> list[None]:
+        return [None] * len(regions)
+
+    @property
+    def postprocess(self) -> Any:
+        return functools.partial(_die)
+
+
+def _die(region: np.ndarray, prediction: None, calibration: None) -> list[Nucleus]:
+    os._exit(1)
+
+
+class RaisingSegmenter(CrashingSegmenter):
+    @property
+    def postprocess(self) -> Any:
+        return functools.partial(_raise)
+
+
+def _raise(region: np.ndarray, prediction: None, calibration: None) -> list[Nucleus]:
+    raise ZeroDivisionError("a strange\nslide")
+
+
+def worker_for(config: CurateConfig) -> curate.Curator:
+    ledger = open_ledger(Store(config.output), config)
+    return curate.Curator(config, config_fingerprint=ledger.facts["config_fingerprint"])
+
+
+def curated(worker: curate.Curator, slide: Slide) -> dict[str, Any]:
+    """The row of a slide, as an actor makes it."""
+    items, attempts = [{"slide": asdict(slide)}], worker.config.max_attempts
+    (row,) = pool.run(items, lambda: worker, actors=None, max_attempts=attempts)
+    return row
+
+
+def test_a_slide_that_keeps_crashing_its_worker_is_given_up(slide_file: Path, tmp_path: Path) -> None:
+    worker = worker_for(config_for(slide_file, tmp_path, "max_attempts=2", "workers.cpus=1"))
+    worker.segmenter = CrashingSegmenter()
+    assert curated(worker, *list_slides(str(slide_file)))["error"] == "given up after 2 crashes of its worker"
+    (row,) = read_ledger(Store(tmp_path)).to_pylist()
+    assert row["status"] == "failed"
+    assert Store(tmp_path).list("attempts") == []
+
+
+def test_crashes_of_an_earlier_job_do_not_count_against_a_slide(slide_file: Path, tmp_path: Path) -> None:
+    worker = worker_for(config_for(slide_file, tmp_path, "max_attempts=1", "workers.cpus=1"))
+    worker.ledger.begin("s1", run_id="killed")
+    assert curated(worker, *list_slides(str(slide_file)))["status"] == "done"
+
+
+def test_an_unexpected_error_becomes_the_slides_row(slide_file: Path, tmp_path: Path) -> None:
+    worker = worker_for(config_for(slide_file, tmp_path, "workers.cpus=1"))
+    worker.segmenter = RaisingSegmenter()
+    row = curated(worker, *list_slides(str(slide_file)))
+    assert (row["status"], row["error"]) == ("failed", "unexpected ZeroDivisionError: a strange slide")
+
+
+def test_a_full_disk_stops_the_job_and_is_no_fault_of_the_slide(
+    slide_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = worker_for(config_for(slide_file, tmp_path, "workers.cpus=1"))
+
+    def full(self: Store, name: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Store, "write", full)
+    monkeypatch.setattr(Store, "write_bytes", lambda *args: None)
+    with pytest.raises(pool.FatalError, match=r"cannot write to .*No space left on device"):
+        curated(worker, *list_slides(str(slide_file)))
+    assert read_ledger(Store(tmp_path)).num_rows == 0
+
+
+def test_a_job_on_a_full_disk_says_so_in_one_line(
+    slide_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(config: CurateConfig, **options: object) -> None:
+        raise pool.FatalError("[Errno 28] No space left on device")
+
+    monkeypatch.setattr(curate, "run", run)
+    monkeypatch.setattr(curate, "ask", lambda config: None)  # Ray is left out
+    assert curate.main(config_for(slide_file, tmp_path)) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "No space left on device" in line
+    assert "rerun goes on" in line
+
+
+def test_an_output_that_cannot_be_written_is_one_line_and_exit_code_2(slide_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    job = Path(__file__).resolve().parents[2] / "jobs" / "curate.py"
+    words = [f"slides={slide_file}", f"output={tmp_path / 'file' / 'out'}"]
+    done = subprocess.run([sys.executable, str(job), *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("curate: output: cannot write to")
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (
+            ["segmenter=hoverfast", "segmenter.checkpoint=/nowhere.pth"],
+            "segmenter.checkpoint: checkpoint /nowhere.pth: no",
+        ),
+        (["tissue.masks=/nowhere"], "tissue.masks: got '/nowhere'"),
+    ],
+)
+def test_a_path_that_is_not_there_is_told_before_work_begins(
+    slide_file: Path, tmp_path: Path, words: list[str], part: str
+) -> None:
+    with pytest.raises(ConfigError, match=part):
+        curate.run(config_for(slide_file, tmp_path, *words))
+
+
+def test_an_output_of_other_settings_is_not_mixed_with_new_ones(slide_file: Path, tmp_path: Path) -> None:
+    open_ledger(Store(tmp_path), config_for(slide_file, tmp_path, "cells_per_slide=7"))  # in which nothing was made
+    open_ledger(Store(tmp_path), config_for(slide_file, tmp_path)).commit(
+        {"slide_id": "a", "path": "", "status": "done"}
+    )
+    open_ledger(Store(tmp_path), config_for(slide_file, tmp_path, "geojson=true"))
+    with pytest.raises(ConfigError, match="cells_per_slide 1000 then, 5 now"):
+        open_ledger(Store(tmp_path), config_for(slide_file, tmp_path, "cells_per_slide=5"))
+    open_ledger(Store(tmp_path), config_for(slide_file, tmp_path, "cells_per_slide=5", "overwrite=true"))
+    open_ledger(Store(tmp_path), config_for(slide_file, tmp_path, "cells_per_slide=5"))
+
+
+PARENT = """
+import os, time
+from lemon.curate.slide import start_processes
+
+if __name__ == "__main__":
+    processes = start_processes(1)
+    print(processes.submit(os.getpid).result(), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_worker_processes_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
+    assert parent.stdout is not None
+    worker = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.communicate()
+    psutil.wait_procs([worker], timeout=60)
+    assert not worker.is_running()
+
+
+def test_a_map_over_workers_keeps_the_order_and_never_runs_far_ahead() -> None:
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for index in range(50):
+            taken.append(index)
+            yield index
+
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(4) as pool:
+        for position, result in enumerate(ordered_map(pool, lambda value: value * 2, items(), ahead=5)):
+            assert result == position * 2
+            assert len(taken) <= position + 6
+
+
+def test_the_ledger_has_the_columns_of_the_schema(slide_file: Path, tmp_path: Path) -> None:
+    worker = worker_for(config_for(slide_file, tmp_path, "workers.cpus=1", "cells_per_slide=5"))
+    curated(worker, *list_slides(str(slide_file)))
+    ledger = read_ledger(Store(tmp_path))
+    assert ledger.schema.equals(schema.SLIDES)
+    assert isinstance(ledger, pa.Table)
+    (row,) = ledger.to_pylist()
+    missing = {name for name, value in row.items() if value is None}
+    assert missing == {"patient_id", "project", "organ", "site", "error", "mask_digest"}
+
+
+@pytest.mark.slow
+def test_the_real_slide_gives_thousands_of_nuclei(tmp_path: Path, processes: ProcessPoolExecutor) -> None:
+    path = shared("data/slides/CMU-1-Small-Region.svs")
+    row = curate_one(path, tmp_path, processes, "region_px=1024")
+    assert row["status"] == "done"
+    assert row["n_nuclei"] > 2000
+    assert row["n_cells"] == 1000

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import errno
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lemon.curate.config import CurateConfig
+from lemon.errors import EXIT_BAD_CONFIG, ConfigError
+from lemon.pretrain.config import PretrainConfig
+from lemon.probe.config import ProbeConfig
+from lemon.report.config import ReportConfig
+from lemon.runtime.config import conf_dir, describe, load
+from lemon.runtime.job import run_job
+
+GOOD = ["slides=s.svs", "output=out"]
+
+
+def test_the_default_config_needs_only_slides_and_output() -> None:
+    config = load("curate", GOOD, CurateConfig)
+    assert config.segmenter.name == "hematoxylin"
+    assert config.cells_per_slide == 1000
+
+
+@pytest.mark.parametrize("variant", sorted(path.stem for path in (conf_dir() / "curate").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "segmenter",
+    ["segmenter=hematoxylin", "segmenter=hoverfast", "segmenter=hoverfast segmenter.checkpoint=x.pth"],
+)
+def test_every_shipped_variant_composes_and_validates(variant: str, segmenter: str) -> None:
+    load("curate", [*GOOD, f"variant={variant}", *segmenter.split()], CurateConfig)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("cells_per_slide=many", ["cells_per_slide", "'many'", "integer"]),
+        ("cells_per_slide=0", ["cells_per_slide", "got 0", "greater than or equal to 1"]),
+        ("celsl_per_slide=3", ["celsl_per_slide", "unknown key", "did you mean cells_per_slide"]),
+        ("workers.gpu=1", ["workers.gpu", "unknown key", "gpus"]),
+        ("segmenter=hovernet", ["segmenter", "'hovernet'", "hematoxylin, hoverfast"]),
+        ("segmenter.checkpoint=a.pth", ["segmenter.checkpoint", "unknown key"]),
+        ("variant=huge", ["variant", "'huge'", "default, smoke"]),
+        ("overlap_px=900", ["overlap_px=900", "region_px=1024"]),
+        ("verbose", ["'verbose'", "key=value"]),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_with_key_value_and_expectation(override: str, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("curate", [*GOOD, override], CurateConfig)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(part in message for part in parts), message
+
+
+def test_several_mistakes_give_a_line_each() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("curate", ["output=out", "region_px=a", "foo=1"], CurateConfig)
+    assert len(str(caught.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize("path", ["slides/**/*.svs", "a b (1)/x=3,y.svs", "it's/here.svs", "s3://bucket/a"])
+def test_a_path_is_taken_literally_whatever_characters_it_has(path: str) -> None:
+    assert load("curate", [f"slides={path}", "output=out"], CurateConfig).slides == path
+
+
+@pytest.mark.parametrize("word", ["tasks=[amibr,consep-type]", "tasks=amibr,consep-type"])
+def test_a_list_needs_no_brackets(word: str) -> None:
+    config = load("probe", ["models=runs/x", word], ProbeConfig)
+    assert config.tasks == ["amibr", "consep-type"]
+    assert config.models == ["runs/x"]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["ssl.out_dim=-4"], "ssl.out_dim: got -4; expected greater than or equal to 1"),
+        (["ssl=dinov2", "ssl.prototypes=many"], "ssl.prototypes: got 'many'; expected integer"),
+        (["ssl=dinov2", "ssl.protoypes=9"], "ssl.protoypes: unknown key"),
+    ],
+)
+def test_a_fault_inside_a_choice_is_named_by_the_key_that_the_user_wrote(words: list[str], line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("pretrain", ["cells=c", "output=o", *words], PretrainConfig)
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_field_with_the_name_of_a_stage_can_be_null(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["cells=c", "output=o"]
+    assert load("pretrain", [*given, "probe=null"], PretrainConfig).probe is None
+    probe = load("pretrain", [*given, "probe={cells: c, labels: l.csv}"], PretrainConfig).probe
+    assert probe is not None
+    assert (probe.cells, probe.labels) == ("c", "l.csv")
+    with pytest.raises(ConfigError, match=r"^probe: got 'smoke'; expected"):
+        load("pretrain", [*given, "probe=smoke"], PretrainConfig)
+
+
+def test_help_offers_no_stage_as_a_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    run_job("pretrain", PretrainConfig, lambda config: 1, ["--help"])
+    shown = capsys.readouterr().out
+    assert "ssl=NAME" in shown
+    assert "probe=NAME" not in shown
+
+
+def test_settings_that_only_change_the_speed_do_not_change_the_fingerprinted_settings() -> None:
+    slow = load("curate", [*GOOD, "workers.cpus=1", "geojson=false"], CurateConfig)
+    fast = load("curate", [*GOOD, "workers.cpus=8", "geojson=true"], CurateConfig)
+    other = load("curate", [*GOOD, "region_px=512"], CurateConfig)
+    assert slow.result_settings() == fast.result_settings() != other.result_settings()
+
+
+def test_help_names_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_job("curate", CurateConfig, lambda config: 1, ["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in CurateConfig.model_fields)
+
+
+def test_a_job_with_a_bad_config_exits_with_2_and_one_line_before_torch_or_ray_are_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys; from lemon.curate.config import CurateConfig; from lemon.runtime.job import run_job;"
+        "code = run_job('curate', CurateConfig, lambda config: 0, ['slides=x', 'output=y', 'region_px=8']);"
+        "assert not {'torch', 'ray', 'mlflow'} & sys.modules.keys(); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == EXIT_BAD_CONFIG
+    assert done.stderr.strip() == "curate: region_px: got 8; expected greater than or equal to 256"
+
+
+def test_importing_lemon_is_light() -> None:
+    code = "import sys, lemon; assert not {'torch', 'ray', 'mlflow', 'numpy', 'hydra'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_key_that_bears_the_name_of_another_stages_folder_is_a_plain_value() -> None:
+    config = load("report", ["views=a b.png", "atlas=out/atlas", "output=o"], ReportConfig)
+    assert (config.views, config.atlas, config.output) == ("a b.png", "out/atlas", "o")
+    assert "views=NAME" not in describe("report", ReportConfig)
+    assert "views=NAME: a0" in describe("pretrain", PretrainConfig)
+
+
+def test_a_full_disk_is_one_line_and_exit_code_3_and_another_error_of_the_system_is_raised(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def ends_with(error: OSError) -> int:
+        def main(config: CurateConfig) -> int:
+            raise error
+
+        return run_job("curate", CurateConfig, main, GOOD)
+
+    assert ends_with(OSError(errno.ENOSPC, "No space left on device", "cells/a.parquet")) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("curate: stopped: [Errno 28] No space left on device: 'cells/a.parquet'")
+    with pytest.raises(ChildProcessError):
+        ends_with(ChildProcessError(errno.ECHILD, "No child processes"))
+
+
+@pytest.mark.parametrize("given", ["a,b.svs", "a, b.svs", "with,comma/*.svs", "with,comma"])
+def test_a_comma_in_the_name_of_a_file_is_no_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "with,comma").mkdir()
+    for name in ("a,b.svs", "a, b.svs", "with,comma/c.svs"):
+        (tmp_path / name).touch()
+    assert load("curate", [f"slides={given}", "output=o"], CurateConfig).slides == given
+    assert load("curate", ["slides=c.svs,d.svs", "output=o"], CurateConfig).slides == ["c.svs", "d.svs"]
+
+
+@pytest.mark.parametrize(
+    "script", sorted((Path(__file__).parents[2] / "jobs").glob("*.py")), ids=lambda path: path.stem
+)
+def test_of_every_job_a_wrong_word_is_the_only_fault(
+    script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(script), "no_such_key=1"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == EXIT_BAD_CONFIG
+    told = capsys.readouterr().err
+    assert "no_such_key: unknown key" in told
+    assert told.count("unknown key") == 1  # none of the job's own file
