@@ -19,7 +19,7 @@ from lemon.cells.shard import images_from_arrow
 from lemon.curate import job as curate
 from lemon.curate.config import CurateConfig
 from lemon.curate.job import open_ledger
-from lemon.curate.slide import build_segmenter, curate_slide, start_processes
+from lemon.curate.slide import curate_slide, start_processes
 from lemon.embed import job as embedding
 from lemon.embed.config import EmbedConfig
 from lemon.errors import ConfigError
@@ -93,7 +93,7 @@ def lab(tmp_path: Path, processes: ProcessPoolExecutor, monkeypatch: pytest.Monk
 
     def here(slides: list[Slide], *, config: CurateConfig, ledger: Ledger, source: object) -> None:
         """Curation without Ray."""
-        segmenter = build_segmenter(config.segmenter)
+        segmenter = config.segmenter.build()
         for slide in slides:
             row = curate_slide(
                 replace(slide), config=config, segmenter=segmenter, processes=processes, store=ledger.store

@@ -28,7 +28,7 @@ from lemon.runtime.identifiers import file_stem
 from lemon.runtime.store import Store, path_exists
 from lemon.runtime.store import open_output as writable
 from lemon.schema import SWEEP_FILE
-from lemon.sweep.config import Point, SweepConfig, words
+from lemon.sweep.config import Point, SweepConfig
 from lemon.sweep.trial import Trial
 from lemon.views.stain import statistics_name
 
@@ -145,11 +145,10 @@ def nested_organs(cells: Store) -> list[str]:
 def point_config(config: SweepConfig, point: Point, *, organs: Sequence[str]) -> PretrainConfig:
     """The pretraining job of a point. Raises ConfigError with a line a fault.
 
-    Later words win: the variant's, the study's, the sweep's ``pretrain.*``, then the point's own.
+    Later ones win: the variant's, the study's, the sweep's ``pretrain.*``, then the point's own.
     """
-    given = [*words(config.sweep.overrides), *words(config.pretrain), *words(point.overrides)]
-    given += words({"cells": Store(config.cells).uri, "output": "unset"})
-    made = load("pretrain", list({word.partition("=")[0]: word for word in given}.values()), PretrainConfig)
+    own = {"cells": Store(config.cells).uri, "output": "unset"}
+    made = load("pretrain", [config.sweep.overrides, config.pretrain, point.overrides, own], PretrainConfig)
     if point.n_organs is None:
         return made
     among = [organ for organ in organs if made.select.organs is None or organ in made.select.organs]

@@ -27,7 +27,7 @@ from lemon.cells.names import shard_name
 from lemon.curate import job as curate
 from lemon.curate.config import CurateConfig
 from lemon.curate.job import open_ledger
-from lemon.curate.slide import build_segmenter, curate_slide, ordered_map, start_processes
+from lemon.curate.slide import curate_slide, ordered_map, start_processes
 from lemon.errors import ConfigError
 from lemon.nuclei.instances import Nucleus
 from lemon.runtime import pool
@@ -67,7 +67,7 @@ def curate_one(path: Path, output: Path, processes: ProcessPoolExecutor, *words:
     config = config_for(path, output, *words)
     (slide,) = list_slides(str(path))
     return curate_slide(
-        slide, config=config, segmenter=build_segmenter(config.segmenter), processes=processes, store=Store(output)
+        slide, config=config, segmenter=config.segmenter.build(), processes=processes, store=Store(output)
     )
 
 
