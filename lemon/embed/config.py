@@ -71,6 +71,13 @@ class EmbedConfig(Frozen):
     def _one_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
+    def check_inputs(self) -> None:
+        """Raises ConfigError where ``cells`` is no cells table."""
+        from lemon.cells.ledger import require_cells
+
+        if self.cells is not None:
+            require_cells(self.cells)
+
     @model_validator(mode="after")
     def _one_source(self) -> EmbedConfig:
         if (self.cells is None) == (self.slides is None):

@@ -212,6 +212,12 @@ class FitStainConfig(Settings):
     n_cells: int = Field(20_000, ge=10, description="cells of lowest rank that are looked at")
     seed: Seed = 0
 
+    def check_inputs(self) -> None:
+        """Raises ConfigError where ``cells`` is no cells table."""
+        from lemon.cells.ledger import require_cells
+
+        require_cells(self.cells)
+
 
 class SelectConfig(Settings):
     """Which cells of the table: slides first, then the lowest ranks."""
@@ -300,6 +306,12 @@ class PretrainConfig(Settings):
         pattern=REGISTERED,
         description="name of the encoder in MLflow's model registry, without / : . % and quotes; null: in none",
     )
+
+    def check_inputs(self) -> None:
+        """Raises ConfigError where ``cells`` is no cells table."""
+        from lemon.cells.ledger import require_cells
+
+        require_cells(self.cells)
 
     @model_validator(mode="after")
     def _fits_together(self) -> PretrainConfig:

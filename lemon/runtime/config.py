@@ -33,6 +33,9 @@ class Frozen(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), coerce_numbers_to_str=True)
 
+    def check_inputs(self) -> None:
+        """Raises ConfigError for inputs that are plainly not there, as a stage's ``cells``; imports nothing heavy."""
+
 
 class Settings(Frozen):
     """A config whose numbers are numbers: neither infinite nor NaN."""

@@ -98,6 +98,12 @@ class SweepConfig(Settings):
                 raise ValueError(f"got {key}; give it to the sweep itself: {'seeds' if key == 'seed' else key}=...")
         return value
 
+    def check_inputs(self) -> None:
+        """Raises ConfigError where ``cells`` is no cells table."""
+        from lemon.cells.ledger import require_cells
+
+        require_cells(self.cells)
+
     @model_validator(mode="after")
     def _launcher_fits(self) -> SweepConfig:
         if self.launcher == "process" and (self.asha or (self.max_concurrent or 1) > 1):

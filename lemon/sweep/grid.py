@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lemon.cells.ledger import read_ledger
+from lemon.cells.ledger import rows_with_cells
 from lemon.cells.select import Selection, rank_of, select_cells
 from lemon.encoders.device import choose_device
 from lemon.errors import ConfigError
@@ -135,10 +135,7 @@ def nested_organs(cells: Store) -> list[str]:
 
     Raises ConfigError for a table without cells.
     """
-    rows = [row for row in read_ledger(cells).to_pylist() if row["n_cells"]]
-    if not rows:
-        raise ConfigError(f"cells: {cells.uri} holds no cells; expected the output of jobs/curate.py")
-    names = sorted({row["organ"] for row in rows} - {None})
+    names = sorted({row["organ"] for row in rows_with_cells(cells)} - {None})
     return [names[index] for index in np.argsort(rank_of(names), kind="stable")]
 
 

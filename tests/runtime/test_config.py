@@ -265,3 +265,29 @@ def test_a_segmenter_of_another_package_is_chosen_by_its_name(monkeypatch: pytes
     assert load("curate", [*GOOD, "segmenter=mine"], CurateConfig).segmenter == Mine()
     with pytest.raises(ConfigError, match=r"^segmenter.threshold: got 0; expected greater than 0$"):
         load("curate", [*GOOD, "segmenter.name=mine", "segmenter.threshold=0"], CurateConfig)
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("pretrain", ["output=o"]),
+        ("fit_stain", []),
+        ("embed", ["model=lemon_mini", "output=o"]),
+        ("scaling_sweep", ["output=o", "tasks=amibr"]),
+        ("atlas", ["embeddings=e"]),
+    ],
+)
+def test_cells_that_are_not_there_are_told_before_torch_is_imported(
+    script: str, words: list[str], tmp_path: Path
+) -> None:
+    job = Path(__file__).parents[2] / "jobs" / f"{script}.py"
+    code = (
+        f"import runpy, sys; sys.argv = ['{script}', 'cells=nowhere', *{words!r}]\n"
+        f"try: runpy.run_path({str(job)!r}, run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 2, end\n"
+        "assert not {'torch', 'ray', 'sklearn'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    (line,) = done.stderr.splitlines()
+    assert line == f"{script}: cells: {tmp_path}/nowhere holds no cells; expected the output of jobs/curate.py"
+    assert not list(tmp_path.iterdir())
