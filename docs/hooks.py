@@ -1,6 +1,8 @@
 """Hooks of MkDocs: what pages say of settings, presets, tables and encoders is read from the code at build time.
 
 A line ``{{ name argument ... }}`` of a page is replaced by what the function of that name in ``MAKERS`` returns.
+Notebooks become pages as they are, with the outputs that they were stored with. A page that would fetch something from
+another machine fails the build.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import pyarrow as pa
 import yaml
 from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from nbconvert import MarkdownExporter
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -28,6 +32,33 @@ MARK = re.compile(r"^\{\{ (\w+)((?: \S+)*) \}\}$", re.MULTILINE)
 GROUPS = ("encoder", "segmenter", "ssl", "sweep", "views")
 """Keys that are chosen by name: folders of presets."""
 BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+
+FETCHED = re.compile(
+    r"""<(?:script|img|iframe|source|object|embed|link(?=[^>]*rel=["']?(?:stylesheet|icon|preload|preconnect)))"""
+    r"""[^>]*?\s(?:src|href|data)=["']?((?:https?:)?//[^"'\s>]+)|(?:@import|import|url\()\s*\(?["']?((?:https?:)?//[^"')\s]+)"""
+)
+
+
+def on_files(files: Files, *, config: Any) -> Files:
+    """Make pages of notebooks."""
+    for notebook in [file for file in files if file.src_uri.endswith(".ipynb")]:
+        page = notebook.src_uri.removesuffix(".ipynb")
+        text, resources = MarkdownExporter().from_filename(notebook.abs_src_path)
+        pictures = {name: f"{Path(page).name}_{name}" for name in resources["outputs"]}
+        for name, own in pictures.items():
+            text = text.replace(f"]({name})", f"]({own})")
+            place = f"{Path(page).parent}/{own}"
+            files.append(File.generated(config, place, content=resources["outputs"][name]))
+        link = f"\n\n[This page as a notebook]({Path(notebook.src_uri).name})\n"
+        files.append(File.generated(config, f"{page}.md", content=text + link))
+    return files
+
+
+def on_post_page(output: str, *, page: Any, **_: Any) -> str:
+    """Raises PluginError where a page would fetch something from another machine."""
+    if found := FETCHED.search(output):
+        raise PluginError(f"{page.file.src_uri}: would fetch {found[1] or found[2]}; expected files of the site only")
+    return output
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
