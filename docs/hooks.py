@@ -161,7 +161,8 @@ def _bounds(metadata: Any) -> Iterator[str]:
     for each in metadata:
         for bound, sign in BOUNDS.items():
             if getattr(each, bound, None) is not None:
-                yield f"{sign} {getattr(each, bound):g}"
+                limit = getattr(each, bound)
+                yield f"{sign} {f'{limit:,}' if isinstance(limit, int) else f'{limit:g}'}"
         if getattr(each, "multiple_of", None) is not None:
             yield f"a multiple of {each.multiple_of:g}"
 
