@@ -32,9 +32,10 @@ import torch
 from benchmarks.record import record
 from lemon.cells.names import shard_name
 from lemon.curate.config import CurateConfig
-from lemon.curate.slide import build_segmenter, curate_slide, start_processes
+from lemon.curate.slide import curate_slide, start_processes
 from lemon.nuclei.hematoxylin import Hematoxylin
 from lemon.nuclei.hoverfast import HoverFast
+from lemon.nuclei.open import build_segmenter
 from lemon.nuclei.scores import labels_of, scores
 from lemon.nuclei.segmenter import Segmenter
 from lemon.nuclei.training.images import Labelled, read_folder, split

@@ -19,10 +19,11 @@ from lemon.cells.shard import images_from_arrow
 from lemon.curate import job as curate
 from lemon.curate.config import CurateConfig
 from lemon.curate.job import open_ledger
-from lemon.curate.slide import build_segmenter, curate_slide, start_processes
+from lemon.curate.slide import curate_slide, start_processes
 from lemon.embed import job as embedding
 from lemon.embed.config import EmbedConfig
 from lemon.errors import ConfigError
+from lemon.nuclei.open import build_segmenter
 from lemon.nuclei.released import weights_path
 from lemon.runtime.config import load
 from lemon.runtime.ledger import Ledger

@@ -16,9 +16,10 @@ from tqdm import tqdm
 from lemon.cells.ledger import cells_ledger, tell_statuses
 from lemon.cells.names import FOLDERS, SETTINGS, geojson_name, shard_name
 from lemon.curate.config import CurateConfig
-from lemon.curate.slide import OutputError, build_segmenter, curate_slide, start_processes
+from lemon.curate.slide import OutputError, curate_slide, start_processes
 from lemon.errors import EXIT_FAILURES, EXIT_OK, ConfigError
 from lemon.nuclei.config import HoverFastConfig
+from lemon.nuclei.open import build_segmenter
 from lemon.nuclei.released import weights_path
 from lemon.runtime import pool
 from lemon.runtime.demand import Demand, is_new, settle

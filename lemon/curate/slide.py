@@ -25,7 +25,6 @@ from lemon.cells.names import geojson_name, shard_name
 from lemon.cells.qupath import GeoJsonWriter
 from lemon.cells.shard import SlideShard
 from lemon.curate.config import CurateConfig
-from lemon.nuclei.config import HoverFastConfig, SegmenterConfig
 from lemon.nuclei.segmenter import Postprocess, Segmenter
 from lemon.runtime.identifiers import file_stem
 from lemon.runtime.store import Store
@@ -70,23 +69,6 @@ class Tally:
             yield
         finally:
             self.seconds[stage] += time.perf_counter() - start
-
-
-def build_segmenter(config: SegmenterConfig) -> Segmenter:
-    """The segmenter that a config names."""
-    if isinstance(config, HoverFastConfig):
-        from lemon.nuclei.hoverfast import HoverFast  # imports torch
-
-        return HoverFast(
-            config.checkpoint,
-            device=config.device,
-            precision=config.precision,
-            batch=config.batch,
-            min_area_um2=config.min_area_um2,
-        )
-    from lemon.nuclei.hematoxylin import Hematoxylin
-
-    return Hematoxylin(min_area_um2=config.min_area_um2)
 
 
 def start_processes(count: int) -> ProcessPoolExecutor:

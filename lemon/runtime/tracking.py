@@ -400,6 +400,29 @@ def _exists(client: Any, run_id: str) -> bool:
         return False
 
 
+def download_model(uri: str, folder: Path) -> Path:
+    """The files of ``models:/<name>/<version>`` (or ``@<alias>``) of the registry, in a folder that is made.
+
+    Raises ConfigError where MLflow has no such model or cannot be used.
+    """
+    where = tracking_uri()
+    if where.startswith("sqlite:///") and not Path(where.removeprefix("sqlite:///")).exists():
+        raise ConfigError(  # the client would make an empty one
+            f"encoder: {uri}: there is no {redacted(where)}; expected MLFLOW_TRACKING_URI=... of the MLflow that has it"
+        )
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    import mlflow.artifacts
+
+    _require(where)
+    folder.mkdir(parents=True)
+    with _refused(f"encoder: {uri}", where):
+        return Path(
+            mlflow.artifacts.download_artifacts(
+                artifact_uri=uri, dst_path=str(folder), tracking_uri=where, registry_uri=where
+            )
+        )
+
+
 def _register(client: Any, run_id: str, name: str, encoder: Path, *, width: int, tags: dict[str, str]) -> int:
     """A model of the run, and the version that points to it. Goes on with a model that a killed process left."""
     from mlflow.entities import LoggedModelOutput

@@ -27,9 +27,10 @@ from lemon.cells.names import shard_name
 from lemon.curate import job as curate
 from lemon.curate.config import CurateConfig
 from lemon.curate.job import open_ledger
-from lemon.curate.slide import build_segmenter, curate_slide, ordered_map, start_processes
+from lemon.curate.slide import curate_slide, ordered_map, start_processes
 from lemon.errors import ConfigError
 from lemon.nuclei.instances import Nucleus
+from lemon.nuclei.open import build_segmenter
 from lemon.runtime import pool
 from lemon.runtime.config import load
 from lemon.runtime.store import Store

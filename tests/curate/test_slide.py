@@ -19,7 +19,8 @@ from lemon import schema
 from lemon.cells.ledger import cells_ledger, read_ledger
 from lemon.cells.names import shard_name
 from lemon.curate.config import CurateConfig
-from lemon.curate.slide import build_segmenter, curate_slide
+from lemon.curate.slide import curate_slide
+from lemon.nuclei.open import build_segmenter
 from lemon.runtime.config import load
 from lemon.runtime.store import Store
 from lemon.slides import reader as reader_module
