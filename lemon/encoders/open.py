@@ -169,15 +169,13 @@ def load_registered(uri: str) -> Encoder:
     Raises ConfigError: there is none, it is no encoder of LEMON's, or MLflow is not installed or cannot be used.
     """
     try:
-        from lemon.runtime.tracking import download_model
+        from lemon.runtime.tracking import download_encoder
 
         with scratch_folder() as scratch:
-            folder = download_model(uri, scratch / "model") / "artifacts" / "encoder"
-            if encoder_folder(folder) is None:
-                raise ConfigError(f"encoder: {uri} is no encoder that lemon pretrain registered")
-            return Encoder(*load_exported(folder), name=re.sub(r"[/@]", "-", uri.removeprefix(_REGISTERED)))
+            exported = load_exported(download_encoder(uri, scratch / "model"))
     except ModuleNotFoundError as error:
         raise ConfigError(f"encoder: {uri}: {lacking(error) or error}") from None
+    return Encoder(*exported, name=re.sub(r"[/@]", "-", uri.removeprefix(_REGISTERED)))
 
 
 def load_uri(uri: str) -> Encoder:

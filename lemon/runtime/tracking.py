@@ -38,6 +38,7 @@ MLFLOW_PARENT = "mlflow.parentRunId"
 """The tag that MLflow gives a run which belongs to another."""
 
 _KEY = "lemon.key"
+_ENCODER = "encoder"  # the artifact of a registered model; lemon/served_encoder.py opens it by this name
 _MAX_PARAM = 6000  # characters that MLflow keeps of a parameter
 _PARAMS_A_CALL = 100
 _TRIES = 8  # to write to a SQLite database that other runs hold; each waits for up to 20 s by itself
@@ -400,10 +401,10 @@ def _exists(client: Any, run_id: str) -> bool:
         return False
 
 
-def download_model(uri: str, folder: Path) -> Path:
-    """The files of ``models:/<name>/<version>`` (or ``@<alias>``) of the registry, in a folder that is made.
+def download_encoder(uri: str, folder: Path) -> Path:
+    """Of ``models:/<name>/<version>`` (or ``@<alias>``) the exported encoder, somewhere in a folder that is made.
 
-    Raises ConfigError where MLflow has no such model or cannot be used.
+    Raises ConfigError where MLflow has no such model, it is not one of ``Run.register``, or MLflow cannot be used.
     """
     where = tracking_uri()
     if where.startswith("sqlite:///") and not Path(where.removeprefix("sqlite:///")).exists():
@@ -412,15 +413,17 @@ def download_model(uri: str, folder: Path) -> Path:
         )
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow.artifacts
+    from mlflow.models import Model
 
     _require(where)
     folder.mkdir(parents=True)
     with _refused(f"encoder: {uri}", where):
-        return Path(
-            mlflow.artifacts.download_artifacts(
-                artifact_uri=uri, dst_path=str(folder), tracking_uri=where, registry_uri=where
-            )
-        )
+        places = {"tracking_uri": where, "registry_uri": where}
+        model = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder), **places))
+        artifacts = Model.load(model).flavors.get("python_function", {}).get("artifacts") or {}
+    if _ENCODER not in artifacts:
+        raise ConfigError(f"encoder: {uri} is no encoder that lemon pretrain registered")
+    return model / artifacts[_ENCODER]["path"]
 
 
 def _register(client: Any, run_id: str, name: str, encoder: Path, *, width: int, tags: dict[str, str]) -> int:
@@ -465,7 +468,7 @@ def _save(path: Path, encoder: Path, *, width: int, run_id: str, model_id: str) 
         mlflow.pyfunc.save_model(
             path,
             python_model=_SERVED,
-            artifacts={"encoder": str(encoder)},
+            artifacts={_ENCODER: str(encoder)},
             signature=ModelSignature(images, vectors),
             pip_requirements=needed,
             mlflow_model=Model(run_id=run_id, model_id=model_id),
