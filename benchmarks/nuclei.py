@@ -35,7 +35,6 @@ from lemon.curate.config import CurateConfig
 from lemon.curate.slide import curate_slide, start_processes
 from lemon.nuclei.hematoxylin import Hematoxylin
 from lemon.nuclei.hoverfast import HoverFast
-from lemon.nuclei.open import build_segmenter
 from lemon.nuclei.scores import labels_of, scores
 from lemon.nuclei.segmenter import Segmenter
 from lemon.nuclei.training.images import Labelled, read_folder, split
@@ -108,7 +107,7 @@ def found_in_window(slide_file: Path, *, window: Sequence[int], words: Sequence[
         given = [f"slides={slide_file}", f"output={folder}", "cells_per_slide=null", *words]
         config = load("curate", given, CurateConfig)
         (slide,) = list_slides(config.slides)
-        segmenter, store = build_segmenter(config.segmenter), Store(config.output)
+        segmenter, store = config.segmenter.build(), Store(config.output)
         row = curate_slide(slide, config=config, segmenter=segmenter, processes=processes, store=store)
         cells = store.read_table(shard_name(slide.slide_id), columns=["x_level0_px", "y_level0_px"])
     at_x, at_y = (np.asarray(cells[name]) for name in ("x_level0_px", "y_level0_px"))

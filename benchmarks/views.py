@@ -64,7 +64,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policy", default="a1_gray", help="a policy of conf/views that needs no statistics")
+    parser.add_argument("--policy", default="a1_gray", help="a policy of conf/presets/views that needs no statistics")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=256, help="cells a call of make_views")
     parser.add_argument("--repeats", type=int, default=4, help="calls of make_views a round")

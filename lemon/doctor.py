@@ -192,10 +192,10 @@ def check_mlflow() -> Finding:
 
 
 def check_configs() -> Finding:
-    """Every shipped config composes."""
-    from lemon.runtime.config import compose_all
+    """Every shipped variant and preset is read."""
+    from lemon.runtime.config import read_all
 
-    return Finding("ok", f"{len(compose_all())} variants compose")
+    return Finding("ok", f"{len(read_all())} variants and presets")
 
 
 def check_storage(path: str) -> Finding:

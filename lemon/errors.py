@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 import errno
+from typing import Any, NamedTuple
 
 EXIT_OK, EXIT_BAD_CONFIG, EXIT_FAILURES = 0, 2, 3
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # 128 + the signal, as shells tell it
 
 
+class Fault(NamedTuple):
+    """One thing that is wrong with what the user gave: which key, its value, what it should be, how to mend it."""
+
+    key: str
+    got: Any
+    expected: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.key}: got {self.got!r}; expected {self.expected}" + (f": {self.remedy}" if self.remedy else "")
+
+
 class ConfigError(ValueError):
-    """Something the user gave is wrong; the message is one line: what it was, what is expected, how to mend it."""
+    """Something the user gave is wrong; the message has one line a fault.
+
+    Args:
+        told: faults, or lines that say what was wrong, what was expected, how to mend it.
+    """
+
+    def __init__(self, *told: Fault | str) -> None:
+        super().__init__("\n".join(dict.fromkeys(map(str, told))))
+        self.told = told
+
+    def below(self, key: str) -> ConfigError:
+        """The same of a config that is a part of another, in which it is called ``key``."""
+        lines = (line for each in self.told for line in str(each).splitlines())
+        return ConfigError(*(f"{key}.{line}" for line in lines))
 
 
 class TerminatedError(KeyboardInterrupt):

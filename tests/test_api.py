@@ -108,10 +108,12 @@ def test_an_image_of_another_kind_is_refused(image: object, got: str) -> None:
 
 
 def test_an_unknown_segmenter_or_setting_is_one_line() -> None:
-    with pytest.raises(lemon.ConfigError, match=r"got 'hoverfst'; expected .* did you mean hoverfast\?"):
+    with pytest.raises(lemon.ConfigError, match=r"^segmenter: got 'hoverfst'; expected one of hematoxylin, hoverfast"):
         lemon.load_segmenter("hoverfst")
     with pytest.raises(lemon.ConfigError, match="batch: unknown key"):
         lemon.load_segmenter("hematoxylin", batch=2)
+    with pytest.raises(lemon.ConfigError, match=r"absent\.pth"):
+        lemon.load_segmenter("hoverfast", checkpoint="absent.pth")
 
 
 @pytest.mark.parametrize(
@@ -143,3 +145,8 @@ def test_an_encoder_says_in_two_lines_what_it_is_and_what_embed_gives() -> None:
     first, second = repr(lemon.load_encoder("lemon_mini")).splitlines()
     assert first == "Encoder 'lemon_mini': 1.8 M parameters on cpu"
     assert second == "  embed(uint8 [N, 60, 60, 3], RGB at 0.25 um/px) -> torch.float32 [N, 192]"
+
+
+def test_the_card_of_lemon_mini_is_of_these_weights() -> None:
+    card = Path(lemon.__file__).parent / "encoders" / "released" / "lemon_mini" / "README.md"
+    assert lemon.load_encoder("lemon_mini").fingerprint in card.read_text()

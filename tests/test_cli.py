@@ -43,7 +43,7 @@ def run_file(path: Path, *words: str, monkeypatch: pytest.MonkeyPatch) -> int:
 def test_every_job_and_every_config_is_a_stage_and_every_stage_has_both() -> None:
     names = [stage.name for stage in STAGES]
     assert sorted(names) == sorted(JOBS)
-    assert set(names) == {path.parent.name for path in conf_dir().glob("*/default.yaml")}
+    assert set(names) >= {path.name for path in (conf_dir() / "stages").iterdir()}
     assert len({stage.command for stage in STAGES}) == len(STAGES)
 
 
@@ -156,12 +156,12 @@ def test_the_doctor_is_a_command_of_its_own() -> None:
 def test_a_missing_package_of_an_extra_is_one_line_with_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(sys.modules, "openTSNE", None)
-    monkeypatch.delitem(sys.modules, "lemon.atlas.projection", raising=False)
-    monkeypatch.delitem(sys.modules, "lemon.atlas.job", raising=False)
-    assert main(["atlas", f"embeddings={tmp_path}", f"cells={tmp_path}", f"output={tmp_path}"]) == EXIT_BAD_CONFIG
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.delitem(sys.modules, "lemon.report.job", raising=False)
+    assert main(["report", f"output={tmp_path / 'report'}"]) == EXIT_BAD_CONFIG
     told = capsys.readouterr().err
-    assert told == "atlas: the package openTSNE is not installed; expected pip install 'lemon-nuclei[pipeline]'\n"
+    assert told == "report: the package jinja2 is not installed; expected pip install 'lemon-nuclei[pipeline]'\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_package_that_no_extra_has_is_a_fault_of_the_code_and_is_raised() -> None:

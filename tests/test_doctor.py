@@ -180,15 +180,15 @@ def test_no_limit_of_cpus_is_no_warning(tmp_path: Path) -> None:
     assert "limit" not in doctor.check_cpus(tmp_path / "absent").found
 
 
-def test_a_config_that_does_not_compose_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lemon import config
+def test_a_preset_of_a_preset_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lemon.runtime import config
 
-    (tmp_path / "curate").mkdir()
-    (tmp_path / "curate" / "default.yaml").write_text("defaults:\n  - /segmenter: absent\n")
+    (tmp_path / "presets" / "segmenter").mkdir(parents=True)
+    (tmp_path / "presets" / "segmenter" / "mine.yaml").write_text("preset: absent\n")
     monkeypatch.setattr(config, "conf_dir", lambda: tmp_path)
     finding = doctor.examine(doctor.check_configs)
     assert finding.state == "fail"
-    assert "segmenter" in finding.found
+    assert "got 'absent'; expected one of mine" in finding.found
 
 
 def test_what_a_check_raises_and_one_that_never_ends_are_failures() -> None:

@@ -23,7 +23,6 @@ from lemon.curate.slide import curate_slide, start_processes
 from lemon.embed import job as embedding
 from lemon.embed.config import EmbedConfig
 from lemon.errors import ConfigError
-from lemon.nuclei.open import build_segmenter
 from lemon.nuclei.released import weights_path
 from lemon.runtime.config import load
 from lemon.runtime.ledger import Ledger
@@ -94,7 +93,7 @@ def lab(tmp_path: Path, processes: ProcessPoolExecutor, monkeypatch: pytest.Monk
 
     def here(slides: list[Slide], *, config: CurateConfig, ledger: Ledger, source: object) -> None:
         """Curation without Ray."""
-        segmenter = build_segmenter(config.segmenter)
+        segmenter = config.segmenter.build()
         for slide in slides:
             row = curate_slide(
                 replace(slide), config=config, segmenter=segmenter, processes=processes, store=ledger.store

@@ -39,6 +39,12 @@ class AtlasConfig(Frozen):
     grid: int = Field(28, ge=4, le=60, description="squares of cell images a side of the picture")
     title: str = Field("Atlas of cells", description="heading of picture and page")
 
+    def check_inputs(self) -> None:
+        """Raises ConfigError where ``cells`` is no cells table."""
+        from lemon.cells.ledger import require_cells
+
+        require_cells(self.cells)
+
     def map_settings(self) -> dict[str, Any]:
         """The settings that change where a cell lies."""
         return self.model_dump(include={"method", "perplexity", "seed"})

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from lemon import schema
+from lemon.errors import ConfigError
 from lemon.runtime.ledger import Ledger
 from lemon.runtime.store import Store
 
@@ -30,3 +31,25 @@ def tell_statuses(rows: Sequence[dict[str, Any]]) -> str:
 def read_ledger(store: Store) -> pa.Table:
     """The slides table of an output, sorted by slide id; empty where there is none. Raises ConfigError."""
     return store.read_tables("slides", schema=schema.SLIDES).sort_by("slide_id")
+
+
+def rows_with_cells(store: Store) -> list[dict[str, Any]]:
+    """The ledger's rows of slides that have cells. Raises ConfigError where there are none."""
+    rows = [row for row in read_ledger(store).to_pylist() if row["status"] != "failed" and row["n_cells"]]
+    if not rows:
+        raise ConfigError(_no_cells(store))
+    return rows
+
+
+def require_cells(cells: str) -> None:
+    """Raises ConfigError where a path is no cells table, by a look at its folder alone."""
+    try:
+        store = Store(cells)
+    except ValueError as error:
+        raise ConfigError(f"cells: {error}") from None
+    if not store.entries("slides"):
+        raise ConfigError(_no_cells(store))
+
+
+def _no_cells(store: Store) -> str:
+    return f"cells: {store.uri} holds no cells; expected the output of jobs/curate.py"

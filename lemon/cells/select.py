@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lemon.cells.ledger import read_ledger
+from lemon.cells.ledger import rows_with_cells
 from lemon.cells.names import shard_name
 from lemon.errors import ConfigError
 from lemon.runtime.identifiers import likely_name, some, tcga_patient
@@ -93,9 +93,7 @@ def select_cells(
     Raises:
         ConfigError: nothing is left, or a name is not in the table.
     """
-    rows = [row for row in read_ledger(store).to_pylist() if row["status"] != "failed" and row["n_cells"]]
-    if not rows:
-        raise ConfigError(f"cells: {store.uri} holds no cells; expected the output of jobs/curate.py")
+    rows = rows_with_cells(store)
     _check_names(rows, column="organ", wanted=organs, key="select.organs")
     _check_names(rows, column="slide_id", wanted=slides, key="select.slides")
     excluded = _of_patients(rows, exclude_patients)

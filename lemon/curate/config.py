@@ -7,8 +7,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from lemon.errors import ConfigError
-from lemon.nuclei.config import SegmenterConfig
-from lemon.runtime.config import AnyPath, AnyPaths, Frozen, LocalPath, validate
+from lemon.nuclei.config import SegmenterChoice
+from lemon.runtime.config import AnyPath, AnyPaths, Frozen, LocalPath, load
 
 CELLS_FOLDER = "cells"
 """Where in its output a job that curates on the way puts the cells."""
@@ -38,7 +38,7 @@ class CurateConfig(Frozen):
 
     slides: AnyPaths = Field(description="glob, folder, slide file, or a CSV/Parquet cohort; also at s3://")
     output: AnyPath = Field(description="folder or s3:// prefix of the tables cells/ and slides/")
-    segmenter: SegmenterConfig
+    segmenter: SegmenterChoice = Field({}, validate_default=True)
     cells_per_slide: int | None = Field(1000, ge=1, description="cells of lowest rank kept of a slide; null keeps all")
     default_mpp: float = Field(0.25, gt=0, description="um/px assumed where a slide states none")
     max_mpp: float = Field(0.75, gt=0, description="coarser slides fail: their nuclei cannot be resolved")
@@ -71,10 +71,8 @@ class CurateConfig(Frozen):
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that change the rows of the tables: what the fingerprint is taken of."""
-        kept = {"segmenter", "cells_per_slide", "default_mpp", "max_mpp", "region_px", "overlap_px", "tissue"}
-        settings = self.model_dump(include=kept)
-        for speed_only in ("device", "batch"):
-            settings["segmenter"].pop(speed_only, None)
+        kept = {"cells_per_slide", "default_mpp", "max_mpp", "region_px", "overlap_px", "tissue"}
+        settings = self.model_dump(include=kept) | {"segmenter": self.segmenter.result_settings()}
         # Where the masks lie says nothing of them: each slide's row has the digest of its own.
         settings["tissue"]["masks"] = self.tissue.masks is not None
         return settings
@@ -94,6 +92,6 @@ def nested_curate_config(curation: dict[str, Any], *, own: dict[str, str], value
     for key in sorted(own.keys() & curation.keys()):
         raise ValueError(f"curation.{key}: expected {own[key]}=... instead")
     try:
-        return validate(values | curation, CurateConfig)
+        return load("curate", [values, curation], CurateConfig)
     except ConfigError as error:
-        raise ValueError("; ".join(f"curation.{line}" for line in str(error).splitlines())) from None
+        raise ValueError("; ".join(str(error.below("curation")).splitlines())) from None

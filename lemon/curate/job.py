@@ -18,16 +18,13 @@ from lemon.cells.names import FOLDERS, SETTINGS, geojson_name, shard_name
 from lemon.curate.config import CurateConfig
 from lemon.curate.slide import OutputError, curate_slide, start_processes
 from lemon.errors import EXIT_FAILURES, EXIT_OK, ConfigError
-from lemon.nuclei.config import HoverFastConfig
-from lemon.nuclei.open import build_segmenter
-from lemon.nuclei.released import weights_path
 from lemon.runtime import pool
 from lemon.runtime.demand import Demand, is_new, settle
 from lemon.runtime.identifiers import file_stem
 from lemon.runtime.lease import hold
 from lemon.runtime.ledger import Ledger, begin_output
 from lemon.runtime.secrets import redacted
-from lemon.runtime.store import Store, file_fingerprint, fingerprint, is_uri, local_copy, path_exists
+from lemon.runtime.store import Store, fingerprint, is_uri, path_exists
 from lemon.slides.cohort import Slide, list_slides
 from lemon.slides.source import changed_masks, changed_sources
 
@@ -116,7 +113,7 @@ class Curator(pool.Worker):
         self.config, self.locate = config, source.open()
         self.output = config.output
         self.ledger = cells_ledger(Store(config.output), config_fingerprint=config_fingerprint)
-        self.segmenter = build_segmenter(config.segmenter)
+        self.segmenter = config.segmenter.build()
         self.processes = start_processes(config.workers.cpus)
 
     @contextlib.contextmanager
@@ -174,13 +171,7 @@ def check(config: CurateConfig) -> list[Slide]:
             raise ConfigError(
                 f"slides: {slide.path} lies in the folder of a table of output={config.output}; expected another output"
             )
-    if isinstance(config.segmenter, HoverFastConfig):
-        from lemon.nuclei.hoverfast import load_checkpoint  # imports torch
-
-        try:
-            load_checkpoint(weights_path(config.segmenter.checkpoint))
-        except (ValueError, FileNotFoundError) as error:
-            raise ConfigError(f"segmenter.checkpoint: {error}") from None
+    config.segmenter.check()
     if config.tissue.masks is not None and not path_exists(config.tissue.masks):
         raise ConfigError(f"tissue.masks: got {config.tissue.masks!r}; expected a folder of <slide_id>.png")
     return slides
@@ -194,9 +185,6 @@ def _absolute(path: str) -> str:
 def open_ledger(store: Store, config: CurateConfig) -> Ledger:
     """The ledger of an output; raises ConfigError when the output was made with other settings."""
     settings = config.result_settings()
-    if isinstance(config.segmenter, HoverFastConfig):
-        with local_copy(weights_path(config.segmenter.checkpoint)) as checkpoint:
-            settings["segmenter"]["checkpoint"] = file_fingerprint(checkpoint)
     begin_output(store, SETTINGS, settings, folders=FOLDERS, overwrite=config.overwrite)
     return cells_ledger(store, config_fingerprint=fingerprint(settings))
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lemon.curate.config import CELLS_FOLDER, CurateConfig, nested_curate_config
-from lemon.nuclei.config import HematoxylinConfig, SegmenterConfig
+from lemon.nuclei.config import SegmenterChoice
 from lemon.runtime.config import AnyPath, AnyPaths, Frozen, NameOrPath
 
 IN_PROCESS_SLIDES = 16  # up to here the 10 s that Ray takes to start are not won back on one machine
@@ -48,7 +48,7 @@ class EmbedConfig(Frozen):
     slides: AnyPaths | None = Field(
         None, description="glob, folder, slide file or cohort, curated into <output>/cells first; this or cells"
     )
-    segmenter: SegmenterConfig = HematoxylinConfig(name="hematoxylin")
+    segmenter: SegmenterChoice = Field({}, validate_default=True)
     curation: dict[str, Any] = Field(
         {}, description="with slides: other keys of jobs/curate.py, as curation.region_px=512; all cells are kept"
     )
@@ -71,6 +71,13 @@ class EmbedConfig(Frozen):
     def _one_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
+    def check_inputs(self) -> None:
+        """Raises ConfigError where ``cells`` is no cells table."""
+        from lemon.cells.ledger import require_cells
+
+        if self.cells is not None:
+            require_cells(self.cells)
+
     @model_validator(mode="after")
     def _one_source(self) -> EmbedConfig:
         if (self.cells is None) == (self.slides is None):
@@ -86,7 +93,7 @@ class EmbedConfig(Frozen):
         values = {
             "slides": self.slides,
             "output": f"{self.output.rstrip('/')}/{CELLS_FOLDER}",
-            "segmenter": self.segmenter.model_dump(),
+            "segmenter": self.segmenter,
             "cells_per_slide": None,
         }
         return nested_curate_config(self.curation, own=own, values=values)

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lemon.cells.ledger import read_ledger, tell_statuses
+from lemon.cells.ledger import rows_with_cells, tell_statuses
 from lemon.cells.select import select_cells
 from lemon.curate import job as curate
 from lemon.embed.clusters import open_clusters
@@ -133,9 +133,6 @@ def located_model(model: str) -> str:
 
 def _jobs(cells: Store) -> list[dict[str, Any]]:
     """The slides of a cells table that have cells. Raises ConfigError when there are none."""
-    rows = [row for row in read_ledger(cells).to_pylist() if row["status"] != "failed" and row["n_cells"]]
-    if not rows:
-        raise ConfigError(f"cells: {cells.uri} holds no cells; expected the output of jobs/curate.py")
     return [
         {
             "slide_id": row["slide_id"],
@@ -143,7 +140,7 @@ def _jobs(cells: Store) -> list[dict[str, Any]]:
             "n_cells": row["n_cells"],
             "cells_digest": row["cells_digest"],
         }
-        for row in rows
+        for row in rows_with_cells(cells)
     ]
 
 

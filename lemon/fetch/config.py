@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from lemon.curate.config import CELLS_FOLDER, CurateConfig, nested_curate_config
-from lemon.nuclei.config import HematoxylinConfig, SegmenterConfig
+from lemon.nuclei.config import SegmenterChoice
 from lemon.runtime.config import AnyPath, Frozen, LocalPath, NameOrPath
 
 COHORT_FILE = "cohort.parquet"
@@ -43,7 +43,7 @@ class FetchConfig(Frozen):
     cells: AnyPath | None = Field(
         None, description=f"with stream: folder or s3:// prefix of the cells; null: <output>/{CELLS_FOLDER}"
     )
-    segmenter: SegmenterConfig = HematoxylinConfig(name="hematoxylin")
+    segmenter: SegmenterChoice = Field({}, validate_default=True)
     curation: dict[str, Any] = Field(
         {}, description="with stream: other keys of jobs/curate.py, as curation.cells_per_slide=500"
     )
@@ -77,7 +77,7 @@ class FetchConfig(Frozen):
         values = {
             "slides": f"{folder}/{COHORT_FILE}",
             "output": self.cells or f"{folder}/{CELLS_FOLDER}",
-            "segmenter": self.segmenter.model_dump(),
+            "segmenter": self.segmenter,
             "retry": [],
         }
         return nested_curate_config(self.curation, own=own, values=values)

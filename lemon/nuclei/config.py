@@ -1,25 +1,60 @@
-"""Settings of the segmenters."""
+"""Settings of the segmenters, each of which builds its own."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from lemon.runtime.config import AnyPath, Frozen
+from lemon.errors import ConfigError
+from lemon.nuclei.released import weights_path
+from lemon.runtime.config import AnyPath, Choice, Frozen
+from lemon.runtime.registry import Registry
+from lemon.runtime.store import file_fingerprint, local_copy
+
+if TYPE_CHECKING:
+    from lemon.nuclei.segmenter import Segmenter
+
+SEGMENTERS = Registry(
+    "lemon.segmenters",
+    {"hematoxylin": "lemon.nuclei.config:HematoxylinConfig", "hoverfast": "lemon.nuclei.config:HoverFastConfig"},
+)
 
 
-class HematoxylinConfig(Frozen):
+class SegmenterConfig(Frozen):
+    """Settings of a segmenter: what a new one derives its own from, with a ``name`` to be chosen by."""
+
+    name: str
+
+    def build(self) -> Segmenter:
+        """The segmenter. Raises ConfigError where its weights or its device are not there."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raises ConfigError for what can be known to be wrong before work begins, as weights that are absent."""
+
+    def result_settings(self) -> dict[str, Any]:
+        """The settings that change which nuclei are found, weights by their content."""
+        return self.model_dump()
+
+
+class HematoxylinConfig(SegmenterConfig):
     """Classical segmentation by colour deconvolution and watershed; needs no weights."""
 
-    name: Literal["hematoxylin"]
+    name: Literal["hematoxylin"] = "hematoxylin"
     min_area_um2: float = Field(5.0, gt=0, description="smaller objects are dropped")
 
+    def build(self) -> Segmenter:
+        """The segmenter."""
+        from lemon.nuclei.hematoxylin import Hematoxylin
 
-class HoverFastConfig(Frozen):
+        return Hematoxylin(min_area_um2=self.min_area_um2)
+
+
+class HoverFastConfig(SegmenterConfig):
     """HoverFast's network, with LEMON's weights (research only, see their card) or those of a file."""
 
-    name: Literal["hoverfast"]
+    name: Literal["hoverfast"] = "hoverfast"
     checkpoint: AnyPath | None = Field(
         None, description="path of a HoverFast checkpoint (.pth) or of .safetensors; null: the weights of LEMON"
     )
@@ -28,5 +63,32 @@ class HoverFastConfig(Frozen):
     batch: int = Field(4, ge=1, description="regions a forward pass")
     min_area_um2: float = Field(5.0, gt=0, description="smaller nuclei are dropped")
 
+    def build(self) -> Segmenter:
+        """The segmenter. Raises ConfigError where the device is not there."""
+        from lemon.nuclei.hoverfast import HoverFast  # imports torch
 
-SegmenterConfig = Annotated[HematoxylinConfig | HoverFastConfig, Field(discriminator="name")]
+        return HoverFast(
+            self.checkpoint,
+            device=self.device,
+            precision=self.precision,
+            batch=self.batch,
+            min_area_um2=self.min_area_um2,
+        )
+
+    def check(self) -> None:
+        """Raises ConfigError for a checkpoint that is absent or none."""
+        from lemon.nuclei.hoverfast import load_checkpoint  # imports torch
+
+        try:
+            load_checkpoint(weights_path(self.checkpoint))
+        except (ValueError, FileNotFoundError) as error:
+            raise ConfigError(f"segmenter.checkpoint: {error}") from None
+
+    def result_settings(self) -> dict[str, Any]:
+        """Without what only changes the speed."""
+        with local_copy(weights_path(self.checkpoint)) as checkpoint:
+            digest = file_fingerprint(checkpoint)
+        return self.model_dump(exclude={"device", "batch"}) | {"checkpoint": digest}
+
+
+SegmenterChoice = Annotated[SegmenterConfig, Choice("segmenter", "hematoxylin", registry=SEGMENTERS)]

@@ -2,59 +2,38 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from lemon.errors import ConfigError
-from lemon.nuclei.config import HematoxylinConfig, HoverFastConfig, SegmenterConfig
+from lemon.nuclei.config import SEGMENTERS
 from lemon.nuclei.instances import Nucleus
 from lemon.nuclei.segmenter import Segmenter
 from lemon.runtime.config import validate
-
-_CONFIGS: dict[str, type[HematoxylinConfig] | type[HoverFastConfig]] = {
-    "hematoxylin": HematoxylinConfig,
-    "hoverfast": HoverFastConfig,
-}
-
-
-def build_segmenter(config: SegmenterConfig) -> Segmenter:
-    """The segmenter that a config names."""
-    if isinstance(config, HoverFastConfig):
-        from lemon.nuclei.hoverfast import HoverFast  # imports torch
-
-        return HoverFast(
-            config.checkpoint,
-            device=config.device,
-            precision=config.precision,
-            batch=config.batch,
-            min_area_um2=config.min_area_um2,
-        )
-    from lemon.nuclei.hematoxylin import Hematoxylin
-
-    return Hematoxylin(min_area_um2=config.min_area_um2)
 
 
 def load_segmenter(name: str = "hematoxylin", **settings: Any) -> Segmenter:
     """Open a segmenter by its name, once for many images.
 
     Args:
-        name: ``hematoxylin`` (stain and shape, no weights) or ``hoverfast`` (a network; its weights come with LEMON,
-            for research only).
+        name: ``hematoxylin`` (stain and shape, no weights), ``hoverfast`` (a network; its weights come with LEMON, for
+            research only), or one that another package registers.
         settings: ``min_area_um2`` of both; ``checkpoint``, ``device``, ``precision`` and ``batch`` of hoverfast, as
             the keys ``segmenter.*`` of ``lemon curate``.
 
     Raises:
-        ConfigError: no such segmenter or setting; one line a fault.
-        FileNotFoundError, ValueError: there is no such checkpoint, or it is none.
+        ConfigError: no such segmenter or setting, or its weights or device are not there; one line a fault.
     """
-    if name not in _CONFIGS:
-        close = difflib.get_close_matches(str(name), _CONFIGS, n=1)
-        meant = f"; did you mean {close[0]}?" if close else ""
-        raise ConfigError(f"segmenter: got {name!r}; expected one of {', '.join(_CONFIGS)}{meant}")
-    return build_segmenter(validate({"name": name, **settings}, _CONFIGS[name]))
+    try:
+        model = SEGMENTERS.load(name)
+    except ValueError as error:
+        raise ConfigError(f"segmenter: {error}") from None
+    config = validate(settings, model)
+    config.check()
+    opened: Segmenter = config.build()
+    return opened
 
 
 def segment(

@@ -14,10 +14,8 @@ from lemon.cells.select import Selection, select_cells
 from lemon.encoders.export import CellInput, NotFiniteError, export_encoder
 from lemon.errors import ConfigError
 from lemon.pretrain.checkpoint import Checkpoints
-from lemon.pretrain.config import DINOv2Config, FitStainConfig, PretrainConfig
-from lemon.pretrain.dinov2 import DINOv2
+from lemon.pretrain.config import FitStainConfig, PretrainConfig
 from lemon.pretrain.loop import Log, Trainer, TrainingStoppedError
-from lemon.pretrain.mocov3 import MoCoV3
 from lemon.pretrain.online_probe import OnlineProbe
 from lemon.runtime.store import Store, code_version, fingerprint
 from lemon.views.make import statistics_of
@@ -78,8 +76,7 @@ def build_trainer(
     """One worker, at the start of its run (``resume`` takes it to its newest checkpoint)."""
     selection = select(config)
     images = open_images(selection, cache=config.cache)
-    build = DINOv2 if isinstance(config.ssl, DINOv2Config) else MoCoV3
-    method = build(config.ssl, config.encoder, seed=config.seed).to(device)  # type: ignore[arg-type]
+    method = config.ssl.build(config.encoder, seed=config.seed).to(device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # what stays float32 (prototypes) may use TF32
     feed = Feed(

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from lemon.encoders.config import EncoderConfig
-from lemon.runtime.config import AnyPath, Fault, LocalPath, Settings, raise_faults
+from lemon.errors import Fault
+from lemon.runtime.config import AnyPath, Choice, LocalPath, Settings, raise_faults
+from lemon.runtime.registry import Registry
 from lemon.views.policy import Policy, Positive, Probability, ordered
+
+if TYPE_CHECKING:
+    from lemon.pretrain.schedules import Method
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 """Of a running mean, as AdamW's betas."""
@@ -35,7 +40,32 @@ LEAST_CELLS = 4
 """The features of fewer cells lie on a line or in a plane: every run would be told to have collapsed."""
 
 
-class MoCoV3Config(Settings):
+METHODS = Registry(
+    "lemon.methods", {"mocov3": "lemon.pretrain.config:MoCoV3Config", "dinov2": "lemon.pretrain.config:DINOv2Config"}
+)
+
+
+class MethodConfig(Settings):
+    """Settings of a self-supervised method: what a new one derives its own from, with a ``name`` to be chosen by."""
+
+    name: str
+    warmup_epochs: float = 0.0
+
+    def build(self, encoder: EncoderConfig, *, seed: int) -> Method:
+        """The method with student and teacher of an encoder, on the CPU."""
+        raise NotImplementedError
+
+    def faults(self, encoder: EncoderConfig, policy: Policy) -> Iterator[Fault]:  # noqa: ARG002
+        """What does not fit to an encoder and to views."""
+        yield from ()
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return self.name
+
+
+class MoCoV3Config(MethodConfig):
     """MoCo v3 for vision transformers; the LEMON paper states no other values."""
 
     name: Literal["mocov3"] = "mocov3"
@@ -52,6 +82,12 @@ class MoCoV3Config(Settings):
         None, ge=1, description="crops whose activations are kept at a time: less memory, the same loss; null: all"
     )
 
+    def build(self, encoder: EncoderConfig, *, seed: int) -> Method:
+        """MoCo v3 of an encoder, on the CPU."""
+        from lemon.pretrain.mocov3 import MoCoV3  # imports torch
+
+        return MoCoV3(self, encoder, seed=seed)
+
     @property
     def label(self) -> str:
         """The row of the paper's Table 5."""
@@ -63,7 +99,7 @@ class MoCoV3Config(Settings):
             yield Fault("encoder.heads", encoder.heads, f"a divisor of encoder.dim={encoder.dim}")
 
 
-class DINOv2Config(Settings):
+class DINOv2Config(MethodConfig):
     """DINOv2 with its default settings; weights and ablations as in the LEMON paper."""
 
     name: Literal["dinov2"] = "dinov2"
@@ -116,6 +152,12 @@ class DINOv2Config(Settings):
     layer_scale: float | None = Field(1e-5, gt=0)
     head_dim: int | None = Field(64, ge=1, description="width of an attention head: 6 heads in ViT-S; null: encoder's")
 
+    def build(self, encoder: EncoderConfig, *, seed: int) -> Method:
+        """DINOv2 of an encoder, on the CPU."""
+        from lemon.pretrain.dinov2 import DINOv2  # imports torch
+
+        return DINOv2(self, encoder, seed=seed)
+
     def heads(self, encoder: EncoderConfig) -> int:
         """Attention heads of an encoder."""
         return encoder.heads if self.head_dim is None else max(encoder.dim // self.head_dim, 1)
@@ -158,7 +200,7 @@ class DINOv2Config(Settings):
         return ", ".join(parts)
 
 
-SslConfig = Annotated[MoCoV3Config | DINOv2Config, Field(discriminator="name")]
+MethodChoice = Annotated[MethodConfig, Choice("ssl", "mocov3", registry=METHODS)]
 
 
 class FitStainConfig(Settings):
@@ -169,6 +211,12 @@ class FitStainConfig(Settings):
     components: int = Field(10, ge=1, description="Gaussians in the mixture")
     n_cells: int = Field(20_000, ge=10, description="cells of lowest rank that are looked at")
     seed: Seed = 0
+
+    def check_inputs(self) -> None:
+        """Raises ConfigError where ``cells`` is no cells table."""
+        from lemon.cells.ledger import require_cells
+
+        require_cells(self.cells)
 
 
 class SelectConfig(Settings):
@@ -236,9 +284,9 @@ class PretrainConfig(Settings):
 
     cells: AnyPath = Field(description="output of jobs/curate.py, a folder or s3:// prefix")
     output: AnyPath = Field(description="folder or s3:// prefix of checkpoints and the exported encoder")
-    ssl: SslConfig
-    views: Policy
-    encoder: EncoderConfig
+    ssl: MethodChoice = Field({}, validate_default=True)
+    views: Annotated[Policy, Choice("views", "a1_gray")] = Field({}, validate_default=True)
+    encoder: Annotated[EncoderConfig, Choice("encoder", "vit_s8")] = Field({}, validate_default=True)
     select: SelectConfig = SelectConfig()
     epochs: float = Field(150, gt=0)
     images_per_epoch: int = Field(1_000_000, ge=1, description="an epoch is this many images, not a pass")
@@ -258,6 +306,12 @@ class PretrainConfig(Settings):
         pattern=REGISTERED,
         description="name of the encoder in MLflow's model registry, without / : . % and quotes; null: in none",
     )
+
+    def check_inputs(self) -> None:
+        """Raises ConfigError where ``cells`` is no cells table."""
+        from lemon.cells.ledger import require_cells
+
+        require_cells(self.cells)
 
     @model_validator(mode="after")
     def _fits_together(self) -> PretrainConfig:

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from tqdm import tqdm
-
 from lemon.cells.select import Selection
 from lemon.encoders.device import choose_device
 from lemon.encoders.export import CONFIG, CellInput
@@ -21,6 +19,7 @@ from lemon.pretrain.checkpoint import FOLDER as CHECKPOINTS
 from lemon.pretrain.checkpoint import Checkpoints
 from lemon.pretrain.config import PretrainConfig, TrainWorkers
 from lemon.pretrain.loop import Log, TrainingStoppedError
+from lemon.pretrain.progress import Progress
 from lemon.runtime.cluster import start_ray
 from lemon.runtime.demand import Demand, settle
 from lemon.runtime.lease import hold
@@ -112,7 +111,7 @@ def fit(config: PretrainConfig, run: Run, *, log: Log | None = None) -> str:
     Raises TrainingStoppedError.
     """
     if config.workers.in_process:
-        train(config, device=choose_device(config.device), log=_Logger(run, total=config.total_steps, then=log))
+        train(config, device=choose_device(config.device), log=_Logger(run, config, then=log))
     else:
         _train_on_ray(config, run)
     encoder = f"{Store(config.output).uri}/{EXPORT}"
@@ -134,19 +133,15 @@ def _register(name: str, encoder: str, run: Run) -> None:
 
 
 class _Logger:
-    """Metrics to MLflow, and a progress bar with the loss."""
+    """Metrics to MLflow, and to who watches."""
 
-    def __init__(self, run: Run, *, total: int, then: Log | None = None) -> None:
+    def __init__(self, run: Run, config: PretrainConfig, *, then: Log | None = None) -> None:
         self._run, self._then = run, then
-        self._bar = tqdm(total=total, unit="step", desc="pretrain", disable=None)
+        self._progress = Progress(config.total_steps, batch=config.batch)
 
     def __call__(self, metrics: Mapping[str, float], step: int) -> None:
         self._run.log(metrics, step=step)
-        if "loss" in metrics:
-            self._bar.set_postfix(
-                loss=f"{metrics['loss']:.3f}", images_s=f"{metrics['images_per_s']:.0f}", refresh=False
-            )
-        self._bar.update(step - self._bar.n)
+        self._progress(metrics, step)
         if self._then is not None:
             self._then(metrics, step)
 
@@ -195,7 +190,7 @@ def _ray_worker(settings: dict[str, Any]) -> None:
     config = PretrainConfig.model_validate(settings["config"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    log = _Logger(Run(*settings["run"]), total=config.total_steps) if rank == 0 else None
+    log = _Logger(Run(*settings["run"]), config) if rank == 0 else None
     train(config, device=ray.train.torch.get_device(), rank=rank, world=world, log=log)
 
 

@@ -1,34 +1,40 @@
-"""Typed configuration: Hydra composes ``conf/`` with ``key=value`` overrides, pydantic validates the result.
+"""Typed configuration: pydantic's fields hold every default; YAML presets and ``key=value`` words change them.
 
-Nothing here imports torch or Ray, so a wrong key, type or value is told within a second.
+``conf/stages/<stage>/<variant>.yaml`` are the variants of a stage, ``conf/presets/<group>/<name>.yaml`` what a choice
+(``ssl=NAME``) stands for. Nothing here imports torch or Ray, so a wrong key, type or value is told within a second.
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import errno
 import glob
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
-from lemon.errors import ConfigError
+from lemon.errors import ConfigError, Fault
+from lemon.runtime.registry import Registry
 from lemon.runtime.secrets import holds_secret, names_secret, redacted
+
+PRESET = "preset"
+"""In a mapping: the name of the preset that its other keys change."""
 
 
 class Frozen(BaseModel):
     """Base of every config: immutable, and a key that is not a field is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), coerce_numbers_to_str=True)
+
+    def check_inputs(self) -> None:
+        """Raises ConfigError for inputs that are plainly not there, as a stage's ``cells``; imports nothing heavy."""
 
 
 class Settings(Frozen):
@@ -40,19 +46,8 @@ class Settings(Frozen):
 C = TypeVar("C", bound=Frozen)
 
 
-class Fault(NamedTuple):
-    """One thing that is wrong with settings that each alone are right."""
-
-    key: str
-    got: Any
-    expected: str
-
-
 def raise_faults(faults: Iterable[Fault]) -> None:
-    """For validators of a whole config: raise pydantic's ValidationError with a line for each fault, if there is one.
-
-    The message of a fault reads ``key: got ...; expected ...``.
-    """
+    """For validators of a whole config: raise pydantic's ValidationError with a line for each, if any."""
     if details := [
         InitErrorDetails(
             type=PydanticCustomError("fault", "Input should be {expected}", {"expected": fault.expected}),
@@ -62,6 +57,9 @@ def raise_faults(faults: Iterable[Fault]) -> None:
         for fault in faults
     ]:
         raise ValidationError.from_exception_data("config", details)
+
+
+# --- paths ------------------------------------------------------------------------------------------------------------
 
 
 def _named(text: str) -> str:
@@ -141,6 +139,94 @@ NameOrPath = Annotated[str, AfterValidator(_named)]
 """A path or a name that is looked up, as of an encoder (``uni:weights.bin``)."""
 
 
+# --- choices ----------------------------------------------------------------------------------------------------------
+
+
+class Choice:
+    """Marks a field that is chosen by name: ``ssl=NAME``, or keys below it that change a preset: ``ssl.out_dim=64``.
+
+    The presets lie in ``conf/presets/<group>``; a path that ends in .yaml is one of the user's own.
+
+    Args:
+        group: folder of the presets.
+        default: preset that keys without a choice change.
+        registry: which config a preset's ``name`` is of; None: the field's own type.
+    """
+
+    def __init__(self, group: str, default: str, *, registry: Registry | None = None) -> None:
+        self.group, self.default, self.registry = group, default, registry
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(lambda value: self.build(value, source))
+
+    def build(self, value: Any, kind: type[BaseModel]) -> BaseModel:
+        """The config that a value stands for: a preset's name, or changes to one. Raises ValueError."""
+        if isinstance(value, BaseModel):
+            return value
+        if not isinstance(value, (str, Mapping)):
+            raise ValueError(f"got {value!r}; expected one of {', '.join(preset_names(self.group))}")
+        changes = {PRESET: value} if isinstance(value, str) else dict(value)
+        name = str(changes.pop(PRESET, changes.get("name", self.default) if self.registry else self.default))
+        registered = self.registry is not None and name in self.registry.names()
+        has_preset = name in preset_names(self.group) or not registered
+        values = merged(read_preset(self.group, name) if has_preset else {"name": name}, changes)
+        return self.config_class(values, kind).model_validate(values)
+
+    def config_class(self, values: Mapping[str, Any], kind: type[BaseModel]) -> type[BaseModel]:
+        """The class of a preset's values. Raises ValueError for a name that is not registered."""
+        return self.registry.load(str(values.get("name"))) if self.registry else kind
+
+    def classes(self, kind: Any) -> list[type[BaseModel]]:
+        """What the field may hold."""
+        return [self.registry.load(name) for name in self.registry.names()] if self.registry else [kind]
+
+
+def preset_names(group: str) -> list[str]:
+    """Names of the presets of a group."""
+    return sorted(path.stem for path in (conf_dir() / "presets" / group).glob("*.yaml"))
+
+
+def read_preset(group: str, name: str) -> dict[str, Any]:
+    """The values of a preset, of ``conf/presets/<group>`` or a YAML file, on top of those of its own ``preset``.
+
+    Raises ValueError, one line, for an unknown name and for a file that is no mapping.
+    """
+    own = name.endswith((".yaml", ".yml"))
+    path = Path(name).expanduser() if own else conf_dir() / "presets" / group / f"{name}.yaml"
+    if not path.is_file() or not (own or name in preset_names(group)):
+        names = preset_names(group)
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"got {name!r}; expected one of {', '.join(names)}{hint}")
+    values = read_yaml(path)
+    return merged(read_preset(group, values.pop(PRESET)), values) if PRESET in values else values
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping. Raises ValueError, one line, for another one."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if values is not None and not isinstance(values, dict):
+        raise ValueError(f"{path}: expected keys with values")
+    return values or {}
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with the leaves of ``changes`` in the place of its own."""
+    both = {key: value for key, value in changes.items() if key in base}
+    inner = {
+        key: merged(base[key], value)
+        for key, value in both.items()
+        if isinstance(value, Mapping) and isinstance(base[key], Mapping)
+    }
+    return {**base, **changes, **inner}
+
+
+# --- composing and validating -----------------------------------------------------------------------------------------
+
+
 def conf_dir() -> Path:
     """The folder of YAML files: beside the package in a checkout, inside it in a wheel."""
     package = Path(__file__).resolve().parents[1]
@@ -150,227 +236,237 @@ def conf_dir() -> Path:
     raise ConfigError(f"conf/ not found beside {package}: reinstall the package or run from a checkout")
 
 
-def load(stage: str, overrides: Sequence[str], model: type[C]) -> C:
-    """Compose ``conf/<stage>/<variant>.yaml`` with overrides and validate it.
+def load(stage: str, given: Sequence[str | Mapping[str, Any]], model: type[C]) -> C:
+    """The config of a stage: its variant's values, changed by what is given.
 
-    ``variant=smoke`` among the overrides selects ``conf/<stage>/smoke.yaml``. Raises ConfigError, one line a fault.
+    Args:
+        stage: names the folder of variants in ``conf/stages``.
+        given: ``key=value`` words, or nested values; of two for one key the later wins, and choices
+            (``ssl=NAME``) come before keys below them. ``variant=smoke`` selects ``conf/stages/<stage>/smoke.yaml``.
+        model: the config.
+
+    Raises ConfigError, one line a fault.
     """
-    for word in overrides:
-        if names_secret(word):
-            raise ConfigError(
-                f"{redacted(_key(word))}: got the value of a secret variable of the environment; expected settings "
-                "without secrets: they are kept and shown"
-            )
-        if not word.isascii() and not _is_utf8(word):
-            raise ConfigError(f"{word.partition('=')[0]!r}: got {word!r}; expected UTF-8: rename what it names")
-    variant, overrides = _split_variant(stage, overrides)
-    return validate(_compose(f"{stage}/{variant}", overrides), model)
+    changes = list(_leaves(given))
+    variants = [str(value) for path, value in changes if path == ("variant",)]
+    values = read_variant(stage, variants[-1] if variants else "default")
+    for path, value in sorted(changes, key=lambda change: not _is_choice(change[0], change[1], changes)):
+        if path != ("variant",):
+            _set(values, path, value)
+    return validate(values, model)
 
 
-def compose_all() -> list[str]:
-    """Compose every variant of every stage; returns their names. Raises ConfigError."""
-    stages = sorted(path.parent for path in conf_dir().glob("*/default.yaml"))
-    names = [f"{stage.name}/{variant.stem}" for stage in stages for variant in sorted(stage.glob("*.yaml"))]
-    for name in names:
-        _compose(name, [])
+def variant_names(stage: str) -> list[str]:
+    """Names of the variants of a stage; ``default`` changes nothing."""
+    return sorted({"default", *(path.stem for path in (conf_dir() / "stages" / stage).glob("*.yaml"))})
+
+
+def read_variant(stage: str, name: str) -> dict[str, Any]:
+    """The values of a variant. Raises ConfigError for an unknown one."""
+    if name not in (known := variant_names(stage)):
+        raise ConfigError(Fault("variant", name, f"one of {', '.join(known)}"))
+    path = conf_dir() / "stages" / stage / f"{name}.yaml"
+    try:
+        return read_yaml(path) if path.is_file() else {}
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def read_all() -> list[str]:
+    """Read every variant and preset that is shipped; returns their names. Raises ConfigError."""
+    names = []
+    for path in sorted((conf_dir()).glob("*/*/*.yaml")):
+        kind, group, name = *path.relative_to(conf_dir()).parts[:2], path.stem
+        try:
+            read_variant(group, name) if kind == "stages" else read_preset(group, name)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        names.append(f"{group}/{name}")
     return names
 
 
 def validate(values: Any, model: type[C]) -> C:
-    """Validate plain values; raises ConfigError whose lines read ``key: got value; expected ...``."""
+    """Validate plain values; raises ConfigError with a Fault for each that is wrong."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(dict.fromkeys(_explain(fault, model) for fault in error.errors()))) from None
+        raise ConfigError(*(_fault_of(fault, model) for fault in error.errors())) from None
 
 
-def describe(stage: str, model: type[Frozen]) -> str:
-    """The help text: every key with its type, default and meaning."""
-    variants = ", ".join(sorted(path.stem for path in (conf_dir() / stage).glob("*.yaml")))
-    lines = [f"usage: python jobs/{stage}.py key=value ...", f"variants (variant=NAME): {variants}", ""]
-    lines += _describe_fields(model, prefix="")
-    for group in sorted(groups_of(f"{stage}/default")):
-        lines.append(f"  {group}=NAME: {', '.join(_choices(group))}")
-    return "\n".join(lines)
+Keys = tuple[str, ...]
 
 
-def _describe_fields(model: type[BaseModel], *, prefix: str) -> list[str]:
-    lines = []
-    for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            lines += _describe_fields(kind, prefix=f"{prefix}{name}.")
+def _leaves(given: Iterable[str | Mapping[str, Any]], prefix: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    """(path of keys, value) of words and nested values, in their order; a preset comes before what changes it."""
+    for each in given:
+        if isinstance(each, str):
+            yield _parse_word(each)
             continue
-        default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
-        lines.append(f"  {prefix + name:<28} {default:<24} {field.description or ''}".rstrip())
-    return lines
+        for key, value in each.items():
+            path = (*prefix, *str(key).split("."))
+            if not isinstance(value, Mapping):
+                yield path, value
+                continue
+            if PRESET in value:
+                yield path, value[PRESET]
+            yield from _leaves([{name: part for name, part in value.items() if name != PRESET}], path)
 
 
-def _split_variant(stage: str, overrides: Sequence[str]) -> tuple[str, list[str]]:
-    chosen = [word.split("=", 1)[1] for word in overrides if word.startswith("variant=")]
-    variant = chosen[-1] if chosen else "default"
-    known = sorted(path.stem for path in (conf_dir() / stage).glob("*.yaml"))
-    if variant not in known:
-        raise ConfigError(f"variant: got {variant!r}; expected one of {', '.join(known)}")
-    return variant, [word for word in overrides if not word.startswith("variant=")]
+def _is_choice(path: Keys, value: Any, changes: Sequence[tuple[Keys, Any]]) -> bool:
+    """Whether a value names what other changes are made to."""
+    return isinstance(value, str) and any(len(each) > len(path) and each[: len(path)] == path for each, _ in changes)
 
 
-def _compose(name: str, overrides: Sequence[str]) -> Any:
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"), _no_environment():
-        try:
-            base = compose(name)
-            parsed, groups = [_readable(word) for word in overrides], groups_of(name)
-            for word in parsed:
-                _check_group(word, groups)
-            own = [word for word in parsed if _is_ours(word, parsed, groups)]
-            # Unknown keys are pydantic's to report, in one form with the others: hence "++", add or override.
-            words = [word if _key(word) in groups else f"++{word.lstrip('+')}" for word in parsed if word not in own]
-            composed: Any = OmegaConf.to_container(compose(name, overrides=words) if words else base, resolve=True)
-            for word in own:
-                _set(composed, word, parsed, groups)
-            return composed
-        except (HydraException, OmegaConfBaseException) as error:
-            asked = "oc.env" in str(error)
-            raise ConfigError(_NO_ENVIRONMENT if asked else " ".join(str(error).split())) from None
+def _set(values: dict[str, Any], path: Keys, value: Any) -> None:
+    """Set a value in nested ones; a name on the way becomes the preset that the keys below it change."""
+    for key in path[:-1]:
+        inner = values.get(key)
+        if not isinstance(inner, dict):
+            inner = values[key] = {} if inner is None else {PRESET: inner}
+        values = inner
+    values[path[-1]] = value
 
 
-_NO_ENVIRONMENT = (
-    "${oc.env:...}: variables of the environment are not put into settings, which are kept and shown; let your shell "
-    'put in what is no secret: key="$NAME"'
-)
+# --- words of the command line ----------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _no_environment() -> Iterator[None]:
-    """While the block runs, an interpolation that asks for a variable of the environment is an error."""
-    from omegaconf import OmegaConf
-    from omegaconf.resolvers import oc
-
-    def refuse(*_: Any) -> None:
-        raise ValueError("oc.env")
-
-    OmegaConf.register_new_resolver("oc.env", refuse, replace=True)
-    try:
-        yield
-    finally:
-        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
-
-
-def _readable(word: str) -> str:
-    """A word that Hydra's grammar reads: values with spaces or parentheses quoted, a,b,c as a list."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    key, equals, value = word.partition("=")
-    if not equals or not key.strip("+"):
+def _parse_word(word: str) -> tuple[Keys, Any]:
+    """The keys and value of a word. Raises ConfigError for one that is no ``key=value``, or holds a secret."""
+    key, equals, text = word.partition("=")
+    if names_secret(word):
+        expected = "settings without secrets: they are kept and shown"
+        raise ConfigError(
+            f"{redacted(key)}: got the value of a secret variable of the environment; expected {expected}"
+        )
+    if not _is_utf8(word):
+        raise ConfigError(f"{key!r}: got {word!r}; expected UTF-8: rename what it names")
+    if not equals or not key.strip("."):
         raise ConfigError(f"{word!r}: expected key=value; --help lists the keys")
+    if "${" in text:
+        raise ConfigError(
+            f"{key}: got an interpolation, and variables of the environment are not put into settings, which are kept "
+            f'and shown; let your shell put in what is no secret: {key}="$NAME"'
+        )
+    return tuple(key.split(".")), _parse_value(key, text)
+
+
+def _parse_value(key: str, text: str) -> Any:
+    """A value as typed: a list in brackets or with commas, a mapping in braces, a quoted text, or a plain one."""
+    text = text.strip()
+    if "," in text and _names_a_file(text):
+        return text
+    if text[:1] in ("[", "{", "'", '"'):
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError:
+            if text[:1] in ("[", "{") and not _names_a_file(text):
+                raise ConfigError(f"{key}: got {text!r}; expected a list as [a,b] or a mapping as {{a: 1}}") from None
+            return text
+    return [plain_value(part.strip()) for part in text.split(",")] if "," in text else plain_value(text)
+
+
+def plain_value(text: str) -> Any:
+    """null, true, false and numbers as such, where nothing is lost by it (007 and 1.50 stay text)."""
+    words = {"null": None, "true": True, "false": False}
+    if text in words:
+        return words[text]
+    for kind in (int, float):
+        try:
+            if str(number := kind(text)) == text:
+                return number
+        except ValueError:
+            continue
+    return text
+
+
+def _names_a_file(text: str) -> bool:
+    """Whether a value is the name of a file or folder, or a glob that finds one."""
     try:
-        # Hydra takes a,b for a sweep of its own; here it is a list without its brackets, or a file's name.
-        is_list = OverridesParser.create().parse_override(word).is_sweep_override()
-    except HydraException:
-        return _quoted(key, value)
-    if is_list and _names_a_file(value):
-        return _quoted(key, value)
-    return f"{key}=[{value}]" if is_list else word
-
-
-def _quoted(key: str, value: str) -> str:
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"{key}='{escaped}'"
-
-
-def _names_a_file(value: str) -> bool:
-    """Whether a value with a comma is the name of a file or folder, or a glob that finds one."""
-    try:
-        path = Path(value).expanduser()
-        return path.exists() or (glob.has_magic(value) and any(glob.iglob(str(path), recursive=True)))  # noqa: PTH207
+        path = Path(text).expanduser()
+        return path.exists() or (glob.has_magic(text) and any(glob.iglob(str(path), recursive=True)))  # noqa: PTH207
     except (OSError, ValueError, RuntimeError):  # too long, or no home
         return False
 
 
-@cache
-def groups_of(name: str) -> frozenset[str]:
-    """Keys that name a file of ``conf/<key>/``, by the defaults list of ``conf/<name>.yaml``.
-
-    Another stage's folder may be a plain key here.
-    """
-    listed = yaml.safe_load((conf_dir() / f"{name}.yaml").read_text(encoding="utf-8")).get("defaults", [])
-    found = frozenset(key.lstrip("/") for entry in listed if isinstance(entry, dict) for key in entry)
-    for other in (entry for entry in listed if isinstance(entry, str) and entry != "_self_"):
-        found |= groups_of(f"{name.partition('/')[0]}/{other}")
-    return found
+# --- what is told -----------------------------------------------------------------------------------------------------
 
 
-def _choices(group: str) -> list[str]:
-    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+def describe(stage: str, model: type[Frozen]) -> str:
+    """The help text: every key with its default and meaning."""
+    lines = [f"usage: lemon {stage} key=value ...   (or: python jobs/{stage}.py key=value ...)"]
+    lines += [f"variants (variant=NAME): {', '.join(variant_names(stage))}", ""]
+    return "\n".join([*lines, *_describe_fields(model)])
 
 
-def _key(word: str) -> str:
-    return word.partition("=")[0].lstrip("+")
+def _describe_fields(model: type[BaseModel], *, of: BaseModel | None = None, prefix: str = "") -> Iterator[str]:
+    """A line a key; the defaults are the values of ``of`` where it is given, as of a preset."""
+    for name, field in model.model_fields.items():
+        choice, inner = _choice_of(field), _model_in(field.annotation)
+        value = getattr(of, name) if of else field.get_default(call_default_factory=True)
+        if choice is not None and inner is not None:
+            yield _line(prefix + name, f"default {choice.default}", f"one of {', '.join(preset_names(choice.group))}")
+            default = choice.build(choice.default, inner)
+            yield from _describe_fields(type(default), of=default, prefix=f"{prefix}{name}.")
+        elif inner is not None and isinstance(value, inner):
+            yield from _describe_fields(inner, of=value, prefix=f"{prefix}{name}.")
+        else:
+            given = "required" if of is None and field.is_required() else f"default {value!r}"
+            yield _line(prefix + name, given, field.description or "")
 
 
-def _check_group(word: str, groups: frozenset[str]) -> None:
-    key, choice = _key(word), word.partition("=")[2]
-    if key in groups and choice not in (known := _choices(key)):
-        raise ConfigError(f"{key}: got {choice!r}; expected one of {', '.join(known)}")
+def _line(key: str, default: str, meaning: str) -> str:
+    return f"  {key:<28} {default:<24} {meaning}".rstrip()
 
 
-def _is_ours(word: str, words: Sequence[str], groups: frozenset[str]) -> bool:
-    """Whether Hydra would misread a word: a folder of conf/ as a choice (``probe=null``), or a key below a name.
-
-    A sweep takes ``pretrain.ssl=NAME`` with ``pretrain.ssl.out_dim=64``; only its pretraining job knows the choice.
-    """
-    key = _key(word)
-    return ((conf_dir() / key).is_dir() and key not in groups) or _above(key, words, groups) is not None
-
-
-def _above(key: str, words: Sequence[str], groups: frozenset[str]) -> str | None:
-    """The key above, where another word gives it a value, as Hydra cannot have both."""
-    given = {_key(word) for word in words}
-    parents = (key.rsplit(".", count)[0] for count in range(1, key.count(".") + 1))
-    return next((parent for parent in parents if parent in given and parent not in groups), None)
-
-
-def _set(values: Any, word: str, words: Sequence[str], groups: frozenset[str]) -> None:
-    """Set a word that is ours; a key below a name stays whole beside it: ``{"ssl": ..., "ssl.out_dim": ...}``."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    key = _key(word)
-    path = (_above(key, words, groups) or key).split(".")[:-1]
-    for part in path:
-        values = values.setdefault(part, {})
-    values[key.removeprefix(".".join([*path, ""]))] = OverridesParser.create().parse_override(f"++{word}").value()
-
-
-def _explain(fault: Any, model: type[BaseModel]) -> str:
-    """One line for one pydantic fault: the key, what was got, what is expected."""
-    # Discriminated unions put the chosen tag into the location; it is no key of the user's.
-    tags = {"hematoxylin", "hoverfast", "mocov3", "dinov2", "str", "list[str]", "dict[str,any]"}
-    parts = [str(part) for part in fault["loc"] if str(part) not in tags]
-    key = ".".join(parts) or "config"
+def _fault_of(fault: Any, model: type[BaseModel]) -> Fault | str:
+    """One pydantic fault: the key as the user writes it, what was got, what is expected."""
+    key, fields = _key_of(fault["loc"], model)
+    key = key or "config"
     if fault["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(parts[-1], _field_names(model), n=1, cutoff=0.6)
+        close = difflib.get_close_matches(str(fault["loc"][-1]), fields, n=1, cutoff=0.6)
         return f"{key}: unknown key{f'; did you mean {close[0]}?' if close else '; --help lists the keys'}"
-    if fault["type"] == "missing" or (fault["type"] == "string_type" and fault["input"] == "???"):
+    if fault["type"] == "missing":
         return f"{key}: missing; give {key}=..."
     if fault["type"] == "string_pattern_mismatch" and (field := model.model_fields.get(key)) and field.description:
-        return f"{key}: got {fault['input']!r}; expected {field.description}"  # no user reads a regular expression
+        return Fault(key, fault["input"], field.description)  # no user reads a regular expression
     message = fault["msg"].removeprefix("Value error, ")
     expected = message.removeprefix("Input should be ").removeprefix("a valid ")
-    if expected == message:
-        return f"{key}: {message}"
-    return f"{key}: got {fault['input']!r}; expected {expected}"
+    return f"{key}: {message}" if expected == message else Fault(key, fault["input"], expected)
 
 
-def _field_names(model: type[BaseModel]) -> list[str]:
-    names = []
+def _key_of(loc: Sequence[str | int], model: type[BaseModel]) -> tuple[str, list[str]]:
+    """The key of a fault, without what pydantic puts in between (kinds of a union), and the fields that are known."""
+    parts, fields, models = [], list(_field_names(model)), [model]
+    for part in loc:
+        holders = [each for each in models if part in each.model_fields]
+        if holders or isinstance(part, int) or models:
+            parts.append(str(part))
+        models = [inner for each in holders for inner in _models_in(each.model_fields[str(part)])]
+    return ".".join(parts), [*fields, *(name for each in models for name in _field_names(each))]
+
+
+def _models_in(field: Any) -> list[type[BaseModel]]:
+    choice = _choice_of(field)
+    if choice is not None:
+        return list(choice.classes(field.annotation))
+    inner = _model_in(field.annotation)
+    return [] if inner is None else [inner]
+
+
+def _choice_of(field: Any) -> Choice | None:
+    return next((each for each in field.metadata if isinstance(each, Choice)), None)
+
+
+def _model_in(kind: Any) -> type[BaseModel] | None:
+    """The config that an annotation is, or holds beside None."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return kind
+    found = [each for each in map(_model_in, get_args(kind)) if each is not None] if get_args(kind) else []
+    return found[0] if found else None
+
+
+def _field_names(model: type[BaseModel]) -> Iterator[str]:
     for name, field in model.model_fields.items():
-        names.append(name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            names += _field_names(field.annotation)
-    return names
+        yield name
+        for inner in _models_in(field):
+            yield from _field_names(inner)

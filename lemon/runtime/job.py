@@ -41,7 +41,9 @@ def run_job(stage: str, model: type[C], main: Callable[[C], int], argv: Sequence
         return EXIT_OK
     with guarded(), _ended_by_sigterm():
         try:
-            return main(load(stage, argv, model))
+            config = load(stage, argv, model)
+            config.check_inputs()  # before the libraries that work on them are imported
+            return main(config)
         except ConfigError as error:
             return _stopped(stage, str(error), EXIT_BAD_CONFIG)
         except ModuleNotFoundError as error:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lemon.errors import ConfigError
 from lemon.pretrain.config import Seed
 from lemon.probe.config import ProbeSettings
 from lemon.runtime.cluster import ray_address
-from lemon.runtime.config import AnyPath, Frozen, Settings, groups_of
+from lemon.runtime.config import AnyPath, Choice, Frozen, Settings, plain_value
 
 RESERVED = ("cells", "output", "seed")
 """Keys of the pretraining job that the sweep itself sets."""
-
-Overrides = dict[str, Any] | list[str]
 
 
 class Point(Frozen):
@@ -25,11 +22,11 @@ class Point(Frozen):
     name: str = Field(description="in tables and names of folders")
     value: str = Field(description="what is varied, in words")
     n_organs: int | None = Field(None, ge=1, description="the organs of lowest rank of their name: nested choices")
-    overrides: Overrides = Field({}, description="of the pretraining job: nested values, or key=value words")
+    overrides: dict[str, Any] = Field({}, description="of the pretraining job, nested")
 
 
 class Study(Frozen):
-    """What a sweep varies: one YAML each in ``conf/sweep``.
+    """What a sweep varies: one YAML each in ``conf/presets/sweep``.
 
     A point may be a plain value, which is then the axis's: ``sweep.points=1000,2000``.
     """
@@ -37,7 +34,7 @@ class Study(Frozen):
     name: str
     axis: str | None = Field(None, description="key of the pretraining job that plain points are values of")
     points: list[Point] = Field(min_length=1)
-    overrides: Overrides = Field({}, description="of the pretraining job, for all points")
+    overrides: dict[str, Any] = Field({}, description="of the pretraining job, for all points")
     seeds: list[Seed] = Field([0], min_length=1)
 
     @model_validator(mode="before")
@@ -67,7 +64,7 @@ class AshaConfig(Settings):
 class SweepConfig(Settings):
     """``jobs/scaling_sweep.py``: a study's points x seeds -> pretrained, probed, compared."""
 
-    sweep: Study
+    sweep: Annotated[Study, Choice("sweep", "size")] = Field({}, validate_default=True)
     cells: AnyPath = Field(description="output of jobs/curate.py")
     tasks: list[str] = Field(min_length=1, description="benchmarks, as of jobs/probe.py")
     data: AnyPath = Field("benchmarks_data", description="folder with a subfolder for each benchmark")
@@ -101,6 +98,12 @@ class SweepConfig(Settings):
                 raise ValueError(f"got {key}; give it to the sweep itself: {'seeds' if key == 'seed' else key}=...")
         return value
 
+    def check_inputs(self) -> None:
+        """Raises ConfigError where ``cells`` is no cells table."""
+        from lemon.cells.ledger import require_cells
+
+        require_cells(self.cells)
+
     @model_validator(mode="after")
     def _launcher_fits(self) -> SweepConfig:
         if self.launcher == "process" and (self.asha or (self.max_concurrent or 1) > 1):
@@ -119,42 +122,13 @@ class SweepConfig(Settings):
         return self.launcher == "ray" or (self.launcher == "auto" and several)
 
 
-def words(overrides: Overrides, prefix: str = "") -> list[str]:
-    """Overrides as the words that ``lemon.runtime.config.load`` takes. Raises ConfigError for a word without ``=``."""
-    if isinstance(overrides, list):
-        wrong = [word for word in overrides if "=" not in word]
-        if wrong:
-            raise ConfigError(f"{wrong[0]!r}: expected key=value")
-        return list(overrides)
-    found = []
-    for key, value in overrides.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            found += words(dict(value), f"{name}.")
-        else:
-            is_name = name == "variant" or name in groups_of("pretrain/default")
-            found.append(f"{name}={value if is_name else _spelled(value)}")
-    return found
-
-
-def _spelled(value: Any) -> str:
-    """A plain value as Hydra reads it."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, (list, tuple)):
-        return f"[{','.join(map(_spelled, value))}]"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-        return f"'{escaped}'"
-    return str(value)
-
-
 def _as_point(value: Any, *, axis: str | None) -> Any:
     """A plain value as a point; 10000 is named 10k."""
     if isinstance(value, Mapping):
         return {"value": value.get("name", ""), **value}
     if axis is None:
         raise ValueError(f"points: got the plain value {value!r}; expected name and overrides, or sweep.axis=KEY")
+    value = plain_value(value) if isinstance(value, str) else value
     return {"name": _short(value), "value": str(value), "overrides": {axis: value}}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lemon.cells.ledger import read_ledger
+from lemon.cells.ledger import rows_with_cells
 from lemon.cells.select import Selection, rank_of, select_cells
 from lemon.encoders.device import choose_device
 from lemon.errors import ConfigError
@@ -28,7 +28,7 @@ from lemon.runtime.identifiers import file_stem
 from lemon.runtime.store import Store, path_exists
 from lemon.runtime.store import open_output as writable
 from lemon.schema import SWEEP_FILE
-from lemon.sweep.config import Point, SweepConfig, words
+from lemon.sweep.config import Point, SweepConfig
 from lemon.sweep.trial import Trial
 from lemon.views.stain import statistics_name
 
@@ -135,21 +135,17 @@ def nested_organs(cells: Store) -> list[str]:
 
     Raises ConfigError for a table without cells.
     """
-    rows = [row for row in read_ledger(cells).to_pylist() if row["n_cells"]]
-    if not rows:
-        raise ConfigError(f"cells: {cells.uri} holds no cells; expected the output of jobs/curate.py")
-    names = sorted({row["organ"] for row in rows} - {None})
+    names = sorted({row["organ"] for row in rows_with_cells(cells)} - {None})
     return [names[index] for index in np.argsort(rank_of(names), kind="stable")]
 
 
 def point_config(config: SweepConfig, point: Point, *, organs: Sequence[str]) -> PretrainConfig:
     """The pretraining job of a point. Raises ConfigError with a line a fault.
 
-    Later words win: the variant's, the study's, the sweep's ``pretrain.*``, then the point's own.
+    Later ones win: the variant's, the study's, the sweep's ``pretrain.*``, then the point's own.
     """
-    given = [*words(config.sweep.overrides), *words(config.pretrain), *words(point.overrides)]
-    given += words({"cells": Store(config.cells).uri, "output": "unset"})
-    made = load("pretrain", list({word.partition("=")[0]: word for word in given}.values()), PretrainConfig)
+    own = {"cells": Store(config.cells).uri, "output": "unset"}
+    made = load("pretrain", [config.sweep.overrides, config.pretrain, point.overrides, own], PretrainConfig)
     if point.n_organs is None:
         return made
     among = [organ for organ in organs if made.select.organs is None or organ in made.select.organs]

@@ -1,4 +1,4 @@
-"""View policies: typed fields, one small YAML each in ``conf/views``.
+"""View policies: typed fields, one small YAML each in ``conf/presets/views``.
 
 The policies a0, a1, a1_gray, a1_gmm1 and a1_gmm10 are those of the LEMON paper's appendix (arXiv 2603.25802);
 ``moco_asymmetric`` has MoCo v3's two different views. Where the appendix is silent or says two things, a field holds
@@ -8,15 +8,14 @@ the choice: the probability of blur (0.5), its kernel (9 px), grayscale inside a
 
 from __future__ import annotations
 
-import difflib
 import os
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from lemon.encoders.config import LEMON_MEAN, LEMON_STD
-from lemon.runtime.config import AnyPath, Settings, conf_dir
+from lemon.errors import ConfigError
+from lemon.runtime.config import AnyPath, Settings, preset_names, read_preset, validate
 
 N = TypeVar("N", int, float)
 
@@ -146,34 +145,16 @@ class Policy(Settings):
 
 
 def policy_names() -> list[str]:
-    """Names of the policies in ``conf/views``."""
-    return sorted(path.stem for path in _folder().glob("*.yaml"))
+    """Names of the policies in ``conf/presets/views``."""
+    return preset_names("views")
 
 
 def load_policy(name_or_path: str | os.PathLike[str]) -> Policy:
-    """Read ``conf/views/<name>.yaml``, or the YAML file at a path (which ends in .yaml or .yml).
+    """The policy of a preset, or of the YAML file at a path (which ends in .yaml or .yml).
 
-    Raises ValueError, one line, for an unknown name (with the known ones) and for a wrong field.
+    Raises ConfigError for an unknown name (with the known ones) and for a wrong field.
     """
-    import yaml
-
-    given = str(name_or_path)
-    path = Path(given) if given.endswith((".yaml", ".yml")) else _folder() / f"{given}.yaml"
-    if not path.is_file():
-        close = difflib.get_close_matches(given, policy_names(), n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"view policy {given!r} not found; expected one of {', '.join(policy_names())}{hint}")
     try:
-        return Policy.model_validate(yaml.safe_load(path.read_text()))
-    except yaml.YAMLError as error:
-        raise ValueError(f"view policy {path}: not YAML ({' '.join(str(error).split())})") from None
-    except ValidationError as error:
-        raise ValueError(f"view policy {path}: " + "; ".join(map(_explain, error.errors()))) from None
-
-
-def _folder() -> Path:
-    return conf_dir() / "views"
-
-
-def _explain(fault: Any) -> str:
-    return f"{'.'.join(map(str, fault['loc'])) or 'policy'}: got {fault['input']!r}; {fault['msg']}"
+        return validate(read_preset("views", str(name_or_path)), Policy)
+    except ValueError as error:
+        raise ConfigError(*(f"view policy {name_or_path}: {line}" for line in str(error).splitlines())) from None

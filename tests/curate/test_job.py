@@ -30,7 +30,6 @@ from lemon.curate.job import open_ledger
 from lemon.curate.slide import curate_slide, ordered_map, start_processes
 from lemon.errors import ConfigError
 from lemon.nuclei.instances import Nucleus
-from lemon.nuclei.open import build_segmenter
 from lemon.runtime import pool
 from lemon.runtime.config import load
 from lemon.runtime.store import Store
@@ -68,7 +67,7 @@ def curate_one(path: Path, output: Path, processes: ProcessPoolExecutor, *words:
     config = config_for(path, output, *words)
     (slide,) = list_slides(str(path))
     return curate_slide(
-        slide, config=config, segmenter=build_segmenter(config.segmenter), processes=processes, store=Store(output)
+        slide, config=config, segmenter=config.segmenter.build(), processes=processes, store=Store(output)
     )
 
 

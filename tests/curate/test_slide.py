@@ -20,7 +20,6 @@ from lemon.cells.ledger import cells_ledger, read_ledger
 from lemon.cells.names import shard_name
 from lemon.curate.config import CurateConfig
 from lemon.curate.slide import curate_slide
-from lemon.nuclei.open import build_segmenter
 from lemon.runtime.config import load
 from lemon.runtime.store import Store
 from lemon.slides import reader as reader_module
@@ -44,7 +43,7 @@ def curate(source: Path, output: Path, threads: ThreadPoolExecutor, *words: str)
     config = load("curate", [f"slides={source}", f"output={output}", "region_px=512", *words], CurateConfig)
     ledger = cells_ledger(Store(output), config_fingerprint="f")
     for slide in list_slides(str(source)):
-        segmenter = build_segmenter(config.segmenter)
+        segmenter = config.segmenter.build()
         ledger.commit(curate_slide(slide, config=config, segmenter=segmenter, processes=threads, store=ledger.store))
     return read_ledger(ledger.store).to_pylist()
 

@@ -49,7 +49,7 @@ def test_a_registered_encoder_opens_by_its_version_and_by_its_alias(here: Path) 
     torch.testing.assert_close(lemon.load_encoder("models:/nuclei@best").embed(images), expected[1], rtol=0, atol=0)
     check_name("models:/nuclei/1")  # opens nothing, so it may be any name
     for absent in ("models:/nuclei/3", "models:/nobody/1", "models:/nuclei@worst", "models:/"):
-        with pytest.raises(ConfigError, match="^encoder: models:/") as told:
+        with pytest.raises(ConfigError, match=r"^encoder: models:/") as told:
             load_encoder(absent)
         assert "\n" not in str(told.value)
 

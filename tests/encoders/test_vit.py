@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor
 
 from lemon.encoders import attention, vit
 from lemon.encoders.config import LEMON_MEAN, LEMON_STD, VIT_B8, VIT_S8, VIT_TINY8, EncoderConfig
 from lemon.encoders.vit import build_vit, forward_tokens, load_lemon_checkpoint, seeded, sincos_positions
-from lemon.runtime.config import conf_dir
+from lemon.runtime.config import read_preset
 
 TINY = EncoderConfig(name="tiny", dim=32, depth=2, heads=4)
 
@@ -27,7 +26,7 @@ def images(n: int = 3, px: int = 40) -> Tensor:
 
 @pytest.mark.parametrize("config", [VIT_S8, VIT_B8, VIT_TINY8])
 def test_the_shipped_encoders_are_those_of_the_code(config: EncoderConfig) -> None:
-    values = yaml.safe_load((conf_dir() / "encoder" / f"{config.name}.yaml").read_text())
+    values = read_preset("encoder", config.name)
     assert EncoderConfig.model_validate(values) == config
 
 

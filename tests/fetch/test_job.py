@@ -266,5 +266,5 @@ def test_an_actor_downloads_the_next_slide_while_it_curates_one_and_commits_no_d
     committed = [path.stat().st_mtime for path in Path(curation.output, "slides").iterdir()]
     assert asked[1] < min(committed)
     assert asked[2] > min(committed) - 1e-2  # the clock of files is coarser; never three slides on disk
-    assert [(row["path"], row["n_cells"]) for row in ledger.rows()] == [("https://there", 9)] * 3
+    assert [(row["path"], row["n_cells"]) for row in ledger.rows().values()] == [("https://there", 9)] * 3
     assert list((tmp_path / fetch.PASSING).glob("*.tiff")) == []

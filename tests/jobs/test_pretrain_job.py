@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.processes import family, kill
 from lemon.pretrain.config import PretrainConfig
-from lemon.runtime.config import conf_dir, load
+from lemon.runtime.config import load, preset_names
 from lemon.runtime.store import Store
 from lemon.runtime.tracking import Run, metric_history
 from tests.cells_table import synthetic_crops, write_slide
@@ -165,7 +165,7 @@ def test_a_table_without_cells_is_one_line_and_exit_code_2(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("variant", ["default", "smoke"])
-@pytest.mark.parametrize("ssl", sorted(path.stem for path in (conf_dir() / "ssl").glob("*.yaml")))
+@pytest.mark.parametrize("ssl", preset_names("ssl"))
 def test_every_shipped_config_composes_and_validates(variant: str, ssl: str) -> None:
     words = ["cells=c", "output=o", f"variant={variant}", f"ssl={ssl}"]
     assert load("pretrain", words, PretrainConfig).ssl.name == ssl.split("_")[0]

@@ -15,7 +15,7 @@ from lemon.pretrain.checkpoint import Checkpoints
 from lemon.pretrain.config import DINOv2Config, PretrainConfig
 from lemon.pretrain.dinov2 import DINOv2
 from lemon.pretrain.loop import Trainer
-from lemon.runtime.config import conf_dir, load, validate
+from lemon.runtime.config import load, preset_names, validate
 from lemon.runtime.store import Store
 from lemon.sweep.config import SweepConfig
 from lemon.views.policy import load_policy
@@ -96,8 +96,8 @@ def test_all_that_does_not_fit_together_is_told_at_once() -> None:
 
 
 @pytest.mark.parametrize("variant", ["default", "smoke"])
-@pytest.mark.parametrize("encoder", sorted(path.stem for path in (conf_dir() / "encoder").glob("*.yaml")))
-@pytest.mark.parametrize("ssl", sorted(path.stem for path in (conf_dir() / "ssl").glob("*.yaml")))
+@pytest.mark.parametrize("encoder", preset_names("encoder"))
+@pytest.mark.parametrize("ssl", preset_names("ssl"))
 def test_every_shipped_combination_fits_together(variant: str, encoder: str, ssl: str) -> None:
     words = ["cells=c", "output=o", f"variant={variant}", f"encoder={encoder}", f"ssl={ssl}", "ssl.warmup_epochs=1"]
     assert load("pretrain", words, PretrainConfig).encoder.name == encoder

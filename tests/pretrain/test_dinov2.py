@@ -9,16 +9,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor
 
 from lemon.encoders.config import EncoderConfig
 from lemon.encoders.vit import forward_tokens
 from lemon.pretrain import losses
-from lemon.pretrain.config import DINOv2Config, MoCoV3Config
+from lemon.pretrain.config import DINOv2Config, PretrainConfig
 from lemon.pretrain.dinov2 import DINOv2, block_mask, masked_patches
 from lemon.pretrain.heads import DinoHead
-from lemon.runtime.config import conf_dir
+from lemon.runtime.config import load, preset_names
 from tests.pretrain.test_losses import assert_same_as_one_worker, run_workers
 from tests.pretrain.test_mocov3 import CELLS, assert_same, crops, gradients, schedules, train
 
@@ -57,12 +56,11 @@ def some_mask(cells: int = CELLS) -> Tensor:
 
 def test_the_four_rows_of_table_5_are_four_configs() -> None:
     labels, rest = {}, []
-    for path in sorted((conf_dir() / "ssl").glob("*.yaml")):
-        values = yaml.safe_load(path.read_text())
-        config = (MoCoV3Config if values["name"] == "mocov3" else DINOv2Config).model_validate(values)
-        if path.stem == "dinov2_tiny":
+    for name in preset_names("ssl"):
+        config = load("pretrain", ["cells=c", "output=o", f"ssl={name}"], PretrainConfig).ssl
+        if name == "dinov2_tiny":
             continue
-        labels[path.stem] = config.label
+        labels[name] = config.label
         if isinstance(config, DINOv2Config):
             rest.append(config.model_copy(update={"local_to_global": True, "regulariser": "koleo"}))
     assert labels == {

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,7 +19,7 @@ from lemon.pretrain.heads import HeadBatchNorm, moco_mlp
 from lemon.pretrain.losses import moco_contrastive
 from lemon.pretrain.mocov3 import MoCoV3
 from lemon.pretrain.schedules import Method, Schedules, set_optimizer
-from lemon.runtime.config import conf_dir
+from lemon.runtime.config import read_preset
 from tests.pretrain.test_losses import assert_same_as_one_worker, run_workers
 
 ENCODER = EncoderConfig(name="tiny", dim=32, depth=2, heads=4)
@@ -74,7 +73,7 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], *, rtol: float)
 
 
 def test_the_shipped_config_has_the_papers_values() -> None:
-    config = MoCoV3Config.model_validate(yaml.safe_load((conf_dir() / "ssl" / "mocov3.yaml").read_text()))
+    config = MoCoV3Config.model_validate(read_preset("ssl", "mocov3"))
     assert config == MoCoV3Config()
     assert (config.hidden_dim, config.out_dim, config.temperature, config.momentum) == (4096, 256, 0.2, 0.99)
     with pytest.raises(ValueError, match="temprature"):

@@ -16,7 +16,7 @@ from lemon.cells.select import select_cells
 from lemon.errors import EXIT_FAILURES, EXIT_OK, ConfigError
 from lemon.pretrain.config import DINOv2Config
 from lemon.probe.task import Task, TaskError
-from lemon.runtime.config import conf_dir, load
+from lemon.runtime.config import load, preset_names
 from lemon.runtime.store import Store
 from lemon.runtime.tracking import RUN
 from lemon.sweep import grid, table
@@ -26,7 +26,7 @@ from lemon.sweep.config import SweepConfig, words
 from tests.cells_table import synthetic_crops, write_slide
 from tests.sweep.studies import ORGANS, light_task, sweep_words, write_cells
 
-STUDIES = sorted(path.stem for path in (conf_dir() / "sweep").glob("*.yaml"))
+STUDIES = preset_names("sweep")
 
 
 @pytest.fixture(scope="module")
