@@ -6,6 +6,7 @@ Only the standard library is imported until a stage is known, and neither torch 
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,6 +98,18 @@ _DOCTOR_PURPOSE = "whether this machine is fit for LEMON, and how to mend it"
 def main(words: Sequence[str] | None = None) -> int:
     """``lemon COMMAND key=value ...``; returns the exit code."""
     words = list(sys.argv[1:] if words is None else words)
+    if not {"-h", "--help", "--version"} & {*words}:
+        return _run(words)
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads has read enough, as in lemon --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tells it when it ends
+        return EXIT_OK
+    return code
+
+
+def _run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return EXIT_OK if words else EXIT_BAD_CONFIG

@@ -63,11 +63,11 @@ def check_packages() -> Finding:
         return Finding("warn", f"lemon runs from {Path(__file__).parent.parent}, it is not installed", REINSTALL)
     from packaging.requirements import Requirement
 
-    faults, absent, there = [], set(), 0
+    faults, absent, there = [], set(), set()
     for text in wanted:
         one = Requirement(text)
         extra = _extra_of(one)
-        if one.name == DISTRIBUTION or extra == "dev":
+        if extra in ("all", "dev"):  # the others again, and tools
             continue
         try:
             got = version(one.name)
@@ -75,13 +75,13 @@ def check_packages() -> Finding:
             absent |= {extra} if extra else set()
             faults += [] if extra else [f"{one.name} is missing"]
             continue
-        there += 1
+        there.add(one.name)
         if not one.specifier.contains(got, prereleases=True):
             faults.append(f"{one.name} {got} is not {one.specifier}")
     if faults:
         return Finding("fail", "; ".join(faults), REINSTALL)
     without = f"; without the extras {', '.join(sorted(absent))}" if absent else ""
-    return Finding("ok", f"{there} as they must be{without}")
+    return Finding("ok", f"{len(there)} as they must be{without}")
 
 
 def _extra_of(requirement: Any) -> str:

@@ -118,6 +118,21 @@ def test_the_names_of_jobs_are_taken_too(capsys: pytest.CaptureFixture[str]) -> 
     assert "usage" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words", [["--help"], ["curate", "--help"]])
+def test_who_reads_only_the_first_line_of_the_help_sees_no_traceback(words: list[str]) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "lemon.cli", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdout is not None
+    process.stdout.close()  # before anything is written
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=60) == EXIT_OK
+
+
 def test_the_list_of_commands_needs_only_the_standard_library() -> None:
     code = (
         "import sys; from lemon.cli import main; before = set(sys.modules); assert main(['--help']) == 0;"
