@@ -4,7 +4,7 @@ PYTHON ?= python3
 RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test test-quick check bench ui clean
+.PHONY: setup demo test test-quick check bench docs ui clean
 
 setup: $(STAMP)
 
@@ -46,6 +46,11 @@ bench: setup
 	$(RUN) -m benchmarks.probe
 	$(RUN) -m benchmarks.cost --no-speed
 	$(RUN) -m benchmarks.local_cluster
+
+# The documentation's site, in dist/docs; needs no network but for the packages.
+docs: setup
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 clean:
 	rm -rf demo .pytest_cache .mypy_cache .ruff_cache

@@ -94,7 +94,7 @@ def link(distributions: Iterator[metadata.Distribution], folder: Path) -> Path:
 def test_the_extras_that_messages_name_are_those_of_the_project() -> None:
     assert PROJECT["name"] == DISTRIBUTION
     declared = PROJECT["optional-dependencies"]
-    assert set(declared) == {*OPTIONAL, "all", "dev"}
+    assert set(declared) == {*OPTIONAL, "all", "dev", "docs"}
     for extra in OPTIONAL:
         names = {Requirement(text).name for text in declared[extra]} - {DISTRIBUTION}
         assert {IMPORTED_AS.get(name, name.replace("-", "_")) for name in names} == set(EXTRAS[extra]), extra

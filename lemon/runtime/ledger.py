@@ -51,8 +51,8 @@ class Ledger:
 
     def lacking(self, slide_ids: Iterable[str], name_of: Callable[[str], str]) -> set[str]:
         """Those slides whose file, in the output's folder of such files, is absent."""
-        there = set(self.store.entries(name_of("").partition("/")[0]))
-        return {slide_id for slide_id in slide_ids if name_of(slide_id).partition("/")[2] not in there}
+        there = self.store.entries(name_of("").partition("/")[0])
+        return {slide_id for slide_id in slide_ids if name_of(slide_id) not in there}
 
     def _name(self, slide_id: str) -> str:
         return f"{self.folder}/{file_stem(slide_id)}.parquet"

@@ -16,13 +16,16 @@ RESERVED = ("cells", "output", "seed")
 """Keys of the pretraining job that the sweep itself sets."""
 
 
+Overrides = dict[str, Any] | list[str]
+
+
 class Point(Frozen):
     """One value of what a study varies."""
 
     name: str = Field(description="in tables and names of folders")
     value: str = Field(description="what is varied, in words")
     n_organs: int | None = Field(None, ge=1, description="the organs of lowest rank of their name: nested choices")
-    overrides: dict[str, Any] = Field({}, description="of the pretraining job, nested")
+    overrides: Overrides = Field({}, description="of the pretraining job: nested values, or key=value words")
 
 
 class Study(Frozen):
@@ -34,7 +37,7 @@ class Study(Frozen):
     name: str
     axis: str | None = Field(None, description="key of the pretraining job that plain points are values of")
     points: list[Point] = Field(min_length=1)
-    overrides: dict[str, Any] = Field({}, description="of the pretraining job, for all points")
+    overrides: Overrides = Field({}, description="of the pretraining job, for all points")
     seeds: list[Seed] = Field([0], min_length=1)
 
     @model_validator(mode="before")

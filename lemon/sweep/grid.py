@@ -145,7 +145,9 @@ def point_config(config: SweepConfig, point: Point, *, organs: Sequence[str]) ->
     Later ones win: the variant's, the study's, the sweep's ``pretrain.*``, then the point's own.
     """
     own = {"cells": Store(config.cells).uri, "output": "unset"}
-    made = load("pretrain", [config.sweep.overrides, config.pretrain, point.overrides, own], PretrainConfig)
+    layers = (config.sweep.overrides, config.pretrain, point.overrides, own)
+    given = [part for layer in layers for part in (layer if isinstance(layer, list) else [layer])]
+    made = load("pretrain", given, PretrainConfig)
     if point.n_organs is None:
         return made
     among = [organ for organ in organs if made.select.organs is None or organ in made.select.organs]

@@ -22,7 +22,7 @@ from lemon.runtime.tracking import RUN
 from lemon.sweep import grid, table
 from lemon.sweep import job as sweep
 from lemon.sweep import trial as trials
-from lemon.sweep.config import SweepConfig, words
+from lemon.sweep.config import SweepConfig
 from tests.cells_table import synthetic_crops, write_slide
 from tests.sweep.studies import ORGANS, light_task, sweep_words, write_cells
 
@@ -98,18 +98,6 @@ def test_plain_values_are_points_of_the_axis_and_large_numbers_have_short_names(
         ("5k", "5000"),
         ("2M", "2000000"),
     ]
-
-
-def test_nested_values_and_words_say_the_same() -> None:
-    nested = {"views": "a0", "select": {"organs": ["a", "b c"], "n_cells": None}, "compile": True, "variant": "smoke"}
-    assert words(nested) == [
-        "views=a0",
-        "select.organs=['a','b c']",
-        "select.n_cells=null",
-        "compile=true",
-        "variant=smoke",
-    ]
-    assert words(["views=a0"]) == ["views=a0"]
 
 
 @pytest.mark.parametrize(
