@@ -2,15 +2,7 @@
 
 import sys
 
-from lemon.atlas.config import AtlasConfig
-from lemon.runtime.job import run_job
-
-
-def main(config: AtlasConfig) -> int:
-    from lemon.atlas import job  # imports torch
-
-    return job.main(config)
-
+from lemon.cli import run_stage
 
 if __name__ == "__main__":
-    sys.exit(run_job("atlas", AtlasConfig, main))
+    sys.exit(run_stage("atlas"))

@@ -2,15 +2,7 @@
 
 import sys
 
-from lemon.curate.config import CurateConfig
-from lemon.runtime.job import run_job
-
-
-def main(config: CurateConfig) -> int:
-    from lemon.curate import job  # after the config is known to be good
-
-    return job.main(config)
-
+from lemon.cli import run_stage
 
 if __name__ == "__main__":
-    sys.exit(run_job("curate", CurateConfig, main))
+    sys.exit(run_stage("curate"))

@@ -2,15 +2,7 @@
 
 import sys
 
-from lemon.embed.config import EmbedConfig
-from lemon.runtime.job import run_job
-
-
-def main(config: EmbedConfig) -> int:
-    from lemon.embed import job  # imports torch
-
-    return job.main(config)
-
+from lemon.cli import run_stage
 
 if __name__ == "__main__":
-    sys.exit(run_job("embed", EmbedConfig, main))
+    sys.exit(run_stage("embed"))

@@ -2,15 +2,7 @@
 
 import sys
 
-from lemon.fetch.config import FetchConfig
-from lemon.runtime.job import run_job
-
-
-def main(config: FetchConfig) -> int:
-    from lemon.fetch import job  # after the config is known to be good
-
-    return job.main(config)
-
+from lemon.cli import run_stage
 
 if __name__ == "__main__":
-    sys.exit(run_job("fetch_tcga", FetchConfig, main))
+    sys.exit(run_stage("fetch_tcga"))

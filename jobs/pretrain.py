@@ -2,15 +2,7 @@
 
 import sys
 
-from lemon.pretrain.config import PretrainConfig
-from lemon.runtime.job import run_job
-
-
-def main(config: PretrainConfig) -> int:
-    from lemon.pretrain import job  # imports torch
-
-    return job.main(config)
-
+from lemon.cli import run_stage
 
 if __name__ == "__main__":
-    sys.exit(run_job("pretrain", PretrainConfig, main))
+    sys.exit(run_stage("pretrain"))

@@ -2,15 +2,7 @@
 
 import sys
 
-from lemon.probe.config import ProbeConfig
-from lemon.runtime.job import run_job
-
-
-def main(config: ProbeConfig) -> int:
-    from lemon.probe import job  # imports torch
-
-    return job.main(config)
-
+from lemon.cli import run_stage
 
 if __name__ == "__main__":
-    sys.exit(run_job("probe", ProbeConfig, main))
+    sys.exit(run_stage("probe"))

@@ -2,15 +2,7 @@
 
 import sys
 
-from lemon.report.config import ReportConfig
-from lemon.runtime.job import run_job
-
-
-def main(config: ReportConfig) -> int:
-    from lemon.report import job  # imports torch
-
-    return job.main(config)
-
+from lemon.cli import run_stage
 
 if __name__ == "__main__":
-    sys.exit(run_job("report", ReportConfig, main))
+    sys.exit(run_stage("report"))

@@ -2,15 +2,7 @@
 
 import sys
 
-from lemon.runtime.job import run_job
-from lemon.sweep.config import SweepConfig
-
-
-def main(config: SweepConfig) -> int:
-    from lemon.sweep import job  # imports torch
-
-    return job.main(config)
-
+from lemon.cli import run_stage
 
 if __name__ == "__main__":
-    sys.exit(run_job("scaling_sweep", SweepConfig, main))
+    sys.exit(run_stage("scaling_sweep"))

@@ -2,15 +2,7 @@
 
 import sys
 
-from lemon.runtime.job import run_job
-from lemon.runtime.verify import VerifyConfig
-
-
-def main(config: VerifyConfig) -> int:
-    from lemon.runtime import verify
-
-    return verify.main(config)
-
+from lemon.cli import run_stage
 
 if __name__ == "__main__":
-    sys.exit(run_job("verify", VerifyConfig, main))
+    sys.exit(run_stage("verify"))

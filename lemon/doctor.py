@@ -1,4 +1,6 @@
-"""Is this machine fit for LEMON? ``python -m lemon.doctor [--ray] [--path URI ...]`` checks and says how to mend.
+"""Is this machine fit for LEMON? ``lemon doctor [--ray] [--path URI ...]`` checks and says how to mend.
+
+``python -m lemon.doctor`` is the same.
 
 Each check imports what it needs by itself, so that a missing package is a row of the table and not the end of it; only
 the standard library is imported here. Exit code 0, or 1 where a check failed; a warning is no failure. No secret is
@@ -21,11 +23,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
+from lemon.extras import DISTRIBUTION, lacking
 from lemon.runtime.secrets import guarded
 
 GIB = 1 << 30
-REINSTALL = "pip install -c constraints.txt -e . in the repository"
+REINSTALL = "pip install 'lemon-nuclei[pipeline]', or make setup in a checkout"
 _PATIENCE_S = 60  # for a check; a server or bucket that does not answer is a failure by then
 
 
@@ -50,25 +54,39 @@ def check_python(*, least: tuple[int, int] = (3, 11)) -> Finding:
 
 
 def check_packages() -> Finding:
-    """Every package that LEMON asks for, in a version that it takes."""
+    """Every package that LEMON asks for, in a version that it takes; those of extras may be absent."""
     from importlib.metadata import PackageNotFoundError, requires, version
 
     try:
-        wanted = requires("lemon-nuclei") or []
+        wanted = requires(DISTRIBUTION) or []
     except PackageNotFoundError:
         return Finding("warn", f"lemon runs from {Path(__file__).parent.parent}, it is not installed", REINSTALL)
     from packaging.requirements import Requirement
 
-    faults, needed = [], [Requirement(text) for text in wanted if "extra ==" not in text]
-    for one in needed:
+    faults, absent, there = [], set(), set()
+    for text in wanted:
+        one = Requirement(text)
+        extra = _extra_of(one)
+        if extra in ("all", "dev", "docs"):  # the others again, and tools
+            continue
         try:
             got = version(one.name)
         except PackageNotFoundError:
-            faults.append(f"{one.name} is missing")
+            absent |= {extra} if extra else set()
+            faults += [] if extra else [f"{one.name} is missing"]
             continue
+        there.add(one.name)
         if not one.specifier.contains(got, prereleases=True):
             faults.append(f"{one.name} {got} is not {one.specifier}")
-    return Finding("fail", "; ".join(faults), REINSTALL) if faults else Finding("ok", f"{len(needed)} as they must be")
+    if faults:
+        return Finding("fail", "; ".join(faults), REINSTALL)
+    without = f"; without the extras {', '.join(sorted(absent))}" if absent else ""
+    return Finding("ok", f"{len(there)} as they must be{without}")
+
+
+def _extra_of(requirement: Any) -> str:
+    """The extra that a requirement belongs to; empty where it always holds."""
+    return str(requirement.marker).rpartition("extra == ")[2].strip("\"'") if requirement.marker else ""
 
 
 def check_openslide() -> Finding:
@@ -265,7 +283,8 @@ def examine(check: Check, *, patience_s: float = _PATIENCE_S) -> Finding:
         try:
             found.append(check())
         except ModuleNotFoundError as error:
-            found.append(Finding("fail", f"the package {error.name} is missing", REINSTALL))
+            command = (lacking(error) or REINSTALL).partition("expected ")
+            found.append(Finding("fail", f"the package {error.name} is missing", command[2] or command[0]))
         except BaseException as error:  # noqa: BLE001  (whatever is wrong with the machine is a row of the table)
             told = " ".join(str(error).split()) or "no message"
             found.append(Finding("fail", f"{type(error).__name__}: {told[:400]}", "see what it names, or reinstall"))
@@ -299,9 +318,9 @@ def checks(*, start_ray: bool, paths: Sequence[str]) -> dict[str, Check]:
     return found | {f"storage {number}": partial(check_storage, path) for number, path in enumerate(paths, 1)}
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None, *, prog: str = "python -m lemon.doctor") -> int:
     """Print the table; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m lemon.doctor", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--ray", action="store_true", help="start Ray (or join RAY_ADDRESS) and run a task")
     parser.add_argument("--path", nargs="+", default=[], metavar="URI", help="folders or s3:// prefixes to write to")
     options = parser.parse_args(words)
@@ -320,9 +339,14 @@ def _row(name: str, check: Check) -> bool:
     return finding.state == "fail"
 
 
-if __name__ == "__main__":
+def script(words: Sequence[str] | None = None, *, prog: str = "python -m lemon.doctor") -> NoReturn:
+    """``main``, and the end of the process: a check that hangs, in a library's thread, must not keep it."""
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
-    code = main()
+    code = main(words, prog=prog)
     sys.stdout.flush()
-    os._exit(code)  # a check that hangs, in a library's thread, must not keep the process
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    script()

@@ -74,7 +74,7 @@ def claim_cells(
     nuclei, centroid = [nuclei[index] for index in mine.tolist()], centroid[mine]
     rank = rank_of(ids)
     kept = np.flatnonzero(rank < rank_below)
-    corner = np.round(centroid - (CROP_PX - 1) / 2).astype(int)  # top left px of the crop, base px
+    corner = corners_of(centroid)  # base px
     return Claims(
         rows=_rows(image, nuclei, ids=ids, rank=rank, centroid=centroid, offset=offset, frame=frame),
         centroid_px=centroid,
@@ -100,6 +100,36 @@ def cut_crops(image: np.ndarray, corner_px: np.ndarray) -> np.ndarray:
         corner_px = corner_px + low
     windows = np.lib.stride_tricks.sliding_window_view(image, (CROP_PX, CROP_PX, 3))[:, :, 0]
     return windows[corner_px[:, 1], corner_px[:, 0]]
+
+
+def crop_nuclei(image: np.ndarray, nuclei: Sequence[Nucleus] | np.ndarray) -> np.ndarray:
+    """Images of nuclei as ``Encoder.embed`` takes them: uint8 [N, 60, 60, 3] at 0.25 um/px, white beyond the image.
+
+    Args:
+        image: uint8 [H, W, 3], RGB at 0.25 um/px.
+        nuclei: N nuclei of the image (``lemon.segment``), or their centroids [N, 2], (x, y) in px of the image with
+            whole numbers at pixel centres.
+
+    Raises:
+        ValueError: the image or the centroids are of another type or shape, or a centroid lies outside the image.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"image: got {image.dtype} {list(image.shape)}; expected RGB at 0.25 um/px, uint8 [H, W, 3]")
+    given = nuclei if isinstance(nuclei, np.ndarray) else [nucleus.centroid_px for nucleus in nuclei]
+    centroid = np.asarray(given, np.float64).reshape(-1, 2) if len(given) == 0 else np.asarray(given, np.float64)
+    if centroid.ndim != 2 or centroid.shape[1] != 2:
+        raise ValueError(f"nuclei: got an array {list(centroid.shape)}; expected centroids [N, 2], (x, y)")
+    high, wide = image.shape[:2]
+    outside = ~_within(centroid, (0, 0, wide, high))
+    if outside.any():  # NaN too
+        x, y = centroid[outside][0]
+        raise ValueError(f"nuclei: got a centroid at ({x:g}, {y:g}); expected px of the image, {wide} x {high}")
+    return cut_crops(image, corners_of(centroid))
+
+
+def corners_of(centroid_px: np.ndarray) -> np.ndarray:
+    """Top left px int [N, 2] of the crops around centroids [N, 2], (x, y)."""
+    return np.round(centroid_px - (CROP_PX - 1) / 2).astype(int)
 
 
 def measure(image: np.ndarray, nuclei: Sequence[Nucleus]) -> dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ from lemon.cells.names import geojson_name, shard_name
 from lemon.cells.shard import images_from_arrow
 from lemon.curate import job as curate
 from lemon.curate.config import CurateConfig
+from lemon.demo.config import DemoConfig
 from lemon.demo.slide import fetch_real_slide, make_synthetic_slide
 from lemon.embed.config import EmbedConfig
 from lemon.errors import EXIT_OK
@@ -39,6 +40,12 @@ PRETRAIN = f"{TINY} images_per_epoch=2560 epochs=8 checkpoint_every=80"
 # A trial of the sweep takes some seconds; each sees the same number of images.
 TRIAL = f"{TINY} images_per_epoch=1280 epochs=2 checkpoint_every=20"
 SHARES = (16, 4, 1)  # points of the sweep: a sixteenth of the cells, a quarter, all
+
+
+def main(config: DemoConfig) -> int:
+    """Run the demo and tell where its page is; returns the exit code."""
+    print(f"demo: the report is {run(Path(config.output), synthetic=config.synthetic)}")
+    return EXIT_OK
 
 
 def run(output: Path, *, synthetic: bool = False) -> Path:

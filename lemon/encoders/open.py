@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from lemon.encoders.registry import REGISTRY, EncoderEntry, split_name
 from lemon.encoders.vit import load_lemon_checkpoint
 from lemon.encoders.weights import MissingWeightsError, find_weights, hub_file, load_weights
 from lemon.errors import ConfigError
+from lemon.extras import lacking
 from lemon.runtime.scratch import scratch_folder
 from lemon.runtime.store import is_uri, local_copy, locate
 from lemon.runtime.tensors import undamaged
-from lemon.schema import CROP_PX
+from lemon.schema import CROP_MPP, CROP_PX
 
 RELEASED = Path(__file__).parent / "released"
 """Encoders that come with the package, in the layout of an export."""
@@ -32,14 +34,34 @@ NO_ENCODER = (
 )
 
 
+_SMALL = 50_000_000  # parameters
+
+_REGISTERED = "models:/"
+"""Begins the addresses of MLflow's model registry."""
+
+
 class Encoder(nn.Module):
-    """A frozen encoder with what it expects of its input, and the name that it has in tables."""
+    """A frozen encoder with what it expects of its input, and the name that it has in tables.
+
+    ``embed`` takes images of cells; ``width`` is D, the values of an embedding; ``fingerprint`` tells weights apart.
+    """
 
     def __init__(self, model: nn.Module, cell_input: CellInput, *, name: str) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.cell_input = cell_input
         self.name = name
+
+    def __repr__(self) -> str:
+        """Two lines: what it is, and what ``embed`` takes and gives."""
+        count = sum(each.numel() for each in self.parameters())
+        # One cell tells the width; of a network that takes seconds for it, it is told once it is known.
+        width = self.width if count < _SMALL or "width" in vars(self) else "D"
+        place = next((each.device for each in self.parameters()), "cpu")
+        return (
+            f"Encoder {self.name!r}: {count / 1e6:.1f} M parameters on {place}\n"
+            f"  embed(uint8 [N, {CROP_PX}, {CROP_PX}, 3], RGB at {CROP_MPP} um/px) -> torch.float32 [N, {width}]"
+        )
 
     @cached_property
     def width(self) -> int:
@@ -64,13 +86,17 @@ class Encoder(nn.Module):
 
     @torch.inference_mode()
     def embed(self, images: Any, *, batch: int | None = None, bf16: bool = False) -> torch.Tensor:
-        """Features float32 [N, D] of cells at 0.25 um/px, 60 x 60 px, as the cells table holds them.
+        """Embeddings of cells at 0.25 um/px, 60 x 60 px, as the cells table holds them and ``lemon.crop`` cuts them.
 
         Args:
             images: uint8 [N, 60, 60, 3] on any device (a batch at a time goes to the encoder's), or anything that can
                 mean nothing else: one image, channels first, floats in [0, 1]; ``images.cell_images`` lists it all.
             batch: images at a time; None: fewer where the encoder sees larger images.
             bf16: compute in bfloat16, for GPUs.
+
+        Returns:
+            A torch tensor float32 [N, D], on the encoder's device and without gradient: row i is of cell i, D is
+            ``width``; ``.cpu().numpy()`` makes it an array.
 
         Raises:
             ValueError: other images, with what was got and what is expected.
@@ -95,12 +121,13 @@ def load_encoder(name_or_path: str | Path, *, device: str | torch.device = "cpu"
         name_or_path: a path that exists wins, local or at s3://: the output of ``jobs/pretrain.py``, its ``encoder``
             folder, or the released ``lemon.pth.tar`` (with its ``mean_std.json`` beside it, if that was downloaded);
             else a name of ``registry.encoder_names()``, its hub id, or ``name:path`` for weights that lie in a file, as
-            ``volta:checkpoint.pth.tar`` or ``uni:pytorch_model.bin``.
+            ``volta:checkpoint.pth.tar`` or ``uni:pytorch_model.bin``; or ``models:/NAME/VERSION`` (``@ALIAS``) of the
+            MLflow registry that MLFLOW_TRACKING_URI names, where ``lemon pretrain`` puts encoders.
         device: where it computes.
 
     Raises:
         MissingWeightsError: the weights are gated or absent; the message says how to get them.
-        ConfigError: no such path or name, or what is there is no encoder.
+        ConfigError: no such path or name, what is there is no encoder, or the registry cannot be used.
         ValueError: its weights are not finite.
     """
     encoder = _open(name_or_path)
@@ -112,6 +139,8 @@ def _open(name_or_path: str | Path) -> Encoder:
     text = str(name_or_path)
     if not text.strip():
         raise ConfigError(f"encoder: got {text!r}, which names nothing; expected a path or a name")
+    if text.startswith(_REGISTERED):
+        return load_registered(text)
     if is_uri(text) and text.partition(":")[0] not in REGISTRY:
         return load_uri(text)
     path = Path(text).expanduser()
@@ -124,7 +153,7 @@ def _open(name_or_path: str | Path) -> Encoder:
 
 def check_name(text: str) -> None:
     """Raise ConfigError where ``load_encoder`` knows at once that there is no such path or name; opens nothing."""
-    if is_uri(text) and text.partition(":")[0] not in REGISTRY:
+    if text.startswith(_REGISTERED) or (is_uri(text) and text.partition(":")[0] not in REGISTRY):
         return
     path = Path(text).expanduser()
     if path.exists() and text not in REGISTRY:
@@ -132,6 +161,21 @@ def check_name(text: str) -> None:
             raise ConfigError(f"{path}: {NO_ENCODER}")
         return
     split_name(text)
+
+
+def load_registered(uri: str) -> Encoder:
+    """Open what MLflow's registry has under ``models:/NAME/VERSION``; its name is then ``NAME-VERSION``.
+
+    Raises ConfigError: there is none, it is no encoder of LEMON's, or MLflow is not installed or cannot be used.
+    """
+    try:
+        from lemon.runtime.tracking import download_encoder
+
+        with scratch_folder() as scratch:
+            exported = load_exported(download_encoder(uri, scratch / "model"))
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"encoder: {uri}: {lacking(error) or error}") from None
+    return Encoder(*exported, name=re.sub(r"[/@]", "-", uri.removeprefix(_REGISTERED)))
 
 
 def load_uri(uri: str) -> Encoder:

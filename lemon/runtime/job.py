@@ -21,6 +21,7 @@ from lemon.errors import (
     StorageError,
     TerminatedError,
 )
+from lemon.extras import lacking
 from lemon.runtime.config import Frozen, describe, load
 from lemon.runtime.secrets import guarded
 
@@ -45,6 +46,10 @@ def run_job(stage: str, model: type[C], main: Callable[[C], int], argv: Sequence
             return main(config)
         except ConfigError as error:
             return _stopped(stage, str(error), EXIT_BAD_CONFIG)
+        except ModuleNotFoundError as error:
+            if (line := lacking(error)) is None:
+                raise
+            return _stopped(stage, line, EXIT_BAD_CONFIG)
         except OSError as error:
             if isinstance(error, StorageError) or error.errno in FULL_OR_GONE:
                 return _stopped(stage, f"stopped: {error}; what is committed stays, rerun goes on", EXIT_FAILURES)

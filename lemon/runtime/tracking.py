@@ -38,6 +38,7 @@ MLFLOW_PARENT = "mlflow.parentRunId"
 """The tag that MLflow gives a run which belongs to another."""
 
 _KEY = "lemon.key"
+_ENCODER = "encoder"  # the artifact of a registered model; lemon/served_encoder.py opens it by this name
 _MAX_PARAM = 6000  # characters that MLflow keeps of a parameter
 _PARAMS_A_CALL = 100
 _TRIES = 8  # to write to a SQLite database that other runs hold; each waits for up to 20 s by itself
@@ -400,6 +401,31 @@ def _exists(client: Any, run_id: str) -> bool:
         return False
 
 
+def download_encoder(uri: str, folder: Path) -> Path:
+    """Of ``models:/<name>/<version>`` (or ``@<alias>``) the exported encoder, somewhere in a folder that is made.
+
+    Raises ConfigError where MLflow has no such model, it is not one of ``Run.register``, or MLflow cannot be used.
+    """
+    where = tracking_uri()
+    if where.startswith("sqlite:///") and not Path(where.removeprefix("sqlite:///")).exists():
+        raise ConfigError(  # the client would make an empty one
+            f"encoder: {uri}: there is no {redacted(where)}; expected MLFLOW_TRACKING_URI=... of the MLflow that has it"
+        )
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    import mlflow.artifacts
+    from mlflow.models import Model
+
+    _require(where)
+    folder.mkdir(parents=True)
+    with _refused(f"encoder: {uri}", where):
+        places = {"tracking_uri": where, "registry_uri": where}
+        model = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder), **places))
+        artifacts = Model.load(model).flavors.get("python_function", {}).get("artifacts") or {}
+    if _ENCODER not in artifacts:
+        raise ConfigError(f"encoder: {uri} is no encoder that lemon pretrain registered")
+    return model / artifacts[_ENCODER]["path"]
+
+
 def _register(client: Any, run_id: str, name: str, encoder: Path, *, width: int, tags: dict[str, str]) -> int:
     """A model of the run, and the version that points to it. Goes on with a model that a killed process left."""
     from mlflow.entities import LoggedModelOutput
@@ -442,7 +468,7 @@ def _save(path: Path, encoder: Path, *, width: int, run_id: str, model_id: str) 
         mlflow.pyfunc.save_model(
             path,
             python_model=_SERVED,
-            artifacts={"encoder": str(encoder)},
+            artifacts={_ENCODER: str(encoder)},
             signature=ModelSignature(images, vectors),
             pip_requirements=needed,
             mlflow_model=Model(run_id=run_id, model_id=model_id),

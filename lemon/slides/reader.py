@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import cv2
 import numpy as np
@@ -36,7 +36,9 @@ T = TypeVar("T")
 
 
 class SlideReader:
-    """An open slide. Threads may read at once.
+    """An open slide, to be closed or used in a ``with``. Threads may read at once.
+
+    ``width_px`` and ``height_px`` are of level 0, ``mpp`` is its um/px; ``scale`` is level-0 px a base px.
 
     Args:
         path: a local file that OpenSlide can open.
@@ -73,6 +75,15 @@ class SlideReader:
         self.bounds_px = _bounds(properties, width_px=self.width_px, height_px=self.height_px)
         self.level_downsamples = tuple(self._handle.level_downsamples)
         self.level_dimensions = tuple(self._handle.level_dimensions)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"SlideReader({self.path!r}): {self.width_px} x {self.height_px} px at {self.mpp:g} um/px"
 
     @property
     def mpp_assumed(self) -> bool:

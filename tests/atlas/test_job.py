@@ -23,7 +23,15 @@ from lemon.atlas.config import AtlasConfig
 from lemon.atlas.fields import MISSING, categories_of, measures_of
 from lemon.atlas.figure import EDGE_PX, grid_of_cells
 from lemon.atlas.page import SHEET_SIDE, script_json, sheets_of
-from lemon.atlas.projection import LEVELS, curve_order, map_tsne, nearest_in_squares, quantise, to_unit_square
+from lemon.atlas.projection import (
+    LEVELS,
+    curve_order,
+    map_tsne,
+    nearest_in_squares,
+    open_method,
+    quantise,
+    to_unit_square,
+)
 from lemon.cells.select import rank_of
 from lemon.embed.clusters import palette
 from lemon.embed.names import embeddings_name
@@ -262,6 +270,19 @@ def test_without_clusters_the_map_is_coloured_by_what_is_known(tables: tuple[Sto
     found = read_cells(config_for(cells, bare, tmp_path / "out"))
     assert [category.key for category in categories_of(found.table)] == ["organ", "slide_id"]
     assert atlas.main(config_for(cells, bare, tmp_path / "out")) == 0
+
+
+@pytest.mark.slow
+def test_umap_keeps_groups_of_vectors_apart() -> None:
+    pytest.importorskip("umap", reason="make setup installs it")
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.eye(3, 16), 50, axis=0)
+    vectors = (groups + rng.normal(0, 0.05, groups.shape)).astype(np.float32)
+    found = open_method("umap")(vectors, perplexity=15, seed=0, threads=1)
+    assert (found.dtype, found.shape) == (np.float32, (150, 2))
+    centre = found.reshape(3, 50, 2).mean(axis=1)
+    nearest = np.linalg.norm(found[:, None] - centre[None], axis=2).argmin(axis=1)
+    assert (nearest == np.repeat(range(3), 50)).all()
 
 
 def test_mistakes_are_one_line_that_says_how_to_mend_them(

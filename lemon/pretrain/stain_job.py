@@ -1,0 +1,14 @@
+"""Cells to the statistics that the stain augmentation draws from."""
+
+from __future__ import annotations
+
+from lemon.errors import EXIT_OK
+from lemon.pretrain.assemble import fit_stain
+from lemon.pretrain.config import FitStainConfig
+
+
+def main(config: FitStainConfig) -> int:
+    """Fit, and tell where the statistics are. Raises ConfigError."""
+    path, count = fit_stain(config)
+    print(f"fit_stain: {config.components} components in {config.space} of {count:,} cells in {path}")
+    return EXIT_OK
