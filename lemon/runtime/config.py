@@ -228,9 +228,9 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 
 def conf_dir() -> Path:
-    """The folder of YAML files: beside the package in a checkout, inside it in a wheel."""
+    """The folder of YAML files: inside the package in a wheel, beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
-    for candidate in (package.parent / "conf", package / "conf"):
+    for candidate in (package / "conf", package.parent / "conf"):
         if candidate.is_dir():
             return candidate
     raise ConfigError(f"conf/ not found beside {package}: reinstall the package or run from a checkout")

@@ -85,4 +85,5 @@ def test_exit_codes_say_what_happened(model: Path, tmp_path: Path) -> None:
 def test_help_lists_every_key() -> None:
     told = embed("--help")
     assert told.returncode == 0
-    assert all(key in told.stdout for key in ("model", "slides", "clusters.k", "workers.launcher", "segmenter.min_area_um2"))
+    keys = ("model", "slides", "clusters.k", "workers.launcher", "segmenter.min_area_um2")
+    assert all(key in told.stdout for key in keys)
