@@ -36,7 +36,7 @@ from lemon.probe.tasks import consep
 from lemon.runtime.config import load
 from lemon.runtime.shards import write_shard
 from lemon.runtime.store import Store
-from lemon.schema import CELLS, CROP_PX
+from lemon.schema import CELL_PX, CELLS
 
 COLLECTIONS = ("monuseg_train", "consep_train", "gbm40", "cpm15")
 BASELINES = ("hog_and_colour", "untrained_vit_s8", "efficientnet_lite0")
@@ -153,7 +153,7 @@ def crops_of(image: np.ndarray, inst: np.ndarray) -> np.ndarray:
     centroid = (
         np.stack([np.bincount(owner, weights=axis, minlength=len(numbers)) for axis in (x, y)], 1) / counts[:, None]
     )
-    return cut_crops(image, np.round(centroid - (CROP_PX - 1) / 2).astype(int))
+    return cut_crops(image, np.round(centroid - (CELL_PX - 1) / 2).astype(int))
 
 
 def write_slide(store: Store, slide_id: str, crops: np.ndarray) -> None:

@@ -28,7 +28,7 @@ from lemon.probe.config import ProbeSettings
 from lemon.probe.folds import grouped_folds
 from lemon.probe.score import fold_means, score_task
 from lemon.probe.task import Protocol, Task
-from lemon.schema import CROP_PX
+from lemon.schema import CELL_PX
 
 SLIDES = 60
 
@@ -74,7 +74,7 @@ def made_up(rows: int, *, width: int, classes: int) -> tuple[Task, np.ndarray, n
     task = Task(
         name="made-up",
         kind="classification",
-        images=np.broadcast_to(np.zeros((1, CROP_PX, CROP_PX, 3), np.uint8), (rows, CROP_PX, CROP_PX, 3)),  # not used
+        images=np.broadcast_to(np.zeros((1, CELL_PX, CELL_PX, 3), np.uint8), (rows, CELL_PX, CELL_PX, 3)),  # not used
         target=target,
         target_names=tuple(f"class{number}" for number in range(classes)),
         sample_ids=np.arange(rows).astype(str),

@@ -54,15 +54,18 @@ def fault_of(found: pa.Schema, expected: pa.Schema) -> str | None:
     return None
 
 
-CROP_PX = 60
-"""Side of a stored crop. A 40 px view needs 40 * sqrt(2) = 56.6 px to turn freely without a black corner."""
+VIEW_PX = 40
+"""Side of a view: what of a cell's image the encoder sees."""
 
-CROP_MPP = 0.25
-"""Micrometres per pixel of regions and crops, whatever the slide's own resolution."""
+CELL_PX = 60
+"""Side of a cell's image as it is stored. A view needs 40 * sqrt(2) = 56.6 px to turn freely without a black corner."""
 
-CROP_BYTES = CROP_PX * CROP_PX * 3
+CELL_MPP = 0.25
+"""Micrometres per pixel of regions and cells, whatever the slide's own resolution."""
 
-_IMAGE_METADATA = {"shape": json.dumps([CROP_PX, CROP_PX, 3]), "dtype": "uint8", "um_per_px": str(CROP_MPP)}
+CELL_BYTES = CELL_PX * CELL_PX * 3
+
+_IMAGE_METADATA = {"shape": json.dumps([CELL_PX, CELL_PX, 3]), "dtype": "uint8", "um_per_px": str(CELL_MPP)}
 
 COHORT = _table(
     "cohort",
@@ -160,7 +163,7 @@ CELLS = _table(
         pa.field("hematoxylin_od_mean", pa.float32(), nullable=False),
         pa.field("polygon", pa.binary(), nullable=False),
         pa.field("rank", pa.float64(), nullable=False),
-        pa.field("image", pa.binary(CROP_BYTES), nullable=False, metadata=_IMAGE_METADATA),
+        pa.field("image", pa.binary(CELL_BYTES), nullable=False, metadata=_IMAGE_METADATA),
     ],
 )
 """One row a nucleus. ``mpp`` is the slide's own; ``polygon`` is WKB in level-0 px; ``rank`` is uniform in [0, 1)."""

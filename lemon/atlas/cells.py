@@ -21,12 +21,12 @@ from lemon.embed.stream import vectors_of
 from lemon.errors import ConfigError
 from lemon.runtime.shards import ShardError
 from lemon.runtime.store import Store, fingerprint
-from lemon.schema import CROP_MPP, CROP_PX, MORPHOMETRICS
+from lemon.schema import CELL_MPP, CELL_PX, MORPHOMETRICS
 
 THUMBNAIL_PX = 48
 """Side of a thumbnail. It shows the whole crop, since a tumour's nuclei fill it; a multiple of JPEG's 16 px blocks."""
 
-THUMBNAIL_MPP = CROP_MPP * CROP_PX / THUMBNAIL_PX
+THUMBNAIL_MPP = CELL_MPP * CELL_PX / THUMBNAIL_PX
 
 FACTS = ("cell_id", "slide_id", "organ", "site", "x_level0_px", "y_level0_px", *MORPHOMETRICS, "rank")
 

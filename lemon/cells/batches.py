@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from lemon.schema import CROP_PX
+from lemon.schema import CELL_PX
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Feed:
                 pinned = self.device.type == "cuda"
                 batch = torch.empty((len(indices), flat.shape[1]), dtype=torch.uint8, pin_memory=pinned)
                 np.take(flat, indices, axis=0, out=batch.numpy(), mode="clip")  # "clip" writes without a copy
-                if not _put(ready, batch.view(-1, CROP_PX, CROP_PX, 3), stop):
+                if not _put(ready, batch.view(-1, CELL_PX, CELL_PX, 3), stop):
                     return
         except Exception as error:  # handed to the consumer, which raises it  # noqa: BLE001
             _put(ready, error, stop)

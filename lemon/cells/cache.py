@@ -25,9 +25,9 @@ from lemon.cells.select import Selection
 from lemon.cells.shard import images_from_arrow
 from lemon.errors import ConfigError, StorageError
 from lemon.runtime.shards import ShardError
-from lemon.schema import CROP_PX
+from lemon.schema import CELL_PX
 
-IMAGE_BYTES = CROP_PX * CROP_PX * 3
+IMAGE_BYTES = CELL_PX * CELL_PX * 3
 THREADS = 8
 _READ_BYTES = 16 << 20
 _LEFT = re.compile(r"cells-[0-9a-f]{16}(\.[0-9a-f]{8})?\.tmp")  # with a second part: of earlier versions
@@ -39,7 +39,7 @@ Put = Callable[[int, int, np.ndarray], None]
 
 def read_images(selection: Selection) -> np.ndarray:
     """The images of a selection in memory, uint8 [N, 60, 60, 3]. Order: by slide, by rank within."""
-    images = np.empty((selection.n_cells, CROP_PX, CROP_PX, 3), np.uint8)
+    images = np.empty((selection.n_cells, CELL_PX, CELL_PX, 3), np.uint8)
 
     def put(_part: int, place: int, found: np.ndarray) -> None:
         images[place : place + len(found)] = found
@@ -60,7 +60,7 @@ def open_images(selection: Selection, *, cache: str | Path) -> np.ndarray:
         StorageError: the disk has no room for the file, or the folder no locks.
         ConfigError: the folder cannot be written, or a shard is damaged or another than its table says.
     """
-    path, shape = _path(selection, cache), (selection.n_cells, CROP_PX, CROP_PX, 3)
+    path, shape = _path(selection, cache), (selection.n_cells, CELL_PX, CELL_PX, 3)
     _reclaim(path.parent)
     check_cache(selection, cache=cache)
     while not _is_whole(path, selection):

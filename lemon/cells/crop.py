@@ -14,7 +14,7 @@ from skimage.color import hed_from_rgb
 from lemon import schema
 from lemon.cells.select import rank_of
 from lemon.nuclei.instances import Nucleus
-from lemon.schema import CROP_MPP, CROP_PX
+from lemon.schema import CELL_MPP, CELL_PX
 from lemon.slides.cohort import Slide
 from lemon.slides.tiles import Region
 from lemon.slides.tissue import optical_density
@@ -79,7 +79,7 @@ def claim_cells(
         rows=_rows(image, nuclei, ids=ids, rank=rank, centroid=centroid, offset=offset, frame=frame),
         centroid_px=centroid,
         contested=~_within(centroid, _grown(region.inner_px, -SEAM_PX)),
-        at_edge=~(_within(corner, slide_box) & _within(corner + CROP_PX - 1, slide_box)),
+        at_edge=~(_within(corner, slide_box) & _within(corner + CELL_PX - 1, slide_box)),
         kept=kept,
         images=cut_crops(image, corner[kept] - offset.astype(int)),
     )
@@ -91,14 +91,14 @@ def cut_crops(image: np.ndarray, corner_px: np.ndarray) -> np.ndarray:
     What lies outside the image is white.
     """
     if len(corner_px) == 0:
-        return np.empty((0, CROP_PX, CROP_PX, 3), np.uint8)
+        return np.empty((0, CELL_PX, CELL_PX, 3), np.uint8)
     high, wide = image.shape[:2]
     low = np.maximum(0, -corner_px.min(axis=0))
-    over = np.maximum(0, corner_px.max(axis=0) + CROP_PX - (wide, high))
+    over = np.maximum(0, corner_px.max(axis=0) + CELL_PX - (wide, high))
     if low.any() or over.any():
         image = np.pad(image, ((low[1], over[1]), (low[0], over[0]), (0, 0)), constant_values=255)
         corner_px = corner_px + low
-    windows = np.lib.stride_tricks.sliding_window_view(image, (CROP_PX, CROP_PX, 3))[:, :, 0]
+    windows = np.lib.stride_tricks.sliding_window_view(image, (CELL_PX, CELL_PX, 3))[:, :, 0]
     return windows[corner_px[:, 1], corner_px[:, 0]]
 
 
@@ -129,7 +129,7 @@ def crop_nuclei(image: np.ndarray, nuclei: Sequence[Nucleus] | np.ndarray) -> np
 
 def corners_of(centroid_px: np.ndarray) -> np.ndarray:
     """Top left px int [N, 2] of the crops around centroids [N, 2], (x, y)."""
-    return np.round(centroid_px - (CROP_PX - 1) / 2).astype(int)
+    return np.round(centroid_px - (CELL_PX - 1) / 2).astype(int)
 
 
 def measure(image: np.ndarray, nuclei: Sequence[Nucleus]) -> dict[str, np.ndarray]:
@@ -153,7 +153,7 @@ def measure(image: np.ndarray, nuclei: Sequence[Nucleus]) -> dict[str, np.ndarra
     density = optical_density(image[inside]) @ _HEMATOXYLIN
     total = np.bincount(owner, weights=density, minlength=len(nuclei) + 1)[1:]
     return {
-        "area_um2": (area_px * CROP_MPP**2).astype(np.float32),
+        "area_um2": (area_px * CELL_MPP**2).astype(np.float32),
         "eccentricity": eccentricity,
         "solidity": np.minimum(solidity, 1),
         "hematoxylin_od_mean": (total / np.maximum(area_px, 1)).astype(np.float32),

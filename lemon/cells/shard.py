@@ -159,19 +159,19 @@ class SlideShard:
 def images_to_arrow(images: np.ndarray) -> pa.FixedSizeBinaryArray:
     """uint8 [N, 60, 60, 3] as fixed-size binary, without a copy where the array is contiguous."""
     data = pa.py_buffer(np.ascontiguousarray(images, np.uint8))
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(schema.CROP_BYTES), len(images), [None, data])
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(schema.CELL_BYTES), len(images), [None, data])
 
 
 def images_from_arrow(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """The image column as uint8 [N, 60, 60, 3]; a view of Arrow's memory for a single chunk."""
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
-    shape = (-1, schema.CROP_PX, schema.CROP_PX, 3)
-    size = schema.CROP_BYTES
+    shape = (-1, schema.CELL_PX, schema.CELL_PX, 3)
+    size = schema.CELL_BYTES
     parts = [
         np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * size, chunk.offset * size).reshape(shape)
         for chunk in chunks
         if len(chunk)
     ]
     if not parts:
-        return np.empty((0, schema.CROP_PX, schema.CROP_PX, 3), np.uint8)
+        return np.empty((0, schema.CELL_PX, schema.CELL_PX, 3), np.uint8)
     return parts[0] if len(parts) == 1 else np.concatenate(parts)

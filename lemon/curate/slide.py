@@ -28,7 +28,7 @@ from lemon.curate.config import CurateConfig
 from lemon.nuclei.segmenter import Postprocess, Segmenter
 from lemon.runtime.identifiers import file_stem
 from lemon.runtime.store import Store
-from lemon.schema import CROP_MPP
+from lemon.schema import CELL_MPP
 from lemon.slides.cohort import Slide
 from lemon.slides.local import local_slide
 from lemon.slides.reader import RegionError, SlideError, SlideReader
@@ -153,7 +153,7 @@ def _curate_open(
         regions = _plan(reader, overview, overview_mpp=overview_mpp, slide=slide, config=config, tally=tally)
         samples = _samples(reader, regions)
         if overview is None and samples:  # where it could not be seen as a whole, by its parts
-            _check_stain(np.concatenate(samples), mpp=CROP_MPP, config=config)
+            _check_stain(np.concatenate(samples), mpp=CELL_MPP, config=config)
         calibration = segmenter.calibrate(samples) if samples else None
     tally.n_regions = len(regions)
     frame = Frame(slide=slide, mpp=reader.mpp, scale=reader.scale, bounds_px=reader.bounds_base_px)

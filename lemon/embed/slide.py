@@ -17,7 +17,7 @@ from lemon.embed.names import clusters_name, embeddings_name
 from lemon.embed.stream import read_ahead, vectors_of
 from lemon.runtime.shards import ShardError
 from lemon.runtime.store import Store
-from lemon.schema import CELLS, CLUSTERS, CROP_MPP, EMBEDDINGS
+from lemon.schema import CELL_MPP, CELLS, CLUSTERS, EMBEDDINGS
 from lemon.slides.reader import SlideError, SlideReader
 
 
@@ -59,7 +59,7 @@ class EmbeddedSlide:
     def origin_px(self) -> tuple[int, int]:
         """The corner of the scanned area, which QuPath counts from; (0, 0) where the slide's file is not at hand."""
         try:
-            with contextlib.closing(SlideReader(self.path, mpp=CROP_MPP)) as reader:  # the corner has no scale
+            with contextlib.closing(SlideReader(self.path, mpp=CELL_MPP)) as reader:  # the corner has no scale
                 return reader.bounds_px[:2]
         except SlideError:
             return 0, 0

@@ -85,8 +85,8 @@ def embed_shard(
 
 def _vectors(column: pa.Array, *, encoder: Encoder, dtype: str, precision: str) -> np.ndarray:
     """Embeddings [N, D] of an image column."""
-    if column.type != pa.binary(schema.CROP_BYTES):
-        raise ShardError(f"image: got {column.type}; expected fixed-size binary of {schema.CROP_BYTES} bytes")
+    if column.type != pa.binary(schema.CELL_BYTES):
+        raise ShardError(f"image: got {column.type}; expected fixed-size binary of {schema.CELL_BYTES} bytes")
     # The copy makes the images writable, which torch asks for.
     images = images_from_arrow(column).copy()
     features = encoder.embed(images, bf16=precision == "bf16").float().cpu().numpy()

@@ -20,7 +20,7 @@ from lemon.encoders.architectures import build
 from lemon.encoders.features import default_batch
 from lemon.encoders.open import Encoder
 from lemon.encoders.registry import find_entry
-from lemon.schema import CROP_PX
+from lemon.schema import CELL_PX
 
 aten = torch.ops.aten
 ATTENTION_PRODUCTS: tuple[Any, ...] = (aten.bmm, aten.baddbmm)
@@ -81,7 +81,7 @@ def cells_per_s(
     """
     encoder = encoder.to(device)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (cells, CROP_PX, CROP_PX, 3), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 256, (cells, CELL_PX, CELL_PX, 3), dtype=torch.uint8, generator=generator)
     encoder.embed(images[: batch or default_batch(encoder.cell_input.px)], batch=batch, bf16=bf16)
     seconds = []
     for _ in range(repeats):

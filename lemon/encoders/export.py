@@ -21,7 +21,7 @@ from lemon.encoders.vit import CellTransformer, load_strictly
 from lemon.errors import ConfigError
 from lemon.runtime.store import locate, parse_json
 from lemon.runtime.tensors import read_weights, undamaged
-from lemon.schema import CROP_PX
+from lemon.schema import CELL_PX
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -121,7 +121,7 @@ def timm_config(encoder: VisionTransformer, *, cell_input: CellInput, facts: Map
             "fixed_input_size": True,
             "interpolation": "bicubic",
             # timm resizes to px / crop_pct before its centre crop; for a stored image of 60 px that crops crop_px.
-            "crop_pct": cell_input.crop_px / CROP_PX,
+            "crop_pct": cell_input.crop_px / CELL_PX,
             "crop_mode": "center",
             "mean": list(cell_input.mean),
             "std": list(cell_input.std),

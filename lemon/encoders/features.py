@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemon.encoders.images import cell_images
-from lemon.schema import CROP_PX
+from lemon.schema import CELL_PX
 
 
 @torch.no_grad()
@@ -47,10 +47,10 @@ def encode_cells(
     training = encoder.training
     encoder.eval()
     device = next((weights.device for weights in encoder.parameters()), cells.device)
-    low, px = (CROP_PX - crop_px) // 2, input_px or crop_px
+    low, px = (CELL_PX - crop_px) // 2, input_px or crop_px
     center, scale = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (mean, std))
     features = []
-    known = cells if len(cells) else cells.new_zeros((1, CROP_PX, CROP_PX, 3))  # whose width is asked for
+    known = cells if len(cells) else cells.new_zeros((1, CELL_PX, CELL_PX, 3))  # whose width is asked for
     for part in known[:, low : low + crop_px, low : low + crop_px].split(batch or default_batch(px)):
         seen = resize(part.to(device).permute(0, 3, 1, 2).float() / 255, px=px)  # [B, 3, px, px]
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lemon.schema import CROP_PX
+from lemon.schema import CELL_PX
 
 CHUNK = 1024  # images whose values are looked at, or converted, at a time
 
-_EXPECTED = f"expected RGB images of {CROP_PX} x {CROP_PX} px at 0.25 um/px, uint8 [N, {CROP_PX}, {CROP_PX}, 3]"
+_EXPECTED = f"expected RGB images of {CELL_PX} x {CELL_PX} px at 0.25 um/px, uint8 [N, {CELL_PX}, {CELL_PX}, 3]"
 _OF_16_BITS = "16-bit images: (images // 257).astype('uint8') where they use the whole range"
 _ALIKE = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint32, torch.uint64)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -55,7 +55,7 @@ def _tensor(images: Any) -> Tensor:
         return images.detach()
     if isinstance(images, Sequence) and not isinstance(images, (str, bytes)):
         if not len(images):
-            return torch.empty((0, CROP_PX, CROP_PX, 3), dtype=torch.uint8)
+            return torch.empty((0, CELL_PX, CELL_PX, 3), dtype=torch.uint8)
         if any(isinstance(image, Tensor) for image in images):
             return _stacked([_tensor(image) for image in images])
     try:
@@ -85,7 +85,7 @@ def _stacked(images: list[Tensor]) -> Tensor:
 
 def _channels_last(images: Tensor) -> Tensor:
     """[N, 60, 60, C], C being 3 or 4."""
-    shape, side = tuple(images.shape), (CROP_PX, CROP_PX)
+    shape, side = tuple(images.shape), (CELL_PX, CELL_PX)
     if shape == (0,):
         return images.new_empty((0, *side, 3))
     if len(shape) == 3 and shape[:2] == side and shape[2] in (3, 4):
@@ -99,9 +99,9 @@ def _channels_last(images: Tensor) -> Tensor:
 
 def _why(shape: tuple[int, ...]) -> str:
     """What is most likely the matter with a shape."""
-    side = (CROP_PX, CROP_PX)
+    side = (CELL_PX, CELL_PX)
     if shape in ((3, *side), (4, *side)):
-        return f"of one image with its channels first, give images[None], [1, {shape[0]}, {CROP_PX}, {CROP_PX}]"
+        return f"of one image with its channels first, give images[None], [1, {shape[0]}, {CELL_PX}, {CELL_PX}]"
     if side in (shape, shape[1:], shape[1:3], shape[2:], shape[:2]) and len(shape) <= 4:
         return "grey images are none that the encoder knows: stain is colour"
     if len(shape) in (3, 4) and {3, 4} & {shape[-1], shape[-3]}:

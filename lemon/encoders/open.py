@@ -23,7 +23,7 @@ from lemon.extras import lacking
 from lemon.runtime.scratch import scratch_folder
 from lemon.runtime.store import is_uri, local_copy, locate
 from lemon.runtime.tensors import undamaged
-from lemon.schema import CROP_MPP, CROP_PX
+from lemon.schema import CELL_MPP, CELL_PX
 
 RELEASED = Path(__file__).parent / "released"
 """Encoders that come with the package, in the layout of an export."""
@@ -60,13 +60,13 @@ class Encoder(nn.Module):
         place = next((each.device for each in self.parameters()), "cpu")
         return (
             f"Encoder {self.name!r}: {count / 1e6:.1f} M parameters on {place}\n"
-            f"  embed(uint8 [N, {CROP_PX}, {CROP_PX}, 3], RGB at {CROP_MPP} um/px) -> torch.float32 [N, {width}]"
+            f"  embed(uint8 [N, {CELL_PX}, {CELL_PX}, 3], RGB at {CELL_MPP} um/px) -> torch.float32 [N, {width}]"
         )
 
     @cached_property
     def width(self) -> int:
         """Values of an embedding."""
-        return self.embed(np.zeros((1, CROP_PX, CROP_PX, 3), np.uint8)).shape[1]
+        return self.embed(np.zeros((1, CELL_PX, CELL_PX, 3), np.uint8)).shape[1]
 
     @cached_property
     def fingerprint(self) -> str:

@@ -11,6 +11,7 @@ from lemon.encoders.config import EncoderConfig
 from lemon.errors import Fault
 from lemon.runtime.config import AnyPath, Choice, LocalPath, Settings, raise_faults
 from lemon.runtime.registry import Registry
+from lemon.schema import VIEW_PX
 from lemon.views.policy import Policy, Positive, Probability, ordered
 
 if TYPE_CHECKING:
@@ -26,9 +27,6 @@ DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
 
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 """What torch takes as one."""
-
-VIEW_PX = 40
-"""Side of a global view: what is left of a stored cell whatever it is rotated by."""
 
 REGISTERED = r"""^[^\s/:.%"'\\][^\x00-\x1f/:.%"'\\]{0,199}$"""
 """Names that MLflow takes for a registered model and for the model of a run (MLflow 3)."""

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from lemon.schema import CROP_PX
+from lemon.schema import CELL_PX
 
 
 class TaskError(ValueError):
@@ -76,7 +76,7 @@ class Task:
 
     def __post_init__(self) -> None:
         n = len(self.images)
-        if self.images.shape[1:] != (CROP_PX, CROP_PX, 3) or self.images.dtype != np.uint8:
+        if self.images.shape[1:] != (CELL_PX, CELL_PX, 3) or self.images.dtype != np.uint8:
             raise ValueError(
                 f"{self.name}: images {self.images.dtype} {self.images.shape}; expected uint8 [N, 60, 60, 3]"
             )

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import shapely
 
 from lemon.cells.shard import images_from_arrow
-from lemon.schema import CROP_MPP, CROP_PX
+from lemon.schema import CELL_MPP, CELL_PX
 from lemon.slides.reader import SlideReader
 
 _OUTLINE = (20, 160, 60)  # green: the complement of H&E's colours
@@ -54,10 +54,10 @@ def cell_sheet(cells: pa.Table, *, columns: int, rows: int, pitch_px: int = 75) 
     chosen = cells.take(pc.sort_indices(cells["rank"])[: columns * rows])
     images = images_from_arrow(chosen["image"])
     sheet = np.full((rows * pitch_px, columns * pitch_px, 3), 255, np.uint8)
-    margin = (pitch_px - CROP_PX) // 2
+    margin = (pitch_px - CELL_PX) // 2
     for index, image in enumerate(images):
         y, x = (value * pitch_px + margin for value in divmod(index, columns))
-        sheet[y : y + CROP_PX, x : x + CROP_PX] = image
+        sheet[y : y + CELL_PX, x : x + CELL_PX] = image
     return sheet
 
 
@@ -81,7 +81,7 @@ def _enlarged(
     outlines = [(shapely.get_coordinates(polygon) / slide.scale - (x, y)) * factor for polygon in polygons]
     inside = [ring for ring in outlines if ring.max() > 0 and ring.min() < side_px]
     picture = _outlined(picture, inside, thickness=2)
-    return _with_scale_bar(picture, um_per_px=CROP_MPP / factor)
+    return _with_scale_bar(picture, um_per_px=CELL_MPP / factor)
 
 
 def _outlined(picture: np.ndarray, outlines: Sequence[np.ndarray], *, thickness: int) -> np.ndarray:

@@ -27,7 +27,7 @@ from lemon.runtime.cluster import ray_address
 from lemon.runtime.scratch import scratch_folder
 from lemon.runtime.secrets import redacted
 from lemon.runtime.store import Store, code_version
-from lemon.schema import CROP_PX
+from lemon.schema import CELL_PX
 from lemon.version import __version__
 
 DATABASE = "mlflow.db"
@@ -460,7 +460,7 @@ def _save(path: Path, encoder: Path, *, width: int, run_id: str, model_id: str) 
     from mlflow.types import Schema, TensorSpec
 
     # Without names, so that predict takes an array and not a dictionary.
-    images = Schema([TensorSpec(np.dtype("uint8"), (-1, CROP_PX, CROP_PX, 3))])
+    images = Schema([TensorSpec(np.dtype("uint8"), (-1, CELL_PX, CELL_PX, 3))])
     vectors = Schema([TensorSpec(np.dtype("float32"), (-1, width))])
     needed = [f"lemon-nuclei=={__version__}", *(f"{each}=={_release(each)}" for each in _REQUIREMENTS)]
     with warnings.catch_warnings():

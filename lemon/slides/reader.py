@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 import openslide
 
-from lemon.schema import CROP_MPP
+from lemon.schema import CELL_MPP
 from lemon.slides.errors import RegionError, SlideError
 from lemon.slides.headers import check_size, check_tiff, check_tile, explain_refusal
 from lemon.slides.paths import as_text, on_disk
@@ -55,7 +55,7 @@ class SlideReader:
         self,
         path: str | Path,
         *,
-        default_mpp: float = CROP_MPP,
+        default_mpp: float = CELL_MPP,
         mpp: float | None = None,
         limit_s: float = LIMIT_S,
     ) -> None:
@@ -70,7 +70,7 @@ class SlideReader:
         self.mpp, self.mpp_source = resolution.mpp, resolution.source
         self.notes = (*resolution.notes, *notes)
         """What there is to say of the file, for the slide's row."""
-        self.scale = CROP_MPP / self.mpp
+        self.scale = CELL_MPP / self.mpp
         self.width_px, self.height_px = self._handle.dimensions
         self.bounds_px = _bounds(properties, width_px=self.width_px, height_px=self.height_px)
         self.level_downsamples = tuple(self._handle.level_downsamples)

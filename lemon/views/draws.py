@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from lemon.views.images import CROP_PX
+from lemon.schema import VIEW_PX
 from lemon.views.policy import Crop, Erasing, Jitter, ViewRecipe
 
 TRIES = 10
@@ -134,7 +134,7 @@ def _place(uniform: torch.Tensor, *, length: torch.Tensor, side_px: int) -> torc
 
 def _draw_crop(crop: Crop, uniform: _Uniforms) -> torch.Tensor:
     """torchvision's RandomResizedCrop.get_params: [B, 4]."""
-    side = CROP_PX
+    side = VIEW_PX
     widths, heights = _draw_sizes(uniform, scale=crop.scale, ratio=crop.ratio, side_px=side)
     fits = (widths > 0) & (widths <= side) & (heights > 0) & (heights <= side)
     low, high = crop.ratio

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lemon.views.images import CELL_PX, CROP_PX
+from lemon.schema import CELL_PX, VIEW_PX
 from lemon.views.make import make_views
 from lemon.views.policy import Policy
 
@@ -55,7 +55,7 @@ def draw_gallery(
 
 
 def _centre(images_u8: torch.Tensor) -> torch.Tensor:
-    margin = (CELL_PX - CROP_PX) // 2
+    margin = (CELL_PX - VIEW_PX) // 2
     return images_u8[:, margin:-margin, margin:-margin].cpu()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from lemon.views.images import CELL_PX, CROP_PX
+from lemon.schema import CELL_PX, VIEW_PX
 
 
 def sample_views(
@@ -49,8 +49,8 @@ def _view_grid(*, angle: torch.Tensor, crop: torch.Tensor, flip: torch.Tensor, s
     along = (torch.arange(size_px, device=angle.device, dtype=torch.float32) + 0.5) / size_px  # [s], 0 to 1
     top, left, height, width = crop.unbind(1)
     mirrored = torch.where(flip[:, None], 1 - along, along)  # [B, s]
-    x = left[:, None] + mirrored * width[:, None] - CROP_PX / 2  # [B, s] px from the centre
-    y = top[:, None] + along * height[:, None] - CROP_PX / 2
+    x = left[:, None] + mirrored * width[:, None] - VIEW_PX / 2  # [B, s] px from the centre
+    y = top[:, None] + along * height[:, None] - VIEW_PX / 2
     radians = torch.deg2rad(angle)
     cos, sin = radians.cos() * (2 / CELL_PX), radians.sin() * (2 / CELL_PX)
     columns = torch.stack([cos[:, None] * x, sin[:, None] * x], dim=1)  # [B, 2, s]
@@ -72,10 +72,10 @@ def rotate_crop(cells: torch.Tensor, *, angle: torch.Tensor) -> torch.Tensor:
 
     No pixel of the crop comes from outside the cell at any angle: 40 * sqrt(2) = 56.6 < 60.
     """
-    batch, crop = cells.shape[0], torch.tensor([0.0, 0.0, CROP_PX, CROP_PX], device=cells.device)
+    batch, crop = cells.shape[0], torch.tensor([0.0, 0.0, VIEW_PX, VIEW_PX], device=cells.device)
     still = torch.zeros(batch, dtype=torch.bool, device=cells.device)
-    views = sample_views(cells, angle=angle, crop=crop.expand(batch, 4), flip=still, size_px=CROP_PX)
-    return views.unflatten(2, (CROP_PX, CROP_PX))
+    views = sample_views(cells, angle=angle, crop=crop.expand(batch, 4), flip=still, size_px=VIEW_PX)
+    return views.unflatten(2, (VIEW_PX, VIEW_PX))
 
 
 def resized_crop(images: torch.Tensor, *, crop: torch.Tensor, size_px: int) -> torch.Tensor:

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import torch
 
-CELL_PX = 60
-"""Side of a stored cell image: 40 * sqrt(2) = 56.6 < 60, so a rotated 40 px crop has no empty corner."""
-CROP_PX = 40
-"""Side of the crop centred on the nucleus that the encoder sees."""
-
 
 def check_images(images_u8: torch.Tensor, *, side_px: int | None = None) -> None:
     """Raise ValueError unless ``images_u8`` is uint8 [B, H, W, 3] (with H = W = ``side_px`` if given)."""

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from lemon.schema import CELL_PX, VIEW_PX
 from lemon.views.draws import ViewParameters, draw_view_parameters
-from lemon.views.images import CELL_PX, CROP_PX, check_images
+from lemon.views.images import check_images
 from lemon.views.macenko import draw_perturbations, perturb_stains
 from lemon.views.policy import Policy, Stain, ViewRecipe, load_policy, policy_names
 from lemon.views.render import CPU_CHUNK, constants_of, plan_of, render_batch, render_views
@@ -66,13 +67,13 @@ def make_views(
     count, device, recipes = len(images_u8), images_u8.device, policy.recipes
     # Stains are drawn last, so policies that differ in stain alone make otherwise equal views from the same seed.
     drawn = [
-        draw_view_parameters(recipe, count=count, size_px=CROP_PX, generator=generator, device=device)
+        draw_view_parameters(recipe, count=count, size_px=VIEW_PX, generator=generator, device=device)
         for recipe in recipes
     ]
     cells = _stained(images_u8, stain=policy.stain, generator=generator, times=2)
     view_a, view_b = (
         _render(
-            source, parameters, recipe=recipe, policy=policy, size_px=CROP_PX, reference=reference, compiled=compiled
+            source, parameters, recipe=recipe, policy=policy, size_px=VIEW_PX, reference=reference, compiled=compiled
         )
         for source, parameters, recipe in zip(cells, drawn, recipes, strict=True)
     )

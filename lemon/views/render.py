@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lemon.schema import CELL_PX
 from lemon.views.color import blur_basis, erase_, gaussian_blur_, grayscale_, jitter_, solarize_
 from lemon.views.draws import ViewParameters
 from lemon.views.geometry import lattice, resized_crop, rotate_crop, sample_views
-from lemon.views.images import CELL_PX
 from lemon.views.policy import Policy, ViewRecipe
 
 LATTICE = 12

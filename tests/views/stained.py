@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lemon.schema import VIEW_PX
 from lemon.views.draws import ViewParameters, draw_view_parameters
-from lemon.views.images import CROP_PX
 from lemon.views.policy import ViewRecipe
 from tests.conftest import SHARED
 
@@ -21,7 +21,7 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def draw(recipe: ViewRecipe, count: int, *, seed: int = 0, size_px: int = CROP_PX) -> ViewParameters:
+def draw(recipe: ViewRecipe, count: int, *, seed: int = 0, size_px: int = VIEW_PX) -> ViewParameters:
     """Parameters of ``count`` views on the CPU."""
     return draw_view_parameters(recipe, count=count, size_px=size_px, generator=seeded(seed), device=CPU)
 

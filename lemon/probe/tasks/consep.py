@@ -23,7 +23,7 @@ from scipy.io import loadmat
 from lemon.probe.task import Count, Task, TaskError
 from lemon.probe.tasks.assemble import by_group, classification_task
 from lemon.probe.tasks.crops import cut_by_image
-from lemon.schema import CROP_MPP
+from lemon.schema import CELL_MPP
 from lemon.slides.images import read_image
 
 OBTAIN = "CoNSeP (research use only): https://warwick.ac.uk/fac/cross_fac/tia/data/hovernet"
@@ -40,7 +40,7 @@ def load(folder: Path, *, seed: int = 0) -> Task:
     images, kept = cut_by_image(
         typed["slide"].to_numpy(str),
         typed[["x", "y"]].to_numpy(np.float64),
-        lambda name: (read_image(pictures[name], error=TaskError), CROP_MPP),
+        lambda name: (read_image(pictures[name], error=TaskError), CELL_MPP),
         desc="consep",
     )
     rows = typed[kept]

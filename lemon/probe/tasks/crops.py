@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from lemon.cells.crop import cut_crops
 from lemon.probe.task import TaskError
-from lemon.schema import CROP_MPP, CROP_PX
+from lemon.schema import CELL_MPP, CELL_PX
 from lemon.slides.images import read_image
 
 _BLACK = 2  # values up to this are a filled margin: lossy patches do not keep 0 exactly
@@ -59,7 +59,7 @@ def cut_by_image(
     Returns:
         Crops uint8 [K, 60, 60, 3] in the order of the points, and which of the N points they are of: bool [N].
     """
-    images = np.empty((len(names), CROP_PX, CROP_PX, 3), np.uint8)
+    images = np.empty((len(names), CELL_PX, CELL_PX, 3), np.uint8)
     kept = np.zeros(len(names), bool)
     unique, owner = np.unique(names, return_inverse=True)
     for number, name in enumerate(tqdm(unique, unit="image", desc=desc, disable=None)):
@@ -72,24 +72,24 @@ def cut_by_image(
 
 def corners(centre_px: np.ndarray, *, mpp: float) -> np.ndarray:
     """Top left px of the crops, int [N, 2], on the grid of 0.25 um/px, of centres [N, 2] in px of ``mpp`` um/px."""
-    centre = (np.asarray(centre_px, np.float64).reshape(-1, 2) + 0.5) * (mpp / CROP_MPP) - 0.5
-    return np.round(centre - (CROP_PX - 1) / 2).astype(int)
+    centre = (np.asarray(centre_px, np.float64).reshape(-1, 2) + 0.5) * (mpp / CELL_MPP) - 0.5
+    return np.round(centre - (CELL_PX - 1) / 2).astype(int)
 
 
 def is_whole(corner_px: np.ndarray, *, width_px: int, height_px: int) -> np.ndarray:
     """Which crops of top left px [N, 2] lie wholly inside: bool [N]."""
-    return np.all((corner_px >= 0) & (corner_px + CROP_PX <= (width_px, height_px)), axis=1)
+    return np.all((corner_px >= 0) & (corner_px + CELL_PX <= (width_px, height_px)), axis=1)
 
 
 def size_at_crop_mpp(width_px: int, height_px: int, *, mpp: float) -> tuple[int, int]:
     """Whole px at 0.25 um/px that an image of ``mpp`` um/px fills: width, height."""
-    scale = mpp / CROP_MPP
+    scale = mpp / CELL_MPP
     return math.floor(width_px * scale + 1e-6), math.floor(height_px * scale + 1e-6)
 
 
 def to_crop_mpp(image: np.ndarray, *, mpp: float) -> np.ndarray:
     """An image uint8 [H, W, 3] of ``mpp`` um/px at 0.25 um/px; itself where it has that already."""
-    step = CROP_MPP / mpp  # px of the image a px of the result
+    step = CELL_MPP / mpp  # px of the image a px of the result
     if abs(step - 1) < 1e-3:
         return image
     if step > 1.05:
@@ -104,7 +104,7 @@ def to_crop_mpp(image: np.ndarray, *, mpp: float) -> np.ndarray:
 
 
 def cut_patches(
-    paths: Sequence[Path], *, mpp: float | Sequence[float] = CROP_MPP, desc: str
+    paths: Sequence[Path], *, mpp: float | Sequence[float] = CELL_MPP, desc: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """The middle of ready-made patches: crops uint8 [K, 60, 60, 3], and which of the N patches they are of: bool [N].
 
@@ -117,7 +117,7 @@ def cut_patches(
         TaskError: a patch is absent or no image.
     """
     resolution = np.broadcast_to(np.asarray(mpp, np.float64), len(paths))
-    images = np.empty((len(paths), CROP_PX, CROP_PX, 3), np.uint8)
+    images = np.empty((len(paths), CELL_PX, CELL_PX, 3), np.uint8)
     kept = np.zeros(len(paths), bool)
     for index, path in enumerate(tqdm(paths, unit="patch", desc=desc, disable=None)):
         crop = middle(read_image(path, error=TaskError), mpp=float(resolution[index]))

@@ -27,13 +27,12 @@ from lemon.probe.tasks.assemble import MIN_SUPPORT, by_group, classification_tas
 from lemon.probe.tasks.crops import middle
 from lemon.runtime.identifiers import look_alikes_line, some
 from lemon.runtime.tables import Column, Form, read_user_table
-from lemon.schema import CROP_MPP, CROP_PX
+from lemon.schema import CELL_MPP, CELL_PX, VIEW_PX
 from lemon.slides.images import read_image
 from lemon.slides.resolution import PLAUSIBLE_MPP
 
 OBTAIN = "labels.csv with the columns image, label, slide, and the images that it names"
 GROUPS = ("slide", "patient", "hospital", "scanner")
-VIEW_PX = 40  # the least that an image must show at 0.25 um/px
 
 
 FORM = Form(
@@ -54,12 +53,12 @@ def load(folder: Path, *, name: str, seed: int = 0, min_support: int = MIN_SUPPO
     read = read_user_table(folder / "labels.csv", form=FORM)
     table = pd.DataFrame(read.columns)
     n_rows, table = len(table), table[table["label"].notna()].reset_index(drop=True)
-    mpp = table["mpp"] if "mpp" in table else np.full(len(table), CROP_MPP)
+    mpp = table["mpp"] if "mpp" in table else np.full(len(table), CELL_MPP)
     crops = [_crop(folder / image, mpp=float(value)) for image, value in zip(table["image"], mpp, strict=True)]
     by = "patient" if "patient" in table else "slide"
     notes = _fill_patients(table, where=read.place) if "patient" in table else []
     n_filled, n_grey = sum(filled for _, filled in crops), sum(_is_grey(crop) for crop, _ in crops)
-    notes += [f"{n_filled} crops are smaller than {CROP_PX} px and set on white"] if n_filled else []
+    notes += [f"{n_filled} crops are smaller than {CELL_PX} px and set on white"] if n_filled else []
     notes += [f"{n_grey} images are grey: their stain's colours are lost"] if n_grey else []
     batch = _batch_of(table, notes)
     groups = [column for column in GROUPS if column in table]
@@ -67,7 +66,7 @@ def load(folder: Path, *, name: str, seed: int = 0, min_support: int = MIN_SUPPO
     return classification_task(
         f"folder:{name}",
         rows=table[["image", "label", *groups]].fillna("").rename(columns={"image": "sample_id"}),
-        images=np.stack([crop for crop, _ in crops]) if crops else np.empty((0, CROP_PX, CROP_PX, 3), np.uint8),
+        images=np.stack([crop for crop, _ in crops]) if crops else np.empty((0, CELL_PX, CELL_PX, 3), np.uint8),
         classes=dict.fromkeys(sorted(table["label"].unique())),
         folds=by_group(by, seed=seed),
         counts=(
@@ -129,11 +128,11 @@ def _crop(path: Path, *, mpp: float) -> tuple[np.ndarray, bool]:
     if crop is not None:
         return crop, False
     high, wide = image.shape[:2]
-    shown_px = min(high, wide) * mpp / CROP_MPP
+    shown_px = min(high, wide) * mpp / CELL_MPP
     if shown_px < VIEW_PX - 0.5:
-        expected = f"expected {VIEW_PX} px or more, {VIEW_PX * CROP_MPP:g} um: cut larger crops, or mend mpp"
+        expected = f"expected {VIEW_PX} px or more, {VIEW_PX * CELL_MPP:g} um: cut larger crops, or mend mpp"
         raise TaskError(f"{path}: {wide}x{high} px of {mpp:g} um/px are {shown_px:.0f} px at 0.25 um/px; {expected}")
-    margin = math.ceil(CROP_PX * CROP_MPP / mpp / 2) + 1
+    margin = math.ceil(CELL_PX * CELL_MPP / mpp / 2) + 1
     image = np.pad(image, ((margin, margin), (margin, margin), (0, 0)), constant_values=255)
     crop = middle(image, mpp=mpp)
     assert crop is not None

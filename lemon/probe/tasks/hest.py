@@ -36,7 +36,7 @@ from lemon.probe.task import Count, Protocol, Task, TaskError
 from lemon.probe.tasks.assemble import check_protocols
 from lemon.probe.tasks.crops import corners, is_whole, size_at_crop_mpp
 from lemon.probe.tasks.xenium import MIN_QV, count_transcripts, read_centroids
-from lemon.schema import CROP_PX
+from lemon.schema import CELL_PX
 from lemon.slides.reader import RegionError, SlideError, SlideReader
 
 OBTAIN = "HEST-1k (gated, CC BY-NC-SA): https://huggingface.co/datasets/MahmoodLab/hest"
@@ -219,12 +219,12 @@ def read_crops(folder: Path, samples: Sequence[Sample], *, desc: str) -> tuple[n
     A slide is read in blocks of ``BLOCK_PX`` around its cells.
     """
     n_cells = sum(len(sample.sample_ids) for sample in samples)
-    images, readable = np.empty((n_cells, CROP_PX, CROP_PX, 3), np.uint8), np.ones(n_cells, bool)
+    images, readable = np.empty((n_cells, CELL_PX, CELL_PX, 3), np.uint8), np.ones(n_cells, bool)
     start = 0
     for sample in tqdm(samples, unit="slide", desc=desc, disable=None):
         reader = open_slide(files_of(folder, sample.slide_id)[0], mpp=sample.mpp)
         blocks, owner = np.unique(sample.corner_px // BLOCK_PX, axis=0, return_inverse=True)
-        side = BLOCK_PX + CROP_PX
+        side = BLOCK_PX + CELL_PX
         for number, (x_px, y_px) in enumerate((blocks * BLOCK_PX).tolist()):
             own = np.flatnonzero(owner.ravel() == number)
             try:

@@ -32,7 +32,7 @@ from lemon.probe.task import Count, Task, TaskError
 from lemon.probe.tasks.assemble import by_group, check_labels, classification_task, published, read_rows
 from lemon.probe.tasks.crops import cut_by_image, cut_patches
 from lemon.runtime.tables import Column
-from lemon.schema import CROP_MPP
+from lemon.schema import CELL_MPP
 from lemon.slides.images import read_image
 from lemon.slides.resolution import PLAUSIBLE_MPP
 
@@ -181,7 +181,7 @@ def _reader(folder: Path, boxes: pd.DataFrame, stated: list[str]) -> Callable[[s
             raise TaskError(f"{folder / name}: {got[0]}x{got[1]} px; {expected}")
         mpp = stated_mpp(folder / name)
         stated.extend([name] if mpp else [])
-        return image, mpp or CROP_MPP
+        return image, mpp or CELL_MPP
 
     return read
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from lemon.schema import CROP_MPP
+from lemon.schema import CELL_MPP
 
 RADIUS_UM = 3.0
 GROUND, DISC = (225, 190, 215), (70, 40, 110)
@@ -25,7 +25,7 @@ def disc(crop: np.ndarray) -> tuple[float, float, float]:
     """Centre x, y in px, and radius in um, of the dark px of a crop [60, 60, 3]."""
     dark = (crop[..., 0] < 150).astype(float)
     y, x = np.nonzero(dark)
-    return float(x.mean()), float(y.mean()), float(np.sqrt(dark.sum() / np.pi)) * CROP_MPP
+    return float(x.mean()), float(y.mean()), float(np.sqrt(dark.sum() / np.pi)) * CELL_MPP
 
 
 def assert_centred(images: np.ndarray) -> None:
