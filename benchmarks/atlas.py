@@ -26,8 +26,8 @@ from lemon.atlas.cells import THUMBNAIL_PX
 from lemon.atlas.fields import categories_of, measures_of
 from lemon.atlas.page import write_page
 from lemon.atlas.projection import map_tsne, to_unit_square
-from lemon.embed.slide import MORPHOMETRICS
 from lemon.runtime.store import Store
+from lemon.schema import MORPHOMETRICS
 
 DIFFERENT_CROPS = 4096  # repeated; sheets are compressed one by one, so that repetition saves nothing
 FLAGS = (

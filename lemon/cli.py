@@ -138,7 +138,7 @@ def run_stage(name: str, words: Sequence[str] | None = None) -> int:
     def start(config: Any) -> int:
         return int(_find(stage.job)(config))
 
-    return run_job(stage.name, _find(stage.config), start, words)
+    return run_job(stage.name, _find(stage.config), start, words, command=stage.command)
 
 
 def usage() -> str:

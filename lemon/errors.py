@@ -10,15 +10,14 @@ EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # 128 + the signal, as shells tell
 
 
 class Fault(NamedTuple):
-    """One thing that is wrong with what the user gave: which key, its value, what it should be, how to mend it."""
+    """One thing that is wrong with what the user gave: which key, its value, what it should be."""
 
     key: str
     got: Any
     expected: str
-    remedy: str = ""
 
     def __str__(self) -> str:
-        return f"{self.key}: got {self.got!r}; expected {self.expected}" + (f": {self.remedy}" if self.remedy else "")
+        return f"{self.key}: got {self.got!r}; expected {self.expected}"
 
 
 class ConfigError(ValueError):
@@ -31,11 +30,6 @@ class ConfigError(ValueError):
     def __init__(self, *told: Fault | str) -> None:
         super().__init__("\n".join(dict.fromkeys(map(str, told))))
         self.told = told
-
-    def below(self, key: str) -> ConfigError:
-        """The same of a config that is a part of another, in which it is called ``key``."""
-        lines = (line for each in self.told for line in str(each).splitlines())
-        return ConfigError(*(f"{key}.{line}" for line in lines))
 
 
 class TerminatedError(KeyboardInterrupt):

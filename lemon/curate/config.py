@@ -94,4 +94,4 @@ def nested_curate_config(curation: dict[str, Any], *, own: dict[str, str], value
     try:
         return load("curate", [values, curation], CurateConfig)
     except ConfigError as error:
-        raise ValueError("; ".join(str(error.below("curation")).splitlines())) from None
+        raise ValueError("; ".join(f"curation.{line}" for line in str(error).splitlines())) from None

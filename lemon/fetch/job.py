@@ -120,7 +120,7 @@ def _chosen(config: FetchConfig) -> dict[str, GdcFile]:
 
 def download_ledger(store: Store) -> Ledger:
     """What became of each download: one row a slide, in ``downloads/``."""
-    return Ledger(store, schema=DOWNLOADS, folder="downloads")
+    return Ledger(store, schema=DOWNLOADS, folder="downloads", counts_attempts=False)
 
 
 class Fetcher:

@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from lemon.errors import ConfigError
-from lemon.nuclei.config import SEGMENTERS
+from lemon.nuclei.config import SegmenterChoice
 from lemon.nuclei.instances import Nucleus
 from lemon.nuclei.segmenter import Segmenter
-from lemon.runtime.config import validate
+from lemon.runtime.config import PRESET, Frozen, validate
+
+
+class _Chosen(Frozen):
+    segmenter: SegmenterChoice
 
 
 def load_segmenter(name: str = "hematoxylin", **settings: Any) -> Segmenter:
@@ -26,11 +29,7 @@ def load_segmenter(name: str = "hematoxylin", **settings: Any) -> Segmenter:
     Raises:
         ConfigError: no such segmenter or setting, or its weights or device are not there; one line a fault.
     """
-    try:
-        model = SEGMENTERS.load(name)
-    except ValueError as error:
-        raise ConfigError(f"segmenter: {error}") from None
-    config = validate(settings, model)
+    config = validate({"segmenter": {PRESET: name, **settings}}, _Chosen).segmenter
     config.check()
     opened: Segmenter = config.build()
     return opened

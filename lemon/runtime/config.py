@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import glob
@@ -17,12 +18,34 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
 from lemon.errors import ConfigError, Fault
 from lemon.runtime.registry import Registry
 from lemon.runtime.secrets import holds_secret, names_secret, redacted
+
+
+class _Words(yaml.SafeLoader):
+    """YAML whose plain scalars are what the same words are on the command line: 0012, NO and 1.50 stay text."""
+
+
+def _scalar(_: _Words, node: yaml.ScalarNode) -> Any:
+    return node.value if node.style else plain_value(node.value)
+
+
+_Words.yaml_implicit_resolvers = {}
+_Words.add_constructor("tag:yaml.org,2002:str", _scalar)
+
+_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 PRESET = "preset"
 """In a mapping: the name of the preset that its other keys change."""
@@ -32,6 +55,17 @@ class Frozen(BaseModel):
     """Base of every config: immutable, and a key that is not a field is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), coerce_numbers_to_str=True)
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _exponents_are_numbers(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        """1e6 is a whole number too, where one is expected; it reaches a field as text, which a path may be."""
+        try:
+            return handler(value)
+        except ValidationError:
+            if isinstance(value, str) and _EXPONENT.fullmatch(value):
+                return handler(float(value))
+            raise
 
     def check_inputs(self) -> None:
         """Raises ConfigError for inputs that are plainly not there, as a stage's ``cells``; imports nothing heavy."""
@@ -164,21 +198,35 @@ class Choice:
         if isinstance(value, BaseModel):
             return value
         if not isinstance(value, (str, Mapping)):
-            raise ValueError(f"got {value!r}; expected one of {', '.join(preset_names(self.group))}")
+            raise ValueError(f"got {value!r}; expected one of {', '.join(self.names())}")
         changes = {PRESET: value} if isinstance(value, str) else dict(value)
-        name = str(changes.pop(PRESET, changes.get("name", self.default) if self.registry else self.default))
-        registered = self.registry is not None and name in self.registry.names()
-        has_preset = name in preset_names(self.group) or not registered
+        # Of parts that are registered, a name alone tells which is meant.
+        name = str(changes.pop(PRESET, (changes.get("name") if self.registry else None) or self.default))
+        if name not in self.names() and not _is_file(name):
+            raise ValueError(unknown(name, self.names()))
+        has_preset = _is_file(name) or name in preset_names(self.group)
         values = merged(read_preset(self.group, name) if has_preset else {"name": name}, changes)
-        return self.config_class(values, kind).model_validate(values)
+        if self.registry is None:
+            return kind.model_validate(values)
+        if "name" not in values:
+            raise ValueError(f"{name}: expected name=..., or preset=... that it changes")
+        config: BaseModel = self.registry.load(str(values["name"])).model_validate(values)
+        return config
 
-    def config_class(self, values: Mapping[str, Any], kind: type[BaseModel]) -> type[BaseModel]:
-        """The class of a preset's values. Raises ValueError for a name that is not registered."""
-        return self.registry.load(str(values.get("name"))) if self.registry else kind
+    def names(self) -> list[str]:
+        """What may be chosen: presets, and what is registered without one."""
+        known = preset_names(self.group)
+        return known + [name for name in (self.registry.names() if self.registry else []) if name not in known]
 
     def classes(self, kind: Any) -> list[type[BaseModel]]:
-        """What the field may hold."""
-        return [self.registry.load(name) for name in self.registry.names()] if self.registry else [kind]
+        """What the field may hold; what cannot be imported is left out."""
+        if self.registry is None:
+            return [kind]
+        found = []
+        for name in self.registry.names():
+            with contextlib.suppress(ValueError):
+                found.append(self.registry.load(name))
+        return found
 
 
 def preset_names(group: str) -> list[str]:
@@ -186,26 +234,38 @@ def preset_names(group: str) -> list[str]:
     return sorted(path.stem for path in (conf_dir() / "presets" / group).glob("*.yaml"))
 
 
-def read_preset(group: str, name: str) -> dict[str, Any]:
+def read_preset(group: str, name: str, *, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The values of a preset, of ``conf/presets/<group>`` or a YAML file, on top of those of its own ``preset``.
 
-    Raises ValueError, one line, for an unknown name and for a file that is no mapping.
+    A file is looked for beside the file ``below`` that names it. Raises ValueError, one line, for an unknown name, for
+    a file that is no mapping, and for presets that name each other in a circle.
     """
-    own = name.endswith((".yaml", ".yml"))
-    path = Path(name).expanduser() if own else conf_dir() / "presets" / group / f"{name}.yaml"
-    if not path.is_file() or not (own or name in preset_names(group)):
-        names = preset_names(group)
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"got {name!r}; expected one of {', '.join(names)}{hint}")
+    folder = below[-1].parent if below else Path()
+    path = folder / os.path.expanduser(name) if _is_file(name) else conf_dir() / "presets" / group / f"{name}.yaml"  # noqa: PTH111
+    if not path.is_file() or not (_is_file(name) or name in preset_names(group)):
+        raise ValueError(unknown(name, preset_names(group)))
+    if path in below:
+        raise ValueError(f"{path}: names itself as its preset")
     values = read_yaml(path)
-    return merged(read_preset(group, values.pop(PRESET)), values) if PRESET in values else values
+    if PRESET not in values:
+        return values
+    return merged(read_preset(group, str(values.pop(PRESET)), below=(*below, path)), values)
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
+
+
+def unknown(name: str, names: Sequence[str]) -> str:
+    """What is said of a name that is none of those."""
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"got {name!r}; expected one of {', '.join(names)}{f'; did you mean {close[0]}?' if close else ''}"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping. Raises ValueError, one line, for another one."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Words)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if values is not None and not isinstance(values, dict):
@@ -299,12 +359,9 @@ Keys = tuple[str, ...]
 def _leaves(given: Iterable[str | Mapping[str, Any]], prefix: Keys = ()) -> Iterator[tuple[Keys, Any]]:
     """(path of keys, value) of words and nested values, in their order; a preset comes before what changes it."""
     for each in given:
-        if isinstance(each, str):
-            yield _parse_word(each)
-            continue
-        for key, value in each.items():
+        for key, value in [_parse_word(each)] if isinstance(each, str) else each.items():
             path = (*prefix, *str(key).split("."))
-            if not isinstance(value, Mapping):
+            if not isinstance(value, Mapping) or not value:
                 yield path, value
                 continue
             if PRESET in value:
@@ -330,8 +387,8 @@ def _set(values: dict[str, Any], path: Keys, value: Any) -> None:
 # --- words of the command line ----------------------------------------------------------------------------------------
 
 
-def _parse_word(word: str) -> tuple[Keys, Any]:
-    """The keys and value of a word. Raises ConfigError for one that is no ``key=value``, or holds a secret."""
+def _parse_word(word: str) -> tuple[str, Any]:
+    """The key and value of a word. Raises ConfigError for one that is no ``key=value``, or holds a secret."""
     key, equals, text = word.partition("=")
     if names_secret(word):
         expected = "settings without secrets: they are kept and shown"
@@ -347,7 +404,7 @@ def _parse_word(word: str) -> tuple[Keys, Any]:
             f"{key}: got an interpolation, and variables of the environment are not put into settings, which are kept "
             f'and shown; let your shell put in what is no secret: {key}="$NAME"'
         )
-    return tuple(key.split(".")), _parse_value(key, text)
+    return key, _parse_value(key, text)
 
 
 def _parse_value(key: str, text: str) -> Any:
@@ -357,7 +414,7 @@ def _parse_value(key: str, text: str) -> Any:
         return text
     if text[:1] in ("[", "{", "'", '"'):
         try:
-            return yaml.safe_load(text)
+            return yaml.load(text, _Words)
         except yaml.YAMLError:
             if text[:1] in ("[", "{") and not _names_a_file(text):
                 raise ConfigError(f"{key}: got {text!r}; expected a list as [a,b] or a mapping as {{a: 1}}") from None
@@ -368,8 +425,8 @@ def _parse_value(key: str, text: str) -> Any:
 def plain_value(text: str) -> Any:
     """null, true, false and numbers as such, where nothing is lost by it (007 and 1.50 stay text)."""
     words = {"null": None, "true": True, "false": False}
-    if text in words:
-        return words[text]
+    if text.lower() in words:
+        return words[text.lower()]
     for kind in (int, float):
         try:
             if str(number := kind(text)) == text:
@@ -391,9 +448,9 @@ def _names_a_file(text: str) -> bool:
 # --- what is told -----------------------------------------------------------------------------------------------------
 
 
-def describe(stage: str, model: type[Frozen]) -> str:
-    """The help text: every key with its default and meaning."""
-    lines = [f"usage: lemon {stage} key=value ...   (or: python jobs/{stage}.py key=value ...)"]
+def describe(stage: str, model: type[Frozen], *, command: str | None = None) -> str:
+    """The help text: every key with its default and meaning; ``command`` is the stage's in ``lemon COMMAND``."""
+    lines = [f"usage: lemon {command or stage} key=value ...   (or: python jobs/{stage}.py key=value ...)"]
     lines += [f"variants (variant=NAME): {', '.join(variant_names(stage))}", ""]
     return "\n".join([*lines, *_describe_fields(model)])
 
@@ -404,7 +461,7 @@ def _describe_fields(model: type[BaseModel], *, of: BaseModel | None = None, pre
         choice, inner = _choice_of(field), _model_in(field.annotation)
         value = getattr(of, name) if of else field.get_default(call_default_factory=True)
         if choice is not None and inner is not None:
-            yield _line(prefix + name, f"default {choice.default}", f"one of {', '.join(preset_names(choice.group))}")
+            yield _line(prefix + name, f"default {choice.default}", f"one of {', '.join(choice.names())}")
             default = choice.build(choice.default, inner)
             yield from _describe_fields(type(default), of=default, prefix=f"{prefix}{name}.")
         elif inner is not None and isinstance(value, inner):
@@ -438,10 +495,13 @@ def _key_of(loc: Sequence[str | int], model: type[BaseModel]) -> tuple[str, list
     """The key of a fault, without what pydantic puts in between (kinds of a union), and the fields that are known."""
     parts, fields, models = [], list(_field_names(model)), [model]
     for part in loc:
-        holders = [each for each in models if part in each.model_fields]
-        if holders or isinstance(part, int) or models:
+        if isinstance(part, int):
             parts.append(str(part))
-        models = [inner for each in holders for inner in _models_in(each.model_fields[str(part)])]
+            continue
+        holders = [each for each in models if part in each.model_fields]
+        if models:
+            parts.append(part)
+        models = [inner for each in holders for inner in _models_in(each.model_fields[part])]
     return ".".join(parts), [*fields, *(name for each in models for name in _field_names(each))]
 
 

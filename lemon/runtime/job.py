@@ -30,17 +30,25 @@ C = TypeVar("C", bound=Frozen)
 _TOLD_CHARACTERS = 800  # of a path
 
 
-def run_job(stage: str, model: type[C], main: Callable[[C], int], argv: Sequence[str] | None = None) -> int:
+def run_job(
+    stage: str,
+    model: type[C],
+    main: Callable[[C], int],
+    argv: Sequence[str] | None = None,
+    *,
+    command: str | None = None,
+) -> int:
     """The frame of every job: read the config, call ``main(config)``, tell what stops it in a line; the exit code.
 
-    Nothing that is printed meanwhile holds a secret. What is no fault of the user's, disk's or network's is raised.
+    ``command`` is what the stage is called in ``lemon COMMAND``. Nothing that is printed meanwhile holds a secret. What
+    is no fault of the user's, disk's or network's is raised.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if any(word in ("-h", "--help") for word in argv):
-        print(describe(stage, model))
-        return EXIT_OK
     with guarded(), _ended_by_sigterm():
         try:
+            if any(word in ("-h", "--help") for word in argv):
+                print(describe(stage, model, command=command))
+                return EXIT_OK
             config = load(stage, argv, model)
             config.check_inputs()  # before the libraries that work on them are imported
             return main(config)

@@ -22,12 +22,21 @@ class Ledger:
         schema: of a row.
         facts: columns that are the same in every row.
         folder: where the rows lie in the output.
+        counts_attempts: whether ``begin`` is called; only then does ``commit`` forget attempts, which may be another
+            ledger's of the same slides in the same output.
     """
 
     def __init__(
-        self, store: Store, *, schema: pa.Schema, facts: Mapping[str, Any] | None = None, folder: str = "slides"
+        self,
+        store: Store,
+        *,
+        schema: pa.Schema,
+        facts: Mapping[str, Any] | None = None,
+        folder: str = "slides",
+        counts_attempts: bool = True,
     ) -> None:
         self.store, self.schema, self.facts, self.folder = store, schema, dict(facts or {}), folder
+        self.counts_attempts = counts_attempts
 
     def rows(self) -> dict[str, dict[str, Any]]:
         """All rows by slide id, sorted by it. Raises ConfigError."""
@@ -42,7 +51,8 @@ class Ledger:
         """Write a slide's row, of what it has of the schema, and forget its attempts; returns the whole row."""
         whole = {name: row.get(name) for name in self.schema.names} | self.facts | {"code_version": code_version()}
         self.store.write_table(self._name(row["slide_id"]), pa.Table.from_pylist([whole], schema=self.schema))
-        end_attempts(self.store, file_stem(row["slide_id"]))
+        if self.counts_attempts:
+            end_attempts(self.store, file_stem(row["slide_id"]))
         return whole
 
     def forget(self, slide_id: str) -> None:

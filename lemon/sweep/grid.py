@@ -59,7 +59,8 @@ def build(config: SweepConfig) -> Grid:
 
     Raises ConfigError with a line for every fault of every point.
     """
-    cells, output = open_cells(config), open_output(config)
+    config.check_inputs()
+    cells, output = Store(config.cells), open_output(config)
     organs, select = nested_organs(cells), remembered(cells)
     configs: list[tuple[Point, PretrainConfig]] = []
     faults = Faults([point.name for point in config.sweep.points])
@@ -108,14 +109,6 @@ class Faults:
             f"pretrain.{line}" if len(points) == everywhere else f"point {', '.join(points)}: pretrain.{line}"
             for line, points in self._found.items()
         ]
-
-
-def open_cells(config: SweepConfig) -> Store:
-    """The cells table. Raises ConfigError for a path that cannot be one."""
-    try:
-        return Store(config.cells)
-    except ValueError as error:
-        raise ConfigError(f"cells: {error}") from None
 
 
 def open_output(config: SweepConfig) -> Store:

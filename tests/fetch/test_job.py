@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lemon import schema
+from lemon.cells.ledger import cells_ledger
 from lemon.cells.select import rank_of
 from lemon.curate import job as curate
 from lemon.curate.job import open_ledger
@@ -268,3 +269,11 @@ def test_an_actor_downloads_the_next_slide_while_it_curates_one_and_commits_no_d
     assert asked[2] > min(committed) - 1e-2  # the clock of files is coarser; never three slides on disk
     assert [(row["path"], row["n_cells"]) for row in ledger.rows().values()] == [("https://there", 9)] * 3
     assert list((tmp_path / fetch.PASSING).glob("*.tiff")) == []
+
+
+def test_a_download_forgets_no_attempt_of_curation_in_the_same_output(tmp_path: Path) -> None:
+    store, row = Store(tmp_path), {"slide_id": "a", "status": "done", "file_name": "a.svs", "size_bytes": 1, "md5": "0"}
+    cells = cells_ledger(store, config_fingerprint="x")
+    assert cells.begin("a", run_id="r") == 0
+    fetch.download_ledger(store).commit(row | {"file_id": "f", "url": "u", "total_s": 0.0})
+    assert cells.begin("a", run_id="r") == 1

@@ -19,6 +19,7 @@ from lemon.probe.config import ProbeConfig
 from lemon.report.config import ReportConfig
 from lemon.runtime.config import describe, load, variant_names
 from lemon.runtime.job import run_job
+from lemon.sweep.config import SweepConfig
 
 GOOD = ["slides=s.svs", "output=out"]
 
@@ -236,6 +237,57 @@ def test_a_preset_of_ones_own_is_a_file(tmp_path: Path) -> None:
         load("pretrain", [*PRETRAIN, f"views={tmp_path / 'mine.yaml'}"], PretrainConfig)
 
 
+@pytest.mark.parametrize("text", ["[0012,NO,1.50,2021-03-12,1_000,12:30]", "0012,NO,1.50,2021-03-12,1_000,12:30"])
+def test_ids_in_a_list_stay_as_they_are_typed(text: str, tmp_path: Path) -> None:
+    ids = ["0012", "NO", "1.50", "2021-03-12", "1_000", "12:30"]
+    assert load("pretrain", [*PRETRAIN, f"select.slides={text}"], PretrainConfig).select.slides == ids
+    (tmp_path / "mine.yaml").write_text("name: 0012\npoints: [{name: 007, value: NO}]\n")
+    study = load("scaling_sweep", [*PRETRAIN, "tasks=amibr", f"sweep={tmp_path / 'mine.yaml'}"], SweepConfig).sweep
+    assert (study.name, study.points[0].name, study.points[0].value) == ("0012", "007", "NO")
+
+
+def test_a_mapping_in_one_word_is_the_same_as_a_word_for_each_of_its_keys() -> None:
+    one = ["variant=smoke", "encoder={depth: 2, heads: 6}", "ssl=dinov2", "ssl={chunk: 4, warmup_epochs: 1}"]
+    each = ["variant=smoke", "encoder.depth=2", "encoder.heads=6", "ssl=dinov2", "ssl.chunk=4", "ssl.warmup_epochs=1"]
+    assert load("pretrain", [*PRETRAIN, *one], PretrainConfig) == load("pretrain", [*PRETRAIN, *each], PretrainConfig)
+
+
+@pytest.mark.parametrize(("word", "n"), [("1e6", 10**6), ("2.5e3", 2500), ("1E2", 100), ("12", 12)])
+def test_a_whole_number_may_have_an_exponent(word: str, n: int) -> None:
+    assert load("pretrain", [*PRETRAIN, f"select.n_cells={word}"], PretrainConfig).select.n_cells == n
+    with pytest.raises(ConfigError, match=r"^select.n_cells: got 1.5"):
+        load("pretrain", [*PRETRAIN, "select.n_cells=15e-1"], PretrainConfig)
+
+
+@pytest.mark.parametrize("word", ["null", "Null", "NULL"])
+def test_null_may_be_written_in_any_case(word: str) -> None:
+    assert load("pretrain", [*PRETRAIN, f"register_as={word}"], PretrainConfig).register_as is None
+
+
+def test_a_file_of_presets_that_cannot_be_one_is_told_in_one_line(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    for text, told in (
+        (f"preset: {mine}\n", "names itself as its preset"),
+        ("preset: null\n", "got 'None'; expected one of dinov2"),
+        ("hidden_dim: 3\n", "mine.yaml: expected name=..., or preset=... that it changes"),
+        ("a: [\n", "not YAML"),
+    ):
+        mine.write_text(text)
+        with pytest.raises(ConfigError) as caught:
+            load("pretrain", [*PRETRAIN, f"ssl={mine}"], PretrainConfig)
+        assert told in str(caught.value)
+        assert "\n" not in str(caught.value)
+    (tmp_path / "base.yaml").write_text("preset: mocov3\nhidden_dim: 7\n")
+    mine.write_text("preset: base.yaml\nout_dim: 5\n")
+    ssl = load("pretrain", [*PRETRAIN, f"ssl={mine}"], PretrainConfig).ssl.model_dump()
+    assert (ssl["hidden_dim"], ssl["out_dim"]) == (7, 5)
+
+
+def test_a_fault_in_a_list_is_named_by_its_place() -> None:
+    with pytest.raises(ConfigError, match=r"sweep.points.0.nmae: unknown key; did you mean name"):
+        load("scaling_sweep", [*PRETRAIN, "tasks=amibr", "sweep.points=[{nmae: x, name: y}]"], SweepConfig)
+
+
 @pytest.mark.parametrize("word", ["output=${oc.env:HOME}", "output=a${b}"])
 def test_an_interpolation_is_refused(word: str) -> None:
     with pytest.raises(ConfigError, match=r"^output: got an interpolation"):
@@ -263,6 +315,11 @@ def test_a_segmenter_of_another_package_is_chosen_by_its_name(monkeypatch: pytes
     config = load("curate", [*GOOD, "segmenter.name=mine", "segmenter.threshold=0.7"], CurateConfig)
     assert config.segmenter == Mine(threshold=0.7)
     assert load("curate", [*GOOD, "segmenter=mine"], CurateConfig).segmenter == Mine()
+    monkeypatch.setitem(SEGMENTERS.own, "gone", "no_such_package:Gone")  # one that cannot be imported hides no fault
+    with pytest.raises(ConfigError, match=r"^segmenter: got 'foo'; expected one of hematoxylin, hoverfast, mine, gone"):
+        load("curate", [*GOOD, "segmenter=foo"], CurateConfig)
+    with pytest.raises(ConfigError, match=r"^segmenter: gone is registered as no_such_package:Gone, which cannot be"):
+        load("curate", [*GOOD, "segmenter=gone"], CurateConfig)
     with pytest.raises(ConfigError, match=r"^segmenter.threshold: got 0; expected greater than 0$"):
         load("curate", [*GOOD, "segmenter.name=mine", "segmenter.threshold=0"], CurateConfig)
 
