@@ -16,6 +16,9 @@ from tests.browser import browser as browser  # a fixture
 # Before Ray is imported anywhere: no token file in the home folder, no call home.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Before torch is: the tests' tensors are small, and threads that wait for each other beside the processes of a job take
+# five times as long on two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(os.environ.get("LEMON_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
