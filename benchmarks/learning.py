@@ -21,7 +21,7 @@ import pyarrow as pa
 from skimage.feature import hog
 
 from benchmarks.record import record
-from lemon.cells.crop import cut_crops
+from lemon.cells.crop import corners_of, cut_crops
 from lemon.cells.ledger import cells_ledger
 from lemon.cells.names import shard_name
 from lemon.cells.select import rank_of
@@ -36,7 +36,7 @@ from lemon.probe.tasks import consep
 from lemon.runtime.config import load
 from lemon.runtime.shards import write_shard
 from lemon.runtime.store import Store
-from lemon.schema import CELL_PX, CELLS
+from lemon.schema import CELLS
 
 COLLECTIONS = ("monuseg_train", "consep_train", "gbm40", "cpm15")
 BASELINES = ("hog_and_colour", "untrained_vit_s8", "efficientnet_lite0")
@@ -153,7 +153,7 @@ def crops_of(image: np.ndarray, inst: np.ndarray) -> np.ndarray:
     centroid = (
         np.stack([np.bincount(owner, weights=axis, minlength=len(numbers)) for axis in (x, y)], 1) / counts[:, None]
     )
-    return cut_crops(image, np.round(centroid - (CELL_PX - 1) / 2).astype(int))
+    return cut_crops(image, corners_of(centroid))
 
 
 def write_slide(store: Store, slide_id: str, crops: np.ndarray) -> None:

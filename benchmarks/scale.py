@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from benchmarks.record import record
 from lemon import schema
 from lemon.cells.batches import Order
-from lemon.cells.ledger import cells_ledger, read_ledger
+from lemon.cells.ledger import read_ledger
 from lemon.cells.names import shard_name
 from lemon.cells.select import select_cells
 from lemon.cells.shard import PARQUET_OPTIONS, ROW_GROUP_ROWS
@@ -39,6 +39,7 @@ from lemon.curate.job import open_ledger
 from lemon.runtime import pool
 from lemon.runtime.config import load
 from lemon.runtime.identifiers import file_stem
+from lemon.runtime.ledger import Ledger
 from lemon.runtime.records import Record
 from lemon.runtime.store import Store
 
@@ -97,7 +98,7 @@ def measured(step: Callable[[], Any]) -> dict[str, Any]:
 def lay_out(options: argparse.Namespace) -> None:
     """The output of a curation that is done: ledger, shards, settings, and the (empty) slide files."""
     store, config = Store(options.folder / "cells"), curation(options.folder)
-    fingerprint = open_ledger(store, config).facts["config_fingerprint"]
+    facts = open_ledger(store, config).facts | {"code_version": "benchmark"}
     generator = np.random.default_rng(0)
     for index in range(TEMPLATES):
         write_shard(store, f"templates/{index}.parquet", np.sort(generator.random(options.cells) / 10))
@@ -110,7 +111,6 @@ def lay_out(options: argparse.Namespace) -> None:
         template = f"templates/{index % TEMPLATES}.parquet"
         os.link(store.path(template), store.path(shard_name(slide_id)))
         store.records.note(shard_name(slide_id), store.records.of(template)[0], replaced=None)
-        facts = {"config_fingerprint": fingerprint, "code_version": "benchmark"}
         row = row_of(slide_id, str(slide), n_cells=options.cells) | facts
         # Not by the store, whose writes wait for the disk.
         name = f"slides/{file_stem(slide_id)}.parquet"
@@ -157,9 +157,9 @@ def write_shard(store: Store, name: str, ranks: np.ndarray) -> None:
 class Idle(curate.Curator):
     """A worker that segments nothing and commits a row."""
 
-    def __init__(self, config: CurateConfig, *, config_fingerprint: str, source: curate.Source) -> None:
+    def __init__(self, config: CurateConfig, *, ledger: Ledger, source: curate.Source) -> None:
         self.output, self.locate = config.output, source.open()
-        self.ledger = cells_ledger(Store(config.output), config_fingerprint=config_fingerprint)
+        self.ledger = ledger
 
     def work(self, item: pool.Item) -> pool.Row:
         """A row without cells."""

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from lemon.cells.config import OfCells
 from lemon.runtime.config import AnyPath, Frozen
 
 MAX_CELLS = 100_000  # as in the paper's Figure 4; the page then has up to 60 MB
@@ -23,7 +24,7 @@ class AtlasSelect(Frozen):
         return [value] if isinstance(value, str) else value
 
 
-class AtlasConfig(Frozen):
+class AtlasConfig(OfCells):
     """``jobs/atlas.py``: embeddings -> a map of cells, as a picture and as a page."""
 
     embeddings: AnyPath = Field(description="output of jobs/embed.py")
@@ -38,12 +39,6 @@ class AtlasConfig(Frozen):
     threads: int = Field(1, ge=1, description="of t-SNE; the map is the same in every run with the same number")
     grid: int = Field(28, ge=4, le=60, description="squares of cell images a side of the picture")
     title: str = Field("Atlas of cells", description="heading of picture and page")
-
-    def check_inputs(self) -> None:
-        """Raises ConfigError where ``cells`` is no cells table."""
-        from lemon.cells.ledger import require_cells
-
-        require_cells(self.cells)
 
     def map_settings(self) -> dict[str, Any]:
         """The settings that change where a cell lies."""

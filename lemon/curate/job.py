@@ -109,10 +109,10 @@ class Curator(pool.Worker):
 
     fatal = (OutputError,)
 
-    def __init__(self, config: CurateConfig, *, config_fingerprint: str, source: Source = IN_PLACE) -> None:
+    def __init__(self, config: CurateConfig, *, ledger: Ledger, source: Source = IN_PLACE) -> None:
         self.config, self.locate = config, source.open()
         self.output = config.output
-        self.ledger = cells_ledger(Store(config.output), config_fingerprint=config_fingerprint)
+        self.ledger = ledger
         self.segmenter = config.segmenter.build()
         self.processes = start_processes(config.workers.cpus)
 
@@ -237,7 +237,7 @@ def _curate_all(slides: list[Slide], *, config: CurateConfig, ledger: Ledger, so
     workers = config.workers.model_copy(update={"cpus": granted.cpus})
     # Paths are made absolute here: actors run elsewhere.
     located = config.model_copy(update={"output": ledger.store.uri, "workers": workers})
-    make = functools.partial(Curator, located, config_fingerprint=ledger.facts["config_fingerprint"], source=source)
+    make = functools.partial(Curator, located, ledger=ledger, source=source)
     actors = pool.Actors(granted, most=workers.actors, ahead=source.ahead)
     items = [{"slide": asdict(slide)} for slide in slides]
     with tqdm(total=len(slides), unit="slide", desc="curate", disable=None) as bar:

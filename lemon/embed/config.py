@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from lemon.cells.config import OfCells
 from lemon.curate.config import CELLS_FOLDER, CurateConfig, nested_curate_config
 from lemon.nuclei.config import SegmenterChoice
 from lemon.runtime.config import AnyPath, AnyPaths, Frozen, NameOrPath
@@ -37,7 +38,7 @@ class EmbedWorkers(Frozen):
         return self.launcher == "process" or (self.launcher == "auto" and few)
 
 
-class EmbedConfig(Frozen):
+class EmbedConfig(OfCells):
     """``jobs/embed.py``: cells -> embeddings, and the files that other tools open."""
 
     model: NameOrPath = Field(
@@ -70,13 +71,6 @@ class EmbedConfig(Frozen):
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
-
-    def check_inputs(self) -> None:
-        """Raises ConfigError where ``cells`` is no cells table."""
-        from lemon.cells.ledger import require_cells
-
-        if self.cells is not None:
-            require_cells(self.cells)
 
     @model_validator(mode="after")
     def _one_source(self) -> EmbedConfig:

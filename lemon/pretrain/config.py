@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from lemon.cells.config import OfCells
 from lemon.encoders.config import EncoderConfig
 from lemon.errors import Fault
 from lemon.runtime.config import AnyPath, Choice, LocalPath, Settings, raise_faults
@@ -201,7 +202,7 @@ class DINOv2Config(MethodConfig):
 MethodChoice = Annotated[MethodConfig, Choice("ssl", "mocov3", registry=METHODS)]
 
 
-class FitStainConfig(Settings):
+class FitStainConfig(Settings, OfCells):
     """``jobs/fit_stain.py``: what the stain augmentation of a1_gmm1 and a1_gmm10 draws from."""
 
     cells: AnyPath = Field(description="output of jobs/curate.py; the statistics are written beside it")
@@ -209,12 +210,6 @@ class FitStainConfig(Settings):
     components: int = Field(10, ge=1, description="Gaussians in the mixture")
     n_cells: int = Field(20_000, ge=10, description="cells of lowest rank that are looked at")
     seed: Seed = 0
-
-    def check_inputs(self) -> None:
-        """Raises ConfigError where ``cells`` is no cells table."""
-        from lemon.cells.ledger import require_cells
-
-        require_cells(self.cells)
 
 
 class SelectConfig(Settings):
@@ -277,7 +272,7 @@ class TrainWorkers(Settings):
         return self
 
 
-class PretrainConfig(Settings):
+class PretrainConfig(Settings, OfCells):
     """``jobs/pretrain.py``: cells -> encoder."""
 
     cells: AnyPath = Field(description="output of jobs/curate.py, a folder or s3:// prefix")
@@ -304,12 +299,6 @@ class PretrainConfig(Settings):
         pattern=REGISTERED,
         description="name of the encoder in MLflow's model registry, without / : . % and quotes; null: in none",
     )
-
-    def check_inputs(self) -> None:
-        """Raises ConfigError where ``cells`` is no cells table."""
-        from lemon.cells.ledger import require_cells
-
-        require_cells(self.cells)
 
     @model_validator(mode="after")
     def _fits_together(self) -> PretrainConfig:

@@ -202,10 +202,13 @@ class Choice:
         changes = {PRESET: value} if isinstance(value, str) else dict(value)
         # Of parts that are registered, a name alone tells which is meant.
         name = str(changes.pop(PRESET, (changes.get("name") if self.registry else None) or self.default))
-        if name not in self.names() and not _is_file(name):
-            raise ValueError(unknown(name, self.names()))
-        has_preset = _is_file(name) or name in preset_names(self.group)
-        values = merged(read_preset(self.group, name) if has_preset else {"name": name}, changes)
+        if name in preset_names(self.group) or _is_file(name):
+            base = read_preset(self.group, name)
+        elif name in (names := self.names()):
+            base = {"name": name}
+        else:
+            raise ValueError(unknown(name, names))
+        values = merged(base, changes)
         if self.registry is None:
             return kind.model_validate(values)
         if "name" not in values:

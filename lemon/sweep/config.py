@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from lemon.cells.config import OfCells
 from lemon.pretrain.config import Seed
 from lemon.probe.config import ProbeSettings
 from lemon.runtime.cluster import ray_address
@@ -64,7 +65,7 @@ class AshaConfig(Settings):
     reduction: int = Field(3, ge=2, description="of this many trials at a rung one goes on")
 
 
-class SweepConfig(Settings):
+class SweepConfig(Settings, OfCells):
     """``jobs/scaling_sweep.py``: a study's points x seeds -> pretrained, probed, compared."""
 
     sweep: Annotated[Study, Choice("sweep", "size")] = Field({}, validate_default=True)
@@ -100,12 +101,6 @@ class SweepConfig(Settings):
             if key in value:
                 raise ValueError(f"got {key}; give it to the sweep itself: {'seeds' if key == 'seed' else key}=...")
         return value
-
-    def check_inputs(self) -> None:
-        """Raises ConfigError where ``cells`` is no cells table."""
-        from lemon.cells.ledger import require_cells
-
-        require_cells(self.cells)
 
     @model_validator(mode="after")
     def _launcher_fits(self) -> SweepConfig:

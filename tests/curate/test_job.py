@@ -224,7 +224,7 @@ def _raise(region: np.ndarray, prediction: None, calibration: None) -> list[Nucl
 
 def worker_for(config: CurateConfig) -> curate.Curator:
     ledger = open_ledger(Store(config.output), config)
-    return curate.Curator(config, config_fingerprint=ledger.facts["config_fingerprint"])
+    return curate.Curator(config, ledger=ledger)
 
 
 def curated(worker: curate.Curator, slide: Slide) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from lemon.cells.crop import cut_crops
+from lemon.cells.crop import corners_of, cut_crops
 from lemon.probe.task import TaskError
 from lemon.schema import CELL_MPP, CELL_PX
 from lemon.slides.images import read_image
@@ -73,7 +73,7 @@ def cut_by_image(
 def corners(centre_px: np.ndarray, *, mpp: float) -> np.ndarray:
     """Top left px of the crops, int [N, 2], on the grid of 0.25 um/px, of centres [N, 2] in px of ``mpp`` um/px."""
     centre = (np.asarray(centre_px, np.float64).reshape(-1, 2) + 0.5) * (mpp / CELL_MPP) - 0.5
-    return np.round(centre - (CELL_PX - 1) / 2).astype(int)
+    return corners_of(centre)
 
 
 def is_whole(corner_px: np.ndarray, *, width_px: int, height_px: int) -> np.ndarray:
