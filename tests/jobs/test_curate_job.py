@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 
 import psutil
 import pyarrow as pa
@@ -17,8 +16,8 @@ from lemon.cells.ledger import read_ledger
 from lemon.runtime.attempts import FOLDER as ATTEMPTS
 from lemon.runtime.store import Store
 from lemon.slides.synthetic import make_tissue, write_pyramid
+from tests.jobs.warm import Job, run_job
 
-JOB = Path(__file__).resolve().parents[2] / "jobs" / "curate.py"
 N_SLIDES = 4
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -34,7 +33,7 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(slides: Path, output: Path) -> list[str]:
     words = [f"slides={slides}", f"output={output}", "variant=smoke", "region_px=512", "cells_per_slide=60"]
-    return [sys.executable, str(JOB), *words]
+    return words
 
 
 def cells_of(output: Path) -> pa.Table:
@@ -44,7 +43,7 @@ def cells_of(output: Path) -> pa.Table:
 @pytest.fixture(scope="module")
 def undisturbed(slides: Path, tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
     output = tmp_path_factory.mktemp("undisturbed")
-    done = subprocess.run(command(slides, output), capture_output=True, text=True, check=False)
+    done = run_job("curate", command(slides, output))
     assert done.returncode == 0, done.stderr
     assert f"{N_SLIDES} slides ({N_SLIDES} done" in done.stdout
     return cells_of(output)
@@ -68,7 +67,7 @@ def named(pid: int, word: str) -> list[psutil.Process]:
     return found
 
 
-def wait_for(condition: Callable[[], object], *, job: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], object], *, job: Job, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert job.poll() is None, "the job ended before it could be disturbed"
@@ -76,7 +75,7 @@ def wait_for(condition: Callable[[], object], *, job: subprocess.Popen, seconds:
         time.sleep(0.05)
 
 
-def kill_all(job: subprocess.Popen) -> None:
+def kill_all(job: Job) -> None:
     """kill -9 of the driver and of everything that it started."""
     started = descendants(job.pid)
     job.kill()
@@ -97,12 +96,12 @@ def test_a_job_that_was_killed_goes_on_and_ends_with_the_table_of_an_undisturbed
     slides: Path, undisturbed: pa.Table, tmp_path: Path, after_commits: int
 ) -> None:
     output = tmp_path / "out"
-    job = subprocess.Popen(command(slides, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    job = Job("curate", command(slides, output))
     wait_for(lambda: committed(output) >= after_commits and any((output / ATTEMPTS).glob("*/*")), job=job)
     kill_all(job)
     before = committed(output)
     assert before < N_SLIDES
-    done = subprocess.run(command(slides, output), capture_output=True, text=True, check=False)
+    done = run_job("curate", command(slides, output))
     assert done.returncode == 0, done.stderr
     assert f"{before} of an earlier run" in done.stdout
     assert cells_of(output).equals(undisturbed)
@@ -111,7 +110,7 @@ def test_a_job_that_was_killed_goes_on_and_ends_with_the_table_of_an_undisturbed
 @pytest.mark.parametrize("victim", ["ItemActor", "multiprocessing.spawn"])
 def test_a_killed_worker_costs_no_row(slides: Path, undisturbed: pa.Table, tmp_path: Path, victim: str) -> None:
     output = tmp_path / "out"
-    job = subprocess.Popen(command(slides, output), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    job = Job("curate", command(slides, output), stdout=PIPE, stderr=STDOUT)
     wait_for(lambda: committed(output) >= 1 and named(job.pid, victim), job=job)
     for process in named(job.pid, victim)[:1]:
         process.kill()
@@ -125,10 +124,10 @@ def test_a_killed_worker_costs_no_row(slides: Path, undisturbed: pa.Table, tmp_p
 
 def test_the_same_command_again_does_nothing_and_says_so(slides: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    first = subprocess.run(command(slides / "s0.tiff", output), capture_output=True, text=True, check=False)
+    first = run_job("curate", command(slides / "s0.tiff", output))
     assert first.returncode == 0, first.stderr
     written = {path: path.stat().st_mtime_ns for path in output.rglob("*.parquet")}
-    again = subprocess.run(command(slides / "s0.tiff", output), capture_output=True, text=True, check=False)
+    again = run_job("curate", command(slides / "s0.tiff", output))
     assert again.returncode == 0
     assert "1 of an earlier run" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*.parquet")} == written

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,8 +15,7 @@ from lemon.cells.names import shard_name
 from lemon.runtime.store import Store
 from tests.cells_table import synthetic_crops, write_slide
 from tests.embed.tables import write_encoder
-
-JOB = Path(__file__).resolve().parents[2] / "jobs" / "embed.py"
+from tests.jobs.warm import Job, run_job
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def embed(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(JOB), *words], capture_output=True, text=True, check=False, timeout=300)
+    return run_job("embed", words, timeout=300)
 
 
 def test_a_job_that_was_killed_goes_on_and_ends_with_the_table_of_an_undisturbed_one(
@@ -39,8 +37,7 @@ def test_a_job_that_was_killed_goes_on_and_ends_with_the_table_of_an_undisturbed
         write_slide(Store(tmp_path / "cells"), f"s{slide}", images)
     words = [f"model={model}", f"cells={tmp_path / 'cells'}", "variant=smoke", "clusters.k=null"]
     output = tmp_path / "killed"
-    command = [sys.executable, str(JOB), *words, f"output={output}"]
-    job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    job = Job("embed", [*words, f"output={output}"])
     while not (output / "slides" / "s0.parquet").exists():
         assert job.poll() is None
         time.sleep(0.01)
@@ -48,7 +45,7 @@ def test_a_job_that_was_killed_goes_on_and_ends_with_the_table_of_an_undisturbed
     job.wait()
     before = len(list((output / "slides").glob("*.parquet")))
     assert before < 4
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    again = embed(*words, f"output={output}")
     assert again.returncode == 0, again.stderr
     assert f"{before} of an earlier run" in again.stdout
     undisturbed = embed(*words, f"output={tmp_path / 'undisturbed'}")

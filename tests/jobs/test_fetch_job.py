@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE
 
 import numpy as np
 import pytest
@@ -18,8 +18,7 @@ from lemon.fetch.job import PASSING, download_ledger
 from lemon.runtime.store import Store
 from tests.fetch.gdc_server import GdcServer, Served, serving
 from tests.jobs.test_curate_job import kill_all, wait_for
-
-JOB = Path(__file__).resolve().parents[2] / "jobs" / "fetch_tcga.py"
+from tests.jobs.warm import Job, run_job
 
 
 @pytest.fixture(autouse=True)
@@ -30,11 +29,11 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 def command(server: GdcServer, output: Path, *words: str) -> list[str]:
     fast = ["download.attempts=2", "download.backoff_s=0.01", "download.reserve_gb=0"]
     source = [f"api={server.url}", f"output={output}", "organs=BRCA", "slides_per_organ=null"]
-    return [sys.executable, str(JOB), *source, *fast, *words]
+    return [*source, *fast, *words]
 
 
 def run(server: GdcServer, output: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(server, output, *words), capture_output=True, text=True, check=False)
+    return run_job("fetch_tcga", command(server, output, *words))
 
 
 def size(path: Path) -> int:
@@ -52,7 +51,7 @@ def test_a_job_killed_in_the_middle_of_downloads_goes_on_with_the_bytes_it_has(t
     content = np.random.default_rng(0).bytes(4_000_000)
     files = [Served(f"TCGA-A2-A00{number}-01Z-00-DX1.svs", content, always=("slow", 100_000)) for number in range(3)]
     with serving(*files) as server:
-        job = subprocess.Popen(command(server, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        job = Job("fetch_tcga", command(server, tmp_path))
         wait_for(lambda: part_bytes(tmp_path) > 1_500_000, job=job)
         kill_all(job)
         assert list(tmp_path.glob("*.svs")) == []
@@ -94,7 +93,7 @@ def committed(output: Path) -> dict[str, float]:
 def test_slides_become_cells_as_they_come_and_leave_the_disk(slides: list[Served], tmp_path: Path) -> None:
     *good, corrupt, lost = slides
     with serving(*slides) as server:
-        job = subprocess.Popen(command(server, tmp_path, *STREAM), stdout=subprocess.PIPE, text=True)
+        job = Job("fetch_tcga", command(server, tmp_path, *STREAM), stdout=PIPE)
         on_disk = [0]
         while job.poll() is None:
             there = [path for path in (tmp_path / PASSING).rglob("*.tiff*") if size(path)]
@@ -135,7 +134,7 @@ def test_slides_become_cells_as_they_come_and_leave_the_disk(slides: list[Served
 def test_a_killed_stream_goes_on_and_downloads_no_committed_slide_again(slides: list[Served], tmp_path: Path) -> None:
     good = slides[:3]
     with serving(*good) as server:
-        job = subprocess.Popen(command(server, tmp_path, *STREAM), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        job = Job("fetch_tcga", command(server, tmp_path, *STREAM))
         wait_for(lambda: committed(tmp_path), job=job)
         kill_all(job)
         kept = committed(tmp_path)

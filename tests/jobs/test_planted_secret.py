@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.jobs.warm import run_job
 from tests.probe.tasks.test_folder import write_crops
 from tests.sweep.studies import sweep_words, write_cells
 
-JOBS = Path(__file__).resolve().parents[2] / "jobs"
 SECRET = "pl4nted+S3CRET/0123456789"
 SPELLED = (b"pl4nted", b"S3CRET")
 VARIABLES = ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "GDC_TOKEN", "MLFLOW_TRACKING_PASSWORD", "PGPASSWORD")
@@ -28,12 +27,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(home: Path, job: str, *words: str, **variables: str) -> subprocess.CompletedProcess[bytes]:
+def run(home: Path, job: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | dict.fromkeys(VARIABLES, SECRET)
     environment |= {"MLFLOW_TRACKING_URI": f"sqlite:///{home / 'mlflow.db'}"} | variables
-    command = [sys.executable, str(JOBS / f"{job}.py"), *words]
-    done = subprocess.run(command, capture_output=True, check=False, env=environment, cwd=home, timeout=500)
-    for place, content in {"stdout": done.stdout, "stderr": done.stderr, **files(home)}.items():
+    done = run_job(job, words, env=environment, cwd=home)
+    for place, content in {"stdout": done.stdout.encode(), "stderr": done.stderr.encode(), **files(home)}.items():
         assert not any(each in content for each in SPELLED), (job, place)
     return done
 
@@ -104,5 +102,5 @@ def test_no_job_leaves_a_secret_that_it_was_told(home: Path) -> None:
     ]
     for job, words in chain:
         done = run(home, job, *words)
-        assert done.returncode in (0, 3), (job, done.stderr.decode())
+        assert done.returncode in (0, 3), (job, done.stderr)
     assert (home / "report" / "index.html").exists()

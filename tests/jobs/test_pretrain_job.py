@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 
 import psutil
 import pytest
@@ -18,8 +18,8 @@ from lemon.runtime.config import load, preset_names
 from lemon.runtime.store import Store
 from lemon.runtime.tracking import Run, metric_history
 from tests.cells_table import synthetic_crops, write_slide
+from tests.jobs.warm import Job, run_job
 
-JOB = Path(__file__).resolve().parents[2] / "jobs" / "pretrain.py"
 SMALL = [
     "encoder.dim=32",
     "encoder.depth=2",
@@ -46,7 +46,7 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(cells: Path, output: Path, *words: str) -> list[str]:
     cache = f"cache={output.parent / 'cache'}"
-    return [sys.executable, str(JOB), f"cells={cells}", f"output={output}", cache, *SMALL, *words]
+    return [f"cells={cells}", f"output={output}", cache, *SMALL, *words]
 
 
 def environment(output: Path) -> dict[str, str]:
@@ -63,7 +63,7 @@ def losses(output: Path, *, same_workers: bool = True) -> list[tuple[int, float]
 
 
 def run(words: list[str], output: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, capture_output=True, text=True, check=False, env=environment(output), timeout=400)
+    return run_job("pretrain", words, env=environment(output), timeout=400)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_a_job_killed_at_any_moment_goes_on_with_the_same_losses(
 ) -> None:
     output = tmp_path / "run"
     words = command(cells, output, "epochs=10")
-    job = subprocess.Popen(words, env=environment(output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    job = Job("pretrain", words, env=environment(output))
     while not (output / "checkpoints").exists():
         assert job.poll() is None
         time.sleep(0.05)
@@ -99,7 +99,7 @@ def test_a_ray_worker_killed_mid_run_is_replaced_and_the_losses_stay_the_same(
 ) -> None:
     output = tmp_path / "run"
     words = command(cells, output, "epochs=10", "workers.launcher=ray")
-    job = subprocess.Popen(words, env=environment(output), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    job = Job("pretrain", words, env=environment(output), stdout=PIPE, stderr=STDOUT)
     while not (output / "checkpoints").exists():
         assert job.poll() is None
         time.sleep(0.05)
@@ -135,7 +135,7 @@ def test_a_run_that_loses_half_of_its_workers_goes_on_with_the_same_batches(
     """Begun by two workers and killed; the same elastic run then finds room for one alone."""
     output = tmp_path / "run"
     words = command(cells, output, "epochs=10", "workers.count=[1,2]")
-    job = subprocess.Popen(words, env=environment(output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    job = Job("pretrain", words, env=environment(output))
     while not (output / "checkpoints").exists():
         assert job.poll() is None
         time.sleep(0.05)

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-JOB = Path(__file__).resolve().parents[2] / "jobs" / "report.py"
+from tests.jobs.warm import run_job
 
 
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}"}
-    command = [sys.executable, str(JOB), *words]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, env=environment, cwd=folder, timeout=300
-    )
+    return run_job("report", words, env=environment, cwd=folder, timeout=300)
 
 
 def test_help_lists_every_key(tmp_path: Path) -> None:

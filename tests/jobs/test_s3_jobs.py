@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import STDOUT
 
 import pytest
 
@@ -17,6 +16,7 @@ from lemon.runtime.scratch import PREFIX
 from lemon.runtime.store import Store
 from lemon.slides.synthetic import make_tissue, write_pyramid
 from tests import s3
+from tests.jobs.warm import Job
 from tests.probe.tasks.test_folder import write_crops
 from tests.sweep.studies import TINY, write_cells
 
@@ -39,11 +39,10 @@ def home(bucket: s3.Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @contextlib.contextmanager
-def started(job: str, *words: str, home: Path) -> Iterator[subprocess.Popen[str]]:
+def started(job: str, *words: str, home: Path) -> Iterator[Job]:
     """A job in a process of its own; it and all that it started are gone (kill -9) when the block ends."""
-    command = [sys.executable, str(JOBS / f"{job}.py"), *words]
     with (home / "log.txt").open("a") as log:
-        process = subprocess.Popen(command, cwd=home, stdout=log, stderr=subprocess.STDOUT, text=True)
+        process = Job(job, words, cwd=home, stdout=log, stderr=STDOUT)
     try:
         yield process
     finally:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 
 import psutil
 import pyarrow.parquet as pq
@@ -17,10 +17,9 @@ from benchmarks.processes import family, kill
 from lemon.runtime.store import Store
 from lemon.runtime.tracking import RUN
 from lemon.sweep import table
+from tests.jobs.warm import Job, run_job
 from tests.probe.tasks.test_folder import write_crops
 from tests.sweep.studies import sweep_words, write_cells
-
-JOB = Path(__file__).resolve().parents[2] / "jobs" / "scaling_sweep.py"
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +32,7 @@ def home(tmp_path: Path) -> Path:
 
 
 def command(home: Path, *more: str) -> list[str]:
-    return [sys.executable, str(JOB), *sweep_words(home, "tasks=folder:mine", *more)]
+    return sweep_words(home, "tasks=folder:mine", *more)
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -41,7 +40,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def run(words: list[str], home: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, capture_output=True, text=True, check=False, env=environment(home), timeout=500)
+    return run_job("scaling_sweep", words, env=environment(home))
 
 
 def results(home: Path) -> dict[str, float]:
@@ -51,7 +50,7 @@ def results(home: Path) -> dict[str, float]:
 
 def kill_after_first_result(words: list[str], home: Path) -> dict[str, float]:
     """Start a sweep, kill it and all its processes once a trial is done; returns the trials that were done."""
-    job = subprocess.Popen(words, env=environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    job = Job("scaling_sweep", words, env=environment(home))
     while not results(home):
         assert job.poll() is None
         time.sleep(0.05)
@@ -162,7 +161,7 @@ def test_a_trial_of_several_workers_on_ray_is_a_row_of_the_table(home: Path) -> 
 @pytest.mark.ray
 def test_a_trial_whose_process_was_lost_is_begun_again_at_once(home: Path) -> None:
     words = command(home, "launcher=ray", "pretrain.epochs=20")
-    job = subprocess.Popen(words, env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    job = Job("scaling_sweep", words, env=environment(home), stdout=PIPE, stderr=STDOUT)
     while not (worker := trial_at_work(home, job.pid)):
         assert job.poll() is None
         time.sleep(0.05)
