@@ -25,12 +25,11 @@ from pydantic.fields import FieldInfo
 
 from lemon import schema
 from lemon.encoders import registry
-from lemon.runtime.config import conf_dir
+from lemon.probe.tasks.catalogue import TASKS
+from lemon.runtime.config import Choice, conf_dir, preset_names, variant_names
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = re.compile(r"^\{\{ (\w+)((?: \S+)*) \}\}$", re.MULTILINE)
-GROUPS = ("encoder", "segmenter", "ssl", "sweep", "views")
-"""Keys that are chosen by name: folders of presets."""
 BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 FETCHED = re.compile(
@@ -99,37 +98,33 @@ def settings(where: str, prefix: str = "") -> str:
 
 def variants(stage: str) -> str:
     """The variants of a stage, with the comments that their files begin with."""
-    files = sorted(path for path in conf_dir().rglob(f"{stage}/*.yaml") if path.stem != "default")
-    return "\n".join(f"- `variant={path.stem}`: {_comment(path)}" for path in files) or "There are no variants."
+    folder = conf_dir() / "stages" / stage
+    lines = [
+        f"- `variant={name}`: {_comment(folder / f'{name}.yaml')}" for name in variant_names(stage) if name != "default"
+    ]
+    return "\n".join(lines) or "There are no variants."
 
 
 def presets(group: str) -> str:
     """The presets of a group: their files as they are."""
-    files = sorted(conf_dir().rglob(f"{group}/*.yaml"))
-    if not files:
+    if not (names := preset_names(group)):
         raise ValueError(f"no presets of {group}")
-    parts = [f"### `{group}={path.stem}`\n\n```yaml\n{path.read_text().strip()}\n```" for path in files]
-    return "\n\n".join(parts)
+    texts = {name: (conf_dir() / "presets" / group / f"{name}.yaml").read_text().strip() for name in names}
+    return "\n\n".join(f"### `{group}={name}`\n\n```yaml\n{text}\n```" for name, text in texts.items())
 
 
 def _rows(model: type[BaseModel], *, prefix: str) -> Iterator[str]:
     for name, field in model.model_fields.items():
         inner = field.annotation
-        chosen = _preset_group(name, field)
-        preset = next((each.default for each in field.metadata if hasattr(each, "group")), "")
-        if _is_model(inner) and not chosen:
+        choice = next((each for each in field.metadata if isinstance(each, Choice)), None)
+        if _is_model(inner) and choice is None:
             yield from _rows(inner, prefix=f"{prefix}{name}.")
             continue
-        kind = f"a preset of [{chosen}](presets.md#{chosen})" if chosen else _kind(inner)
+        kind = f"a preset of [{choice.group}](presets.md#{choice.group})" if choice else _kind(inner)
         bounds = " ".join(_bounds(field.metadata))
-        default = (preset and f"`{preset}`") if chosen else _default(field)
+        default = f"`{choice.default}`" if choice else _default(field)
         meaning = (field.description or "").replace("|", "\\|").replace("<", "&lt;")
         yield f"| `{prefix}{name}` | {' '.join(filter(None, (kind, bounds)))} | {default} | {meaning} |"
-
-
-def _preset_group(name: str, field: FieldInfo) -> str | None:
-    """The folder of presets that a field is chosen from by name."""
-    return name if name in GROUPS and any(map(_is_model, (field.annotation, *get_args(field.annotation)))) else None
 
 
 def _is_model(kind: Any) -> bool:
@@ -214,9 +209,8 @@ def encoders() -> str:
 
 def tasks() -> str:
     """The benchmarks, their folders and how to obtain them."""
-    catalogue = importlib.import_module("lemon.probe.tasks.catalogue")
     lines = ["| Task | Folder in `data` | How to obtain |", "|---|---|---|"]
-    for name, entry in catalogue.ENTRIES.items():
+    for name, entry in TASKS.parts().items():
         obtain = " ".join(entry.obtain.split()).replace("|", "\\|").replace("<", "&lt;")
         lines.append(f"| `{name}` | `{entry.folder}/` | {obtain} |")
     return "\n".join(lines)

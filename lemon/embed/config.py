@@ -81,6 +81,13 @@ class EmbedConfig(OfCells):
             self.curate_config()
         return self
 
+    def check_inputs(self) -> None:
+        """Raises ConfigError where ``cells`` is no cells table, or ``model`` no name and no path to an encoder."""
+        super().check_inputs()
+        from lemon.encoders.registry import check_name
+
+        check_name(self.model)
+
     def curate_config(self) -> CurateConfig:
         """The settings of the curation that ``slides=`` asks for. Raises ValueError."""
         own = {"slides": "slides", "output": "output", "segmenter": "segmenter"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from typing import Any
 
 import timm
@@ -52,14 +53,15 @@ def build(entry: EncoderEntry, *, device: str = "cpu") -> nn.Module:
     Raises:
         MissingWeightsError: transformers is needed and absent.
     """
-    with torch.device(device):
+    with torch.device(device), seeded(0):
         if entry.source == "transformers":
             model: nn.Module = pool(dinov2_of_transformers(entry), entry)
         elif entry.architecture == "preact_resnet18":
             model = PreActResNet()
         elif entry.architecture in LEMON_SIZES:
-            with seeded(0):
-                model = build_vit(LEMON_SIZES[entry.architecture])
+            model = build_vit(LEMON_SIZES[entry.architecture])
+        elif ":" in entry.architecture:
+            model = pkgutil.resolve_name(entry.architecture)(**entry.args)
         else:
             model = timm_model(entry)
     return model.eval()

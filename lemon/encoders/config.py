@@ -1,10 +1,13 @@
-"""Sizes of encoders and the released normalisation. Imports no torch, so that configs are validated at once."""
+"""Sizes of encoders, files of an export, the released normalisation. Imports no torch, so that it is quick to import."""
 
 from __future__ import annotations
 
 from pydantic import Field
 
 from lemon.runtime.config import Settings
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+"""Files of an exported encoder."""
 
 LEMON_MEAN = (0.5626308917999268, 0.3856308162212372, 0.5453570485115051)
 LEMON_STD = (0.1810322254896164, 0.16682660579681396, 0.13694559037685394)

@@ -16,14 +16,13 @@ from timm.layers import LayerScale
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from lemon.encoders.config import CONFIG, WEIGHTS
 from lemon.encoders.finite import not_finite
 from lemon.encoders.vit import CellTransformer, load_strictly
 from lemon.errors import ConfigError
 from lemon.runtime.store import locate, parse_json
 from lemon.runtime.tensors import read_weights, undamaged
 from lemon.schema import CELL_PX
-
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 ARCHITECTURES = {192: "vit_tiny_patch16_224", 384: "vit_small_patch8_224", 768: "vit_base_patch8_224"}
 """timm's entry point by width; every size is spelled out in model_args besides."""

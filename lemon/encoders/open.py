@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from lemon.encoders.architectures import LEMON_SIZES, build, import_transformers, pool
-from lemon.encoders.export import CONFIG, CellInput, check_finite, load_exported
+from lemon.encoders.config import CONFIG
+from lemon.encoders.export import CellInput, check_finite, load_exported
 from lemon.encoders.features import encode_cells
-from lemon.encoders.registry import REGISTRY, EncoderEntry, split_name
+from lemon.encoders.registry import ENCODERS, MODEL_REGISTRY, NO_ENCODER, EncoderEntry, encoder_folder, split_name
 from lemon.encoders.vit import load_lemon_checkpoint
 from lemon.encoders.weights import MissingWeightsError, find_weights, hub_file, load_weights
 from lemon.errors import ConfigError
@@ -28,16 +29,7 @@ from lemon.schema import CELL_MPP, CELL_PX
 RELEASED = Path(__file__).parent / "released"
 """Encoders that come with the package, in the layout of an export."""
 
-
-NO_ENCODER = (
-    f"no encoder there; expected the output of jobs/pretrain.py, a folder with {CONFIG}, or a file like lemon.pth.tar"
-)
-
-
 _SMALL = 50_000_000  # parameters
-
-_REGISTERED = "models:/"
-"""Begins the addresses of MLflow's model registry."""
 
 
 class Encoder(nn.Module):
@@ -139,28 +131,16 @@ def _open(name_or_path: str | Path) -> Encoder:
     text = str(name_or_path)
     if not text.strip():
         raise ConfigError(f"encoder: got {text!r}, which names nothing; expected a path or a name")
-    if text.startswith(_REGISTERED):
+    if text.startswith(MODEL_REGISTRY):
         return load_registered(text)
-    if is_uri(text) and text.partition(":")[0] not in REGISTRY:
+    if is_uri(text) and text.partition(":")[0] not in ENCODERS:
         return load_uri(text)
     path = Path(text).expanduser()
     # A folder that only happens to have an encoder's name, such as lemon/ in a checkout, is no encoder.
-    if path.is_file() or encoder_folder(path) or (path.exists() and text not in REGISTRY):
+    if path.is_file() or encoder_folder(path) or (path.exists() and text not in ENCODERS):
         return load_path(path)
     entry, weights = split_name(text)
     return load_entry(entry, weights)
-
-
-def check_name(text: str) -> None:
-    """Raise ConfigError where ``load_encoder`` knows at once that there is no such path or name; opens nothing."""
-    if text.startswith(_REGISTERED) or (is_uri(text) and text.partition(":")[0] not in REGISTRY):
-        return
-    path = Path(text).expanduser()
-    if path.exists() and text not in REGISTRY:
-        if not path.is_file() and not encoder_folder(path):
-            raise ConfigError(f"{path}: {NO_ENCODER}")
-        return
-    split_name(text)
 
 
 def load_registered(uri: str) -> Encoder:
@@ -175,7 +155,7 @@ def load_registered(uri: str) -> Encoder:
             exported = load_exported(download_encoder(uri, scratch / "model"))
     except ModuleNotFoundError as error:
         raise ConfigError(f"encoder: {uri}: {lacking(error) or error}") from None
-    return Encoder(*exported, name=re.sub(r"[/@]", "-", uri.removeprefix(_REGISTERED)))
+    return Encoder(*exported, name=re.sub(r"[/@]", "-", uri.removeprefix(MODEL_REGISTRY)))
 
 
 def load_uri(uri: str) -> Encoder:
@@ -195,11 +175,6 @@ def load_uri(uri: str) -> Encoder:
         if path.is_file() and store.exists("mean_std.json"):
             store.download("mean_std.json", path.with_name("mean_std.json"))
         return load_path(path)
-
-
-def encoder_folder(path: Path) -> Path | None:
-    """The folder itself or its ``encoder`` folder, whichever holds an exported encoder."""
-    return next((folder for folder in (path, path / "encoder") if (folder / CONFIG).is_file()), None)
 
 
 def load_path(path: Path) -> Encoder:

@@ -1,7 +1,7 @@
 """The encoders that open by name: the released LEMON, the baselines it is compared with, and untrained ones.
 
-Plain data: imports no torch, so that configs can check names at once. ``open.py`` opens them, ``architectures.py``
-builds them, ``weights.py`` finds their weights. Sizes, pooling and normalisation are those of the models' own cards.
+Plain data: imports no torch, so that names can be checked at once. ``open.py`` opens them, ``architectures.py`` builds
+them, ``weights.py`` finds their weights. Sizes, pooling and normalisation are those of the models' own cards.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from lemon.encoders.config import LEMON_MEAN, LEMON_STD
+from lemon.encoders.config import CONFIG, LEMON_MEAN, LEMON_STD
 from lemon.errors import ConfigError
+from lemon.runtime.registry import Registry
+from lemon.runtime.store import is_uri
 
 Triple = tuple[float, float, float]
 
@@ -37,10 +40,11 @@ class EncoderEntry:
             by the user; ``package``: inside another Python package; ``bundled``: inside this one, in
             ``released/<name>``; ``untrained``: none.
         where: hub id, page of the download, or package.
-        architecture: timm's entry point, or a name that ``architectures.py`` knows.
+        architecture: timm's entry point, a name that ``architectures.py`` knows, or ``module:function`` of a package of
+            one's own, which is called with ``args`` and returns an ``nn.Module``.
         width: values of an embedding.
         licence: of the weights.
-        files: names of the file of weights, in the order in which they are tried.
+        files: names of the file of weights, in the order in which they are tried; in a package its path there.
         args: of the architecture.
         input_px: side of the image that the network sees; the 40 px crop of a cell is resized to it.
         mean, std: normalisation, in [0, 1].
@@ -191,7 +195,7 @@ _ENTRIES = (
         architecture="tf_efficientnet_lite0",
         width=1280,
         licence="Apache-2.0",
-        files=("efficientnet-lite0-57934424.pth",),
+        files=("models/efficientnet-lite0-57934424.pth",),
         # Of the TensorFlow originals, (x - 127) / 128: a photograph of a cup is a cup with 0.94, with ImageNet's 0.82.
         mean=HALF,
         std=HALF,
@@ -318,30 +322,60 @@ _ENTRIES = (
     _untrained("vit_tiny8", 192),
 )
 
-REGISTRY: Mapping[str, EncoderEntry] = {entry.name: entry for entry in _ENTRIES}
+ENCODERS = Registry("lemon.encoders", {entry.name: entry for entry in _ENTRIES}, kind=EncoderEntry)
+
+MODEL_REGISTRY = "models:/"
+"""Begins the addresses of MLflow's model registry."""
+
+NO_ENCODER = (
+    f"no encoder there; expected the output of jobs/pretrain.py, a folder with {CONFIG}, or a file like lemon.pth.tar"
+)
 
 
 def encoder_names() -> list[str]:
     """Every name that ``lemon.load_encoder`` knows, in the order of the table."""
-    return list(REGISTRY)
+    return ENCODERS.names()
+
+
+def check_name(text: str) -> None:
+    """Raise ConfigError where it is known at once that ``load_encoder`` finds no such path or name; opens nothing."""
+    if text.startswith(MODEL_REGISTRY) or (is_uri(text) and text.partition(":")[0] not in ENCODERS):
+        return
+    path = Path(text).expanduser()
+    if path.exists() and text not in ENCODERS:
+        if not path.is_file() and not encoder_folder(path):
+            raise ConfigError(f"{path}: {NO_ENCODER}")
+        return
+    split_name(text)
+
+
+def encoder_folder(path: Path) -> Path | None:
+    """The folder itself or its ``encoder`` folder, whichever holds an exported encoder."""
+    return next((folder for folder in (path, path / "encoder") if (folder / CONFIG).is_file()), None)
 
 
 def find_entry(name: str) -> EncoderEntry:
     """The entry of a name or of a hub id.
 
     Raises:
-        ConfigError: no such encoder; the message has the closest names and all of them.
+        ConfigError: no such encoder; the message has the closest names and all of them. Or another package has
+            registered what is none.
     """
-    by_hub_id = {entry.where.lower(): entry for entry in _ENTRIES if entry.source in ("hub", "transformers")}
-    if name in REGISTRY:
-        return REGISTRY[name]
-    if name.lower() in by_hub_id:
-        return by_hub_id[name.lower()]
-    close = difflib.get_close_matches(name.lower(), REGISTRY, n=3, cutoff=0.6)
+    if name in ENCODERS:
+        try:
+            found: EncoderEntry = ENCODERS.load(name)
+        except ValueError as error:
+            raise ConfigError(f"encoder: {error}") from None
+        return found
+    for entry in ENCODERS.parts().values():
+        if entry.source in ("hub", "transformers") and entry.where.lower() == name.lower():
+            return entry
+    names = encoder_names()
+    close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.6)
     meant = f"did you mean {' or '.join(close)}? " if close else ""
     raise ConfigError(
         f"{name}: no such file, folder or encoder; {meant}expected the output of jobs/pretrain.py, "
-        f"an exported encoder, lemon.pth.tar, or one of {', '.join(REGISTRY)}"
+        f"an exported encoder, lemon.pth.tar, or one of {', '.join(names)}"
     )
 
 
@@ -352,15 +386,15 @@ def split_name(text: str) -> tuple[EncoderEntry, str | None]:
         ConfigError: no such encoder.
     """
     name, colon, path = text.partition(":")
-    if colon and name in REGISTRY:
-        return REGISTRY[name], path
+    if colon and name in ENCODERS:
+        return find_entry(name), path
     return find_entry(text), None
 
 
 def describe() -> str:
     """The registry as a Markdown table, for the documentation."""
     lines = ["| name | weights | input, pooling | width | licence | access |", "|---|---|---|---|---|---|"]
-    for entry in _ENTRIES:
+    for entry in ENCODERS.parts().values():
         gated = ", gated" if entry.gated else ""
         seen = f"{entry.input_px} px, {entry.pooling}"
         lines.append(
@@ -370,4 +404,6 @@ def describe() -> str:
 
 
 if __name__ == "__main__":
-    print(describe())
+    from lemon.encoders import registry  # not this module's copy, whose classes other packages do not know
+
+    print(registry.describe())

@@ -79,7 +79,7 @@ def package_file(entry: EncoderEntry) -> Path:
     except ImportError:
         raise MissingWeightsError(f"{entry.name}: the package {entry.where} is not installed; {entry.access}") from None
     assert package.__file__ is not None
-    return Path(package.__file__).parent / "models" / entry.files[0]
+    return Path(package.__file__).parent / entry.files[0]
 
 
 def hub_file(entry: EncoderEntry, names: tuple[str, ...]) -> Path:
@@ -132,7 +132,7 @@ def load_weights(model: nn.Module, entry: EncoderEntry, path: Path) -> None:
         ValueError: unreadable, or keys or shapes other than those of the network, after the usual prefixes and heads.
     """
     state = encoder_state(read_state(path))
-    if entry.source == "package":
+    if entry.architecture == "tf_efficientnet_lite0":
         state = efficientnet_keys(state)
     target: Any = getattr(model, "backbone", model)
     if isinstance(target, VisionTransformer):

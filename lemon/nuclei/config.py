@@ -15,11 +15,6 @@ from lemon.runtime.store import file_fingerprint, local_copy
 if TYPE_CHECKING:
     from lemon.nuclei.segmenter import Segmenter
 
-SEGMENTERS = Registry(
-    "lemon.segmenters",
-    {"hematoxylin": "lemon.nuclei.config:HematoxylinConfig", "hoverfast": "lemon.nuclei.config:HoverFastConfig"},
-)
-
 
 class SegmenterConfig(Frozen):
     """Settings of a segmenter: what a new one derives its own from, with a ``name`` to be chosen by."""
@@ -91,4 +86,7 @@ class HoverFastConfig(SegmenterConfig):
         return self.model_dump(exclude={"device", "batch"}) | {"checkpoint": digest}
 
 
+SEGMENTERS = Registry(
+    "lemon.segmenters", {"hematoxylin": HematoxylinConfig, "hoverfast": HoverFastConfig}, kind=SegmenterConfig
+)
 SegmenterChoice = Annotated[SegmenterConfig, Choice("segmenter", "hematoxylin", registry=SEGMENTERS)]

@@ -39,11 +39,6 @@ LEAST_CELLS = 4
 """The features of fewer cells lie on a line or in a plane: every run would be told to have collapsed."""
 
 
-METHODS = Registry(
-    "lemon.methods", {"mocov3": "lemon.pretrain.config:MoCoV3Config", "dinov2": "lemon.pretrain.config:DINOv2Config"}
-)
-
-
 class MethodConfig(Settings):
     """Settings of a self-supervised method: what a new one derives its own from, with a ``name`` to be chosen by."""
 
@@ -199,6 +194,7 @@ class DINOv2Config(MethodConfig):
         return ", ".join(parts)
 
 
+METHODS = Registry("lemon.methods", {"mocov3": MoCoV3Config, "dinov2": DINOv2Config}, kind=MethodConfig)
 MethodChoice = Annotated[MethodConfig, Choice("ssl", "mocov3", registry=METHODS)]
 
 

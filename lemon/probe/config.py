@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from lemon.errors import ConfigError
 from lemon.runtime.config import AnyPath, Frozen, NameOrPath
 
 
@@ -59,6 +61,26 @@ class ProbeConfig(ProbeSettings):
     def _one_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
+    def check_inputs(self) -> None:
+        """Raises ConfigError where not one task, or not one model, has a name that is known."""
+        from lemon.encoders.registry import check_name as check_model
+        from lemon.probe.tasks.catalogue import check_name as check_task
+
+        for names, check in ((self.tasks, check_task), (self.models, check_model)):
+            if len(faults := name_faults(names, check)) == len(names):
+                raise ConfigError(*faults)
+
     def settings(self) -> dict[str, Any]:
         """The settings that change a score."""
         return self.model_dump(mode="json", include=set(ProbeSettings.model_fields))
+
+
+def name_faults(names: list[str], check: Callable[[str], None]) -> list[str]:
+    """What ``check`` says of those names that it refuses."""
+    faults = []
+    for name in names:
+        try:
+            check(name)
+        except ValueError as error:
+            faults.append(str(error))
+    return faults

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from lemon import schema
 from lemon.encoders.cost import Cost, count
 from lemon.encoders.device import choose_device
-from lemon.encoders.open import Encoder, check_name, load_encoder
+from lemon.encoders.open import Encoder, load_encoder
+from lemon.encoders.registry import check_name
 from lemon.errors import EXIT_FAILURES, EXIT_OK, ConfigError
 from lemon.probe.config import ProbeConfig
 from lemon.probe.figures import draw_cost

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -84,3 +84,18 @@ class Task:
         wrong = [name for name, column in columns.items() if len(column) != n]
         if wrong:
             raise ValueError(f"{self.name}: {wrong[0]} has {len(columns[wrong[0]])} values for {n} images")
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """What is known of a benchmark before its data are there.
+
+    Args:
+        folder: below the folder ``data``.
+        load: ``load(folder, *, seed=0) -> Task``; raises TaskError where a file is not as expected.
+        obtain: how to get the data, one line.
+    """
+
+    folder: str
+    load: Callable[..., Task]
+    obtain: str

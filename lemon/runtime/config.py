@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import errno
 import glob
@@ -30,7 +29,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
 from lemon.errors import ConfigError, Fault
-from lemon.runtime.registry import Registry
+from lemon.runtime.registry import Registry, unknown
 from lemon.runtime.secrets import holds_secret, names_secret, redacted
 
 
@@ -223,13 +222,7 @@ class Choice:
 
     def classes(self, kind: Any) -> list[type[BaseModel]]:
         """What the field may hold; what cannot be imported is left out."""
-        if self.registry is None:
-            return [kind]
-        found = []
-        for name in self.registry.names():
-            with contextlib.suppress(ValueError):
-                found.append(self.registry.load(name))
-        return found
+        return [kind] if self.registry is None else [*self.registry.parts().values()]
 
 
 def preset_names(group: str) -> list[str]:
@@ -257,12 +250,6 @@ def read_preset(group: str, name: str, *, below: tuple[Path, ...] = ()) -> dict[
 
 def _is_file(name: str) -> bool:
     return name.endswith((".yaml", ".yml"))
-
-
-def unknown(name: str, names: Sequence[str]) -> str:
-    """What is said of a name that is none of those."""
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"got {name!r}; expected one of {', '.join(names)}{f'; did you mean {close[0]}?' if close else ''}"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

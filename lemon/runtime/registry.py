@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping
+import contextlib
+import difflib
+import pkgutil
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
@@ -15,26 +17,46 @@ class Registry:
     Args:
         group: of the entry points, as ``lemon.segmenters``; another package registers with
             ``[project.entry-points."lemon.segmenters"]`` and ``NAME = "package.module:Class"`` in its pyproject.toml.
-        own: name -> ``module:attribute`` of this package's.
+        kind: what each part is: an instance or a subclass of it.
+        own: name -> this package's part, or its ``module:attribute``, which is imported when it is asked for.
     """
 
-    def __init__(self, group: str, own: Mapping[str, str]) -> None:
-        self.group, self.own = group, dict(own)
+    def __init__(self, group: str, own: Mapping[str, Any], *, kind: type) -> None:
+        self.group, self.own, self.kind = group, dict(own), kind
 
     def names(self) -> list[str]:
         """All names, this package's first."""
-        return [*self.own, *(name for name in _registered(self.group) if name not in self.own)]
+        return [*self.own | _registered(self.group)]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.own or name in _registered(self.group)
 
     def load(self, name: str) -> Any:
-        """Import a part. Raises ValueError, one line, for an unknown name and for one that cannot be imported."""
-        where = self.own.get(name) or _registered(self.group).get(name)
-        if where is None:
-            raise ValueError(f"got {name!r}; expected one of {', '.join(self.names())}")
-        module, _, attribute = where.partition(":")
+        """Import a part. Raises ValueError, one line, for an unknown name and for what is no such part."""
+        if name not in self:
+            raise ValueError(unknown(name, self.names()))
+        where = self.own[name] if name in self.own else _registered(self.group)[name]
         try:
-            return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+            part = pkgutil.resolve_name(where) if isinstance(where, str) else where
+        except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(f"{name} is registered as {where}, which cannot be imported: {error}") from None
+        if not (isinstance(part, self.kind) or (isinstance(part, type) and issubclass(part, self.kind))):
+            raise ValueError(f"{name} is registered as {where}; expected a {self.kind.__name__} there")
+        return part
+
+    def parts(self) -> dict[str, Any]:
+        """All parts by name; those that cannot be imported are left out."""
+        found = {}
+        for name in self.names():
+            with contextlib.suppress(ValueError):
+                found[name] = self.load(name)
+        return found
+
+
+def unknown(name: str, names: Sequence[str]) -> str:
+    """What is said of a name that is none of those."""
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"got {name!r}; expected one of {', '.join(names)}{f'; did you mean {close[0]}?' if close else ''}"
 
 
 @cache

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lemon.cells.config import OfCells
+from lemon.errors import ConfigError
 from lemon.pretrain.config import Seed
-from lemon.probe.config import ProbeSettings
+from lemon.probe.config import ProbeSettings, name_faults
 from lemon.runtime.cluster import ray_address
 from lemon.runtime.config import AnyPath, Choice, Frozen, Settings, plain_value
 
@@ -107,6 +108,14 @@ class SweepConfig(Settings, OfCells):
         if self.launcher == "process" and (self.asha or (self.max_concurrent or 1) > 1):
             raise ValueError("launcher=process runs one trial after another; asha and max_concurrent need launcher=ray")
         return self
+
+    def check_inputs(self) -> None:
+        """Raises ConfigError where ``cells`` is no cells table, or a task has no name that is known."""
+        super().check_inputs()
+        from lemon.probe.tasks.catalogue import check_name
+
+        if faults := name_faults(self.tasks, check_name):
+            raise ConfigError(*faults)
 
     @property
     def all_seeds(self) -> list[int]:

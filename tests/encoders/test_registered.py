@@ -10,7 +10,8 @@ import torch
 import lemon
 from lemon.encoders.config import VIT_TINY8
 from lemon.encoders.export import CellInput, export_encoder
-from lemon.encoders.open import check_name, load_encoder
+from lemon.encoders.open import load_encoder
+from lemon.encoders.registry import check_name
 from lemon.encoders.vit import build_vit
 from lemon.errors import ConfigError
 from lemon.runtime.store import Store

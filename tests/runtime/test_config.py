@@ -324,27 +324,33 @@ def test_a_segmenter_of_another_package_is_chosen_by_its_name(monkeypatch: pytes
         load("curate", [*GOOD, "segmenter.name=mine", "segmenter.threshold=0"], CurateConfig)
 
 
+NO_CELLS = "cells: {here}/nowhere holds no cells; expected the output of jobs/curate.py"
+
+
 @pytest.mark.parametrize(
-    ("script", "words"),
+    ("script", "words", "told"),
     [
-        ("pretrain", ["output=o"]),
-        ("fit_stain", []),
-        ("embed", ["model=lemon_mini", "output=o"]),
-        ("scaling_sweep", ["output=o", "tasks=amibr"]),
-        ("atlas", ["embeddings=e"]),
+        ("pretrain", ["cells=nowhere", "output=o"], NO_CELLS),
+        ("fit_stain", ["cells=nowhere"], NO_CELLS),
+        ("embed", ["cells=nowhere", "output=o", "model=lemon_mini"], NO_CELLS),
+        ("scaling_sweep", ["cells=nowhere", "output=o", "tasks=amibr"], NO_CELLS),
+        ("atlas", ["cells=nowhere", "embeddings=e"], NO_CELLS),
+        ("embed", ["slides=s", "output=o", "model=lemon_mnii"], "lemon_mnii: no such file, folder or encoder; did you"),
+        ("probe", ["models=lemon_mnii", "tasks=amibr"], "lemon_mnii: no such file, folder or encoder; did you"),
+        ("probe", ["models=lemon_mini", "tasks=ambir"], "tasks: got 'ambir'; expected one of nucls-super, "),
     ],
 )
-def test_cells_that_are_not_there_are_told_before_torch_is_imported(
-    script: str, words: list[str], tmp_path: Path
+def test_cells_and_names_that_are_not_there_are_told_before_torch_is_imported(
+    script: str, words: list[str], told: str, tmp_path: Path
 ) -> None:
     job = Path(__file__).parents[2] / "jobs" / f"{script}.py"
     code = (
-        f"import runpy, sys; sys.argv = ['{script}', 'cells=nowhere', *{words!r}]\n"
+        f"import runpy, sys; sys.argv = ['{script}', *{words!r}]\n"
         f"try: runpy.run_path({str(job)!r}, run_name='__main__')\n"
         "except SystemExit as end: assert end.code == 2, end\n"
         "assert not {'torch', 'ray', 'sklearn'} & sys.modules.keys()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     (line,) = done.stderr.splitlines()
-    assert line == f"{script}: cells: {tmp_path}/nowhere holds no cells; expected the output of jobs/curate.py"
+    assert line.startswith(f"{script}: {told.format(here=tmp_path)}")
     assert not list(tmp_path.iterdir())

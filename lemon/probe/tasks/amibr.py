@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lemon.probe.task import Count, Task
+from lemon.probe.task import Count, Task, TaskEntry
 from lemon.probe.tasks.assemble import by_group, check_labels, classification_task, published, read_rows
 from lemon.probe.tasks.crops import cut_patches
 
@@ -49,3 +49,6 @@ def load(folder: Path, *, seed: int = 0) -> Task:
         batch="source",
         notes=("0.25 um/px is assumed of the crops", "the random folds have crops of a slide on both sides"),
     )
+
+
+ENTRY = TaskEntry("amibr", load, OBTAIN)

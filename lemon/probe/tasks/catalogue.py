@@ -2,52 +2,49 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lemon.probe.task import Task, TaskError
-from lemon.probe.tasks import amibr, consep, folder, hest, midog, morphometry, nucls, nucls15
+from lemon.probe.task import Task, TaskEntry, TaskError
+from lemon.runtime.registry import Registry, unknown
 from lemon.runtime.store import is_uri, local_copy, path_exists
 
-FOLDER_PREFIX = "folder:"
-MORPHOMETRY_PREFIX = "morphometry:"
+_HERE = "lemon.probe.tasks"
 
-
-@dataclass(frozen=True)
-class Entry:
-    """A benchmark: its folder below ``data``, its loader, and how to obtain it."""
-
-    folder: str
-    load: Callable[..., Task]
-    obtain: str
-
-
-ENTRIES: dict[str, Entry] = {
-    **{f"nucls-{level}": Entry("nucls", partial(nucls.load, level=level), nucls.OBTAIN) for level in nucls.CLASSES},
-    **{
-        name: Entry(name.split("-")[0], partial(midog.load, task=name), obtain) for name, obtain in midog.OBTAIN.items()
+TASKS = Registry(
+    "lemon.tasks",
+    {
+        "nucls-super": f"{_HERE}.nucls:SUPER",
+        "nucls-main": f"{_HERE}.nucls:MAIN",
+        "nucls-raw": f"{_HERE}.nucls:RAW",
+        "midog25-atypical": f"{_HERE}.midog:ATYPICAL_FIGURES",
+        "midogpp-mitosis": f"{_HERE}.midog:MITOTIC_FIGURES",
+        "hest-bowel": f"{_HERE}.hest:BOWEL",
+        "hest-breast": f"{_HERE}.hest:BREAST",
+        "hest-lung": f"{_HERE}.hest:LUNG",
+        "amibr": f"{_HERE}.amibr:ENTRY",
+        "consep-type": f"{_HERE}.consep:ENTRY",
+        "nucls15-super": f"{_HERE}.nucls15:ENTRY",
     },
-    **{f"hest-{organ}": Entry("hest", partial(hest.load, organ=organ), hest.OBTAIN) for organ in hest.SLIDES},
-    "amibr": Entry("amibr", amibr.load, amibr.OBTAIN),
-    "consep-type": Entry("consep", consep.load, consep.OBTAIN),
-    "nucls15-super": Entry("nucls15", nucls15.load, nucls15.OBTAIN),
-}
+    kind=TaskEntry,
+)
+
+FOLDER, MORPHOMETRY = "folder:", "morphometry:"
+"""Begin the names of labelled crops, ``folder:NAME``, and of curated cells, ``morphometry:PATH``."""
 
 
-def task_names() -> tuple[str, ...]:
-    """Names of all benchmarks; on top come ``folder:NAME``, labelled crops, and ``morphometry:PATH``, curated cells."""
-    return tuple(ENTRIES)
+def check_name(name: str) -> None:
+    """Raise TaskError for a name that ``open_task`` does not know; imports no loader."""
+    if name not in TASKS and not (name.startswith((FOLDER, MORPHOMETRY)) and name.partition(":")[2]):
+        raise TaskError(f"tasks: {unknown(name, [*TASKS.names(), 'folder:NAME', 'morphometry:PATH'])}")
 
 
 def open_task(name: str, data: str | Path, *, seed: int = 0, **options: Any) -> Task:
     """Read a benchmark.
 
     Args:
-        name: one of ``task_names()``, ``folder:NAME`` or ``morphometry:PATH``.
+        name: one of ``TASKS.names()``, ``folder:NAME`` or ``morphometry:PATH``.
         data: the folder that holds those of the data sets; of one at s3:// the task's own is copied here to be read.
         seed: of folds and samples.
         options: of the loader, such as ``target="counts"`` of HEST.
@@ -56,7 +53,7 @@ def open_task(name: str, data: str | Path, *, seed: int = 0, **options: Any) -> 
         TaskError: the name is unknown, the folder is absent, or its files are not as expected.
     """
     entry = _entry(name)
-    if name.startswith(MORPHOMETRY_PREFIX):
+    if name.startswith(MORPHOMETRY):
         if not path_exists(entry.folder):
             raise TaskError(f"{name}: no folder {entry.folder}; expected {entry.obtain}")
         return entry.load(entry.folder, seed=seed, **options)
@@ -82,15 +79,19 @@ def counts_table(task: Task) -> str:
     return "\n".join([*table, *(f"note: {note}" for note in task.notes)])
 
 
-def _entry(name: str) -> Entry:
-    own = name.removeprefix(FOLDER_PREFIX)
-    if name.startswith(FOLDER_PREFIX) and own:
-        return Entry(own, partial(folder.load, name=own), folder.OBTAIN)
-    if name.startswith(MORPHOMETRY_PREFIX):
-        return Entry(name.removeprefix(MORPHOMETRY_PREFIX), morphometry.load, morphometry.OBTAIN)
-    if name not in ENTRIES:
-        close = difflib.get_close_matches(name, ENTRIES, n=3, cutoff=0.5)
-        known = ", ".join([*ENTRIES, "folder:NAME", "morphometry:PATH"])
-        hint = f"did you mean {' or '.join(close)}?" if close else f"expected one of {known}"
-        raise TaskError(f"tasks: unknown {name!r}; {hint}")
-    return ENTRIES[name]
+def _entry(name: str) -> TaskEntry:
+    check_name(name)
+    place = name.partition(":")[2]
+    if name.startswith(FOLDER):
+        from lemon.probe.tasks import folder
+
+        return TaskEntry(place, partial(folder.load, name=place), folder.OBTAIN)
+    if name.startswith(MORPHOMETRY):
+        from lemon.probe.tasks import morphometry
+
+        return TaskEntry(place, morphometry.load, morphometry.OBTAIN)
+    try:
+        found: TaskEntry = TASKS.load(name)
+    except ValueError as error:
+        raise TaskError(f"tasks: {error}") from None
+    return found

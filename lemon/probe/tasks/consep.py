@@ -20,7 +20,7 @@ import pandas as pd
 from scipy import ndimage
 from scipy.io import loadmat
 
-from lemon.probe.task import Count, Task, TaskError
+from lemon.probe.task import Count, Task, TaskEntry, TaskError
 from lemon.probe.tasks.assemble import by_group, classification_task
 from lemon.probe.tasks.crops import cut_by_image
 from lemon.schema import CELL_MPP
@@ -108,3 +108,6 @@ def _four_types(types: np.ndarray, *, path: Path) -> np.ndarray:
         wrong = types.max() if types.max() >= known else types.min()
         raise TaskError(f"{path}: unknown class {wrong} in type_map; expected 0 to {known - 1}, 0 where no nucleus is")
     return SEVEN_TO_FOUR[types] if path.suffix == ".mat" else types
+
+
+ENTRY = TaskEntry("consep", load, OBTAIN)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +33,7 @@ from tqdm import tqdm
 from lemon.cells.crop import cut_crops
 from lemon.cells.select import rank_of
 from lemon.probe.folds import LEAK_FREE, PAPER, leave_one_group_out
-from lemon.probe.task import Count, Protocol, Task, TaskError
+from lemon.probe.task import Count, Protocol, Task, TaskEntry, TaskError
 from lemon.probe.tasks.assemble import check_protocols
 from lemon.probe.tasks.crops import corners, is_whole, size_at_crop_mpp
 from lemon.probe.tasks.xenium import MIN_QV, count_transcripts, read_centroids
@@ -262,3 +263,6 @@ def _notes(protocols: tuple[Protocol, ...], *, target: Target) -> tuple[str, ...
     else:
         notes.append("donors have up to three slides: the paper's folds have donors on both sides")
     return tuple(notes)
+
+
+BOWEL, BREAST, LUNG = (TaskEntry("hest", partial(load, organ=organ), OBTAIN) for organ in SLIDES)

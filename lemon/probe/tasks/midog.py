@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 import tifffile
 
-from lemon.probe.task import Count, Task, TaskError
+from lemon.probe.task import Count, Task, TaskEntry, TaskError
 from lemon.probe.tasks.assemble import by_group, check_labels, classification_task, published, read_rows
 from lemon.probe.tasks.crops import cut_by_image, cut_patches
 from lemon.runtime.tables import Column
@@ -54,13 +54,8 @@ MITOSIS_CLASSES: dict[str, int | None] = {"mitotic figure": 11_937, "not mitotic
 SCANNERS = {"Hamammatsu XR": "Hamamatsu XR"}  # the table spells one scanner in two ways
 
 
-def load(folder: Path, *, task: str = "midog25-atypical", seed: int = 0) -> Task:
-    """One of the two tasks by name; raises TaskError where a file, column or class is not as expected."""
-    return load_atypical(folder, seed=seed) if task == "midog25-atypical" else load_mitosis(folder, seed=seed)
-
-
 def load_atypical(folder: Path, *, seed: int = 0) -> Task:
-    """Normal and atypical mitotic figures out of ready-made patches."""
+    """Normal and atypical mitotic figures out of ready-made patches. Raises TaskError."""
     path = folder / ATYPICAL_TABLE
     table = read_rows(path, ATYPICAL_FORM)
     check_labels(table["majority"].unique(), ATYPICAL, where=path)
@@ -86,7 +81,7 @@ def load_atypical(folder: Path, *, seed: int = 0) -> Task:
 
 
 def load_mitosis(folder: Path, *, seed: int = 0) -> Task:
-    """Mitotic figures and look-alikes, cut out of the images of MIDOG++."""
+    """Mitotic figures and look-alikes, cut out of the images of MIDOG++. Raises TaskError."""
     images_of, boxes = read_boxes(folder / BOXES)
     slides = read_slides(folder / SLIDES)
     boxes = boxes.merge(images_of, on="image_id").merge(slides, on="image_id", how="left")
@@ -198,3 +193,7 @@ def stated_mpp(path: Path) -> float | None:
         return None
     mpp = unit_um * denominator / numerator
     return mpp if PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1] else None
+
+
+ATYPICAL_FIGURES = TaskEntry("midog25", load_atypical, OBTAIN["midog25-atypical"])
+MITOTIC_FIGURES = TaskEntry("midogpp", load_mitosis, OBTAIN["midogpp-mitosis"])

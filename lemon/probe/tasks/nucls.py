@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from lemon.probe.folds import LEAK_FREE, N_FOLDS, PAPER, fold_faults, leak_free, official_folds
-from lemon.probe.task import Count, Protocol, Task, TaskError
+from lemon.probe.task import Count, Protocol, Task, TaskEntry, TaskError
 from lemon.probe.tasks.assemble import check_labels, classification_task, published, read_rows
 from lemon.probe.tasks.crops import cut_by_image
 from lemon.runtime.tables import ANY_NUMBER, Column
@@ -197,3 +198,6 @@ def _protocols(rows: pd.DataFrame, splits: Splits, *, seed: int) -> tuple[Protoc
         return (official,)
     apart = leak_free(hospitals, labels=rows["label"].to_numpy(str), seed=seed)
     return Protocol(PAPER, official.folds, inner_groups=hospitals), apart
+
+
+SUPER, MAIN, RAW = (TaskEntry("nucls", partial(load, level=level), OBTAIN) for level in CLASSES)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lemon.probe.task import Count, Task, TaskError
+from lemon.probe.task import Count, Task, TaskEntry, TaskError
 from lemon.probe.tasks import nucls
 from lemon.probe.tasks.assemble import by_group, check_labels, classification_task, published, read_rows
 from lemon.probe.tasks.crops import cut_by_image
@@ -64,3 +64,6 @@ def load(folder: Path, *, seed: int = 0) -> Task:
             "the tiles are of TCGA-BRCA, the excerpt does not tell whose: leave NuCLS' patients out of pretraining",
         ),
     )
+
+
+ENTRY = TaskEntry("nucls15", load, OBTAIN)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lemon.probe.task import TaskError
-from lemon.probe.tasks.catalogue import counts_table, open_task, task_names
+from lemon.probe.tasks.catalogue import TASKS, counts_table, open_task
 from tests.probe.tasks.test_folder import write_crops
 from tests.probe.tasks.test_midog import write_midog25
 
@@ -25,7 +25,7 @@ NAMES = {
 
 
 def test_every_benchmark_is_in_the_catalogue() -> None:
-    assert set(task_names()) == set(NAMES)
+    assert set(TASKS.names()) == set(NAMES)
 
 
 @pytest.mark.parametrize(("name", "folder"), [*NAMES.items(), ("folder:mine", "mine")])
@@ -48,12 +48,12 @@ def test_an_empty_folder_is_one_line(tmp_path: Path, name: str) -> None:
 
 
 def test_an_unknown_name_is_told_the_closest_ones(tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match=r"^tasks: unknown 'nucls-sup'; did you mean nucls-super or "):
+    with pytest.raises(TaskError, match=r"^tasks: got 'nucls-sup'; expected one of .*; did you mean nucls-super\?$"):
         open_task("nucls-sup", tmp_path)
     listed = r"nucls-super, .*, folder:NAME, morphometry:PATH"
-    with pytest.raises(TaskError, match=rf"^tasks: unknown 'qqq'; expected one of {listed}$"):
+    with pytest.raises(TaskError, match=rf"^tasks: got 'qqq'; expected one of {listed}$"):
         open_task("qqq", tmp_path)
-    with pytest.raises(TaskError, match=r"^tasks: unknown 'folder:'"):
+    with pytest.raises(TaskError, match=r"^tasks: got 'folder:'"):
         open_task("folder:", tmp_path)
 
 

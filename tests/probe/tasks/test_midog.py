@@ -78,7 +78,7 @@ def write_tiff(path: Path, mpp: float | None) -> None:
 
 @pytest.fixture(scope="module")
 def mitosis(tmp_path_factory: pytest.TempPathFactory) -> Task:
-    return midog.load(write_midogpp(tmp_path_factory.mktemp("midog") / "midogpp"), task="midogpp-mitosis")
+    return midog.load_mitosis(write_midogpp(tmp_path_factory.mktemp("midog") / "midogpp"))
 
 
 def test_boxes_become_centred_crops_and_those_over_the_edge_are_counted(mitosis: Task) -> None:
@@ -200,7 +200,7 @@ def midog25(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_patches_have_the_majoritys_label_and_the_papers_counts_beside(midog25: Path) -> None:
-    task = midog.load(midog25)
+    task = midog.load_atypical(midog25)
     assert task.name == "midog25-atypical"
     assert task.target_names == ("normal", "atypical")
     assert count(task, "patches") - count(task, "of 60 px, not cut at an edge") == 8
@@ -210,7 +210,7 @@ def test_patches_have_the_majoritys_label_and_the_papers_counts_beside(midog25: 
 
 
 def test_the_paper_splits_patches_and_the_leak_free_protocol_slides(midog25: Path) -> None:
-    paper, leak_free = midog.load(midog25).protocols
+    paper, leak_free = midog.load_atypical(midog25).protocols
     assert (paper.name, leak_free.name) == ("paper", "leak-free")
     assert paper.inner_groups is None
     assert leak_free.inner_groups is not None
@@ -221,7 +221,7 @@ def test_the_paper_splits_patches_and_the_leak_free_protocol_slides(midog25: Pat
 
 
 def test_a_seed_changes_the_folds_and_nothing_else(midog25: Path) -> None:
-    one, same, other = (midog.load(midog25, seed=seed) for seed in (1, 1, 2))
+    one, same, other = (midog.load_atypical(midog25, seed=seed) for seed in (1, 1, 2))
     assert (one.protocols[0].folds[0].test == same.protocols[0].folds[0].test).all()
     assert not np.array_equal(one.protocols[0].folds[0].test, other.protocols[0].folds[0].test)
     assert (one.images == other.images).all()
@@ -233,13 +233,13 @@ def test_a_wrong_label_or_an_absent_column_or_patch_is_one_line(midog25: Path, t
     text = path.read_text()
     path.write_text(text.replace("AMF,NMF,AMF,AMF\n", "AMF,NMF,AMF,AMV\n", 1))
     with pytest.raises(TaskError, match=r"unknown class 'AMV'; expected one of AMF, NMF; did the set rename"):
-        midog.load(folder)
+        midog.load_atypical(folder)
     path.write_text(text.replace(",majority\n", ",vote\n"))
     with pytest.raises(
         TaskError, match=r"Train_Set\.csv: no column 'majority'; it has image_id, .*; expected image_id"
     ):
-        midog.load(folder)
+        midog.load_atypical(folder)
     path.write_text(text)
     (folder / midog.ATYPICAL_IMAGES / "3_3.png").unlink()
     with pytest.raises(TaskError, match=r"3_3\.png: no such image"):
-        midog.load(folder)
+        midog.load_atypical(folder)
