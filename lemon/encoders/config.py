@@ -1,4 +1,4 @@
-"""Sizes of encoders, files of an export, the released normalisation. Imports no torch, so that it is quick to import."""
+"""Sizes of encoders, files of an export, the released normalisation. Imports no torch, and is quick to import."""
 
 from __future__ import annotations
 
