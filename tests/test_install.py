@@ -25,7 +25,9 @@ OPTIONAL = ("probe", "pipeline", "spatialdata", "transformers", "umap")
 IMPORTED_AS = {"scikit-learn": "sklearn", "umap-learn": "umap"}
 
 
-def run(*command: str | Path, folder: Path, code: int | None = 0) -> subprocess.CompletedProcess[str]:
+def run(
+    *command: str | Path, folder: Path, code: int | None = 0, timeout_s: float = 500
+) -> subprocess.CompletedProcess[str]:
     """A command in a folder, as a user has it: without the variables that lead to this checkout."""
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(
@@ -33,7 +35,7 @@ def run(*command: str | Path, folder: Path, code: int | None = 0) -> subprocess.
         capture_output=True,
         text=True,
         check=False,
-        timeout=500,
+        timeout=timeout_s,
         cwd=folder,
         env=environment,
     )
@@ -49,6 +51,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", folder, ROOT, folder=folder)
     (built,) = folder.glob("*.whl")
     return built
+
+
+@pytest.fixture(scope="module")
+def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ``bin`` of an environment with the wheel and all extras, whose packages are those of these tests."""
+    here = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    return install(wheel, tmp_path_factory.mktemp("all") / "env", packages=here)
 
 
 def install(wheel: Path, folder: Path, *, packages: Sequence[Path | str]) -> Path:
@@ -133,13 +142,11 @@ def test_all_weights_that_come_with_the_package_have_a_card() -> None:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_wheel_in_a_fresh_environment_curates_a_slide_and_opens_its_encoder(wheel: Path, tmp_path: Path) -> None:
-    here = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    programs = install(wheel, tmp_path / "env", packages=here)
+def test_a_wheel_in_a_fresh_environment_curates_a_slide_and_opens_its_encoder(programs: Path, tmp_path: Path) -> None:
     lemon, python = programs / "lemon", programs / "python"
     code = "import lemon, lemon.runtime.config as config; print(lemon.__file__, config.conf_dir())"
     where = run(python, "-c", code, folder=tmp_path)
-    assert all(Path(path).is_relative_to(tmp_path / "env") for path in where.stdout.split()), where.stdout
+    assert all(Path(path).is_relative_to(programs.parent) for path in where.stdout.split()), where.stdout
     assert run(lemon, "--version", folder=tmp_path).stdout == f"lemon {__version__}\n"
     assert "  curate " in run(lemon, "--help", folder=tmp_path).stdout
     assert run(lemon, "curat", folder=tmp_path, code=2).stderr.endswith("did you mean curate?\n")
@@ -151,6 +158,31 @@ def test_a_wheel_in_a_fresh_environment_curates_a_slide_and_opens_its_encoder(wh
     assert run(lemon, "verify", "output=cells", folder=tmp_path)
     code = "import lemon, numpy; print(lemon.load_encoder('lemon_mini').embed(numpy.zeros((2, 60, 60, 3), 'u1')).shape)"
     assert run(python, "-c", code, folder=tmp_path).stdout == "torch.Size([2, 192])\n"
+
+
+SHORT_DEMO = """
+import sys
+from lemon.cli import main
+from lemon.demo import job
+job.PRETRAIN = job.PRETRAIN.replace("images_per_epoch=2560 epochs=8", "images_per_epoch=640 epochs=2")
+job.TRIAL = job.TRIAL.replace("images_per_epoch=1280", "images_per_epoch=256")
+job.SHARES = (2, 1)
+sys.exit(main(["demo", "synthetic=true"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(1200)
+def test_a_wheel_in_a_fresh_environment_runs_the_demo(programs: Path, tmp_path: Path) -> None:
+    slide = tmp_path / "demo" / "slides" / "synthetic.tiff"  # a smaller one than the demo makes, which it then keeps
+    slide.parent.mkdir(parents=True)
+    write_pyramid(slide, make_tissue(1500, seed=0, border_px=100).image, mpp=0.25)
+    (tmp_path / "short_demo.py").write_text(SHORT_DEMO)
+    done = run(programs / "python", "short_demo.py", folder=tmp_path, timeout_s=1000)
+    page = tmp_path / "demo" / "report" / "index.html"
+    assert done.stdout.endswith(f"demo: the report is {page}\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"demo", "short_demo.py"}
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def _pretrain(store: Store, output: Path) -> None:
     assert run is not None  # it has just ended
     history = metric_history(run, "loss")
     print(f"demo: loss {history[0][1]:.2f} at step {history[0][0]}, {history[-1][1]:.2f} at step {history[-1][0]}")
-    print(f"demo: curves in MLflow: make ui DB={output / 'mlflow.db'}")
+    print(f"demo: curves in MLflow: mlflow ui --backend-store-uri sqlite:///{output / 'mlflow.db'}")
 
 
 def _embed(store: Store, output: Path) -> None:
