@@ -32,6 +32,15 @@ class ConfigError(ValueError):
         self.told = told
 
 
+class FatalError(Exception):
+    """The job cannot go on: any other item would meet the same, as a disk that is full or a model that is not there.
+
+    The message is one line; ``remedy`` is what follows it, empty where the message says it by itself.
+    """
+
+    remedy = "what is committed stays, rerun goes on"
+
+
 class TerminatedError(KeyboardInterrupt):
     """SIGTERM has come: to be ended as by Ctrl-C, by all that cleans up after itself."""
 

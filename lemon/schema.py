@@ -33,8 +33,8 @@ _MADE_BY = {
     "embeddings": "embed",
     "clusters": "embed",
     "scores": "probe",
-    "sweep": "scaling_sweep",
-    "downloads": "fetch_tcga",
+    "sweep": "sweep",
+    "downloads": "fetch",
     "map": "atlas",
 }
 
@@ -43,7 +43,7 @@ def fault_of(found: pa.Schema, expected: pa.Schema) -> str | None:
     """Why a file's schema is not that of the expected table; None where it is."""
     wanted, _, _ = expected.metadata[TABLE].decode().partition("/")
     got, _, version = (found.metadata or {}).get(TABLE, b"").decode().partition("/")
-    job = f"the output of jobs/{_MADE_BY.get(wanted, wanted)}.py"
+    job = f"the output of lemon {_MADE_BY.get(wanted, wanted)}"
     if not got:
         return f"is no table of lemon's, or of a version before {VERSION}; expected {job} (table {wanted})"
     if got != wanted:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lemon.runtime import s3 as s3_client
+from lemon.runtime.console import installed
 from tests import s3
 from tests.browser import browser as browser  # a fixture
 
@@ -29,6 +30,13 @@ def shared(path: str) -> Path:
     if not found.exists():
         pytest.skip(f"reference data {path} is absent (set LEMON_SHARED to the folder that holds it)")
     return found
+
+
+@pytest.fixture
+def console() -> Iterator[None]:
+    """What is logged is told as in a job, for tests that look at lines without starting one."""
+    with installed():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -74,7 +74,7 @@ def read_cells(config: AtlasConfig) -> AtlasCells:
 
 def _made(embeddings: Store) -> dict[str, Any]:
     if not embeddings.exists(SETTINGS):
-        raise ConfigError(f"embeddings: {embeddings.uri} has no {SETTINGS}; expected an output of jobs/embed.py")
+        raise ConfigError(f"embeddings: {embeddings.uri} has no {SETTINGS}; expected an output of lemon embed")
     made: Made = embeddings.read_json(SETTINGS, Made)
     return asdict(made)
 
@@ -87,12 +87,12 @@ def _select(config: AtlasConfig, *, cells: Store, embeddings: Store) -> Selectio
     if not embedded:
         raise ConfigError(
             f"embeddings: {embeddings.uri} holds none of the {len(chosen.parts)} slides; "
-            f"expected the output of jobs/embed.py cells={cells.uri}"
+            f"expected the output of lemon embed cells={cells.uri}"
         )
     shards = cells.entries("cells")
     absent = [part.name for part in chosen.parts if part.name not in shards]
     if absent:
-        raise ConfigError(f"cells: {cells.uri} has no {absent[0]}; expected the output of jobs/curate.py")
+        raise ConfigError(f"cells: {cells.uri} has no {absent[0]}; expected the output of lemon curate")
     try:
         selection = select_cells(cells, slides=embedded, n_cells=config.n_cells)
     except (OSError, pa.ArrowException) as error:
@@ -115,7 +115,7 @@ def _read_part(part: Part, *, selection: Selection, embeddings: Store) -> tuple[
     if not embedded["cell_id"].equals(facts["cell_id"]):
         raise ConfigError(
             f"embeddings: {name} is of other cells than {selection.store.uri}/{part.name}; "
-            "the same jobs/embed.py again mends it"
+            "the same lemon embed command again mends it"
         )
     facts = facts.append_column("cluster", pa.array(clusters, mask=clusters < 0))
     return facts, vectors_of(embedded["embedding"].combine_chunks()), _thumbnails(part, selection)

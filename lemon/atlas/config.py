@@ -25,10 +25,10 @@ class AtlasSelect(Frozen):
 
 
 class AtlasConfig(OfCells):
-    """``jobs/atlas.py``: embeddings -> a map of cells, as a picture and as a page."""
+    """``lemon atlas``: embeddings -> a map of cells, as a picture and as a page."""
 
-    embeddings: AnyPath = Field(description="output of jobs/embed.py")
-    cells: AnyPath = Field(description="the cells table that was embedded: an output of jobs/curate.py")
+    embeddings: AnyPath = Field(description="output of lemon embed")
+    cells: AnyPath = Field(description="the cells table that was embedded: an output of lemon curate")
     output: AnyPath = Field("atlas", description="folder or s3:// prefix of atlas.html, .png, .svg and map.parquet")
     n_cells: int = Field(20_000, ge=10, le=MAX_CELLS, description="the cells of lowest rank over all slides")
     select: AtlasSelect = AtlasSelect()

@@ -12,9 +12,12 @@ from lemon.atlas.figure import draw_atlas
 from lemon.atlas.page import write_page
 from lemon.atlas.projection import open_method, to_unit_square
 from lemon.errors import EXIT_OK
+from lemon.runtime.console import stage_logger
 from lemon.runtime.lease import hold
 from lemon.runtime.store import CIRCUMSTANCES, Store, fingerprint
 from lemon.schema import MAP, marked
+
+logger = stage_logger(__name__, "atlas")
 
 MAP_NAME = "map.parquet"
 
@@ -24,8 +27,8 @@ OWNS = ("atlas.html", "atlas.png", "atlas.svg", MAP_NAME)
 
 def main(config: AtlasConfig) -> int:
     """Make the atlas and tell what it is; returns the exit code. Raises ConfigError."""
-    with hold(config.output, stage="atlas", owns=OWNS):
-        return _make(config, Store(config.output))
+    with hold(config.output, stage="atlas", owns=OWNS) as store:
+        return _make(config, store)
 
 
 def _make(config: AtlasConfig, store: Store) -> int:
@@ -37,9 +40,9 @@ def _make(config: AtlasConfig, store: Store) -> int:
         positions = place(cells.vectors, perplexity=config.perplexity, seed=config.seed, threads=config.threads)
         write_map(store, cells, positions, circumstances=circumstances)
     size = write_views(store, cells, positions, config=config)
-    print(f"atlas: {len(cells.table):,} cells of {cells.n_slides} slides by {cells.model}; look at")
-    print(f"  {store.uri}/atlas.html ({size / 1e6:.1f} MB; opens without a network)")
-    print(f"  {store.uri}/atlas.png, atlas.svg")
+    logger.info(f"{len(cells.table):,} cells of {cells.n_slides} slides by {cells.model}; look at")
+    logger.info(f"  {store.uri}/atlas.html ({size / 1e6:.1f} MB; opens without a network)")
+    logger.info(f"  {store.uri}/atlas.png, atlas.svg")
     return EXIT_OK
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import re
 import shutil
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +26,8 @@ from lemon.cells.shard import images_from_arrow
 from lemon.errors import ConfigError, StorageError
 from lemon.runtime.shards import ShardError
 from lemon.schema import CELL_PX
+
+logger = logging.getLogger(__name__)
 
 IMAGE_BYTES = CELL_PX * CELL_PX * 3
 THREADS = 8
@@ -133,7 +135,7 @@ def _make(file: int, path: Path, selection: Selection) -> None:
     temporary = path.with_suffix(".tmp")
     try:
         if path.exists():
-            print(f"cache: {path} is damaged, cut short or of an earlier version; it is made anew", file=sys.stderr)
+            logger.warning(f"cache: {path} is damaged, cut short or of an earlier version; it is made anew")
             path.unlink()  # first, as it takes room
         _reserve(file, _size(selection))
         _fill(file, selection)
@@ -224,7 +226,7 @@ def _locked(temporary: Path) -> Iterator[int | None]:
         ) from None
     try:
         if not _lock(file, temporary, wait=False):
-            print(f"cache: another process makes {temporary.with_suffix('.u8')}; waiting for it", file=sys.stderr)
+            logger.warning(f"cache: another process makes {temporary.with_suffix('.u8')}; waiting for it")
             _lock(file, temporary, wait=True)
         yield file if _is_named(file, temporary) else None
     finally:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -17,15 +15,6 @@ from lemon.runtime.store import Store
 def cells_ledger(store: Store, *, config_fingerprint: str) -> Ledger:
     """The ledger of a cells table."""
     return Ledger(store, schema=schema.SLIDES, facts={"config_fingerprint": config_fingerprint})
-
-
-def tell_statuses(rows: Sequence[dict[str, Any]]) -> str:
-    """Print the reason of each row that has one; returns how many slides are done, partial and failed, in words."""
-    for row in rows:
-        if row["error"]:
-            print(f"  {row['slide_id']}: {row['status']}: {row['error']}")
-    counts = Counter(row["status"] for row in rows)
-    return ", ".join(f"{counts[status]} {status}" for status in schema.SLIDE_STATUSES)
 
 
 def read_ledger(store: Store) -> pa.Table:
@@ -52,4 +41,4 @@ def require_cells(cells: str) -> None:
 
 
 def _no_cells(store: Store) -> str:
-    return f"cells: {store.uri} holds no cells; expected the output of jobs/curate.py"
+    return f"cells: {store.uri} holds no cells; expected the output of lemon curate"

@@ -80,7 +80,7 @@ def select_cells(
     n_cells: int | None = None,
     exclude_patients: Sequence[str] = (),
 ) -> Selection:
-    """Choose cells of a table that ``jobs/curate.py`` wrote, by slide first, then by rank.
+    """Choose cells of a table that ``lemon curate`` wrote, by slide first, then by rank.
 
     Args:
         store: the output of curation.

@@ -34,7 +34,7 @@ class WorkersConfig(Frozen):
 
 
 class CurateConfig(Frozen):
-    """``jobs/curate.py``: slides -> nuclei -> cells."""
+    """``lemon curate``: slides -> nuclei -> cells."""
 
     slides: AnyPaths = Field(description="glob, folder, slide file, or a CSV/Parquet cohort; also at s3://")
     output: AnyPath = Field(description="folder or s3:// prefix of the tables cells/ and slides/")

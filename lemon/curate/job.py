@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from lemon.cells.ledger import cells_ledger, tell_statuses
+from lemon.cells.ledger import cells_ledger
 from lemon.cells.names import FOLDERS, SETTINGS, geojson_name, shard_name
 from lemon.curate.config import CurateConfig
 from lemon.curate.slide import OutputError, curate_slide, start_processes
-from lemon.errors import EXIT_FAILURES, EXIT_OK, ConfigError
+from lemon.errors import ConfigError
 from lemon.runtime import pool
+from lemon.runtime.console import stage_logger
 from lemon.runtime.demand import Demand, is_new, settle
 from lemon.runtime.identifiers import file_stem
 from lemon.runtime.lease import hold
-from lemon.runtime.ledger import Ledger, begin_output
+from lemon.runtime.ledger import Ledger, Summary
 from lemon.runtime.secrets import redacted
 from lemon.runtime.store import Store, fingerprint, is_uri, path_exists
 from lemon.slides.cohort import Slide, list_slides
@@ -31,15 +29,7 @@ from lemon.slides.source import changed_masks, changed_sources
 OWNS = (*FOLDERS, SETTINGS)
 """What curation writes in its output."""
 
-
-@dataclass(frozen=True)
-class Summary:
-    """Outcome of a job: the ledger's rows of the slides that were asked for."""
-
-    rows: list[dict[str, Any]]
-    n_skipped: int
-    exit_code: int
-
+logger = stage_logger(__name__, "curate")
 
 Locate = Callable[[Slide], contextlib.AbstractContextManager[str]]
 """Makes a slide's file be there for the length of a block, and says where. Raises pool.AbsentError."""
@@ -66,7 +56,7 @@ IN_PLACE = Source(open=_in_place, ahead=0)
 
 
 def run(config: CurateConfig, *, source: Source = IN_PLACE, slides: list[Slide] | None = None) -> Summary:
-    """Curate the slides of a config; returns what became of each.
+    """Curate the slides of a config; tells and returns what became of each.
 
     A slide that its source could not provide gets no row, so that it is tried again by a rerun. ``slides`` is what
     ``ask`` gave where a larger job asked already.
@@ -82,26 +72,20 @@ def run(config: CurateConfig, *, source: Source = IN_PLACE, slides: list[Slide] 
             _curate_all(pending, config=config, ledger=ledger, source=source)
             rows = list(ledger.rows().values())
     wanted = {slide.slide_id for slide in slides}
-    rows = [row for row in rows if row["slide_id"] in wanted]
-    failed = sum(row["status"] == "failed" for row in rows)
-    code = EXIT_FAILURES if failed > config.max_failed_share * len(rows) else EXIT_OK
-    return Summary(rows=rows, n_skipped=len(slides) - len(pending), exit_code=code)
-
-
-def main(config: CurateConfig, *, source: Source = IN_PLACE, slides: list[Slide] | None = None) -> int:
-    """``run`` with its outcome told; returns the exit code."""
-    try:
-        summary = run(config, source=source, slides=slides)
-    except pool.FatalError as error:
-        print(f"curate: stopped: {error}; what is committed stays, rerun goes on", file=sys.stderr)
-        return EXIT_FAILURES
-    told = tell_statuses(summary.rows)
-    total = {name: sum(row[name] or 0 for row in summary.rows) for name in ("n_nuclei", "n_cells")}
-    print(
-        f"curate: {len(summary.rows)} slides ({told}; {summary.n_skipped} of an earlier run), "
-        f"{total['n_nuclei']:,} nuclei, {total['n_cells']:,} cells in {config.output}"
+    summary = Summary(
+        rows=[row for row in rows if row["slide_id"] in wanted],
+        n_skipped=len(slides) - len(pending),
+        max_failed_share=config.max_failed_share,
     )
-    return summary.exit_code
+    total = {name: sum(row[name] or 0 for row in summary.rows) for name in ("n_nuclei", "n_cells")}
+    told = f"{total['n_nuclei']:,} nuclei, {total['n_cells']:,} cells in {config.output}"
+    logger.info(f"{summary.tell(logger)}, {told}")
+    return summary
+
+
+def main(config: CurateConfig) -> int:
+    """``run``; returns the exit code."""
+    return run(config).exit_code
 
 
 class Curator(pool.Worker):
@@ -185,8 +169,9 @@ def _absolute(path: str) -> str:
 def open_ledger(store: Store, config: CurateConfig) -> Ledger:
     """The ledger of an output; raises ConfigError when the output was made with other settings."""
     settings = config.result_settings()
-    begin_output(store, SETTINGS, settings, folders=FOLDERS, overwrite=config.overwrite)
-    return cells_ledger(store, config_fingerprint=fingerprint(settings))
+    ledger = cells_ledger(store, config_fingerprint=fingerprint(settings))
+    ledger.prepare(SETTINGS, settings, folders=FOLDERS, overwrite=config.overwrite)
+    return ledger
 
 
 def _pending(slides: list[Slide], rows: list[dict[str, Any]], *, ledger: Ledger, config: CurateConfig) -> list[Slide]:
@@ -210,7 +195,7 @@ def _pending(slides: list[Slide], rows: list[dict[str, Any]], *, ledger: Ledger,
     for why, slide_ids in again.items():
         if slide_ids:
             some = ", ".join(sorted(slide_ids)[:5]) + (", ..." if len(slide_ids) > 5 else "")
-            print(f"curate: {len(slide_ids)} slides {why}, and are curated again: {some}")
+            logger.info(f"{len(slide_ids)} slides {why}, and are curated again: {some}")
     redone = set().union(*again.values())
     for slide_id in redone:
         ledger.forget(slide_id)
@@ -240,9 +225,5 @@ def _curate_all(slides: list[Slide], *, config: CurateConfig, ledger: Ledger, so
     make = functools.partial(Curator, located, ledger=ledger, source=source)
     actors = pool.Actors(granted, most=workers.actors, ahead=source.ahead)
     items = [{"slide": asdict(slide)} for slide in slides]
-    with tqdm(total=len(slides), unit="slide", desc="curate", disable=None) as bar:
-        cells = failed = 0
-        for row in pool.run(items, make, actors=actors, max_attempts=config.max_attempts):
-            cells, failed = cells + (row.get("n_cells") or 0), failed + (row["status"] == "failed")
-            bar.set_postfix(cells=cells, failed=failed, refresh=False)
-            bar.update()
+    sums = {"cells": "n_cells"}
+    pool.run_all(items, make, actors=actors, max_attempts=config.max_attempts, name="curate", sums=sums)

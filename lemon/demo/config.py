@@ -8,7 +8,7 @@ from lemon.runtime.config import Frozen, LocalPath
 
 
 class DemoConfig(Frozen):
-    """``jobs/demo.py``: every stage on one slide."""
+    """``lemon demo``: every stage on one slide."""
 
     output: LocalPath = Field("demo", description="folder of all that the demo makes")
     synthetic: bool = Field(False, description="use a made-up slide, as where pip reaches no package index")

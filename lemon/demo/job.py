@@ -19,16 +19,19 @@ from lemon.curate.config import CurateConfig
 from lemon.demo.config import DemoConfig
 from lemon.demo.slide import fetch_real_slide, make_synthetic_slide
 from lemon.embed.config import EmbedConfig
-from lemon.errors import EXIT_OK
+from lemon.errors import EXIT_OK, FatalError
 from lemon.pretrain.config import FitStainConfig, PretrainConfig
 from lemon.probe.config import ProbeConfig
 from lemon.report.config import ReportConfig
 from lemon.report.pictures import draw_curation
 from lemon.runtime.config import load
+from lemon.runtime.console import stage_logger
 from lemon.runtime.store import Store
 from lemon.runtime.tracking import metric_history, run_of, tracking_uri
 from lemon.slides.reader import SlideReader
 from lemon.sweep.config import SweepConfig
+
+logger = stage_logger(__name__, "demo")
 
 # An encoder of 0.5 M parameters: it shows the chain, not skill.
 TINY = (
@@ -44,7 +47,7 @@ SHARES = (16, 4, 1)  # points of the sweep: a sixteenth of the cells, a quarter,
 
 def main(config: DemoConfig) -> int:
     """Run the demo and tell where its page is; returns the exit code."""
-    print(f"demo: the report is {run(Path(config.output), synthetic=config.synthetic)}")
+    logger.info(f"the report is {run(Path(config.output), synthetic=config.synthetic)}")
     return EXIT_OK
 
 
@@ -89,7 +92,7 @@ def _gallery(path: Path, *, store: Store, slide_id: str) -> None:
     images = images_from_arrow(store.read_table(shard_name(slide_id), columns=["image"])["image"])
     with Store(path.parent).write_path(path.name) as unnamed:
         draw_gallery(torch.from_numpy(images[:6].copy()), policies=policies, path=unnamed, seed=0)
-    print(f"demo: views of every policy in {path}")
+    logger.info(f"views of every policy in {path}")
 
 
 def _pretrain(store: Store, output: Path) -> None:
@@ -100,8 +103,8 @@ def _pretrain(store: Store, output: Path) -> None:
     run = run_of(Store(output / "encoder"), uri=tracking_uri())
     assert run is not None  # it has just ended
     history = metric_history(run, "loss")
-    print(f"demo: loss {history[0][1]:.2f} at step {history[0][0]}, {history[-1][1]:.2f} at step {history[-1][0]}")
-    print(f"demo: curves in MLflow: mlflow ui --backend-store-uri sqlite:///{output / 'mlflow.db'}")
+    logger.info(f"loss {history[0][1]:.2f} at step {history[0][0]}, {history[-1][1]:.2f} at step {history[-1][0]}")
+    logger.info(f"curves in MLflow: mlflow ui --backend-store-uri sqlite:///{output / 'mlflow.db'}")
 
 
 def _embed(store: Store, output: Path) -> None:
@@ -153,9 +156,9 @@ def _report(output: Path) -> Path:
 
 
 def _check(stage: str, code: int) -> None:
-    """Raises SystemExit where a stage did not end well; it has said why."""
+    """Raises FatalError where a stage did not end well; it has said why."""
     if code != EXIT_OK:
-        raise SystemExit(f"demo: {stage} failed, see above")
+        raise FatalError(f"{stage} failed, see above")
 
 
 def _slide(folder: Path, *, synthetic: bool) -> Path:
@@ -163,7 +166,7 @@ def _slide(folder: Path, *, synthetic: bool) -> Path:
         try:
             return fetch_real_slide(folder)
         except OSError as error:
-            print(f"demo: no real slide ({error}); going on with a synthetic one")
+            logger.info(f"no real slide ({error}); going on with a synthetic one")
     return make_synthetic_slide(folder)
 
 
@@ -176,4 +179,4 @@ def _picture(path: Path, *, slide: Path, store: Store) -> None:
         cells = store.read_table(shard_name(slide.stem))
         with Store(path.parent).write_path(path.name) as unnamed:
             draw_curation(unnamed, slide=reader, polygons=polygons, cells=cells)
-    print(f"demo: nuclei in {path}")
+    logger.info(f"nuclei in {path}")

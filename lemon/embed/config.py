@@ -39,19 +39,19 @@ class EmbedWorkers(Frozen):
 
 
 class EmbedConfig(OfCells):
-    """``jobs/embed.py``: cells -> embeddings, and the files that other tools open."""
+    """``lemon embed``: cells -> embeddings, and the files that other tools open."""
 
     model: NameOrPath = Field(
-        description="output of jobs/pretrain.py, an exported encoder, or a name that load_encoder knows"
+        description="output of lemon pretrain, an exported encoder, or a name that load_encoder knows"
     )
     output: AnyPath = Field(description="folder or s3:// prefix of embeddings/ and of the formats")
-    cells: AnyPath | None = Field(None, description="output of jobs/curate.py; this or slides")
+    cells: AnyPath | None = Field(None, description="output of lemon curate; this or slides")
     slides: AnyPaths | None = Field(
         None, description="glob, folder, slide file or cohort, curated into <output>/cells first; this or cells"
     )
     segmenter: SegmenterChoice = Field({}, validate_default=True)
     curation: dict[str, Any] = Field(
-        {}, description="with slides: other keys of jobs/curate.py, as curation.region_px=512; all cells are kept"
+        {}, description="with slides: other keys of lemon curate, as curation.region_px=512; all cells are kept"
     )
     format: list[Literal["parquet", "h5ad", "geojson", "spatialdata"]] = Field(
         ["parquet"], description="files of each slide, as [parquet,h5ad,geojson,spatialdata]; parquet is always written"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
@@ -34,7 +33,6 @@ class Embedder(Worker):
 
     Args:
         encoder: the encoder where it is open already; None opens ``config.model``.
-        progress: told the number of cells of each batch.
 
     Raises:
         ConfigError: the device is not there, or ``config.model`` here is not the model of the ledger.
@@ -49,9 +47,8 @@ class Embedder(Worker):
         ledger: EmbedLedger,
         cells: Store,
         encoder: Encoder | None = None,
-        progress: Callable[[int], None] | None = None,
     ) -> None:
-        self.config, self.ledger, self.cells, self.progress = config, ledger, cells, progress
+        self.config, self.ledger, self.cells = config, ledger, cells
         self.output = ledger.store.uri
         device = choose_device(config.device)
         self.encoder = (encoder or open_encoder(config.model)).to(device)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from lemon.cells.ledger import rows_with_cells, tell_statuses
+from lemon.cells.ledger import rows_with_cells
 from lemon.cells.select import select_cells
 from lemon.curate import job as curate
 from lemon.embed.clusters import open_clusters
@@ -24,11 +21,13 @@ from lemon.embed.ledger import EmbedLedger, Made, open_ledger
 from lemon.embed.names import CENTRES, FOLDERS, SETTINGS
 from lemon.embed.spatialdata import check_spatialdata
 from lemon.encoders.open import Encoder
-from lemon.errors import EXIT_FAILURES, EXIT_OK, ConfigError
+from lemon.errors import ConfigError, FatalError
 from lemon.runtime import pool
 from lemon.runtime.cluster import ray_address
+from lemon.runtime.console import stage_logger
 from lemon.runtime.demand import Demand, is_new, settle
 from lemon.runtime.lease import hold
+from lemon.runtime.ledger import Summary
 from lemon.runtime.shards import ShardError
 from lemon.runtime.store import Store
 from lemon.slides.cohort import Slide
@@ -36,71 +35,69 @@ from lemon.slides.cohort import Slide
 OWNS = (*FOLDERS, CENTRES, SETTINGS)
 """What embedding writes in its output."""
 
+logger = stage_logger(__name__, "embed")
 
-@dataclass(frozen=True)
-class Summary:
-    """Outcome of a job: the ledger's rows of the table's slides, and how long the new ones took."""
 
-    rows: list[dict[str, Any]]
-    n_skipped: int
+@dataclass(frozen=True, kw_only=True)
+class Embedded(Summary):
+    """What became of a table's slides, and how long the new ones took."""
+
     n_embedded: int
     embed_s: float
     made: Made
-    output: str
-    exit_code: int
 
 
-def run(config: EmbedConfig, *, slides: list[Slide] | None = None) -> Summary:
-    """Embed the cells of a config and write the formats; returns what became of each slide.
+def run(config: EmbedConfig, *, slides: list[Slide] | None = None) -> Embedded:
+    """Embed the cells of a config and write the formats; tells and returns what became of each slide.
 
     ``slides`` are those that curation was asked about already.
 
-    Raises ConfigError for what the user must mend first; pool.FatalError when the job cannot go on.
+    Raises ConfigError for what the user must mend first; FatalError when the job cannot go on.
     """
     with hold(config.output, stage="embed", owns=OWNS) as output:
-        return _run(_located(config, output), output, slides=slides)
+        summary = _run(_located(config, output), output, slides=slides)
+    told = summary.tell(logger)
+    n_cells = sum(row["n_cells"] for row in summary.rows)
+    rate = f"{summary.n_embedded / summary.embed_s:,.0f} cells/s" if summary.n_embedded else "none of them now"
+    folders = ", ".join(["embeddings/", *(f"{kind}/" for kind in config.format if kind != "parquet")])
+    logger.info(
+        f"{told}, {n_cells:,} cells ({rate}), {summary.made.width} values each by {summary.made.model}; "
+        f"{folders} in {output.uri}"
+    )
+    return summary
 
 
-def _run(config: EmbedConfig, output: Store, *, slides: list[Slide] | None) -> Summary:
+def _run(config: EmbedConfig, output: Store, *, slides: list[Slide] | None) -> Embedded:
     encoder = open_encoder(config.model)
     made = Made(encoder.name, encoder.fingerprint, encoder.width, config.dtype, config.precision)
-    code, cells = EXIT_OK, Store(config.cells or config.curate_config().output)
+    cells = Store(config.cells or config.curate_config().output)
     jobs = _jobs(cells) if config.cells is not None else []  # before anything is overwritten
     ledger = open_ledger(output, made, overwrite=config.overwrite)
-    if config.slides is not None:
-        code = _curate(config, slides)
-        with contextlib.suppress(ConfigError):  # no cells: the line that curation printed says why
+    curated = [] if config.slides is None else [_curate(config, slides)]
+    if curated:
+        with contextlib.suppress(ConfigError):  # no cells: curation has told why
             jobs = _jobs(cells)
     pending = ledger.without_embeddings(jobs)
     start = time.perf_counter()
     _embed(pending, config=config, ledger=ledger, cells=cells, encoder=encoder)
     seconds = time.perf_counter() - start
     rows = _export(jobs, config=config, ledger=ledger, cells=cells)
-    if sum(row["status"] != "done" for row in rows) > config.max_failed_share * len(rows):
-        code = EXIT_FAILURES
     fresh = {job["slide_id"] for job in pending}
-    n_embedded = sum(row["n_cells"] for row in rows if row["slide_id"] in fresh)
-    return Summary(rows, len(jobs) - len(pending), n_embedded, seconds, made, output.uri, code)
+    return Embedded(
+        rows=rows,
+        n_skipped=len(jobs) - len(pending),
+        max_failed_share=config.max_failed_share,
+        failures=("partial", "failed"),
+        before=curated,
+        n_embedded=sum(row["n_cells"] for row in rows if row["slide_id"] in fresh),
+        embed_s=seconds,
+        made=made,
+    )
 
 
 def main(config: EmbedConfig) -> int:
-    """``run`` with its outcome told; returns the exit code."""
-    slides = _ask(config)
-    try:
-        summary = run(config, slides=slides)
-    except (pool.FatalError, OSError) as error:
-        print(f"embed: stopped: {error}; what is committed stays, rerun goes on", file=sys.stderr)
-        return EXIT_FAILURES
-    told = tell_statuses(summary.rows)
-    n_cells = sum(row["n_cells"] for row in summary.rows)
-    rate = f"{summary.n_embedded / summary.embed_s:,.0f} cells/s" if summary.n_embedded else "none of them now"
-    folders = ", ".join(["embeddings/", *(f"{kind}/" for kind in config.format if kind != "parquet")])
-    print(
-        f"embed: {len(summary.rows)} slides ({told}; {summary.n_skipped} of an earlier run), "
-        f"{n_cells:,} cells ({rate}), {summary.made.width} values each by {summary.made.model}; "
-        f"{folders} in {summary.output}"
-    )
-    return summary.exit_code
+    """``run``, after what it needs of the cluster is asked for; returns the exit code."""
+    return run(config, slides=_ask(config)).exit_code
 
 
 def _located(config: EmbedConfig, output: Store) -> EmbedConfig:
@@ -115,10 +112,10 @@ def _located(config: EmbedConfig, output: Store) -> EmbedConfig:
     return config.model_copy(update=update)
 
 
-def _curate(config: EmbedConfig, slides: list[Slide] | None) -> int:
+def _curate(config: EmbedConfig, slides: list[Slide] | None) -> Summary:
     """Curate the slides; cells of an earlier run are kept, also when embeddings are to be overwritten."""
     try:
-        return curate.main(config.curate_config(), slides=slides)
+        return curate.run(config.curate_config(), slides=slides)
     except ConfigError as error:
         raise ConfigError(str(error).replace("overwrite=true", "curation.overwrite=true")) from None
 
@@ -149,14 +146,17 @@ def _embed(
 ) -> None:
     if not jobs:
         return
-    make = functools.partial(Embedder, config, ledger=ledger, cells=cells)
-    total = sum(job["n_cells"] for job in jobs)
     actors = _actors(config, n_slides=len(jobs), gpus=config.workers.gpus)
-    with tqdm(total=total, unit="cell", unit_scale=True, desc="embed", disable=None) as bar:
-        if actors is None:
-            make = functools.partial(make, encoder=encoder, progress=bar.update)
-        for row in pool.run(jobs, make, actors=actors, max_attempts=config.max_attempts):
-            bar.update(row["n_cells"] if actors is not None else 0)
+    make = functools.partial(Embedder, config, ledger=ledger, cells=cells, encoder=encoder if actors is None else None)
+    pool.run_all(
+        jobs,
+        make,
+        actors=actors,
+        max_attempts=config.max_attempts,
+        name="embed",
+        unit="cell",
+        size=lambda job: int(job["n_cells"]),
+    )
 
 
 def _export(
@@ -175,7 +175,7 @@ def _export(
             selection, ledger.store, k=config.clusters.k, seed=config.clusters.seed, parents=parents
         )
     except ShardError as error:
-        raise pool.FatalError(f"{error}; delete that file to have it made again") from None
+        raise FatalError(f"{error}; delete that file to have it made again") from None
     make = functools.partial(Exporter, ledger=ledger, cells=cells, clusters=clusters, formats=config.format)
     here = make()
     lacking = here.lacking([row["slide_id"] for row in embedded])
@@ -184,10 +184,8 @@ def _export(
         for row in embedded
         if row["status"] == "partial" or row["slide_id"] in lacking
     ]
-    with tqdm(total=len(pending), unit="slide", desc="formats", disable=None if pending else True) as bar:
-        actors = _actors(config, n_slides=len(pending), gpus=0)
-        for _ in pool.run(pending, make, actors=actors, max_attempts=config.max_attempts):
-            bar.update()
+    actors = _actors(config, n_slides=len(pending), gpus=0)
+    pool.run_all(pending, make, actors=actors, max_attempts=config.max_attempts, name="formats")
     return [row for slide_id, row in ledger.rows().items() if slide_id in paths]
 
 

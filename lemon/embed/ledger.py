@@ -8,7 +8,7 @@ from typing import Any
 
 from lemon.cells.names import geojson_name
 from lemon.embed.names import CENTRES, FOLDERS, SETTINGS, clusters_name, embeddings_name, h5ad_name, spatialdata_name
-from lemon.runtime.ledger import Ledger, begin_output
+from lemon.runtime.ledger import Ledger
 from lemon.runtime.store import Store
 from lemon.schema import EMBEDDED
 
@@ -62,5 +62,6 @@ def open_ledger(store: Store, made: Made, *, overwrite: bool) -> EmbedLedger:
     earlier = {} if overwrite or not store.exists(SETTINGS) else store.read_json(SETTINGS, dict)
     if called := _same_model(earlier, made):
         made = replace(made, model=called)  # the same weights from another folder
-    begin_output(store, SETTINGS, asdict(made), folders=(*FOLDERS, CENTRES), overwrite=overwrite)
-    return EmbedLedger(store, made)
+    ledger = EmbedLedger(store, made)
+    ledger.prepare(SETTINGS, asdict(made), folders=(*FOLDERS, CENTRES), overwrite=overwrite)
+    return ledger

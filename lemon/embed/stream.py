@@ -49,7 +49,7 @@ def embed_shard(
     dtype: str = "float16",
     precision: str = "fp32",
     digest: str | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> str:
     """Write the embeddings of a shard, in its order, atomically; returns the digest of the table.
 
@@ -76,8 +76,7 @@ def embed_shard(
         for batch in batches:
             vectors = _vectors(batch["image"], encoder=encoder, dtype=dtype, precision=precision)
             written.write(_rows(batch, vectors, table=table, fingerprint=encoder.fingerprint))
-            if progress is not None:
-                progress(len(batch))
+            progress(len(batch))
         if written.n_rows != n_cells:
             raise ShardError(f"{shard}: holds {written.n_rows:,} cells; expected {n_cells:,}, as the slides table says")
     return written.digest

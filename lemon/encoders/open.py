@@ -110,7 +110,7 @@ def load_encoder(name_or_path: str | Path, *, device: str | torch.device = "cpu"
     """Open an encoder by its path or by its name.
 
     Args:
-        name_or_path: a path that exists wins, local or at s3://: the output of ``jobs/pretrain.py``, its ``encoder``
+        name_or_path: a path that exists wins, local or at s3://: the output of ``lemon pretrain``, its ``encoder``
             folder, or the released ``lemon.pth.tar`` (with its ``mean_std.json`` beside it, if that was downloaded);
             else a name of ``registry.encoder_names()``, its hub id, or ``name:path`` for weights that lie in a file, as
             ``volta:checkpoint.pth.tar`` or ``uni:pytorch_model.bin``; or ``models:/NAME/VERSION`` (``@ALIAS``) of the

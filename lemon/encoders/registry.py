@@ -374,7 +374,7 @@ def find_entry(name: str) -> EncoderEntry:
     close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.6)
     meant = f"did you mean {' or '.join(close)}? " if close else ""
     raise ConfigError(
-        f"{name}: no such file, folder or encoder; {meant}expected the output of jobs/pretrain.py, "
+        f"{name}: no such file, folder or encoder; {meant}expected the output of lemon pretrain, "
         f"an exported encoder, lemon.pth.tar, or one of {', '.join(names)}"
     )
 

@@ -11,7 +11,7 @@ from lemon.nuclei.config import SegmenterChoice
 from lemon.runtime.config import AnyPath, Frozen, LocalPath, NameOrPath
 
 COHORT_FILE = "cohort.parquet"
-"""Where in its output ``jobs/fetch_tcga.py`` lists its slides."""
+"""Where in its output ``lemon fetch`` lists its slides."""
 
 
 class DownloadConfig(Frozen):
@@ -25,7 +25,7 @@ class DownloadConfig(Frozen):
 
 
 class FetchConfig(Frozen):
-    """``jobs/fetch_tcga.py``: slides of TCGA from the Genomic Data Commons, kept, or curated and dropped one by one."""
+    """``lemon fetch``: slides of TCGA from the Genomic Data Commons, kept, or curated and dropped one by one."""
 
     output: LocalPath = Field(description="local folder of the slides, cohort.parquet and downloads/")
     organs: list[str] = Field(
@@ -45,7 +45,7 @@ class FetchConfig(Frozen):
     )
     segmenter: SegmenterChoice = Field({}, validate_default=True)
     curation: dict[str, Any] = Field(
-        {}, description="with stream: other keys of jobs/curate.py, as curation.cells_per_slide=500"
+        {}, description="with stream: other keys of lemon curate, as curation.cells_per_slide=500"
     )
 
     @field_validator("organs", mode="before")

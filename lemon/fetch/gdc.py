@@ -11,7 +11,7 @@ from typing import Any
 import requests
 from pydantic import Field
 
-from lemon.errors import ConfigError, one_line
+from lemon.errors import ConfigError, FatalError, one_line
 from lemon.fetch.download import RemoteFile
 from lemon.runtime.config import Frozen, validate
 from lemon.runtime.tables import Column, Form, read_user_table
@@ -71,8 +71,10 @@ MANIFEST = Form(
 )
 
 
-class GdcError(Exception):
+class GdcError(FatalError):
     """The GDC's API does not answer as it should; the message is one line."""
+
+    remedy = "a rerun goes on"
 
 
 class GdcFile(Frozen):

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,65 +17,49 @@ from tqdm import tqdm
 from lemon.cells.ledger import read_ledger
 from lemon.cells.select import rank_of
 from lemon.curate import job as curate
-from lemon.errors import EXIT_FAILURES, EXIT_OK, ConfigError
+from lemon.errors import ConfigError, FatalError
 from lemon.fetch.config import COHORT_FILE, FetchConfig
 from lemon.fetch.download import PARTS, Downloader, DownloadError, StoppedError, open_session
-from lemon.fetch.gdc import GdcError, GdcFile, list_files, organ_of, read_manifest, studies_of
+from lemon.fetch.gdc import GdcFile, list_files, organ_of, read_manifest, studies_of
 from lemon.runtime import pool
+from lemon.runtime.console import stage_logger
 from lemon.runtime.lease import hold
-from lemon.runtime.ledger import Ledger
+from lemon.runtime.ledger import Ledger, Summary
 from lemon.runtime.records import OWN
 from lemon.runtime.secrets import redacted
-from lemon.runtime.store import Store, open_output
+from lemon.runtime.store import Store
 from lemon.schema import DOWNLOADS
 from lemon.slides.cohort import Slide, write_cohort
 
 PASSING = f"{OWN}/passing"
 """Folder in the output for slides that are deleted after their curation."""
 
-
-@dataclass(frozen=True)
-class Summary:
-    """Outcome of a job: a row of the ledger of downloads for each slide that was tried, now or earlier."""
-
-    rows: list[dict[str, Any]]
-    n_skipped: int
-    exit_code: int
+logger = stage_logger(__name__, "fetch_tcga")
 
 
 def main(config: FetchConfig) -> int:
-    """``run`` with its outcome told; returns the exit code."""
+    """``run``; returns the exit code."""
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # attempts that are repeated are no news
-    try:
-        with hold(config.output, stage="fetch_tcga", owns=("downloads", COHORT_FILE)):
-            summary = run(config)
-    except (GdcError, OSError) as error:
-        print(f"fetch_tcga: stopped: {error}; a rerun goes on", file=sys.stderr)
-        return EXIT_FAILURES
-    failed = [row for row in summary.rows if row["status"] == "failed"]
-    for row in failed:
-        print(f"  {row['slide_id']}: failed: {row['error']}")
-    n_done = len(summary.rows) - len(failed)
-    n_bytes = sum(row["size_bytes"] for row in summary.rows if row["status"] == "done")
-    where = f"curated into {config.curate_config().output}" if config.stream else f"in {config.output}"
-    print(
-        f"fetch_tcga: {n_done + len(failed)} slides ({n_done} done, {len(failed)} failed; {summary.n_skipped} of an "
-        f"earlier run), {_gigabytes(n_bytes)} {where}"
-    )
-    return summary.exit_code
+    return run(config).exit_code
 
 
 def run(config: FetchConfig) -> Summary:
-    """Download the slides of a config, and curate them where it says so; returns what became of each download.
+    """Download the slides of a config, and curate them where it says so; tells and returns what became of downloads.
+
+    The summary has a row of the ledger of downloads for each slide that was tried, now or earlier.
 
     Raises:
         ConfigError: the user must mend something first.
         GdcError: the GDC cannot be asked which slides there are.
-        OSError: the ledger cannot be written.
+        FatalError: the ledger cannot be written.
     """
-    folder = Path(open_output(config.output).root)
-    files = _chosen(config)
-    return _stream(files, folder, config) if config.stream else _keep(files, folder, config)
+    with hold(config.output, stage="fetch_tcga", owns=("downloads", COHORT_FILE)) as output:
+        files = _chosen(config)
+        summary = _stream(files, output, config) if config.stream else _keep(files, output, config)
+    n_bytes = sum(row["size_bytes"] for row in summary.rows if row["status"] == "done")
+    where = f"curated into {config.curate_config().output}" if config.stream else f"in {config.output}"
+    logger.info(f"{summary.tell(logger, ('done', 'failed'))}, {_gigabytes(n_bytes)} {where}")
+    return summary
 
 
 # --- which slides -----------------------------------------------------------------------------------------------------
@@ -111,7 +93,7 @@ def _chosen(config: FetchConfig) -> dict[str, GdcFile]:
         if not group:
             raise ConfigError(f"{'manifest' if config.manifest else 'organs'}: {word} has no diagnostic slides")
         if config.slides_per_organ is not None and len(group) < config.slides_per_organ:
-            print(f"fetch_tcga: {word} has {len(group)} slides, not {config.slides_per_organ}")
+            logger.info(f"{word} has {len(group)} slides, not {config.slides_per_organ}")
     return {file.slide_id: file for group in groups.values() for file in group}
 
 
@@ -138,27 +120,32 @@ class Fetcher:
         self.downloader = Downloader(folder, config.download, progress=progress)
 
     def fetch(self, file: GdcFile) -> Path:
-        """Where a slide's file now lies. Raises DownloadError, StoppedError, and OSError when its row isn't written."""
+        """Where a slide's file now lies. Raises DownloadError, StoppedError, and FatalError: no row."""
         start, remote = time.perf_counter(), file.remote(self.api)
         row = file.model_dump() | {"slide_id": file.slide_id, "url": remote.url}
         try:
             path = self.downloader.get(remote)
         except DownloadError as error:
             told = {"status": "failed", "error": redacted(str(error))}
-            self.ledger.commit(row | told | {"total_s": round(time.perf_counter() - start, 3)})
+            self._commit(row | told, start)
             raise
-        self.ledger.commit(row | {"status": "done", "total_s": round(time.perf_counter() - start, 3)})
+        self._commit(row | {"status": "done"}, start)
         return path
 
+    def _commit(self, row: dict[str, Any], start: float) -> None:
+        try:
+            self.ledger.commit(row | {"total_s": round(time.perf_counter() - start, 3)})
+        except OSError as error:
+            raise FatalError(f"cannot write to {self.ledger.store.uri}: {error}") from error
 
-def _keep(files: dict[str, GdcFile], folder: Path, config: FetchConfig) -> Summary:
+
+def _keep(files: dict[str, GdcFile], output: Store, config: FetchConfig) -> Summary:
     """Download the slides that are not there yet; list those that are there in the cohort."""
-    store = Store(folder)
-    ledger = download_ledger(store)
+    folder, ledger = Path(output.root), download_ledger(output)
     known = ledger.rows()
     pending = [file for slide_id, file in files.items() if not _is_here(file, known.get(slide_id), folder=folder)]
     n_bytes = sum(file.size_bytes for file in pending)
-    print(f"fetch_tcga: {len(files)} slides, of which {len(pending)} ({_gigabytes(n_bytes)}) to download")
+    logger.info(f"{len(files)} slides, of which {len(pending)} ({_gigabytes(n_bytes)}) to download")
     with tqdm(total=n_bytes, unit="B", unit_scale=True, desc="fetch_tcga", disable=None) as bar:
 
         def progress(n_bytes: int) -> None:
@@ -168,9 +155,8 @@ def _keep(files: dict[str, GdcFile], folder: Path, config: FetchConfig) -> Summa
         _fetch_all(Fetcher(folder, ledger, config, progress=progress), pending, parallel=config.download.parallel)
     rows = {slide_id: row for slide_id, row in ledger.rows().items() if slide_id in files}
     done = [file for slide_id, file in files.items() if rows[slide_id]["status"] == "done"]
-    write_cohort(store, COHORT_FILE, [file.slide(file.file_name) for file in done])
-    code = EXIT_OK if len(done) == len(files) else EXIT_FAILURES
-    return Summary(list(rows.values()), len(files) - len(pending), code)
+    write_cohort(output, COHORT_FILE, [file.slide(file.file_name) for file in done])
+    return Summary(rows=list(rows.values()), n_skipped=len(files) - len(pending))
 
 
 def _is_here(file: GdcFile, row: dict[str, Any] | None, *, folder: Path) -> bool:
@@ -201,9 +187,9 @@ def _fetch_all(fetcher: Fetcher, files: Sequence[GdcFile], *, parallel: int) -> 
 class Passing:
     """Slides that are on disk only while they are curated; lives in the actors of curation."""
 
-    def __init__(self, files: dict[str, GdcFile], folder: Path, config: FetchConfig, *, cells: str) -> None:
+    def __init__(self, files: dict[str, GdcFile], folder: Path, config: FetchConfig, *, cells: Store) -> None:
         self.files = files
-        self.fetcher = Fetcher(folder, download_ledger(Store(cells)), config)
+        self.fetcher = Fetcher(folder, download_ledger(cells), config)
 
     @contextlib.contextmanager
     def __call__(self, slide: Slide) -> Iterator[str]:
@@ -218,26 +204,24 @@ class Passing:
             path.unlink(missing_ok=True)
 
 
-def _stream(files: dict[str, GdcFile], folder: Path, config: FetchConfig) -> Summary:
+def _stream(files: dict[str, GdcFile], output: Store, config: FetchConfig) -> Summary:
     """Curate the slides as they come. Downloads are noted beside the cells, because actors may be on other machines."""
-    curation = config.curate_config()
+    curation, folder = config.curate_config(), Path(output.root) / PASSING
     try:
         cells = Store(curation.output)
     except ValueError as error:
         raise ConfigError(f"cells: {error}") from None
-    write_cohort(Store(folder), COHORT_FILE, [file.slide(file.remote(config.api).url) for file in files.values()])
+    write_cohort(output, COHORT_FILE, [file.slide(file.remote(config.api).url) for file in files.values()])
     committed = files.keys() & set(read_ledger(cells)["slide_id"].to_pylist())
-    _tidy(folder / PASSING, keep=[file.file_name for slide_id, file in files.items() if slide_id not in committed])
-    opening = functools.partial(Passing, files, folder / PASSING, config, cells=cells.uri)
+    _tidy(folder, keep=[file.file_name for slide_id, file in files.items() if slide_id not in committed])
+    opening = functools.partial(Passing, files, folder, config, cells=cells)
     try:
-        code = curate.main(curation, source=curate.Source(open=opening, ahead=config.ahead))
+        curated = curate.run(curation, source=curate.Source(open=opening, ahead=config.ahead))
     except ConfigError as error:
         told = str(error).replace("output: ", "cells: ", 1).replace("overwrite=true", "curation.overwrite=true")
         raise ConfigError(told) from None
     rows = [row for slide_id, row in download_ledger(cells).rows().items() if slide_id in files]
-    if any(row["status"] == "failed" for row in rows):
-        code = EXIT_FAILURES
-    return Summary(rows, len(committed), code)
+    return Summary(rows=rows, n_skipped=len(committed), before=[curated])
 
 
 def _tidy(folder: Path, *, keep: Sequence[str]) -> None:

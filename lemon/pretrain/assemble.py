@@ -57,7 +57,7 @@ def with_stain(config: PretrainConfig) -> PretrainConfig:
         return config
     path = stain.statistics or f"{cells.uri}/{statistics_name(stain.space, stain.components)}"
     folder, _, name = path.rpartition("/")
-    remedy = f"python jobs/fit_stain.py cells={config.cells} space={stain.space} components={stain.components}"
+    remedy = f"lemon fit-stain cells={config.cells} space={stain.space} components={stain.components}"
     if not Store(folder or ".").exists(name):
         raise ConfigError(f"views.stain.statistics: {path} not found; make it with: {remedy}")
     located = config.views.with_stain_statistics(path)

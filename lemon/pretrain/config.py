@@ -199,9 +199,9 @@ MethodChoice = Annotated[MethodConfig, Choice("ssl", "mocov3", registry=METHODS)
 
 
 class FitStainConfig(Settings, OfCells):
-    """``jobs/fit_stain.py``: what the stain augmentation of a1_gmm1 and a1_gmm10 draws from."""
+    """``lemon fit-stain``: what the stain augmentation of a1_gmm1 and a1_gmm10 draws from."""
 
-    cells: AnyPath = Field(description="output of jobs/curate.py; the statistics are written beside it")
+    cells: AnyPath = Field(description="output of lemon curate; the statistics are written beside it")
     space: Literal["lab", "hsv", "hed"] = Field("lab", description="colour space")
     components: int = Field(10, ge=1, description="Gaussians in the mixture")
     n_cells: int = Field(20_000, ge=10, description="cells of lowest rank that are looked at")
@@ -269,9 +269,9 @@ class TrainWorkers(Settings):
 
 
 class PretrainConfig(Settings, OfCells):
-    """``jobs/pretrain.py``: cells -> encoder."""
+    """``lemon pretrain``: cells -> encoder."""
 
-    cells: AnyPath = Field(description="output of jobs/curate.py, a folder or s3:// prefix")
+    cells: AnyPath = Field(description="output of lemon curate, a folder or s3:// prefix")
     output: AnyPath = Field(description="folder or s3:// prefix of checkpoints and the exported encoder")
     ssl: MethodChoice = Field({}, validate_default=True)
     views: Annotated[Policy, Choice("views", "a1_gray")] = Field({}, validate_default=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import fields
@@ -12,7 +11,7 @@ from typing import Any
 from lemon.cells.select import Selection
 from lemon.encoders.device import choose_device
 from lemon.encoders.export import CONFIG, CellInput
-from lemon.errors import EXIT_FAILURES, EXIT_OK
+from lemon.errors import EXIT_OK
 from lemon.pretrain.assemble import EXPORT, train
 from lemon.pretrain.check import check
 from lemon.pretrain.checkpoint import FOLDER as CHECKPOINTS
@@ -21,6 +20,7 @@ from lemon.pretrain.config import PretrainConfig, TrainWorkers
 from lemon.pretrain.loop import Log, TrainingStoppedError
 from lemon.pretrain.progress import Progress
 from lemon.runtime.cluster import start_ray
+from lemon.runtime.console import install_in_worker, stage_logger
 from lemon.runtime.demand import Demand, settle
 from lemon.runtime.lease import hold
 from lemon.runtime.records import OWN
@@ -32,6 +32,8 @@ from lemon.views.make import statistics_of
 SETTINGS = "pretrain.json"
 OWNS = (CHECKPOINTS, EXPORT, SETTINGS, RUN)
 """What in an output may only be LEMON's."""
+
+logger = stage_logger(__name__, "pretrain")
 
 _STOPPED = re.compile(rf"^(?:\w+\.)*{TrainingStoppedError.__name__}: (.*)$", re.MULTILINE)
 
@@ -48,17 +50,9 @@ def main(config: PretrainConfig) -> int:
 
 def _pretrain(config: PretrainConfig, selection: Selection, store: Store) -> int:
     run = _open_run(config, store, cells_fingerprint=selection.fingerprint)
-    try:
+    with run.ending():
         encoder = fit(config, run)
-    except TrainingStoppedError as error:
-        run.close("FAILED")
-        print(f"pretrain: stopped: {error}", file=sys.stderr)
-        return EXIT_FAILURES
-    except BaseException:
-        run.close("KILLED")
-        raise
-    run.close()
-    print(f"pretrain: encoder in {encoder}; MLflow run {run.run_id}")
+    logger.info(f"encoder in {encoder}; MLflow run {run.run_id}")
     return EXIT_OK
 
 
@@ -80,9 +74,9 @@ def keep(config: PretrainConfig, selection: Selection, store: Store) -> None:
     settings = settings_of(config, selection)
     keep_settings(store, SETTINGS, settings, is_empty=lambda: not is_begun(store), remedy="choose another output")
     if selection.n_cells < config.batch:
-        print(f"pretrain: {selection.n_cells:,} cells are fewer than a batch of {config.batch:,}; cells repeat in it")
+        logger.info(f"{selection.n_cells:,} cells are fewer than a batch of {config.batch:,}; cells repeat in it")
     slides = len(selection.parts)
-    print(f"pretrain: {selection.n_cells:,} cells of {slides} slides, {config.total_steps:,} steps of {config.batch:,}")
+    logger.info(f"{selection.n_cells:,} cells of {slides} slides, {config.total_steps:,} steps of {config.batch:,}")
 
 
 def settings_of(config: PretrainConfig, selection: Selection) -> dict[str, Any]:
@@ -129,7 +123,7 @@ def _register(name: str, encoder: str, run: Run) -> None:
     with local_copy(encoder) as folder:
         version = run.register(name, folder, width=described["num_features"], tags=tags)
     if version is not None:
-        print(f"pretrain: registered in MLflow as models:/{name}/{version}")
+        logger.info(f"registered in MLflow as models:/{name}/{version}")
 
 
 class _Logger:
@@ -187,6 +181,7 @@ def _ray_worker(settings: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
+    install_in_worker()
     config = PretrainConfig.model_validate(settings["config"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()

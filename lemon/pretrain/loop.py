@@ -6,7 +6,6 @@ All randomness is drawn from (seed, step, rank), so a run that resumes at a step
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -21,10 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 from lemon.cells.batches import Feed
 from lemon.encoders.features import effective_rank, encode_cells
 from lemon.encoders.finite import not_finite
+from lemon.errors import FatalError
 from lemon.pretrain.checkpoint import Checkpoints
 from lemon.pretrain.schedules import Method, Schedules, set_optimizer
+from lemon.runtime.console import stage_logger
 from lemon.views.make import make_local_views, make_views
 from lemon.views.policy import Policy
+
+logger = stage_logger(__name__, "pretrain")
 
 COLLAPSED_RANK = 1.5
 """Features of different cells that use fewer directions than this carry no information."""
@@ -33,8 +36,10 @@ Log = Callable[[Mapping[str, float], int], None]
 Probe = Callable[[nn.Module], dict[str, float]]
 
 
-class TrainingStoppedError(RuntimeError):
+class TrainingStoppedError(FatalError):
     """Training cannot go on usefully; the message says why and which checkpoint is good."""
+
+    remedy = ""
 
 
 @dataclass
@@ -94,7 +99,7 @@ class Trainer:
             told = f"training goes on from step {self.step:,}" if self.step else "training begins anew"
             aside = {self.checkpoints.put_aside(self.checkpoints.name(step)): fault for step, fault in faults.items()}
             damaged = [f"{path} ({fault})" for path, fault in aside.items()]
-            print(f"pretrain: {told}; put aside as damaged: {'; '.join(damaged)}", file=sys.stderr)
+            logger.warning(f"{told}; put aside as damaged: {'; '.join(damaged)}")
         return self.step
 
     def run(self, *, until: int | None = None, on_checkpoint: Callable[[int], None] | None = None) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 
 from tqdm import tqdm
+
+from lemon.runtime.console import stage_logger
+
+logger = stage_logger(__name__, "pretrain")
 
 LINE_EVERY_S = 60.0
 LONG_H = 24.0
@@ -38,7 +41,7 @@ class Progress:
         self._bar.set_postfix(loss=f"{metrics['loss']:.3f}", images_s=f"{speed:,.0f}", refresh=False)
         self._bar.update(step - self._bar.n)
         if self._reports == 2 and left_s > LONG_H * 3600:  # the first window has the compiler and cold caches in it
-            self._say(
+            logger.info(
                 f"at {speed:,.3g} images/s the {self._total - step:,} steps to come take {left_s / 3600:,.0f} hours"
             )
         now = self._clock()
@@ -46,11 +49,7 @@ class Progress:
             self._told_s = now
             share = f"{100 * step / self._total:.0f} %"
             told = f"step {step:,} of {self._total:,} ({share}), loss {metrics['loss']:.3f}, {speed:,.0f} images/s"
-            self._say(f"{told}, {duration(left_s)} left" if step < self._total else told)
-
-    def _say(self, line: str) -> None:
-        self._bar.write(f"pretrain: {line}", file=sys.stdout)
-        sys.stdout.flush()
+            logger.info(f"{told}, {duration(left_s)} left" if step < self._total else told)
 
 
 def duration(seconds: float) -> str:

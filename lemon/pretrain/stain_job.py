@@ -5,10 +5,13 @@ from __future__ import annotations
 from lemon.errors import EXIT_OK
 from lemon.pretrain.assemble import fit_stain
 from lemon.pretrain.config import FitStainConfig
+from lemon.runtime.console import stage_logger
+
+logger = stage_logger(__name__, "fit_stain")
 
 
 def main(config: FitStainConfig) -> int:
     """Fit, and tell where the statistics are. Raises ConfigError."""
     path, count = fit_stain(config)
-    print(f"fit_stain: {config.components} components in {config.space} of {count:,} cells in {path}")
+    logger.info(f"{config.components} components in {config.space} of {count:,} cells in {path}")
     return EXIT_OK

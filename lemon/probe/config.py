@@ -44,7 +44,7 @@ class ProbeSettings(Frozen):
 
 
 class ProbeConfig(ProbeSettings):
-    """``jobs/probe.py``: encoders x tasks -> scores."""
+    """``lemon probe``: encoders x tasks -> scores."""
 
     models: list[NameOrPath] = Field(
         min_length=1, description="runs, files and names of baselines; python -m lemon.encoders.registry lists"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,8 @@ def save_figure(figure: Figure, store: Store, stem: str) -> list[str]:
     return [f"{stem}.png", f"{stem}.svg"]
 
 
-def draw_cost(output: str | Path) -> list[str]:
-    """Draw Figure 2 of an output of ``jobs/probe.py`` into it; returns the names of the files (PNG, SVG)."""
-    store = Store(output)
+def draw_cost(store: Store) -> list[str]:
+    """Draw Figure 2 of an output of ``lemon probe`` into it; returns the names of the files (PNG, SVG)."""
     points = cost_points(store)
     return save_figure(cost_figure(points), store, "figure2") if points else []  # the paper's protocol alone: none
 

@@ -1,4 +1,4 @@
-"""Encoders x tasks -> scores: what ``jobs/probe.py`` does.
+"""Encoders x tasks -> scores: what ``lemon probe`` does.
 
 A unit of work is one encoder on one task. Its scores are a file that says of which data and settings they are, written
 last; a rerun does what is missing or of other circumstances.
@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
@@ -32,10 +31,13 @@ from lemon.probe.score import MAIN_METRICS, fold_means, score_task
 from lemon.probe.tables import write_table1
 from lemon.probe.task import Task, TaskError
 from lemon.probe.tasks.catalogue import counts_table, open_task
+from lemon.runtime.console import stage_logger
 from lemon.runtime.identifiers import file_stem
 from lemon.runtime.lease import hold
 from lemon.runtime.store import CIRCUMSTANCES, Store, fingerprint
 from lemon.runtime.tracking import Run, start_run
+
+logger = stage_logger(__name__, "probe")
 
 OWNS = ("scores", "predictions", "embeddings", "costs", "runs")
 """Folders of a probe in its output."""
@@ -72,8 +74,8 @@ def main(config: ProbeConfig) -> int:
     """Score every encoder on every task, tell what could not be done; returns the exit code."""
     with hold(config.output, stage="probe", owns=OWNS) as store:
         code = _score_all(config, store)
-        draw_cost(store.uri)
-        print(write_table1(store.uri))
+        draw_cost(store)
+        logger.info(write_table1(store))
         return code
 
 
@@ -86,12 +88,12 @@ def _score_all(config: ProbeConfig, store: Store) -> int:
             encoder = load_encoder(name, device=device)
         except (ConfigError, FileNotFoundError, ValueError) as error:
             faults.append(f"{name}: {error}")
-            print(f"probe: left out {faults[-1]}", file=sys.stderr)
+            logger.warning(f"left out {faults[-1]}")
             continue
         probe_model(encoder, tasks, config=config, store=store)
     if not store.list("scores"):
         raise ConfigError("models: none of them can be opened, see above")
-    print(f"probe: {len(store.list('scores'))} files of scores in {store.uri}/scores; {len(faults)} left out")
+    logger.info(f"{len(store.list('scores'))} files of scores in {store.uri}/scores; {len(faults)} left out")
     return EXIT_FAILURES if faults else EXIT_OK
 
 
@@ -101,22 +103,22 @@ def _left_out(check: Callable[[str], None], name: str, faults: list[str]) -> boo
         check(name)
     except ConfigError as error:
         faults.append(str(error))
-        print(f"probe: left out {error}", file=sys.stderr)
+        logger.warning(f"left out {error}")
         return True
     return False
 
 
 def open_tasks(config: ProbeConfig) -> tuple[list[Task], list[str]]:
-    """The tasks that can be read, with their counts printed, and a line for each that cannot."""
+    """The tasks that can be read, with their counts told, and a line for each that cannot."""
     tasks, faults = [], []
     for name in dict.fromkeys(config.tasks):
         try:
             task = open_task(name, config.data, seed=config.seed)
         except TaskError as error:
             faults.append(f"{name}: {error}")
-            print(f"probe: left out {faults[-1]}", file=sys.stderr)
+            logger.warning(f"left out {faults[-1]}")
             continue
-        print(counts_table(task))
+        logger.info(counts_table(task))
         tasks.append(task)
     if not tasks:
         raise ConfigError("tasks: none of them can be read, see above")
@@ -145,7 +147,7 @@ def probe_model(
             store.write_table(unit.scores, scores_table(scored.rows, unit, seed=config.seed))
         rows = store.read_table(unit.scores).to_pylist()
         logged.log(flat_metrics(rows), step=0)
-        print(f"probe: {encoder.name} on {task.name}: {told(rows)}")
+        logger.info(f"{encoder.name} on {task.name}: {told(rows)}")
         scores += rows
     if run is None:
         logged.close()

@@ -38,13 +38,12 @@ def read_scores(store: Store) -> pa.Table:
     """All rows of the scores table of an output. Raises ConfigError where there are none."""
     rows = store.read_tables("scores", schema=schema.SCORES)
     if not len(rows):
-        raise ConfigError(f"{store.uri} holds no scores; expected the output of jobs/probe.py")
+        raise ConfigError(f"{store.uri} holds no scores; expected the output of lemon probe")
     return rows
 
 
-def write_table1(output: str | Path) -> str:
+def write_table1(store: Store) -> str:
     """Write table1.md, table1.csv and differences.csv beside the scores; returns the Markdown."""
-    store = Store(output)
     rows = read_scores(store).to_pylist()
     text = table1(rows)
     differences = list(paired_differences(store, encoder_labels(rows)))

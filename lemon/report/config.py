@@ -10,14 +10,14 @@ from lemon.runtime.config import AnyPath, Frozen, LocalPath
 
 
 class ReportConfig(Frozen):
-    """``jobs/report.py``: what sweeps, probes and the atlas left -> a page, its tables and its figures."""
+    """``lemon report``: what sweeps, probes and the atlas left -> a page, its tables and its figures."""
 
     experiment: list[str] = Field(
         ["scaling_sweep", "probe"], description="MLflow experiments: the outputs of their runs are shown"
     )
-    sweeps: list[AnyPath] | None = Field(None, description="outputs of jobs/scaling_sweep.py; null: those in MLflow")
-    probes: list[AnyPath] | None = Field(None, description="outputs of jobs/probe.py; null: those in MLflow")
-    atlas: AnyPath | None = Field(None, description="output of jobs/atlas.py, for Figure 4")
+    sweeps: list[AnyPath] | None = Field(None, description="outputs of lemon sweep; null: those in MLflow")
+    probes: list[AnyPath] | None = Field(None, description="outputs of lemon probe; null: those in MLflow")
+    atlas: AnyPath | None = Field(None, description="output of lemon atlas, for Figure 4")
     views: LocalPath | None = Field(None, description="picture of the views of each policy, for Figure 5")
     paper: LocalPath | None = Field(
         None, description="CSV of the paper's numbers from your copy: artefact, row, column, value, spread"

@@ -19,9 +19,12 @@ from lemon.report.provenance import FILE, provenance_section
 from lemon.report.sections import STUDIES, figure2_section, study_section, table1_section
 from lemon.report.sentences import probe_sentences, study_sentences
 from lemon.report.sources import Output, Sources, find_sources
+from lemon.runtime.console import stage_logger
 from lemon.runtime.lease import hold
 from lemon.runtime.secrets import redacted
 from lemon.runtime.store import Store, code_version
+
+logger = stage_logger(__name__, "report")
 
 NAME = "index.html"
 
@@ -29,13 +32,10 @@ OWNS = (NAME, FILE)
 """What a report writes in its output, whatever it shows; more is written by sections."""
 
 COMMANDS = {
-    "table1": "python jobs/probe.py models=... tasks=... data=...",
-    "figure2": "python jobs/probe.py models=... tasks=... data=...",
-    **{
-        key: f"python jobs/scaling_sweep.py sweep={study} cells=... tasks=... output=..."
-        for study, key in STUDIES.items()
-    },
-    "figure4": "python jobs/atlas.py embeddings=... cells=... output=atlas/, then atlas=atlas/",
+    "table1": "lemon probe models=... tasks=... data=...",
+    "figure2": "lemon probe models=... tasks=... data=...",
+    **{key: f"lemon sweep sweep={study} cells=... tasks=... output=..." for study, key in STUDIES.items()},
+    "figure4": "lemon atlas embeddings=... cells=... output=atlas/, then atlas=atlas/",
     "figure5": "views=picture.png; make demo draws one as demo/views.png",
 }
 """Where each artefact comes from."""
@@ -69,7 +69,7 @@ def _write(config: ReportConfig, store: Store) -> int:
     if not (sources.sweeps or sources.probes or made):
         known = ", ".join(config.experiment)
         raise ConfigError(
-            f"experiment: no outputs of runs in {known}; run jobs/scaling_sweep.py or jobs/probe.py first, set "
+            f"experiment: no outputs of runs in {known}; run lemon sweep or lemon probe first, set "
             "MLFLOW_TRACKING_URI, or name folders: sweeps=..., probes=..."
         )
     sections = [*_sections(sources, numbers, store, made=made), provenance_section(sources, store)]
@@ -78,8 +78,8 @@ def _write(config: ReportConfig, store: Store) -> int:
     html = render(config, sections, sentences=sentences, missing=sources.missing)
     store.write_bytes(NAME, html.encode(errors="replace"))
     for sentence in sentences:
-        print(f"report: {sentence}")
-    print(f"report: {len(sources.sweeps)} sweeps, {len(sources.probes)} outputs of probes; look at {store.uri}/{NAME}")
+        logger.info(sentence)
+    logger.info(f"{len(sources.sweeps)} sweeps, {len(sources.probes)} outputs of probes; look at {store.uri}/{NAME}")
     return EXIT_FAILURES if sources.in_vain else EXIT_OK
 
 

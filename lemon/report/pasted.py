@@ -19,13 +19,13 @@ EMBEDDED_PX = 1600
 
 
 def atlas_section(folder: str, sources: Sources, store: Store) -> Section | None:
-    """Figure 4 of an output of ``jobs/atlas.py``; None, with a line, where it is not there."""
+    """Figure 4 of an output of ``lemon atlas``; None, with a line, where it is not there."""
     copies = {"figure4.png": "atlas.png", "figure4.svg": "atlas.svg", "atlas.html": "atlas.html"}
     try:
         atlas = Store(folder)
         absent = [name for name in (*copies.values(), MAP_NAME) if not atlas.exists(name)]
         if absent:
-            sources.miss(f"atlas: {folder} holds no {absent[0]}; expected an output of jobs/atlas.py", asked=True)
+            sources.miss(f"atlas: {folder} holds no {absent[0]}; expected an output of lemon atlas", asked=True)
             return None
         for target, name in copies.items():
             store.write_bytes(target, atlas.read_bytes(name))

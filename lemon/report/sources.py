@@ -11,9 +11,12 @@ import pyarrow as pa
 from lemon.errors import ConfigError
 from lemon.probe.tables import read_scores
 from lemon.report.config import ReportConfig
+from lemon.runtime.console import stage_logger
 from lemon.runtime.store import Store
 from lemon.runtime.tracking import Record, find_runs
 from lemon.schema import SWEEP, SWEEP_FILE
+
+logger = stage_logger(__name__, "report")
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,10 @@ class Sources:
     in_vain: bool = False
 
     def miss(self, line: str, *, asked: bool) -> None:
-        """Note and print what is not there."""
+        """Note and tell what is not there."""
         self.missing.append(line)
         self.in_vain |= asked
-        print(f"report: missing: {line}")
+        logger.info(f"missing: {line}")
 
 
 def find_sources(config: ReportConfig) -> Sources:
@@ -67,7 +70,7 @@ def find_sources(config: ReportConfig) -> Sources:
 def read_sweep(store: Store) -> pa.Table:
     """The table of a sweep. Raises ConfigError where there is none, or one without rows."""
     if not store.exists(SWEEP_FILE):
-        raise ConfigError(f"{store.uri} holds no {SWEEP_FILE}; jobs/scaling_sweep.py writes it at its end")
+        raise ConfigError(f"{store.uri} holds no {SWEEP_FILE}; lemon sweep writes it at its end")
     table = store.read_table(SWEEP_FILE).select(SWEEP.names).cast(SWEEP)
     if not len(table):
         raise ConfigError(f"{store.uri}/{SWEEP_FILE} has no rows")

@@ -42,6 +42,9 @@ _AUTOSCALING_STATUS = b"__autoscaling_status"
 _MEND = "is the cluster up, and RAY_ADDRESS (HOST:6379) right? unset it to run here"
 
 
+logger = logging.getLogger(__name__)
+
+
 def ray_address() -> str | None:
     """The cluster that RAY_ADDRESS names; None where Ray is to run on this machine. An empty variable names none."""
     address = os.environ.get("RAY_ADDRESS", "").strip()
@@ -198,7 +201,7 @@ def temporary_folder() -> str | None:
         return None
     for short in map(Path, _LAST_RESORTS):
         if folder_fault(short) is None:
-            print(f"ray: {name or 'temporary files'}: {chosen} {fault}; Ray's files go to {short}/ray", file=sys.stderr)
+            logger.warning(f"ray: {name or 'temporary files'}: {chosen} {fault}; Ray's files go to {short}/ray")
             return f"{short}/ray"
     raise ConfigError(
         f"{name or 'TMPDIR'}: {chosen} {fault}, nor will {' or '.join(_LAST_RESORTS)} do; expected RAY_TMPDIR=FOLDER, "

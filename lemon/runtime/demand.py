@@ -5,9 +5,9 @@ Ray itself would wait without end, and without a line, for a node that there nev
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +16,8 @@ from pathlib import Path
 from lemon.errors import ConfigError
 from lemon.runtime import cluster
 from lemon.runtime.store import Store
+
+logger = logging.getLogger(__name__)
 
 NOTICE_S = 30.0
 """How often a job that waits for the cluster says so."""
@@ -162,7 +164,7 @@ def settle(demand: Demand, *, stage: str) -> Granted:
     granted = grant(demand, nodes=cluster.nodes(), coming=() if here else cluster.coming_nodes(), place=place)
     for note in granted.notes:
         if note not in _told:
-            print(f"{stage}: {note}", file=sys.stderr)
+            logger.warning(note, extra={"stage": stage})
             _told.add(note)
     if here:
         return granted
@@ -182,10 +184,10 @@ def _wait(demand: Demand, granted: Granted, *, stage: str) -> None:
             if time.monotonic() - told > NOTICE_S:
                 told = time.monotonic()
                 what = ", ".join(f"{value:g} {name}" for name, value in each.items())
-                print(
-                    f"{stage}: waits for {demand.least} x {what} of the cluster, for {told - start:.0f} s now; "
+                logger.warning(
+                    f"waits for {demand.least} x {what} of the cluster, for {told - start:.0f} s now; "
                     f"{cluster.told_nodes()}; Ctrl-C ends it",
-                    file=sys.stderr,
+                    extra={"stage": stage},
                 )
     finally:
         remove_placement_group(held)

@@ -18,11 +18,13 @@ from lemon.errors import (
     FULL_OR_GONE,
     NO_SUCH_FILE,
     ConfigError,
+    FatalError,
     StorageError,
     TerminatedError,
 )
 from lemon.extras import lacking
 from lemon.runtime.config import Frozen, describe, load
+from lemon.runtime.console import installed
 from lemon.runtime.secrets import guarded
 
 C = TypeVar("C", bound=Frozen)
@@ -44,23 +46,34 @@ def run_job(
     is no fault of the user's, disk's or network's is raised.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    with guarded(), _ended_by_sigterm():
+
+    def work() -> int:
+        if any(word in ("-h", "--help") for word in argv):
+            print(describe(stage, model, command=command))
+            return EXIT_OK
+        config = load(stage, argv, model)
+        config.check_inputs()  # before the libraries that work on them are imported
+        return main(config)
+
+    return framed(stage, work)
+
+
+def framed(stage: str, work: Callable[[], int]) -> int:
+    """``work`` with its log on the console and what stops it told in a line; returns the exit code."""
+    with guarded(), installed(), _ended_by_sigterm():
         try:
-            if any(word in ("-h", "--help") for word in argv):
-                print(describe(stage, model, command=command))
-                return EXIT_OK
-            config = load(stage, argv, model)
-            config.check_inputs()  # before the libraries that work on them are imported
-            return main(config)
+            return work()
         except ConfigError as error:
             return _stopped(stage, str(error), EXIT_BAD_CONFIG)
+        except FatalError as error:
+            return _stopped(stage, "; ".join(["stopped: " + str(error), *filter(None, [error.remedy])]), EXIT_FAILURES)
         except ModuleNotFoundError as error:
             if (line := lacking(error)) is None:
                 raise
             return _stopped(stage, line, EXIT_BAD_CONFIG)
         except OSError as error:
             if isinstance(error, StorageError) or error.errno in FULL_OR_GONE:
-                return _stopped(stage, f"stopped: {error}; what is committed stays, rerun goes on", EXIT_FAILURES)
+                return _stopped(stage, f"stopped: {error}; {FatalError.remedy}", EXIT_FAILURES)
             if error.errno not in NO_SUCH_FILE:
                 raise
             return _stopped(stage, f"stopped: {_told(error)}", EXIT_BAD_CONFIG)

@@ -14,10 +14,10 @@ import datetime
 import functools
 import hashlib
 import json
+import logging
 import os
 import platform
 import signal
-import sys
 import threading
 import time
 import uuid
@@ -32,6 +32,8 @@ from lemon.errors import ConfigError, DamagedError
 from lemon.runtime.records import OWN
 from lemon.runtime.secrets import redacted
 from lemon.runtime.store import Store, open_output, parse_json
+
+logger = logging.getLogger(__name__)
 
 FOLDER = f"{OWN}/lease"
 CLAIM_BYTES = 1024
@@ -102,10 +104,7 @@ class _Claim:
             for name, content in others.items():
                 here = _process_is_there(content)
                 if here is None and name not in first:
-                    print(
-                        f"{self.content['stage']}: is {_told(content)} alive? watching for {STALE_S:g} s",
-                        file=sys.stderr,
-                    )
+                    self._warn(f"is {_told(content)} alive? watching for {STALE_S:g} s")
                 seen, since = first.setdefault(name, (content, time.monotonic()))
                 watched = time.monotonic() - since
                 if here is False or (here is None and content == seen and watched > STALE_S):
@@ -120,6 +119,9 @@ class _Claim:
             time.sleep(_POLL_S)
         self.content["holds"] = True
         self.write()
+
+    def _warn(self, line: str) -> None:
+        logger.warning(line, extra={"stage": self.content["stage"]})
 
     def _others(self) -> dict[str, dict[str, Any]]:
         found = {}
@@ -155,7 +157,7 @@ class _Claim:
                 continue  # the output is out of reach for now; whoever writes there will tell
         else:
             return
-        print(f"{self.content['stage']}: {self.store.uri} was taken over by another job", file=sys.stderr, flush=True)
+        self._warn(f"{self.store.uri} was taken over by another job")
         # Not SIGINT: Ray blocks it in the drivers of its jobs.
         if main := threading.main_thread().ident:
             signal.pthread_kill(main, signal.SIGTERM)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
+from lemon.errors import EXIT_FAILURES, EXIT_OK
 from lemon.runtime.attempts import FOLDER as ATTEMPTS
 from lemon.runtime.attempts import begin_attempt, end_attempts
 from lemon.runtime.identifiers import file_stem
 from lemon.runtime.settings import keep_settings
 from lemon.runtime.store import Store, code_version
+from lemon.schema import SLIDE_STATUSES
 
 
 class Ledger:
@@ -43,6 +48,24 @@ class Ledger:
         table = self.store.read_tables(self.folder, schema=self.schema).sort_by("slide_id")
         return {row["slide_id"]: row for row in table.to_pylist()}
 
+    def prepare(self, name: str, settings: Mapping[str, Any], *, folders: Sequence[str], overwrite: bool) -> None:
+        """Make the output ready for items: noted settings, no marks of a run that was killed; emptied by ``overwrite``.
+
+        Args:
+            name: file of its settings.
+            settings: those that decide what the rows of its tables say.
+            folders: of all that the stage makes of items.
+            overwrite: whether what was made with whatever settings goes first.
+
+        Raises ConfigError where the output, which is held, has items that were made with other settings.
+        """
+        if overwrite:
+            for each in (*folders, name):
+                self.store.delete(each)
+        self.store.delete(ATTEMPTS)  # only those of this run count
+        remedy = "choose another output or overwrite=true"
+        keep_settings(self.store, name, settings, is_empty=lambda: not self.store.list(self.folder), remedy=remedy)
+
     def begin(self, slide_id: str, *, run_id: str) -> int:
         """Note that work on a slide begins; returns how often it began before in this run without coming to an end."""
         return begin_attempt(self.store, file_stem(slide_id), run_id=run_id)
@@ -68,23 +91,37 @@ class Ledger:
         return f"{self.folder}/{file_stem(slide_id)}.parquet"
 
 
-def begin_output(
-    store: Store, name: str, settings: Mapping[str, Any], *, folders: Sequence[str], overwrite: bool
-) -> None:
-    """Make an output ready for items: noted settings, no marks of a run that was killed; emptied with ``overwrite``.
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What became of the slides that a job was asked for; a stage adds what it alone has to tell.
 
-    Args:
-        store: the output, held.
-        name: file of its settings.
-        settings: those that decide what the rows of its tables say.
-        folders: of all that the stage makes of items.
-        overwrite: whether what was made with whatever settings goes first.
-
-    Raises ConfigError where the output holds items that were made with other settings.
+    Attributes:
+        rows: of the ledger.
+        n_skipped: slides that an earlier run had finished.
+        max_failed_share: of the rows; more is a failure of the job.
+        failures: statuses that count as failed.
+        before: of stages that the job ran before its own; their failures are the job's.
     """
-    if overwrite:
-        for each in (*folders, name):
-            store.delete(each)
-    store.delete(ATTEMPTS)  # only those of this run count
-    remedy = "choose another output or overwrite=true"
-    keep_settings(store, name, settings, is_empty=lambda: not store.list("slides"), remedy=remedy)
+
+    rows: list[dict[str, Any]]
+    n_skipped: int
+    max_failed_share: float = 0.0
+    failures: Sequence[str] = ("failed",)
+    before: Sequence[Summary] = ()
+
+    @property
+    def exit_code(self) -> int:
+        """Of the job."""
+        failed = sum(row["status"] in self.failures for row in self.rows)
+        if failed > self.max_failed_share * len(self.rows):
+            return EXIT_FAILURES
+        return max((each.exit_code for each in self.before), default=EXIT_OK)
+
+    def tell(self, logger: logging.LoggerAdapter[logging.Logger], statuses: Sequence[str] = SLIDE_STATUSES) -> str:
+        """Log the reason of each row that has one; returns in words how many slides have which status."""
+        for row in self.rows:
+            if row["error"]:
+                logger.info(f"  {row['slide_id']}: {row['status']}: {row['error']}")
+        counts = Counter(row["status"] for row in self.rows)
+        told = ", ".join(f"{counts[status]} {status}" for status in statuses)
+        return f"{len(self.rows)} slides ({told}; {self.n_skipped} of an earlier run)"

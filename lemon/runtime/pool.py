@@ -14,24 +14,22 @@ import logging
 import threading
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from lemon.errors import ConfigError
+from lemon.errors import ConfigError, FatalError
 from lemon.runtime.cluster import quiet_ray_data
+from lemon.runtime.console import install_in_worker
 from lemon.runtime.demand import Granted
 
 logger = logging.getLogger(__name__)
 
 Item = dict[str, Any]
 Row = dict[str, Any]
-
-
-class FatalError(Exception):
-    """The job cannot go on: any other item would meet the same, as a disk that is full or a model that is not there."""
 
 
 class CrashError(Exception):
@@ -48,10 +46,12 @@ class Worker(ABC):
     Attributes:
         output: where it commits, in words.
         fatal: errors of ``work`` that say that it cannot commit there.
+        progress: for ``work`` to call with how much of an item is done, where it takes long.
     """
 
     output: str
     fatal: tuple[type[Exception], ...] = ()
+    progress: Callable[[int], object] = staticmethod(lambda _: None)
 
     def ready(self, item: Item) -> contextlib.AbstractContextManager[Item]:
         """The item with all that ``work`` needs, for the length of a block; may take long while another is worked on.
@@ -88,10 +88,51 @@ class Actors:
     ahead: int = 0
 
 
+def run_all(
+    items: Sequence[Item],
+    make: Callable[[], Worker],
+    *,
+    actors: Actors | None,
+    max_attempts: int,
+    name: str,
+    unit: str = "slide",
+    size: Callable[[Item | Row], int] = lambda _: 1,
+    sums: Mapping[str, str] | None = None,
+) -> None:
+    """``run`` all items, with a progress bar where there is a terminal.
+
+    Args:
+        items, make, actors, max_attempts: as of ``run``.
+        name: of the bar.
+        unit: what the bar counts.
+        size: of an item, and of its row, in that unit.
+        sums: columns whose sum over the rows is shown, by what they are called.
+    """
+    totals = dict.fromkeys(sums or {}, 0)
+    done = failed = 0
+    with tqdm(
+        total=sum(map(size, items)),
+        unit=unit,
+        unit_scale=unit != "slide",
+        desc=name,
+        disable=None if items else True,
+    ) as bar:
+        for row in run(items, make, actors=actors, max_attempts=max_attempts, progress=bar.update):
+            done, failed = done + size(row), failed + (row["status"] == "failed")
+            totals = {label: total + (row.get((sums or {})[label]) or 0) for label, total in totals.items()}
+            bar.set_postfix(totals, failed=failed, refresh=False)
+            bar.update(done - bar.n)  # what the worker has not told of yet
+
+
 def run(
-    items: Sequence[Item], make: Callable[[], Worker], *, actors: Actors | None, max_attempts: int
+    items: Sequence[Item],
+    make: Callable[[], Worker],
+    *,
+    actors: Actors | None,
+    max_attempts: int,
+    progress: Callable[[int], object] | None = None,
 ) -> Iterator[Row]:
-    """Rows of the items as they are finished; in this process without ``actors``.
+    """Rows of the items as they are finished; in this process without ``actors``, and ``progress`` is its worker's.
 
     With ``actors`` Ray has been joined, and ``make`` has to be picklable. Raises FatalError, and without actors what
     ``make`` raises.
@@ -102,6 +143,8 @@ def run(
         yield from _on_ray(items, make, actors=actors, max_attempts=max_attempts)
         return
     worker, run_id, turn = make(), _new_run(), threading.Lock()
+    if progress is not None:
+        worker.progress = progress
     for item in items:
         yield _settle(item, worker, run_id=run_id, max_attempts=max_attempts, turn=turn)
 
@@ -145,6 +188,7 @@ class ItemActor:
     def __init__(self, make: Callable[[], Worker], run_id: str, max_attempts: int) -> None:
         self.run_id, self.max_attempts, self.turn = run_id, max_attempts, threading.Lock()
         self.worker: Worker | None = None
+        install_in_worker()
         try:
             self.worker = make()
         except ConfigError as error:

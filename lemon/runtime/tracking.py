@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import random
-import sys
 import time
 import uuid
 import warnings
@@ -163,6 +162,19 @@ class Run:
     def close(self, status: str = "FINISHED") -> None:
         """End the run: FINISHED, FAILED or KILLED."""
         self._tell(f"status {status}", lambda client: client.set_terminated(self.run_id, status))
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """End the run with the block: FINISHED, or FAILED by an error, or KILLED by what ends the process."""
+        try:
+            yield
+        except Exception:
+            self.close("FAILED")
+            raise
+        except BaseException:
+            self.close("KILLED")
+            raise
+        self.close()
 
     def _tell(self, what: str, call: Callable[[Any], object]) -> None:
         from mlflow.exceptions import MlflowException
@@ -353,10 +365,9 @@ def close_killed(store: Store, *, uri: str) -> None:
 @cache
 def _warn_of_other_nodes() -> None:
     if ray_address() is not None and not os.environ.get("MLFLOW_TRACKING_URI"):
-        print(
+        logger.warning(
             f"tracking: MLFLOW_TRACKING_URI is not set: runs go to {tracking_uri()} on this node, and workers on other "
-            "nodes of the cluster cannot log; start a server that all nodes reach (cluster/README.md)",
-            file=sys.stderr,
+            "nodes of the cluster cannot log; start a server that all nodes reach (cluster/README.md)"
         )
 
 

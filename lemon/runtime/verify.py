@@ -22,7 +22,7 @@ REMEDY = "delete it, and the job that wrote it makes it again"
 
 
 class VerifyConfig(Frozen):
-    """``jobs/verify.py``: reads all that LEMON wrote in an output and compares it with its records."""
+    """``lemon verify``: reads all that LEMON wrote in an output and compares it with its records."""
 
     output: AnyPath = Field(description="folder or s3:// prefix of any job's output, with outputs inside it")
 

@@ -74,7 +74,7 @@ def list_slides(source: str | list[str]) -> list[Slide]:
     slides = _distinct(stated, listed, passed_over)
     _check_ids(slides)
     if passed_over:
-        print(f"slides: passed over {tell(passed_over)}")
+        logger.info(f"slides: passed over {tell(passed_over)}")
     return sorted((with_barcode(slide) for slide in slides), key=lambda slide: slide.slide_id)
 
 
@@ -186,7 +186,7 @@ def _check_ids(slides: list[Slide]) -> None:
     first: dict[str, str] = {}
     for slide_id in counts:
         if (other := first.setdefault(slide_id.lower(), slide_id)) != slide_id:
-            print(
+            logger.info(
                 f"slides: slide_id {other!r} and {slide_id!r} differ by case only; on a disk that does not tell case "
                 "apart (macOS, Windows) their files would be one: give them other ids there"
             )

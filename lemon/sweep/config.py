@@ -67,15 +67,15 @@ class AshaConfig(Settings):
 
 
 class SweepConfig(Settings, OfCells):
-    """``jobs/scaling_sweep.py``: a study's points x seeds -> pretrained, probed, compared."""
+    """``lemon sweep``: a study's points x seeds -> pretrained, probed, compared."""
 
     sweep: Annotated[Study, Choice("sweep", "size")] = Field({}, validate_default=True)
-    cells: AnyPath = Field(description="output of jobs/curate.py")
-    tasks: list[str] = Field(min_length=1, description="benchmarks, as of jobs/probe.py")
+    cells: AnyPath = Field(description="output of lemon curate")
+    tasks: list[str] = Field(min_length=1, description="benchmarks, as of lemon probe")
     data: AnyPath = Field("benchmarks_data", description="folder with a subfolder for each benchmark")
     output: AnyPath = Field(description="folder of the trials and the table; one sweep each")
     seeds: list[Seed] | None = Field(None, min_length=1, description="of training; null: the study's")
-    pretrain: dict[str, Any] = Field({}, description="overrides of jobs/pretrain.py for all trials: pretrain.epochs=5")
+    pretrain: dict[str, Any] = Field({}, description="overrides of lemon pretrain for all trials: pretrain.epochs=5")
     probe: ProbeSettings = ProbeSettings()
     launcher: Literal["auto", "process", "ray"] = Field(
         "auto", description="process: one trial after another; ray: Ray Tune; auto: ray on a cluster or for several"

@@ -23,6 +23,7 @@ from lemon.probe.task import Task, TaskError
 from lemon.probe.tasks.catalogue import open_task
 from lemon.runtime.cluster import ray_address
 from lemon.runtime.config import load
+from lemon.runtime.console import stage_logger
 from lemon.runtime.demand import grant
 from lemon.runtime.identifiers import file_stem
 from lemon.runtime.store import Store, path_exists
@@ -31,6 +32,8 @@ from lemon.schema import SWEEP_FILE
 from lemon.sweep.config import Point, SweepConfig
 from lemon.sweep.trial import Trial
 from lemon.views.stain import statistics_name
+
+logger = stage_logger(__name__, "sweep")
 
 EXPERIMENT = "scaling_sweep"
 MARK = "sweep.json"
@@ -59,7 +62,6 @@ def build(config: SweepConfig) -> Grid:
 
     Raises ConfigError with a line for every fault of every point.
     """
-    config.check_inputs()
     cells, output = Store(config.cells), open_output(config)
     organs, select = nested_organs(cells), remembered(cells)
     configs: list[tuple[Point, PretrainConfig]] = []
@@ -209,7 +211,7 @@ def trial_of(config: SweepConfig, point: Point, made: PretrainConfig, *, seed: i
         name=name,
         pretrain=made.model_copy(update=update),
         tasks=config.tasks,
-        data=Store(config.data).uri,
+        data=config.data,
         probe=config.probe,
         experiment=EXPERIMENT,
         params={"sweep": {"study": config.sweep.name, "point": point.name, "value": point.value}},
@@ -261,4 +263,4 @@ def _fit_stain(config: PretrainConfig) -> None:
     name = statistics_name(stain.space, stain.components)
     if not cells.exists(name) or cells.read_json(name).get("cells") != select_cells(cells).fingerprint:
         path, count = fit_stain(FitStainConfig(cells=cells.uri, space=stain.space, components=stain.components))
-        print(f"sweep: stain statistics of {count:,} cells in {path}")
+        logger.info(f"stain statistics of {count:,} cells in {path}")

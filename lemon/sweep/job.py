@@ -1,4 +1,4 @@
-"""What ``jobs/scaling_sweep.py`` does: run the trials that are not done yet, then write the table of all.
+"""What ``lemon sweep`` does: run the trials that are not done yet, then write the table of all.
 
 The output is the only memory: ``trials/<name>/result.json`` says that a trial is done, so the same command after
 ``kill -9`` runs what is left, each trial from its newest checkpoint.
@@ -10,6 +10,7 @@ from collections import Counter
 
 from lemon.errors import EXIT_FAILURES, EXIT_OK
 from lemon.probe.task import Task
+from lemon.runtime.console import stage_logger
 from lemon.runtime.lease import hold
 from lemon.runtime.store import Store, fingerprint
 from lemon.runtime.tracking import Run, close_killed, start_run
@@ -18,6 +19,8 @@ from lemon.sweep import trial as trials
 from lemon.sweep.attempt import attempt
 from lemon.sweep.config import SweepConfig
 from lemon.sweep.grid import EXPERIMENT, MARK, Entry, Grid, build
+
+logger = stage_logger(__name__, "sweep")
 
 
 def main(config: SweepConfig) -> int:
@@ -28,15 +31,15 @@ def main(config: SweepConfig) -> int:
         from lemon.sweep import tune
 
         tune.prepare(pending, config)
-    with hold(config.output, stage="scaling_sweep"):
-        return _run_all(grid, config, Store(config.output))
+    with hold(config.output, stage="scaling_sweep") as output:
+        return _run_all(grid, config, output)
 
 
 def _run_all(grid: Grid, config: SweepConfig, output: Store) -> int:
     pending = [entry for entry in grid.entries if not is_over(entry, config)]
     points, seeds = len(config.sweep.points), ", ".join(map(str, config.all_seeds))
-    print(
-        f"sweep: {config.sweep.name}: {points} points with seeds {seeds}; {len(grid.entries) - len(pending)} trials "
+    logger.info(
+        f"{config.sweep.name}: {points} points with seeds {seeds}; {len(grid.entries) - len(pending)} trials "
         f"are done, {len(pending)} to do, in {output.uri}"
     )
     if pending:
@@ -45,10 +48,10 @@ def _run_all(grid: Grid, config: SweepConfig, output: Store) -> int:
     statuses = Counter({row["trial"]: row["status"] for row in rows}.values())
     for row in rows:
         if row["status"] != "done":
-            print(f"  {row['trial']}: {row['status']}: {row['error']}")
-    print(table.summary(rows))
+            logger.info(f"  {row['trial']}: {row['status']}: {row['error']}")
+    logger.info(table.summary(rows))
     told = ", ".join(f"{statuses[status]} {status}" for status in ("done", "stopped", "failed"))
-    print(f"sweep: {len(grid.entries)} trials ({told}); {table.PARQUET} and {table.CSV} in {output.uri}")
+    logger.info(f"{len(grid.entries)} trials ({told}); {table.PARQUET} and {table.CSV} in {output.uri}")
     return EXIT_FAILURES if statuses["failed"] else EXIT_OK
 
 
@@ -62,27 +65,25 @@ def is_over(entry: Entry, config: SweepConfig) -> bool:
 
 def _run_pending(pending: list[Entry], grid: Grid, config: SweepConfig, output: Store) -> None:
     parent = _open_parent(config, output)
-    status = "KILLED"
-    try:
-        if config.on_ray:
-            from lemon.sweep.tune import run_on_ray
+    with parent.ending():
+        try:
+            if config.on_ray:
+                from lemon.sweep.tune import run_on_ray
 
-            run_on_ray(pending, grid=grid, config=config, parent=parent)
-        else:
-            _run_here(pending, grid.tasks, parent=parent, tries=1 + config.max_failures)
-        status = "FINISHED"
-    finally:
-        for entry in grid.entries:
-            close_killed(entry.trial.store, uri=parent.uri)
-        parent.close(status)
+                run_on_ray(pending, grid=grid, config=config, output=output, parent=parent)
+            else:
+                _run_here(pending, grid.tasks, parent=parent, tries=1 + config.max_failures)
+        finally:
+            for entry in grid.entries:
+                close_killed(entry.trial.store, uri=parent.uri)
 
 
 def _run_here(pending: list[Entry], tasks: list[Task], *, parent: Run, tries: int) -> None:
     """One trial after another, in this process."""
     for number, entry in enumerate(pending, 1):
-        print(f"sweep: {entry.trial.name}, {number} of {len(pending)}")
+        logger.info(f"{entry.trial.name}, {number} of {len(pending)}")
         if not attempt(entry, tasks=tasks, parent=parent, tries=tries) and (why := table.lost(entry)):
-            print(f"sweep: {entry.trial.name} failed: {why.error}")
+            logger.info(f"{entry.trial.name} failed: {why.error}")
 
 
 def _open_parent(config: SweepConfig, output: Store) -> Run:

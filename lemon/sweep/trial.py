@@ -58,7 +58,7 @@ class Trial(Frozen):
 
     @property
     def probe_config(self) -> ProbeConfig:
-        """What ``jobs/probe.py`` would be told."""
+        """What ``lemon probe`` would be told."""
         folder = self.store.uri
         return ProbeConfig(
             models=[folder],
@@ -131,16 +131,9 @@ def run(trial: Trial, *, tasks: list[Task] | None = None, parent: Run | None = N
         return done
     config, selection = pretraining.prepare(trial.pretrain)
     tracked = _open_run(trial, selection, parent=parent)
-    try:
+    with tracked.ending():
         pretraining.fit(config, tracked, log=log)
         result = _probed(trial, selection, tracked, tasks=tasks)
-    except Exception:
-        tracked.close("FAILED")
-        raise
-    except BaseException:
-        tracked.close("KILLED")
-        raise
-    tracked.close()
     trial.store.write_json(RESULT, result.model_dump(mode="json"))
     return result
 

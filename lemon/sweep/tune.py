@@ -18,6 +18,7 @@ from typing_extensions import TypedDict
 
 from lemon.pretrain import job as pretraining
 from lemon.runtime.cluster import nodes, start_ray
+from lemon.runtime.console import install_in_worker, stage_logger
 from lemon.runtime.demand import room, settle
 from lemon.runtime.identifiers import file_stem
 from lemon.runtime.records import OWN
@@ -30,7 +31,7 @@ from lemon.sweep.config import SweepConfig
 from lemon.sweep.grid import Entry, Grid
 from lemon.sweep.trial import Trial
 
-logger = logging.getLogger(__name__)
+logger = stage_logger(__name__, "sweep")
 
 FOLDER = f"{OWN}/ray"
 """Of Tune's own files."""
@@ -64,30 +65,29 @@ def prepare(entries: Sequence[Entry], config: SweepConfig) -> None:
         settle(demand, stage="sweep")
 
 
-def run_on_ray(pending: list[Entry], *, grid: Grid, config: SweepConfig, parent: Run) -> None:
+def run_on_ray(pending: list[Entry], *, grid: Grid, config: SweepConfig, output: Store, parent: Run) -> None:
     """Run trials, going on with an interrupted experiment of Tune; what became of each is in its folder."""
     _start_ray()
     for entry in pending:
         entry.trial.store.delete(table.LOST)
     trainable = _trainable(grid.entries, config, parent=parent)
     if config.asha:
-        _go_on(pending, grid, config, trainable)
+        _go_on(pending, grid, config, output, trainable)
     why = "Ray Tune ended without it"
     if left := list(filter(_is_open, pending)):  # all, unless an interrupted experiment had them
         try:
-            _fresh(left, grid, config, trainable).fit()
+            _fresh(left, grid, config, output, trainable).fit()
         except Exception as error:  # as where a file of Tune's own was cut short by a full disk
             logger.debug("Ray Tune", exc_info=True)
             why = f"Ray Tune ended: {type(error).__name__}: {error}"
     for entry in filter(_is_open, pending):
         table.write_lost(entry, status="failed", error=f"{why}; the same command runs it again")
-    Store(config.output).delete(CURRENT)
+    output.delete(CURRENT)
 
 
-def _fresh(pending: list[Entry], grid: Grid, config: SweepConfig, trainable: Any) -> tune.Tuner:
+def _fresh(pending: list[Entry], grid: Grid, config: SweepConfig, output: Store, trainable: Any) -> tune.Tuner:
     """A new experiment of Tune with the trials that are to do."""
-    name, output = f"sweep-{int(time.time())}", Store(config.output)
-    names = [entry.trial.name for entry in pending]
+    name, names = f"sweep-{int(time.time())}", [entry.trial.name for entry in pending]
     output.write_own(CURRENT, json.dumps({"name": name, "trials": names, "settings": _settings(grid, config)}).encode())
     return tune.Tuner(
         trainable,
@@ -109,9 +109,8 @@ def _fresh(pending: list[Entry], grid: Grid, config: SweepConfig, trainable: Any
     )
 
 
-def _go_on(pending: list[Entry], grid: Grid, config: SweepConfig, trainable: Any) -> None:
+def _go_on(pending: list[Entry], grid: Grid, config: SweepConfig, output: Store, trainable: Any) -> None:
     """Go on with the interrupted experiment of these trials, if there is one: it knows how far ASHA was."""
-    output = Store(config.output)
     if not output.exists(CURRENT):
         return
     current: _Current = output.read_json(CURRENT, _Current)
@@ -124,7 +123,7 @@ def _go_on(pending: list[Entry], grid: Grid, config: SweepConfig, trainable: Any
     try:
         tune.Tuner.restore(path, trainable, storage_filesystem=where, resume_errored=True).fit()
     except Exception as error:  # whatever Tune makes of a file of its own that was cut short  # noqa: BLE001
-        print(f"sweep: Ray Tune cannot go on with {path} ({type(error).__name__}); ASHA begins anew, trials go on")
+        logger.info(f"Ray Tune cannot go on with {path} ({type(error).__name__}); ASHA begins anew, trials go on")
 
 
 def _settings(grid: Grid, config: SweepConfig) -> str:
@@ -143,6 +142,7 @@ def _trainable(entries: list[Entry], config: SweepConfig, *, parent: Run) -> Any
 
 def _trial(settings: dict[str, Any], *, entries: dict[str, Entry], parent: Run, tries: int, reports: bool) -> None:
     """What Tune calls in a process of its own; to Tune a trial fails only with that process."""
+    install_in_worker()
     entry = entries[settings["trial"]]
     if trials.finished(entry.trial) is not None:
         return  # before an interruption; Tune had not noted it
@@ -198,7 +198,7 @@ class _Told(tune.Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
         """The process of a trial was lost, or could not write why the trial failed."""
-        print(f"sweep: {self._entries[str(trial)].trial.name}: begun again: {_reason(trial)}", flush=True)
+        logger.info(f"{self._entries[str(trial)].trial.name}: begun again: {_reason(trial)}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
         """A trial failed; one whose process died could not note why."""
@@ -209,7 +209,7 @@ class _Told(tune.Callback):
             if _is_open(entry):
                 table.write_lost(entry, status=status, error=error)
             left = sum(map(_is_open, self._entries.values()))
-            print(f"sweep: {entry.trial.name} ended, {left} of {len(self._entries)} to come", flush=True)
+            logger.info(f"{entry.trial.name} ended, {left} of {len(self._entries)} to come")
 
 
 def _reason(trial: Any) -> str:

@@ -157,7 +157,7 @@ def _stained(images_u8: torch.Tensor, *, stain: Stain, generator: torch.Generato
 
 def statistics_of(stain: Stain) -> StainStatistics:
     """The mixture that a policy draws from. Raises ValueError for a file that is absent, damaged or another one."""
-    remedy = f"`python jobs/fit_stain.py cells=... space={stain.space} components={stain.components}`"
+    remedy = f"`lemon fit-stain cells=... space={stain.space} components={stain.components}`"
     if stain.statistics is None:
         raise ValueError(f"stain.statistics: missing for kind=gmm; fit them with {remedy} and give the file's path")
     statistics = _load_statistics(stain.statistics)

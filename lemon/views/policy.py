@@ -111,7 +111,7 @@ class Stain(Settings):
     p: Probability = 1.0
     space: Literal["lab", "hsv", "hed"] = Field("lab", description="gmm: colour space of the statistics")
     components: int = Field(1, ge=1, description="gmm: Gaussians in the mixture")
-    statistics: AnyPath | None = Field(None, description="gmm: the file that jobs/fit_stain.py wrote")
+    statistics: AnyPath | None = Field(None, description="gmm: the file that lemon fit-stain wrote")
     alpha: PositiveRange = Field((0.8, 1.2), description="macenko: factor of a concentration")
     beta: Range = Field((-0.1, 0.1), description="macenko: shift of a concentration")
 

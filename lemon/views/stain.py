@@ -147,7 +147,7 @@ class StainStatistics:
         """Read what ``save`` wrote. Raises ValueError, one line, for a missing, unreadable or altered file."""
         from lemon.runtime.store import Store
 
-        remedy = "fit it with `python jobs/fit_stain.py cells=...`"
+        remedy = "fit it with `lemon fit-stain cells=...`"
         folder, _, name = str(path).rpartition("/")
         try:
             fields = Store(folder or ".").read_json(name)

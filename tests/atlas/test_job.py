@@ -295,8 +295,8 @@ def test_mistakes_are_one_line_that_says_how_to_mend_them(
     (tmp_path / "columns.csv").write_text("id,class\nx,a\n")
     mistakes = {
         "method=umap": "method: got umap, which is not installed; expected pip install umap-learn",
-        f"embeddings={cells.uri}": "has no embed.json; expected an output of jobs/embed.py",
-        f"cells={embeddings.uri}": "expected the output of jobs/curate.py",
+        f"embeddings={cells.uri}": "has no embed.json; expected an output of lemon embed",
+        f"cells={embeddings.uri}": "expected the output of lemon curate",
         f"labels={tmp_path}/absent.csv": "absent.csv: no such file; expected a CSV or Parquet file with cell_id, label",
         f"labels={tmp_path}/none.csv": "none of the 1 labelled cells",
         f"labels={tmp_path}/two.csv": "x has two labels, a and b; expected one row a cell",
@@ -322,7 +322,7 @@ def test_embeddings_of_other_cells_are_told(tables: tuple[Store, Store], tmp_pat
     name = embeddings_name("plain")
     table = embeddings.read_table(name)
     other.write_table(name, table.set_column(0, table.schema.field(0), pa.array([f"x{i}" for i in range(len(table))])))
-    with pytest.raises(ConfigError, match=r"is of other cells than .*plain\.parquet; the same jobs/embed\.py"):
+    with pytest.raises(ConfigError, match=r"is of other cells than .*plain\.parquet; the same lemon embed"):
         read_cells(config_for(cells, other, tmp_path / "out"))
     other.write_bytes(name, b"no Parquet")
     with pytest.raises(ConfigError, match=r"plain\.parquet: cannot be read"):

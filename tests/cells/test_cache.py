@@ -20,6 +20,8 @@ from lemon.cells.select import Selection, select_cells
 from lemon.errors import ConfigError, StorageError
 from tests.cells_table import numbered, small_table, write_slide
 
+pytestmark = pytest.mark.usefixtures("console")
+
 FILL = """
 import sys
 from lemon.cells.cache import open_images

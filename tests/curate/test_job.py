@@ -32,11 +32,14 @@ from lemon.errors import ConfigError
 from lemon.nuclei.instances import Nucleus
 from lemon.runtime import pool
 from lemon.runtime.config import load
+from lemon.runtime.job import framed
 from lemon.runtime.store import Store
 from lemon.slides import reader as reader_module
 from lemon.slides.cohort import Slide, list_slides
 from lemon.slides.synthetic import SyntheticTissue, make_tissue, write_pyramid
 from tests.conftest import shared
+
+pytestmark = pytest.mark.usefixtures("console")
 
 SIDE_PX = 1600
 
@@ -279,7 +282,7 @@ def test_a_job_on_a_full_disk_says_so_in_one_line(
 
     monkeypatch.setattr(curate, "run", run)
     monkeypatch.setattr(curate, "ask", lambda config: None)  # Ray is left out
-    assert curate.main(config_for(slide_file, tmp_path)) == 3
+    assert framed("curate", lambda: curate.main(config_for(slide_file, tmp_path))) == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert "No space left on device" in line
     assert "rerun goes on" in line

@@ -28,11 +28,15 @@ from lemon.runtime import pool
 from lemon.runtime import store as storage
 from lemon.runtime.config import load
 from lemon.runtime.demand import Demand, settle
+from lemon.runtime.job import framed
+from lemon.runtime.ledger import Summary
 from lemon.runtime.shards import ShardError
 from lemon.runtime.store import Store
 from lemon.schema import EMBEDDED
 from lemon.slides.synthetic import make_tissue, write_pyramid
 from tests.embed.tables import WIDTH, write_cells, write_encoder
+
+pytestmark = pytest.mark.usefixtures("console")
 
 SLIDES = {"a": 40, "b c": 30, "d": 1}
 
@@ -183,7 +187,7 @@ def test_an_output_begun_with_another_model_or_type_is_refused_until_told_otherw
 def test_overwriting_with_a_wrong_table_deletes_nothing(model: Path, cells: Store, tmp_path: Path) -> None:
     embedding.run(config_for(model, cells, tmp_path / "out"))
     before = written(tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"cells: .*/nothing holds no cells; expected the output of jobs/curate.py"):
+    with pytest.raises(ConfigError, match=r"cells: .*/nothing holds no cells; expected the output of lemon curate"):
         embedding.run(config_for(model, Store(tmp_path / "nothing"), tmp_path / "out", "overwrite=true"))
     assert written(tmp_path / "out") == before
 
@@ -277,7 +281,7 @@ def test_a_full_disk_stops_the_job_and_is_no_fault_of_the_slide(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
-    assert embedding.main(config_for(model, cells, tmp_path / "out")) == 3
+    assert framed("embed", lambda: embedding.main(config_for(model, cells, tmp_path / "out"))) == 3
     assert "embed: stopped: cannot write to " in capsys.readouterr().err
     assert Store(tmp_path / "out").list("slides") == []
 
@@ -288,13 +292,13 @@ def test_a_slide_is_curated_first_where_no_table_is_given(
     """Ray is left out: what curation is asked for is checked, and a table put where it writes one."""
     asked = []
 
-    def curated(config: object, *, slides: object) -> int:
+    def curated(config: object, *, slides: object) -> Summary:
         asked.append(config)
         write_cells(Store(config.output), "s", 20)  # type: ignore[attr-defined]
-        return 0
+        return Summary(rows=[], n_skipped=0)
 
     monkeypatch.setattr(embedding.curate, "ask", lambda config, key: [None])
-    monkeypatch.setattr(embedding.curate, "main", curated)
+    monkeypatch.setattr(embedding.curate, "run", curated)
     words = [f"model={model}", f"output={tmp_path / 'out'}", f"slides={tmp_path / 's.svs'}", "device=cpu"]
     config = load("embed", [*words, "segmenter.min_area_um2=7", "curation.region_px=512"], EmbedConfig)
     assert embedding.main(config) == 0

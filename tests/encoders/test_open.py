@@ -75,7 +75,7 @@ def test_weights_that_are_not_finite_are_not_opened(tmp_path: Path) -> None:
 
 def test_what_is_no_encoder_is_one_line(tmp_path: Path) -> None:
     for given in (tmp_path, tmp_path / "absent", "resnet19"):
-        with pytest.raises(ConfigError, match=r"expected the output of jobs/pretrain\.py") as told:
+        with pytest.raises(ConfigError, match=r"expected the output of lemon pretrain") as told:
             load_encoder(given)
         assert "\n" not in str(told.value)
 

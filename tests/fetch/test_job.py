@@ -27,10 +27,13 @@ from lemon.fetch.gdc import GdcFile
 from lemon.fetch.job import choose
 from lemon.runtime import pool
 from lemon.runtime.config import load
+from lemon.runtime.job import framed
 from lemon.runtime.store import Store
 from lemon.slides.cohort import list_slides
 from lemon.slides.synthetic import make_tissue, write_pyramid
 from tests.fetch.gdc_server import GdcServer, Served, serving
+
+pytestmark = pytest.mark.usefixtures("console")
 
 
 @pytest.fixture(autouse=True)
@@ -205,7 +208,7 @@ def test_an_organ_without_slides_and_a_list_that_cannot_be_had_are_told(
         assert fetch.main(config_for(server, tmp_path, "slides_per_organ=2")) == 0
         assert "BRCA has 1 slides, not 2" in capsys.readouterr().out
         config = config_for(server, tmp_path)
-    assert fetch.main(config) == 3
+    assert framed("fetch_tcga", lambda: fetch.main(config)) == 3
     assert "stopped" in capsys.readouterr().err
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from lemon import load_encoder
 from lemon.cells import cache
-from lemon.errors import EXIT_FAILURES, EXIT_OK, ConfigError, StorageError
+from lemon.errors import EXIT_OK, ConfigError, StorageError
 from lemon.pretrain import job as pretraining
 from lemon.pretrain.config import PretrainConfig
 from lemon.pretrain.loop import TrainingStoppedError
@@ -18,6 +18,8 @@ from lemon.runtime.store import Store
 from lemon.runtime.tracking import RUN
 from tests.cells_table import synthetic_crops
 from tests.sweep.studies import TINY, write_cells
+
+pytestmark = pytest.mark.usefixtures("console")
 
 
 @pytest.fixture
@@ -130,7 +132,8 @@ def test_an_output_in_which_nothing_was_made_takes_new_settings_and_a_run_of_its
     for seed in (1, 2):
         with monkeypatch.context() as patch:
             patch.setattr(pretraining, "train", tell_of_nan)
-            assert pretraining.main(config_in(tmp_path, f"seed={seed}", "register_as=null")) == EXIT_FAILURES
+            with pytest.raises(TrainingStoppedError):
+                pretraining.main(config_in(tmp_path, f"seed={seed}", "register_as=null"))
         runs.append(Store(tmp_path / "run").read_json(RUN)["run_id"])
     assert runs[0] != runs[1]
     assert pretraining.main(config_in(tmp_path, "seed=2", "register_as=null")) == EXIT_OK

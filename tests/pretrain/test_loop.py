@@ -25,6 +25,8 @@ from lemon.runtime.store import Store
 from lemon.views.policy import load_policy
 from tests.cells_table import synthetic_crops, write_slide
 
+pytestmark = pytest.mark.usefixtures("console")
+
 CPU = torch.device("cpu")
 TINY = {"name": "tiny", "dim": 32, "depth": 2, "heads": 2}
 MOCO = {"name": "mocov3", "hidden_dim": 32, "out_dim": 16, "warmup_epochs": 1}

@@ -6,6 +6,8 @@ import pytest
 
 from lemon.pretrain.progress import Progress, duration
 
+pytestmark = pytest.mark.usefixtures("console")
+
 
 def run(seconds_a_report: float, *, total: int = 100, images_per_s: float = 100.0) -> None:
     now = [0.0]

@@ -18,6 +18,8 @@ from lemon.runtime.store import Store
 from tests.cells_table import synthetic_crops
 from tests.probe.made_up import made_up, task_of
 
+pytestmark = pytest.mark.usefixtures("console")
+
 SMALL = EncoderConfig(name="small", dim=32, depth=1, heads=2)
 
 
@@ -65,7 +67,7 @@ def test_two_encoders_give_scores_predictions_and_a_table(tmp_path, encoders, ta
     assert probing.main(config(tmp_path, encoders)) == 0
     rows = tables.read_scores(Store(tmp_path / "out")).to_pylist()
     assert {row["model"] for row in rows} == {"enc0", "enc1"}
-    text = tables.write_table1(tmp_path / "out")
+    text = tables.write_table1(Store(tmp_path / "out"))
     assert text.count("**") in (4, 6)  # the best of each of two columns; two where they are even
     header, _, first, second = text.splitlines()[:4]
     assert "light, leak-free" in header
@@ -122,7 +124,7 @@ def test_no_task_at_all_is_a_wrong_argument(tmp_path, encoders, tasks):
 
 def test_a_folder_without_scores_has_no_table(tmp_path):
     with pytest.raises(ConfigError, match="no scores"):
-        tables.write_table1(tmp_path)
+        tables.write_table1(Store(tmp_path))
 
 
 def test_the_data_fingerprint_follows_crops_and_labels():
@@ -138,7 +140,7 @@ def test_the_data_fingerprint_follows_crops_and_labels():
 
 def test_figure_2_has_a_point_for_each_encoder(tmp_path, encoders, tasks):
     probing.main(config(tmp_path, encoders))
-    names = figures.draw_cost(tmp_path / "out")
+    names = figures.draw_cost(Store(tmp_path / "out"))
     assert all((tmp_path / "out" / name).stat().st_size > 5000 for name in names)
     points = figures.cost_points(Store(tmp_path / "out"))
     assert {point["encoder"] for point in points} == {"enc0", "enc1"}
@@ -155,15 +157,15 @@ def test_two_encoders_of_one_name_are_two_rows(tmp_path, encoders, tasks):
     names = {row["encoder"] for row in rows}
     assert len(names) == 2
     assert all(name.startswith("enc0 (") for name in names)
-    tables.write_table1(tmp_path / "out")
+    tables.write_table1(Store(tmp_path / "out"))
     assert all(name in (tmp_path / "out" / "differences.csv").read_text() for name in names)
     assert len(figures.cost_points(Store(tmp_path / "out"))) == 2
 
 
 def test_the_papers_protocol_alone_has_a_table_and_no_figure(tmp_path, encoders, tasks):
     probing.main(config(tmp_path, encoders[:1], protocols=["paper"]))
-    assert figures.draw_cost(tmp_path / "out") == []
-    assert "light, paper" in tables.write_table1(tmp_path / "out")
+    assert figures.draw_cost(Store(tmp_path / "out")) == []
+    assert "light, paper" in tables.write_table1(Store(tmp_path / "out"))
 
 
 def test_no_encoder_at_all_is_a_wrong_argument(tmp_path, tasks):

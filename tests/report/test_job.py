@@ -26,7 +26,7 @@ from lemon.sweep.grid import EXPERIMENT
 from lemon.sweep.table import PARQUET
 from tests.report.outputs import SCRIPT, write_outputs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("console")]
 
 PAPER = """artefact,row,column,value,spread
 Table 2,a0,light,0.123,0.045
@@ -231,7 +231,7 @@ def test_folders_that_are_gone_are_told_on_the_page_and_in_a_line(
     assert "gone holds no sweep.parquet" in printed
     assert "&lt;b&gt;gone holds no sweep.parquet" in text
     assert "atlas: nowhere holds no atlas.png" in printed
-    assert "Not made yet: python jobs/probe.py" in text
+    assert "Not made yet: lemon probe" in text
 
 
 def test_a_run_whose_folder_was_removed_is_a_line_and_no_failure(home: Path, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from lemon.errors import ConfigError
 from lemon.runtime import cluster
 from lemon.runtime.cluster import check_address, explain, folder_fault, ray_address, start_ray, temporary_folder
 
+pytestmark = pytest.mark.usefixtures("console")
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

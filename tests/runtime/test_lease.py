@@ -19,6 +19,8 @@ from lemon.runtime import lease
 from lemon.runtime.lease import hold
 from lemon.runtime.store import Store
 
+pytestmark = pytest.mark.usefixtures("console")
+
 HOLDER = """
 import sys, time
 from lemon.runtime.lease import hold

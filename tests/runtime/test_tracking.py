@@ -34,6 +34,8 @@ from lemon.runtime.tracking import (
 )
 from tests.cells_table import synthetic_crops
 
+pytestmark = pytest.mark.usefixtures("console")
+
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

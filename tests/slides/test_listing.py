@@ -20,6 +20,8 @@ from lemon.slides.synthetic import make_tissue, write_pyramid
 from tests import s3
 from tests.slides.dicom import write_instance, write_slide
 
+pytestmark = pytest.mark.usefixtures("console")
+
 IMAGE = make_tissue(512, seed=1).image
 
 

@@ -26,6 +26,8 @@ from lemon.sweep.config import SweepConfig
 from tests.cells_table import synthetic_crops, write_slide
 from tests.sweep.studies import ORGANS, light_task, sweep_words, write_cells
 
+pytestmark = pytest.mark.usefixtures("console")
+
 STUDIES = preset_names("sweep")
 
 

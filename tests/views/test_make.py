@@ -216,7 +216,7 @@ def test_missing_or_foreign_stain_statistics_are_told_with_the_remedy(statistics
     ):
         with pytest.raises(ValueError, match=fault) as error:
             make_views(stained_cells(2), policy=policy, generator=seeded())
-        assert "python jobs/fit_stain.py cells=" in str(error.value)
+        assert "lemon fit-stain cells=" in str(error.value)
         assert "\n" not in str(error.value)
 
 

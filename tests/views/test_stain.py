@@ -220,7 +220,7 @@ def test_a_bad_statistics_file_is_told_in_one_line_with_the_remedy(tmp_path: Pat
     ):
         with pytest.raises(ValueError, match=fault) as error:
             StainStatistics.load(path)
-        assert "python jobs/fit_stain.py" in str(error.value)
+        assert "lemon fit-stain" in str(error.value)
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="components: got 10 for 24 cells"):
         fit_stain_statistics(stained_cells(24), space="lab", components=10, seed=0)

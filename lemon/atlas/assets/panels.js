@@ -156,7 +156,7 @@ function tellSelection() {
   element("makeup").textContent = `By ${title.toLowerCase()}: ${words.join("; ")}${counts.size > 6 ? "; ..." : ""}`;
 }
 
-// cell_id, and label where one is given: what labels=... of jobs/atlas.py and the probe of jobs/pretrain.py read.
+// cell_id, and label where one is given: what labels=... of lemon atlas and the probe of lemon pretrain read.
 function csvOfSelection() {
   const quote = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
   const label = element("label").value.trim();

@@ -1,6 +1,6 @@
 """``morphometry:PATH``: does an embedding tell a nucleus' size, shape and stain? Needs no labels, only curated cells.
 
-PATH is an output of ``jobs/curate.py``, absolute or below the working folder. Targets are what curation measured inside
+PATH is an output of ``lemon curate``, absolute or below the working folder. Targets are what curation measured inside
 the outline, which the encoder does not see: area, eccentricity, solidity, hematoxylin density, each standardised. This
 is no benchmark of the paper; it tells on one's own slides, within minutes, whether an encoder has learned anything.
 
@@ -22,7 +22,7 @@ from lemon.probe.tasks.assemble import check_protocols
 from lemon.runtime.store import Store
 from lemon.schema import MORPHOMETRICS
 
-OBTAIN = "the output of python jobs/curate.py"
+OBTAIN = "the output of lemon curate"
 BLOCK_UM = 250.0
 _COLUMNS = ["cell_id", "slide_id", "x_level0_px", "y_level0_px", "mpp", *MORPHOMETRICS, "image"]
 

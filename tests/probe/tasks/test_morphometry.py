@@ -58,5 +58,5 @@ def test_many_slides_are_split_by_slide_and_the_lowest_ranks_are_taken(tmp_path:
 def test_a_folder_without_cells_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="holds no cells"):
         open_task(f"morphometry:{tmp_path}", Path("nowhere"))
-    with pytest.raises(TaskError, match=r"no folder .*nothing; expected the output of python jobs/curate.py"):
+    with pytest.raises(TaskError, match=r"no folder .*nothing; expected the output of lemon curate"):
         open_task(f"morphometry:{tmp_path}/nothing", Path("nowhere"))
