@@ -17,7 +17,7 @@ import psutil
 from benchmarks.drills.cluster import ROOT, Cluster
 from lemon.cells.ledger import read_ledger
 from lemon.pretrain.checkpoint import Checkpoints
-from lemon.runtime.attempts import FOLDER as ATTEMPTS
+from lemon.runtime.ledger import ATTEMPTS
 from lemon.runtime.store import Store
 from lemon.runtime.tracking import Run, metric_history
 from lemon.slides.synthetic import make_tissue, write_pyramid

@@ -95,7 +95,6 @@ class Curator(pool.Worker):
 
     def __init__(self, config: CurateConfig, *, ledger: Ledger, source: Source = IN_PLACE) -> None:
         self.config, self.locate = config, source.open()
-        self.output = config.output
         self.ledger = ledger
         self.segmenter = config.segmenter.build()
         self.processes = start_processes(config.workers.cpus)
@@ -106,10 +105,6 @@ class Curator(pool.Worker):
         with contextlib.ExitStack() as stack:
             path = stack.enter_context(self.locate(Slide(**item["slide"])))
             yield item | {"path": path}
-
-    def begin(self, item: pool.Item, *, run_id: str) -> int:
-        """Note that work on a slide begins; how often it began before."""
-        return self.ledger.begin(item["slide"]["slide_id"], run_id=run_id)
 
     def work(self, item: pool.Item) -> pool.Row:
         """Curate a slide and commit it."""
@@ -224,6 +219,6 @@ def _curate_all(slides: list[Slide], *, config: CurateConfig, ledger: Ledger, so
     located = config.model_copy(update={"output": ledger.store.uri, "workers": workers})
     make = functools.partial(Curator, located, ledger=ledger, source=source)
     actors = pool.Actors(granted, most=workers.actors, ahead=source.ahead)
-    items = [{"slide": asdict(slide)} for slide in slides]
+    items = [{"slide_id": slide.slide_id, "slide": asdict(slide)} for slide in slides]
     sums = {"cells": "n_cells"}
     pool.run_all(items, make, actors=actors, max_attempts=config.max_attempts, name="curate", sums=sums)

@@ -38,6 +38,7 @@ class Embedder(Worker):
         ConfigError: the device is not there, or ``config.model`` here is not the model of the ledger.
     """
 
+    ledger: EmbedLedger
     fatal = (OSError, pa.ArrowException)
 
     def __init__(
@@ -49,7 +50,6 @@ class Embedder(Worker):
         encoder: Encoder | None = None,
     ) -> None:
         self.config, self.ledger, self.cells = config, ledger, cells
-        self.output = ledger.store.uri
         device = choose_device(config.device)
         self.encoder = (encoder or open_encoder(config.model)).to(device)
         if self.encoder.fingerprint != ledger.made.model_fingerprint:
@@ -57,10 +57,6 @@ class Embedder(Worker):
                 f"model: {config.model} is {self.encoder.fingerprint} here; expected {ledger.made.model_fingerprint}, "
                 "as where the job was started"
             )
-
-    def begin(self, job: dict[str, Any], *, run_id: str) -> int:
-        """Note that work on a slide begins; how often it began before."""
-        return self.ledger.begin(job["slide_id"], run_id=run_id)
 
     def work(self, job: dict[str, Any]) -> dict[str, Any]:
         """Embed and commit a slide; returns its row of the ledger, ``failed`` where its cells cannot be embedded."""

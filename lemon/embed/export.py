@@ -72,21 +72,17 @@ FORMATS: Mapping[str, tuple[Callable[[str], str], Callable[[EmbeddedSlide], None
 class Exporter(Worker):
     """Writes the formats of one slide at a time."""
 
+    ledger: EmbedLedger
     fatal = (OSError, pa.ArrowException)
 
     def __init__(self, *, ledger: EmbedLedger, cells: Store, clusters: Clusters | None, formats: Iterable[str]) -> None:
         self.ledger, self.cells, self.clusters = ledger, cells, clusters
-        self.output = ledger.store.uri
         self.formats = [name for name in formats if name in FORMATS]
 
     def lacking(self, slide_ids: Iterable[str]) -> set[str]:
         """The slides of which a file is still to be written."""
         slide_ids = list(slide_ids)
         return set().union(*(self.ledger.lacking(slide_ids, name) for _, name, _ in self._wanted()))
-
-    def begin(self, row: dict[str, Any], *, run_id: str) -> int:
-        """Note that work on a slide begins; how often it began before."""
-        return self.ledger.begin(row["slide_id"], run_id=run_id)
 
     def work(self, row: dict[str, Any]) -> dict[str, Any]:
         """Write what a slide lacks; returns its row of the ledger, ``partial`` where a format could not be made."""

@@ -55,7 +55,8 @@ def run(config: EmbedConfig, *, slides: list[Slide] | None = None) -> Embedded:
     Raises ConfigError for what the user must mend first; FatalError when the job cannot go on.
     """
     with hold(config.output, stage="embed", owns=OWNS) as output:
-        summary = _run(_located(config, output), output, slides=slides)
+        cells = Store(config.cells or config.curate_config().output)
+        summary = _run(_located(config, output, cells), output, cells, slides=slides)
     told = summary.tell(logger)
     n_cells = sum(row["n_cells"] for row in summary.rows)
     rate = f"{summary.n_embedded / summary.embed_s:,.0f} cells/s" if summary.n_embedded else "none of them now"
@@ -67,10 +68,9 @@ def run(config: EmbedConfig, *, slides: list[Slide] | None = None) -> Embedded:
     return summary
 
 
-def _run(config: EmbedConfig, output: Store, *, slides: list[Slide] | None) -> Embedded:
+def _run(config: EmbedConfig, output: Store, cells: Store, *, slides: list[Slide] | None) -> Embedded:
     encoder = open_encoder(config.model)
     made = Made(encoder.name, encoder.fingerprint, encoder.width, config.dtype, config.precision)
-    cells = Store(config.cells or config.curate_config().output)
     jobs = _jobs(cells) if config.cells is not None else []  # before anything is overwritten
     ledger = open_ledger(output, made, overwrite=config.overwrite)
     curated = [] if config.slides is None else [_curate(config, slides)]
@@ -100,14 +100,14 @@ def main(config: EmbedConfig) -> int:
     return run(config, slides=_ask(config)).exit_code
 
 
-def _located(config: EmbedConfig, output: Store) -> EmbedConfig:
+def _located(config: EmbedConfig, output: Store, cells: Store) -> EmbedConfig:
     """Paths made absolute, because actors run elsewhere. Raises ConfigError for an output that does not do."""
     if "spatialdata" in config.format:
         check_spatialdata(output)
     update: dict[str, Any] = {"output": output.uri, "model": located_model(config.model)}
     if config.cells is not None:
-        update["cells"] = Store(config.cells).uri
-        if update["cells"] == output.uri:
+        update["cells"] = cells.uri
+        if cells.uri == output.uri:
             raise ConfigError("output: got the folder of cells; expected another one, both have a table named slides")
     return config.model_copy(update=update)
 
@@ -198,23 +198,16 @@ def _ask(config: EmbedConfig) -> list[Slide] | None:
     return slides
 
 
-def _is_here(config: EmbedConfig, *, n_slides: int) -> bool:
-    return n_slides == 0 or config.workers.in_process(n_slides, cluster=ray_address() is not None)
-
-
-def _demand(config: EmbedConfig, *, n_slides: int, gpus: float | None) -> Demand:
+def _actors(config: EmbedConfig, *, n_slides: int, gpus: float | None) -> pool.Actors | None:
+    """The pool for so many slides; None where this process works on them. Raises ConfigError."""
     workers = config.workers
-    return Demand(
+    if n_slides == 0 or workers.in_process(n_slides, cluster=ray_address() is not None):
+        return None
+    demand = Demand(
         cpus=workers.cpus,
         gpus=0 if config.device == "cpu" and gpus is None else gpus,
         wished=min(workers.actors or 1, n_slides),
         may_shrink="cpus" not in workers.model_fields_set,
         count_key="workers.actors",
     )
-
-
-def _actors(config: EmbedConfig, *, n_slides: int, gpus: float | None) -> pool.Actors | None:
-    """The pool for so many slides; None where this process works on them. Raises ConfigError."""
-    if _is_here(config, n_slides=n_slides):
-        return None
-    return pool.Actors(settle(_demand(config, n_slides=n_slides, gpus=gpus), stage="embed"), most=config.workers.actors)
+    return pool.Actors(settle(demand, stage="embed"), most=workers.actors)

@@ -139,7 +139,6 @@ def train(
 
 def export(trainer: Trainer, config: PretrainConfig) -> None:
     """Write the encoder to ``<output>/encoder`` in timm's layout."""
-    store = Store(config.output)
     settings = config.result_settings()
     facts = {
         "name": config.encoder.name,
@@ -151,7 +150,8 @@ def export(trainer: Trainer, config: PretrainConfig) -> None:
     }
     views = config.views
     cell_input = CellInput(mean=views.mean, std=views.std, crop_px=config.encoder.crop_px)
-    export_encoder(trainer.method.exported, f"{store.uri}/{EXPORT}", cell_input=cell_input, facts=facts)
+    folder = f"{trainer.checkpoints.store.uri}/{EXPORT}"
+    export_encoder(trainer.method.exported, folder, cell_input=cell_input, facts=facts)
 
 
 def _fits(images: np.ndarray, device: torch.device) -> bool:

@@ -108,7 +108,7 @@ def fit(config: PretrainConfig, run: Run, *, log: Log | None = None) -> str:
         train(config, device=choose_device(config.device), log=_Logger(run, config, then=log))
     else:
         _train_on_ray(config, run)
-    encoder = f"{Store(config.output).uri}/{EXPORT}"
+    encoder = f"{config.output}/{EXPORT}"
     run.set_tag("encoder", encoder)
     if config.register_as is not None:
         _register(config.register_as, encoder, run)

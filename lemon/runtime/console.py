@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from lemon.runtime.secrets import redacted
 
+_LEMON = logging.getLogger("lemon")
+
 
 def stage_logger(name: str, stage: str) -> logging.LoggerAdapter[logging.Logger]:
     """The logger of a module whose lines are a stage's, as ``curate: 3 slides``."""
@@ -40,19 +42,13 @@ class Console(logging.Handler):
 @contextlib.contextmanager
 def installed() -> Iterator[None]:
     """While the block runs, what LEMON logs is told on the console; handlers of others get it too."""
-    logger = logging.getLogger("lemon")
-    if any(isinstance(each, Console) for each in logger.handlers):
-        yield
-        return
-    console, level = Console(), logger.level
-    logger.addHandler(console)
-    if logger.getEffectiveLevel() > logging.INFO:
-        logger.setLevel(logging.INFO)
+    level, console = _LEMON.level, _install()
     try:
         yield
     finally:
-        logger.removeHandler(console)
-        logger.setLevel(level)
+        if console is not None:
+            _LEMON.removeHandler(console)
+            _LEMON.setLevel(level)
 
 
 def install_in_worker() -> None:
@@ -60,5 +56,16 @@ def install_in_worker() -> None:
 
     Nothing is handed on: Ray Train's own handler would tell every line again.
     """
-    contextlib.ExitStack().enter_context(installed())
-    logging.getLogger("lemon").propagate = False
+    _install()
+    _LEMON.propagate = False
+
+
+def _install() -> Console | None:
+    """The console that was added; None where there is one."""
+    if any(isinstance(each, Console) for each in _LEMON.handlers):
+        return None
+    console = Console()
+    _LEMON.addHandler(console)
+    if _LEMON.getEffectiveLevel() > logging.INFO:
+        _LEMON.setLevel(logging.INFO)
+    return console

@@ -11,12 +11,14 @@ from typing import Any
 import pyarrow as pa
 
 from lemon.errors import EXIT_FAILURES, EXIT_OK
-from lemon.runtime.attempts import FOLDER as ATTEMPTS
-from lemon.runtime.attempts import begin_attempt, end_attempts
 from lemon.runtime.identifiers import file_stem
+from lemon.runtime.records import OWN
 from lemon.runtime.settings import keep_settings
 from lemon.runtime.store import Store, code_version
 from lemon.schema import SLIDE_STATUSES
+
+ATTEMPTS = f"{OWN}/attempts"
+"""Marks of work on a slide that has begun and not come to an end, as when it kills its worker each time."""
 
 
 class Ledger:
@@ -67,15 +69,21 @@ class Ledger:
         keep_settings(self.store, name, settings, is_empty=lambda: not self.store.list(self.folder), remedy=remedy)
 
     def begin(self, slide_id: str, *, run_id: str) -> int:
-        """Note that work on a slide begins; returns how often it began before in this run without coming to an end."""
-        return begin_attempt(self.store, file_stem(slide_id), run_id=run_id)
+        """Note that work on a slide begins; returns how often it began before in this run without coming to an end.
+
+        Attempts of other runs do not count: that a whole job was killed says nothing against the slide.
+        """
+        folder = f"{ATTEMPTS}/{file_stem(slide_id)}"
+        earlier = sum(f"/{run_id}-" in name for name in self.store.list(folder))
+        self.store.write_own(f"{folder}/{run_id}-{earlier}", b"")
+        return earlier
 
     def commit(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Write a slide's row, of what it has of the schema, and forget its attempts; returns the whole row."""
         whole = {name: row.get(name) for name in self.schema.names} | self.facts | {"code_version": code_version()}
         self.store.write_table(self._name(row["slide_id"]), pa.Table.from_pylist([whole], schema=self.schema))
         if self.counts_attempts:
-            end_attempts(self.store, file_stem(row["slide_id"]))
+            self.store.delete(f"{ATTEMPTS}/{file_stem(row['slide_id'])}")
         return whole
 
     def forget(self, slide_id: str) -> None:

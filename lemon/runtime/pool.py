@@ -9,6 +9,7 @@ JSON: in a column of numbers a missing value would become NaN.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import threading
@@ -25,6 +26,7 @@ from lemon.errors import ConfigError, FatalError
 from lemon.runtime.cluster import quiet_ray_data
 from lemon.runtime.console import install_in_worker
 from lemon.runtime.demand import Granted
+from lemon.runtime.ledger import Ledger
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +46,12 @@ class Worker(ABC):
     """Works on one item at a time and commits what became of it; lives in this process or in an actor.
 
     Attributes:
-        output: where it commits, in words.
+        ledger: where it commits.
         fatal: errors of ``work`` that say that it cannot commit there.
         progress: for ``work`` to call with how much of an item is done, where it takes long.
     """
 
-    output: str
+    ledger: Ledger
     fatal: tuple[type[Exception], ...] = ()
     progress: Callable[[int], object] = staticmethod(lambda _: None)
 
@@ -60,9 +62,14 @@ class Worker(ABC):
         """
         return contextlib.nullcontext(item)
 
-    @abstractmethod
+    @property
+    def output(self) -> str:
+        """Where it commits, in words."""
+        return self.ledger.store.uri
+
     def begin(self, item: Item, *, run_id: str) -> int:
         """Note that work begins; returns how often it began before in this run without coming to an end."""
+        return self.ledger.begin(item["slide_id"], run_id=run_id)
 
     @abstractmethod
     def work(self, item: Item) -> Row:
@@ -188,7 +195,6 @@ class ItemActor:
     def __init__(self, make: Callable[[], Worker], run_id: str, max_attempts: int) -> None:
         self.run_id, self.max_attempts, self.turn = run_id, max_attempts, threading.Lock()
         self.worker: Worker | None = None
-        install_in_worker()
         try:
             self.worker = make()
         except ConfigError as error:
@@ -209,6 +215,11 @@ class ItemActor:
         return {"told": np.array([json.dumps(told)])}
 
 
+def _in_worker(make: Callable[[], Worker]) -> Worker:
+    install_in_worker()
+    return make()
+
+
 def _on_ray(items: Sequence[Item], make: Callable[[], Worker], *, actors: Actors, max_attempts: int) -> Iterator[Row]:
     import ray.data
 
@@ -219,7 +230,11 @@ def _on_ray(items: Sequence[Item], make: Callable[[], Worker], *, actors: Actors
         [{"item": json.dumps(item)} for item in items], override_num_blocks=len(items)
     ).map_batches(
         ItemActor,
-        fn_constructor_kwargs={"make": make, "run_id": _new_run(), "max_attempts": max_attempts},
+        fn_constructor_kwargs={
+            "make": functools.partial(_in_worker, make),
+            "run_id": _new_run(),
+            "max_attempts": max_attempts,
+        },
         batch_size=1,
         num_cpus=granted.cpus,
         num_gpus=granted.gpus,

@@ -63,6 +63,7 @@ def build(config: SweepConfig) -> Grid:
     Raises ConfigError with a line for every fault of every point.
     """
     cells, output = Store(config.cells), open_output(config)
+    config = config.model_copy(update={"cells": cells.uri})
     organs, select = nested_organs(cells), remembered(cells)
     configs: list[tuple[Point, PretrainConfig]] = []
     faults = Faults([point.name for point in config.sweep.points])
@@ -86,7 +87,7 @@ def build(config: SweepConfig) -> Grid:
     if lines or untold:
         raise ConfigError("\n".join(lines + untold))
     for _, made in configs:
-        _fit_stain(made)
+        _fit_stain(made, cells)
     return Grid([replace(entry, trial=entry.trial.located(tasks, select=select)) for entry in entries], tasks)
 
 
@@ -139,7 +140,7 @@ def point_config(config: SweepConfig, point: Point, *, organs: Sequence[str]) ->
 
     Later ones win: the variant's, the study's, the sweep's ``pretrain.*``, then the point's own.
     """
-    own = {"cells": Store(config.cells).uri, "output": "unset"}
+    own = {"cells": config.cells, "output": "unset"}
     layers = (config.sweep.overrides, config.pretrain, point.overrides, own)
     given = [part for layer in layers for part in (layer if isinstance(layer, list) else [layer])]
     made = load("pretrain", given, PretrainConfig)
@@ -255,9 +256,9 @@ def _open_tasks(config: SweepConfig) -> tuple[list[Task], list[str]]:
     return tasks, faults
 
 
-def _fit_stain(config: PretrainConfig) -> None:
+def _fit_stain(config: PretrainConfig, cells: Store) -> None:
     """The statistics that a point's views draw from, beside the cells, where they are not there, or of other cells."""
-    stain, cells = config.views.stain, Store(config.cells)
+    stain = config.views.stain
     if stain.kind != "gmm" or stain.statistics is not None:
         return
     name = statistics_name(stain.space, stain.components)

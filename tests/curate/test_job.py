@@ -232,7 +232,7 @@ def worker_for(config: CurateConfig) -> curate.Curator:
 
 def curated(worker: curate.Curator, slide: Slide) -> dict[str, Any]:
     """The row of a slide, as an actor makes it."""
-    items, attempts = [{"slide": asdict(slide)}], worker.config.max_attempts
+    items, attempts = [{"slide_id": slide.slide_id, "slide": asdict(slide)}], worker.config.max_attempts
     (row,) = pool.run(items, lambda: worker, actors=None, max_attempts=attempts)
     return row
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lemon.cells.ledger import read_ledger
-from lemon.runtime.attempts import FOLDER as ATTEMPTS
+from lemon.runtime.ledger import ATTEMPTS
 from lemon.runtime.store import Store
 from lemon.slides.synthetic import make_tissue, write_pyramid
 from tests.jobs.warm import Job, run_job

@@ -20,9 +20,9 @@ class Doer(pool.Worker):
     """Does what its items say; keeps what it committed."""
 
     fatal = (OSError,)
+    output = "there"
 
     def __init__(self) -> None:
-        self.output = "there"
         self.begun: Counter[str] = Counter()
         self.committed: list[pool.Row] = []
 
