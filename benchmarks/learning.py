@@ -34,6 +34,7 @@ from lemon.probe.score import POOLED, score_task
 from lemon.probe.task import Task
 from lemon.probe.tasks import consep
 from lemon.runtime.config import load
+from lemon.runtime.job import framed
 from lemon.runtime.shards import write_shard
 from lemon.runtime.store import Store
 from lemon.schema import CELLS
@@ -74,7 +75,7 @@ def pretrained(seed: int, store: Store, options: argparse.Namespace, *, task: Ta
     words = [f"cells={store.uri}", f"output={output}", f"cache={options.work / 'cache'}", f"seed={seed}"]
     start = time.monotonic()
     config = load("pretrain", [*words, "variant=laptop", *options.overrides], PretrainConfig)
-    if pretraining.main(config):
+    if framed("pretrain", lambda: pretraining.main(config)):
         raise SystemExit("pretraining failed")
     minutes = (time.monotonic() - start) / 60
     scores = told(f"seed {seed}", probe(task, embed(str(output), task)))

@@ -11,6 +11,7 @@ and ``report/index.html``. Further words are overrides of every sweep.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ from benchmarks.record import record
 from lemon.report import job as report
 from lemon.report.config import ReportConfig
 from lemon.runtime.config import load
+from lemon.runtime.job import framed
 from lemon.runtime.store import Store
 from lemon.schema import SWEEP_FILE
 from lemon.sweep import job as sweep
@@ -67,7 +69,7 @@ def main() -> None:
     found = {}
     for study in options.studies:
         words = [*STUDIES[study].split(), *common, f"output={work / study}", *options.overrides]
-        sweep.main(load("scaling_sweep", words, SweepConfig))
+        framed("scaling_sweep", functools.partial(sweep.main, load("scaling_sweep", words, SweepConfig)))
         rows = Store(work / study).read_table(SWEEP_FILE).to_pylist()
         found[study] = [asdict(value) for value in study_values(rows)]
     record(
@@ -75,7 +77,7 @@ def main() -> None:
     )
     sweeps = ",".join(str(work / study) for study in found)
     words = [f"output={work / 'report'}", f"sweeps=[{sweeps}]", "probes=[]", "title=Miniature studies on real nuclei"]
-    report.main(load("report", words, ReportConfig))
+    framed("report", functools.partial(report.main, load("report", words, ReportConfig)))
 
 
 def benchmarks_folder(data: Path, folder: Path) -> Path:

@@ -230,11 +230,7 @@ def _on_ray(items: Sequence[Item], make: Callable[[], Worker], *, actors: Actors
         [{"item": json.dumps(item)} for item in items], override_num_blocks=len(items)
     ).map_batches(
         ItemActor,
-        fn_constructor_kwargs={
-            "make": functools.partial(_in_worker, make),
-            "run_id": _new_run(),
-            "max_attempts": max_attempts,
-        },
+        fn_constructor_args=(functools.partial(_in_worker, make), _new_run(), max_attempts),
         batch_size=1,
         num_cpus=granted.cpus,
         num_gpus=granted.gpus,

@@ -409,10 +409,7 @@ class CrashingWorker(pool.Worker):
     """Its process dies at one slide, as of a segmentation fault."""
 
     def __init__(self, ledger: EmbedLedger) -> None:
-        self.ledger, self.output = ledger, ledger.store.uri
-
-    def begin(self, job: dict[str, object], *, run_id: str) -> int:
-        return self.ledger.begin(str(job["slide_id"]), run_id=run_id)
+        self.ledger = ledger
 
     def work(self, job: dict[str, object]) -> dict[str, object]:
         if job["slide_id"] == "bad":
