@@ -158,7 +158,7 @@ class Idle(curate.Curator):
     """A worker that segments nothing and commits a row."""
 
     def __init__(self, config: CurateConfig, *, ledger: Ledger, source: curate.Source) -> None:
-        self.locate, self.ledger = source.open(), ledger
+        self.config, self.locate, self.ledger = config, source.open(), ledger
 
     def work(self, item: pool.Item) -> pool.Row:
         """A row without cells."""

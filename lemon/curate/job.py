@@ -220,5 +220,4 @@ def _curate_all(slides: list[Slide], *, config: CurateConfig, ledger: Ledger, so
     make = functools.partial(Curator, located, ledger=ledger, source=source)
     actors = pool.Actors(granted, most=workers.actors, ahead=source.ahead)
     items = [{"slide_id": slide.slide_id, "slide": asdict(slide)} for slide in slides]
-    sums = {"cells": "n_cells"}
-    pool.run_all(items, make, actors=actors, max_attempts=config.max_attempts, name="curate", sums=sums)
+    pool.run_all(items, make, actors=actors, max_attempts=config.max_attempts, name="curate")

@@ -120,23 +120,17 @@ class Fetcher:
         self.downloader = Downloader(folder, config.download, progress=progress)
 
     def fetch(self, file: GdcFile) -> Path:
-        """Where a slide's file now lies. Raises DownloadError, StoppedError, and FatalError: no row."""
+        """Where a slide's file now lies. Raises DownloadError, StoppedError, and OSError when its row isn't written."""
         start, remote = time.perf_counter(), file.remote(self.api)
         row = file.model_dump() | {"slide_id": file.slide_id, "url": remote.url}
         try:
             path = self.downloader.get(remote)
         except DownloadError as error:
             told = {"status": "failed", "error": redacted(str(error))}
-            self._commit(row | told, start)
+            self.ledger.commit(row | told | {"total_s": round(time.perf_counter() - start, 3)})
             raise
-        self._commit(row | {"status": "done"}, start)
+        self.ledger.commit(row | {"status": "done", "total_s": round(time.perf_counter() - start, 3)})
         return path
-
-    def _commit(self, row: dict[str, Any], start: float) -> None:
-        try:
-            self.ledger.commit(row | {"total_s": round(time.perf_counter() - start, 3)})
-        except OSError as error:
-            raise FatalError(f"cannot write to {self.ledger.store.uri}: {error}") from error
 
 
 def _keep(files: dict[str, GdcFile], output: Store, config: FetchConfig) -> Summary:
@@ -168,8 +162,12 @@ def _is_here(file: GdcFile, row: dict[str, Any] | None, *, folder: Path) -> bool
 
 def _fetch_all(fetcher: Fetcher, files: Sequence[GdcFile], *, parallel: int) -> None:
     def fetch(file: GdcFile) -> None:
-        with contextlib.suppress(DownloadError, StoppedError):  # the row says it; after a stop there is no row
+        try:
             fetcher.fetch(file)
+        except (DownloadError, StoppedError):
+            pass  # the row says it; after a stop there is no row
+        except OSError as error:
+            raise FatalError(f"cannot write to {fetcher.ledger.store.uri}: {error}") from error
 
     with ThreadPoolExecutor(parallel) as pool:
         try:

@@ -15,7 +15,8 @@ import logging
 import threading
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,30 +105,14 @@ def run_all(
     name: str,
     unit: str = "slide",
     size: Callable[[Item | Row], int] = lambda _: 1,
-    sums: Mapping[str, str] | None = None,
 ) -> None:
-    """``run`` all items, with a progress bar where there is a terminal.
-
-    Args:
-        items, make, actors, max_attempts: as of ``run``.
-        name: of the bar.
-        unit: what the bar counts.
-        size: of an item, and of its row, in that unit.
-        sums: columns whose sum over the rows is shown, by what they are called.
-    """
-    totals = dict.fromkeys(sums or {}, 0)
-    done = failed = 0
-    with tqdm(
-        total=sum(map(size, items)),
-        unit=unit,
-        unit_scale=unit != "slide",
-        desc=name,
-        disable=None if items else True,
-    ) as bar:
+    """``run`` all items, with a bar of that name where there is a terminal; ``size`` is of an item, or its row."""
+    total, disable, done, tally = sum(map(size, items)), None if items else True, 0, Counter(cells=0, failed=0)
+    with tqdm(total=total, unit=unit, unit_scale=unit != "slide", desc=name, disable=disable) as bar:
         for row in run(items, make, actors=actors, max_attempts=max_attempts, progress=bar.update):
-            done, failed = done + size(row), failed + (row["status"] == "failed")
-            totals = {label: total + (row.get((sums or {})[label]) or 0) for label, total in totals.items()}
-            bar.set_postfix(totals, failed=failed, refresh=False)
+            done += size(row)
+            tally.update(cells=row.get("n_cells") or 0, failed=row["status"] == "failed")
+            bar.set_postfix(tally, refresh=False)
             bar.update(done - bar.n)  # what the worker has not told of yet
 
 
