@@ -56,10 +56,10 @@ def run(output: Path, *, synthetic: bool = False) -> Path:
     output = output.absolute()
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{output / 'mlflow.db'}")
     slide = _slide(output / "slides", synthetic=synthetic)
-    store = Store(output / "cells")
+    store, pictures = Store(output / "cells"), Store(output)
     _curate(slide, store)
-    _picture(output / "nuclei.png", slide=slide, store=store)
-    _gallery(output / "views.png", store=store, slide_id=slide.stem)
+    _picture(pictures, slide=slide, store=store)
+    _gallery(pictures, store=store, slide_id=slide.stem)
     _pretrain(store, output)
     _embed(store, output)
     _probe(store, output)
@@ -74,7 +74,7 @@ def _curate(slide: Path, store: Store) -> None:
     _check("curation", curate.main(load("curate", words, CurateConfig)))
 
 
-def _gallery(path: Path, *, store: Store, slide_id: str) -> None:
+def _gallery(pictures: Store, *, store: Store, slide_id: str) -> None:
     """Views of six cells under every policy: the paper's Figure 5."""
     import torch
 
@@ -90,9 +90,9 @@ def _gallery(path: Path, *, store: Store, slide_id: str) -> None:
             policy = policy.with_stain_statistics(fitted)
         policies.append(policy)
     images = images_from_arrow(store.read_table(shard_name(slide_id), columns=["image"])["image"])
-    with Store(path.parent).write_path(path.name) as unnamed:
+    with pictures.write_path("views.png") as unnamed:
         draw_gallery(torch.from_numpy(images[:6].copy()), policies=policies, path=unnamed, seed=0)
-    logger.info(f"views of every policy in {path}")
+    logger.info(f"views of every policy in {pictures.uri}/views.png")
 
 
 def _pretrain(store: Store, output: Path) -> None:
@@ -170,13 +170,13 @@ def _slide(folder: Path, *, synthetic: bool) -> Path:
     return make_synthetic_slide(folder)
 
 
-def _picture(path: Path, *, slide: Path, store: Store) -> None:
+def _picture(pictures: Store, *, slide: Path, store: Store) -> None:
     """The slide with its nuclei, and some cells."""
     with gzip.open(store.path(geojson_name(slide.stem))) as stream:
         features = json.load(stream)["features"]
     polygons = [shapely.Polygon(feature["geometry"]["coordinates"][0]) for feature in features]
     with contextlib.closing(SlideReader(slide)) as reader:
         cells = store.read_table(shard_name(slide.stem))
-        with Store(path.parent).write_path(path.name) as unnamed:
+        with pictures.write_path("nuclei.png") as unnamed:
             draw_curation(unnamed, slide=reader, polygons=polygons, cells=cells)
-    logger.info(f"nuclei in {path}")
+    logger.info(f"nuclei in {pictures.uri}/nuclei.png")

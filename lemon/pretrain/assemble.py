@@ -17,7 +17,7 @@ from lemon.pretrain.checkpoint import Checkpoints
 from lemon.pretrain.config import FitStainConfig, PretrainConfig
 from lemon.pretrain.loop import Log, Trainer, TrainingStoppedError
 from lemon.pretrain.online_probe import OnlineProbe
-from lemon.runtime.store import Store, code_version, fingerprint
+from lemon.runtime.store import Store, code_version, fingerprint, path_exists
 from lemon.views.make import statistics_of
 from lemon.views.stain import fit_stain_statistics, statistics_name
 
@@ -56,9 +56,8 @@ def with_stain(config: PretrainConfig) -> PretrainConfig:
     if stain.kind != "gmm":
         return config
     path = stain.statistics or f"{cells.uri}/{statistics_name(stain.space, stain.components)}"
-    folder, _, name = path.rpartition("/")
     remedy = f"lemon fit-stain cells={config.cells} space={stain.space} components={stain.components}"
-    if not Store(folder or ".").exists(name):
+    if not path_exists(path):
         raise ConfigError(f"views.stain.statistics: {path} not found; make it with: {remedy}")
     located = config.views.with_stain_statistics(path)
     try:

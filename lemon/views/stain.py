@@ -137,20 +137,20 @@ class StainStatistics:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON, atomically; ``path`` is local or s3://."""
-        from lemon.runtime.store import Store
+        from lemon.runtime.store import locate
 
-        folder, _, name = str(path).rpartition("/")
-        Store(folder or ".").write_json(name, asdict(self) | {"fingerprint": self.fingerprint})
+        store, name = locate(path)
+        store.write_json(name, asdict(self) | {"fingerprint": self.fingerprint})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StainStatistics:
         """Read what ``save`` wrote. Raises ValueError, one line, for a missing, unreadable or altered file."""
-        from lemon.runtime.store import Store
+        from lemon.runtime.store import locate
 
         remedy = "fit it with `lemon fit-stain cells=...`"
-        folder, _, name = str(path).rpartition("/")
+        store, name = locate(path)
         try:
-            fields = Store(folder or ".").read_json(name)
+            fields = store.read_json(name)
             fingerprint = fields.pop("fingerprint", None)
             statistics = TypeAdapter(cls).validate_python(fields)
         except FileNotFoundError:
