@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 from lemon.errors import ConfigError
 from lemon.runtime import pool
@@ -138,3 +140,28 @@ def test_no_items_start_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray Data refuses an empty list, and Ray takes ten seconds to start."""
     assert list(pool.run([], functools.partial(pytest.fail, "made"), actors=None, max_attempts=1)) == []
     assert list(pool.run([], functools.partial(pytest.fail, "made"), actors=object(), max_attempts=1)) == []  # type: ignore[arg-type]
+
+
+class Bar(tqdm):  # type: ignore[type-arg]
+    """A bar as on a terminal, kept for the test."""
+
+    last: Bar
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options | {"disable": False, "file": io.StringIO()})
+        Bar.last = self
+
+
+def test_the_bar_counts_sizes_once_whether_the_worker_told_of_them_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Teller(Doer):
+        def work(self, item: pool.Item) -> pool.Row:
+            if item["do"] == "tell":
+                self.progress(2)
+            return super().work(item) | {"n_cells": item["size"]}
+
+    monkeypatch.setattr(pool, "tqdm", Bar)
+    items = [{"id": str(number), "do": do, "size": 4} for number, do in enumerate(["tell", "well", "strange"])]
+    options: dict[str, Any] = {"actors": None, "max_attempts": 1, "name": "try", "unit": "cell"}
+    pool.run_all(items, Teller, size=lambda row: int(row.get("size") or row.get("n_cells") or 0), **options)
+    assert (Bar.last.n, Bar.last.total, Bar.last.desc) == (8, 12, "try")
+    assert Bar.last.postfix == "cells=8, failed=1"
