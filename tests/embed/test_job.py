@@ -311,10 +311,10 @@ def test_a_slide_is_curated_first_where_no_table_is_given(
 def test_cells_of_other_settings_are_refused_with_the_key_that_discards_them(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(config: object, *, slides: object) -> int:
+    def refused(config: object, *, slides: object) -> Summary:
         raise ConfigError("output: was made with other settings; choose another output or overwrite=true")
 
-    monkeypatch.setattr(embedding.curate, "main", refused)
+    monkeypatch.setattr(embedding.curate, "run", refused)
     words = [f"model={model}", f"output={tmp_path / 'out'}", "slides=s.svs", "overwrite=true"]
     with pytest.raises(ConfigError, match=r"or curation\.overwrite=true$"):
         embedding.run(load("embed", words, EmbedConfig))
@@ -324,7 +324,8 @@ def test_slides_without_any_cell_end_with_the_exit_code_of_curation(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embedding.curate, "ask", lambda config, key: [None])
-    monkeypatch.setattr(embedding.curate, "main", lambda config, *, slides: 3)
+    lost = [{"slide_id": "bad", "status": "failed", "error": "no slide"}]
+    monkeypatch.setattr(embedding.curate, "run", lambda config, *, slides: Summary(rows=lost, n_skipped=0))
     words = [f"model={model}", f"output={tmp_path / 'out'}", "slides=bad.svs", "device=cpu"]
     assert embedding.main(load("embed", words, EmbedConfig)) == 3
 
