@@ -251,7 +251,9 @@ def test_an_actor_downloads_the_next_slide_while_it_curates_one_and_commits_no_d
         config = config_for(server, tmp_path, *words)
         curation, chosen = config.curate_config(), fetch._chosen(config)
         ledger = open_ledger(Store(curation.output), curation)
-        opening = functools.partial(fetch.Passing, chosen, tmp_path / fetch.PASSING, config, cells=Store(curation.output))
+        opening = functools.partial(
+            fetch.Passing, chosen, tmp_path / fetch.PASSING, config, cells=Store(curation.output)
+        )
         source = pickle.loads(pickle.dumps(curate.Source(open=opening, ahead=1)))  # noqa: S301
         make = functools.partial(curate.Curator, curation, ledger=ledger, source=source)
         actor = pool.ItemActor(make, "run", 3)
