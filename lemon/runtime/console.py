@@ -52,7 +52,7 @@ def installed() -> Iterator[None]:
 
 
 def install_in_worker() -> None:
-    """The same for the rest of a process of Ray's, whose streams come to the driver's console.
+    """The same for the rest of a process of Ray's, whose streams are Ray's log of it.
 
     Nothing is handed on: Ray Train's own handler would tell every line again.
     """
