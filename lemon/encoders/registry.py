@@ -328,7 +328,7 @@ MODEL_REGISTRY = "models:/"
 """Begins the addresses of MLflow's model registry."""
 
 NO_ENCODER = (
-    f"no encoder there; expected the output of jobs/pretrain.py, a folder with {CONFIG}, or a file like lemon.pth.tar"
+    f"no encoder there; expected the output of lemon pretrain, a folder with {CONFIG}, or a file like lemon.pth.tar"
 )
 
 

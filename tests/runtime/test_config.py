@@ -324,7 +324,7 @@ def test_a_segmenter_of_another_package_is_chosen_by_its_name(monkeypatch: pytes
         load("curate", [*GOOD, "segmenter.name=mine", "segmenter.threshold=0"], CurateConfig)
 
 
-NO_CELLS = "cells: {here}/nowhere holds no cells; expected the output of jobs/curate.py"
+NO_CELLS = "cells: {here}/nowhere holds no cells; expected the output of lemon curate"
 
 
 @pytest.mark.parametrize(
