@@ -7,9 +7,8 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -25,6 +24,7 @@ from lemon.runtime.lease import hold
 from lemon.runtime.ledger import Ledger, begin_output
 from lemon.runtime.secrets import redacted
 from lemon.runtime.store import Store, fingerprint, is_uri, path_exists
+from lemon.schema import SlideRow
 from lemon.slides.cohort import Slide, list_slides
 from lemon.slides.source import changed_masks, changed_sources
 
@@ -36,7 +36,7 @@ OWNS = (*FOLDERS, SETTINGS)
 class Summary:
     """Outcome of a job: the ledger's rows of the slides that were asked for."""
 
-    rows: list[dict[str, Any]]
+    rows: list[SlideRow]
     n_skipped: int
     exit_code: int
 
@@ -82,8 +82,8 @@ def run(config: CurateConfig, *, source: Source = IN_PLACE, slides: list[Slide] 
             _curate_all(pending, config=config, ledger=ledger, source=source)
             rows = list(ledger.rows().values())
     wanted = {slide.slide_id for slide in slides}
-    rows = [row for row in rows if row["slide_id"] in wanted]
-    failed = sum(row["status"] == "failed" for row in rows)
+    rows = [row for row in rows if row.slide_id in wanted]
+    failed = sum(row.status == "failed" for row in rows)
     code = EXIT_FAILURES if failed > config.max_failed_share * len(rows) else EXIT_OK
     return Summary(rows=rows, n_skipped=len(slides) - len(pending), exit_code=code)
 
@@ -96,20 +96,28 @@ def main(config: CurateConfig, *, source: Source = IN_PLACE, slides: list[Slide]
         print(f"curate: stopped: {error}; what is committed stays, rerun goes on", file=sys.stderr)
         return EXIT_FAILURES
     told = tell_statuses(summary.rows)
-    total = {name: sum(row[name] or 0 for row in summary.rows) for name in ("n_nuclei", "n_cells")}
+    n_nuclei, n_cells = (sum(row.n_nuclei or 0 for row in summary.rows), sum(row.n_cells for row in summary.rows))
     print(
         f"curate: {len(summary.rows)} slides ({told}; {summary.n_skipped} of an earlier run), "
-        f"{total['n_nuclei']:,} nuclei, {total['n_cells']:,} cells in {config.output}"
+        f"{n_nuclei:,} nuclei, {n_cells:,} cells in {config.output}"
     )
     return summary.exit_code
 
 
-class Curator(pool.Worker):
+@dataclass(frozen=True)
+class Located:
+    """A slide and where its file is now."""
+
+    slide: Slide
+    path: str
+
+
+class Curator(pool.Worker[Located, SlideRow]):
     """Curates one slide at a time; holds the segmenter and the worker processes."""
 
     fatal = (OutputError,)
 
-    def __init__(self, config: CurateConfig, *, ledger: Ledger, source: Source = IN_PLACE) -> None:
+    def __init__(self, config: CurateConfig, *, ledger: Ledger[SlideRow], source: Source = IN_PLACE) -> None:
         self.config, self.locate = config, source.open()
         self.output = config.output
         self.ledger = ledger
@@ -117,22 +125,20 @@ class Curator(pool.Worker):
         self.processes = start_processes(config.workers.cpus)
 
     @contextlib.contextmanager
-    def ready(self, item: pool.Item) -> Iterator[pool.Item]:
+    def ready(self, item: Located) -> Iterator[Located]:
         """The slide with the path of its file."""
         with contextlib.ExitStack() as stack:
-            path = stack.enter_context(self.locate(Slide(**item["slide"])))
-            yield item | {"path": path}
+            yield replace(item, path=stack.enter_context(self.locate(item.slide)))
 
-    def begin(self, item: pool.Item, *, run_id: str) -> int:
+    def begin(self, item: Located, *, run_id: str) -> int:
         """Note that work on a slide begins; how often it began before."""
-        return self.ledger.begin(item["slide"]["slide_id"], run_id=run_id)
+        return self.ledger.begin(item.slide.slide_id, run_id=run_id)
 
-    def work(self, item: pool.Item) -> pool.Row:
+    def work(self, item: Located) -> SlideRow:
         """Curate a slide and commit it."""
-        slide = Slide(**item["slide"])
         try:
             row = curate_slide(
-                replace(slide, path=item["path"]),
+                replace(item.slide, path=item.path),
                 config=self.config,
                 segmenter=self.segmenter,
                 processes=self.processes,
@@ -141,12 +147,12 @@ class Curator(pool.Worker):
         except BrokenProcessPool as error:
             self.processes = start_processes(self.config.workers.cpus)
             raise pool.CrashError from error
-        return self.ledger.commit(row | {"path": slide.path})
+        return self.ledger.commit(replace(row, path=item.slide.path))
 
-    def fail(self, item: pool.Item, reason: str) -> pool.Row:
+    def fail(self, item: Located, reason: str) -> SlideRow:
         """Give a slide up."""
-        told = {"status": "failed", "n_cells": 0, "error": " ".join(redacted(reason).split())}
-        return self.ledger.commit(item["slide"] | told)
+        error = " ".join(redacted(reason).split())
+        return self.ledger.commit(SlideRow(**vars(item.slide), status="failed", n_cells=0, error=error))
 
 
 def ask(config: CurateConfig, *, key: str = "workers") -> list[Slide]:
@@ -182,29 +188,31 @@ def _absolute(path: str) -> str:
     return path if is_uri(path) else str(Path(path).expanduser().resolve())
 
 
-def open_ledger(store: Store, config: CurateConfig) -> Ledger:
+def open_ledger(store: Store, config: CurateConfig) -> Ledger[SlideRow]:
     """The ledger of an output; raises ConfigError when the output was made with other settings."""
     settings = config.result_settings()
     begin_output(store, SETTINGS, settings, folders=FOLDERS, overwrite=config.overwrite)
     return cells_ledger(store, config_fingerprint=fingerprint(settings))
 
 
-def _pending(slides: list[Slide], rows: list[dict[str, Any]], *, ledger: Ledger, config: CurateConfig) -> list[Slide]:
+def _pending(
+    slides: list[Slide], rows: list[SlideRow], *, ledger: Ledger[SlideRow], config: CurateConfig
+) -> list[Slide]:
     """The slides that are to be worked on: new ones, those to be retried, and those whose pixels or mask changed.
 
     Of these the row goes first, so that after a kill they are new.
     """
     paths = {slide.slide_id: slide.path for slide in slides}
     mpp = {slide.slide_id: slide.mpp for slide in slides}
-    finished = [row for row in rows if row["status"] not in config.retry and row["slide_id"] in paths]
-    drawn = [row["slide_id"] for row in finished if config.geojson and row["n_nuclei"]]
+    finished = [row for row in rows if row.status not in config.retry and row.slide_id in paths]
+    drawn = [row.slide_id for row in finished if config.geojson and row.n_nuclei]
     again = {
         "changed since they were curated": changed_sources(finished, paths),
         "have another um/px in the cohort": {
-            row["slide_id"] for row in finished if mpp[row["slide_id"]] not in (None, row["mpp"])
+            row.slide_id for row in finished if mpp[row.slide_id] not in (None, row.mpp)
         },
         "have other tissue masks": changed_masks(finished, config.tissue.masks, stem=file_stem),
-        "lost their cells": ledger.lacking((row["slide_id"] for row in finished if row["n_cells"]), shard_name),
+        "lost their cells": ledger.lacking((row.slide_id for row in finished if row.n_cells), shard_name),
         "have no GeoJSON": ledger.lacking(drawn, geojson_name),
     }
     for why, slide_ids in again.items():
@@ -216,7 +224,7 @@ def _pending(slides: list[Slide], rows: list[dict[str, Any]], *, ledger: Ledger,
         ledger.forget(slide_id)
         if ledger.store.records.agree(geojson_name(slide_id)):  # nuclei of pixels that are no more
             ledger.store.delete(geojson_name(slide_id))
-    done = {row["slide_id"] for row in finished} - redone
+    done = {row.slide_id for row in finished} - redone
     return [slide for slide in slides if slide.slide_id not in done]
 
 
@@ -232,17 +240,17 @@ def _demand(config: CurateConfig, *, n_slides: int, key: str = "workers") -> Dem
     )
 
 
-def _curate_all(slides: list[Slide], *, config: CurateConfig, ledger: Ledger, source: Source) -> None:
+def _curate_all(slides: list[Slide], *, config: CurateConfig, ledger: Ledger[SlideRow], source: Source) -> None:
     granted = settle(_demand(config, n_slides=len(slides)), stage="curate")
     workers = config.workers.model_copy(update={"cpus": granted.cpus})
     # Paths are made absolute here: actors run elsewhere.
     located = config.model_copy(update={"output": ledger.store.uri, "workers": workers})
     make = functools.partial(Curator, located, ledger=ledger, source=source)
     actors = pool.Actors(granted, most=workers.actors, ahead=source.ahead)
-    items = [{"slide": asdict(slide)} for slide in slides]
+    items = [Located(slide, slide.path) for slide in slides]
     with tqdm(total=len(slides), unit="slide", desc="curate", disable=None) as bar:
         cells = failed = 0
         for row in pool.run(items, make, actors=actors, max_attempts=config.max_attempts):
-            cells, failed = cells + (row.get("n_cells") or 0), failed + (row["status"] == "failed")
+            cells, failed = cells + (row.n_cells if row else 0), failed + (row is None or row.status == "failed")
             bar.set_postfix(cells=cells, failed=failed, refresh=False)
             bar.update()

@@ -19,7 +19,7 @@ from lemon.curate import job as curate
 from lemon.embed.clusters import open_clusters
 from lemon.embed.config import EmbedConfig
 from lemon.embed.encode import Embedder, open_encoder
-from lemon.embed.export import Exporter
+from lemon.embed.export import Export, Exporter
 from lemon.embed.ledger import EmbedLedger, Made, open_ledger
 from lemon.embed.names import CENTRES, FOLDERS, SETTINGS
 from lemon.embed.spatialdata import check_spatialdata
@@ -31,6 +31,7 @@ from lemon.runtime.demand import Demand, is_new, settle
 from lemon.runtime.lease import hold
 from lemon.runtime.shards import ShardError
 from lemon.runtime.store import Store
+from lemon.schema import EmbeddedRow, SlideRow
 from lemon.slides.cohort import Slide
 
 OWNS = (*FOLDERS, CENTRES, SETTINGS)
@@ -41,7 +42,7 @@ OWNS = (*FOLDERS, CENTRES, SETTINGS)
 class Summary:
     """Outcome of a job: the ledger's rows of the table's slides, and how long the new ones took."""
 
-    rows: list[dict[str, Any]]
+    rows: list[EmbeddedRow]
     n_skipped: int
     n_embedded: int
     embed_s: float
@@ -65,21 +66,21 @@ def _run(config: EmbedConfig, output: Store, *, slides: list[Slide] | None) -> S
     encoder = open_encoder(config.model)
     made = Made(encoder.name, encoder.fingerprint, encoder.width, config.dtype, config.precision)
     code, cells = EXIT_OK, Store(config.cells or config.curate_config().output)
-    jobs = _jobs(cells) if config.cells is not None else []  # before anything is overwritten
+    jobs = rows_with_cells(cells) if config.cells is not None else []  # before anything is overwritten
     ledger = open_ledger(output, made, overwrite=config.overwrite)
     if config.slides is not None:
         code = _curate(config, slides)
         with contextlib.suppress(ConfigError):  # no cells: the line that curation printed says why
-            jobs = _jobs(cells)
+            jobs = rows_with_cells(cells)
     pending = ledger.without_embeddings(jobs)
     start = time.perf_counter()
     _embed(pending, config=config, ledger=ledger, cells=cells, encoder=encoder)
     seconds = time.perf_counter() - start
     rows = _export(jobs, config=config, ledger=ledger, cells=cells)
-    if sum(row["status"] != "done" for row in rows) > config.max_failed_share * len(rows):
+    if sum(row.status != "done" for row in rows) > config.max_failed_share * len(rows):
         code = EXIT_FAILURES
-    fresh = {job["slide_id"] for job in pending}
-    n_embedded = sum(row["n_cells"] for row in rows if row["slide_id"] in fresh)
+    fresh = {job.slide_id for job in pending}
+    n_embedded = sum(row.n_cells for row in rows if row.slide_id in fresh)
     return Summary(rows, len(jobs) - len(pending), n_embedded, seconds, made, output.uri, code)
 
 
@@ -92,7 +93,7 @@ def main(config: EmbedConfig) -> int:
         print(f"embed: stopped: {error}; what is committed stays, rerun goes on", file=sys.stderr)
         return EXIT_FAILURES
     told = tell_statuses(summary.rows)
-    n_cells = sum(row["n_cells"] for row in summary.rows)
+    n_cells = sum(row.n_cells for row in summary.rows)
     rate = f"{summary.n_embedded / summary.embed_s:,.0f} cells/s" if summary.n_embedded else "none of them now"
     folders = ", ".join(["embeddings/", *(f"{kind}/" for kind in config.format if kind != "parquet")])
     print(
@@ -131,45 +132,32 @@ def located_model(model: str) -> str:
     return f"{name}{colon}{path.absolute()}" if is_encoder else model
 
 
-def _jobs(cells: Store) -> list[dict[str, Any]]:
-    """The slides of a cells table that have cells. Raises ConfigError when there are none."""
-    return [
-        {
-            "slide_id": row["slide_id"],
-            "path": row["path"],
-            "n_cells": row["n_cells"],
-            "cells_digest": row["cells_digest"],
-        }
-        for row in rows_with_cells(cells)
-    ]
-
-
 def _embed(
-    jobs: Sequence[dict[str, Any]], *, config: EmbedConfig, ledger: EmbedLedger, cells: Store, encoder: Encoder
+    jobs: Sequence[SlideRow], *, config: EmbedConfig, ledger: EmbedLedger, cells: Store, encoder: Encoder
 ) -> None:
     if not jobs:
         return
     make = functools.partial(Embedder, config, ledger=ledger, cells=cells)
-    total = sum(job["n_cells"] for job in jobs)
+    total = sum(job.n_cells for job in jobs)
     actors = _actors(config, n_slides=len(jobs), gpus=config.workers.gpus)
     with tqdm(total=total, unit="cell", unit_scale=True, desc="embed", disable=None) as bar:
         if actors is None:
             make = functools.partial(make, encoder=encoder, progress=bar.update)
         for row in pool.run(jobs, make, actors=actors, max_attempts=config.max_attempts):
-            bar.update(row["n_cells"] if actors is not None else 0)
+            bar.update(row.n_cells if row and actors is not None else 0)
 
 
 def _export(
-    jobs: Sequence[dict[str, Any]], *, config: EmbedConfig, ledger: EmbedLedger, cells: Store
-) -> list[dict[str, Any]]:
+    jobs: Sequence[SlideRow], *, config: EmbedConfig, ledger: EmbedLedger, cells: Store
+) -> list[EmbeddedRow]:
     """Clusters and formats of all slides that have embeddings; returns the ledger's rows of the jobs."""
-    paths = {job["slide_id"]: job["path"] for job in jobs}
+    paths = {job.slide_id: job.path for job in jobs}
     rows = [row for slide_id, row in ledger.rows().items() if slide_id in paths]
-    embedded = [row for row in rows if row["status"] != "failed"]
+    embedded = [row for row in rows if row.status != "failed"]
     if not embedded:
         return rows
-    selection = select_cells(cells, slides=[row["slide_id"] for row in embedded], n_cells=config.clusters.n_cells)
-    parents = [ledger.made.model_fingerprint, *(row["cells_digest"] for row in embedded)]
+    selection = select_cells(cells, slides=[row.slide_id for row in embedded], n_cells=config.clusters.n_cells)
+    parents = [ledger.made.model_fingerprint, *(row.cells_digest for row in embedded)]
     try:
         clusters = open_clusters(
             selection, ledger.store, k=config.clusters.k, seed=config.clusters.seed, parents=parents
@@ -178,11 +166,9 @@ def _export(
         raise pool.FatalError(f"{error}; delete that file to have it made again") from None
     make = functools.partial(Exporter, ledger=ledger, cells=cells, clusters=clusters, formats=config.format)
     here = make()
-    lacking = here.lacking([row["slide_id"] for row in embedded])
+    lacking = here.lacking([row.slide_id for row in embedded])
     pending = [
-        row | {"path": paths[row["slide_id"]]}
-        for row in embedded
-        if row["status"] == "partial" or row["slide_id"] in lacking
+        Export(row, paths[row.slide_id]) for row in embedded if row.status == "partial" or row.slide_id in lacking
     ]
     with tqdm(total=len(pending), unit="slide", desc="formats", disable=None if pending else True) as bar:
         actors = _actors(config, n_slides=len(pending), gpus=0)
@@ -194,7 +180,7 @@ def _export(
 def _ask(config: EmbedConfig) -> list[Slide] | None:
     """Check what the job asks of the cluster before it writes anything; the slides to curate. Raises ConfigError."""
     slides = None if config.slides is None else curate.ask(config.curate_config(), key="curation.workers")
-    n_slides = len(_jobs(Store(config.cells or "")) if slides is None else slides)
+    n_slides = len(rows_with_cells(Store(config.cells or "")) if slides is None else slides)
     if is_new(config.output, table="slides"):
         _actors(config, n_slides=n_slides, gpus=config.workers.gpus)
     return slides

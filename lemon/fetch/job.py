@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -21,7 +20,7 @@ from lemon.cells.select import rank_of
 from lemon.curate import job as curate
 from lemon.errors import EXIT_FAILURES, EXIT_OK, ConfigError
 from lemon.fetch.config import COHORT_FILE, FetchConfig
-from lemon.fetch.download import PARTS, Downloader, DownloadError, StoppedError, open_session
+from lemon.fetch.download import PARTS, Downloader, DownloadError, RemoteFile, StoppedError, open_session
 from lemon.fetch.gdc import GdcError, GdcFile, list_files, organ_of, read_manifest, studies_of
 from lemon.runtime import pool
 from lemon.runtime.lease import hold
@@ -29,7 +28,7 @@ from lemon.runtime.ledger import Ledger
 from lemon.runtime.records import OWN
 from lemon.runtime.secrets import redacted
 from lemon.runtime.store import Store, open_output
-from lemon.schema import DOWNLOADS
+from lemon.schema import DownloadRow
 from lemon.slides.cohort import Slide, write_cohort
 
 PASSING = f"{OWN}/passing"
@@ -40,7 +39,7 @@ PASSING = f"{OWN}/passing"
 class Summary:
     """Outcome of a job: a row of the ledger of downloads for each slide that was tried, now or earlier."""
 
-    rows: list[dict[str, Any]]
+    rows: list[DownloadRow]
     n_skipped: int
     exit_code: int
 
@@ -54,11 +53,11 @@ def main(config: FetchConfig) -> int:
     except (GdcError, OSError) as error:
         print(f"fetch_tcga: stopped: {error}; a rerun goes on", file=sys.stderr)
         return EXIT_FAILURES
-    failed = [row for row in summary.rows if row["status"] == "failed"]
+    failed = [row for row in summary.rows if row.status == "failed"]
     for row in failed:
-        print(f"  {row['slide_id']}: failed: {row['error']}")
+        print(f"  {row.slide_id}: failed: {row.error}")
     n_done = len(summary.rows) - len(failed)
-    n_bytes = sum(row["size_bytes"] for row in summary.rows if row["status"] == "done")
+    n_bytes = sum(row.size_bytes for row in summary.rows if row.status == "done")
     where = f"curated into {config.curate_config().output}" if config.stream else f"in {config.output}"
     print(
         f"fetch_tcga: {n_done + len(failed)} slides ({n_done} done, {len(failed)} failed; {summary.n_skipped} of an "
@@ -118,9 +117,9 @@ def _chosen(config: FetchConfig) -> dict[str, GdcFile]:
 # --- downloads --------------------------------------------------------------------------------------------------------
 
 
-def download_ledger(store: Store) -> Ledger:
+def download_ledger(store: Store) -> Ledger[DownloadRow]:
     """What became of each download: one row a slide, in ``downloads/``."""
-    return Ledger(store, schema=DOWNLOADS, folder="downloads", counts_attempts=False)
+    return Ledger(store, DownloadRow, folder="downloads", counts_attempts=False)
 
 
 class Fetcher:
@@ -129,7 +128,7 @@ class Fetcher:
     def __init__(
         self,
         folder: Path,
-        ledger: Ledger,
+        ledger: Ledger[DownloadRow],
         config: FetchConfig,
         *,
         progress: Callable[[int], object] = lambda _: None,
@@ -140,15 +139,27 @@ class Fetcher:
     def fetch(self, file: GdcFile) -> Path:
         """Where a slide's file now lies. Raises DownloadError, StoppedError, and OSError when its row isn't written."""
         start, remote = time.perf_counter(), file.remote(self.api)
-        row = file.model_dump() | {"slide_id": file.slide_id, "url": remote.url}
         try:
             path = self.downloader.get(remote)
         except DownloadError as error:
-            told = {"status": "failed", "error": redacted(str(error))}
-            self.ledger.commit(row | told | {"total_s": round(time.perf_counter() - start, 3)})
+            self._commit(file, remote, start=start, error=redacted(str(error)))
             raise
-        self.ledger.commit(row | {"status": "done", "total_s": round(time.perf_counter() - start, 3)})
+        self._commit(file, remote, start=start)
         return path
+
+    def _commit(self, file: GdcFile, remote: RemoteFile, *, start: float, error: str | None = None) -> None:
+        row = DownloadRow(
+            slide_id=file.slide_id,
+            file_id=file.file_id,
+            file_name=file.file_name,
+            url=remote.url,
+            size_bytes=file.size_bytes,
+            md5=file.md5,
+            status="failed" if error else "done",
+            total_s=round(time.perf_counter() - start, 3),
+            error=error,
+        )
+        self.ledger.commit(row)
 
 
 def _keep(files: dict[str, GdcFile], folder: Path, config: FetchConfig) -> Summary:
@@ -167,16 +178,16 @@ def _keep(files: dict[str, GdcFile], folder: Path, config: FetchConfig) -> Summa
 
         _fetch_all(Fetcher(folder, ledger, config, progress=progress), pending, parallel=config.download.parallel)
     rows = {slide_id: row for slide_id, row in ledger.rows().items() if slide_id in files}
-    done = [file for slide_id, file in files.items() if rows[slide_id]["status"] == "done"]
+    done = [file for slide_id, file in files.items() if rows[slide_id].status == "done"]
     write_cohort(store, COHORT_FILE, [file.slide(file.file_name) for file in done])
     code = EXIT_OK if len(done) == len(files) else EXIT_FAILURES
     return Summary(list(rows.values()), len(files) - len(pending), code)
 
 
-def _is_here(file: GdcFile, row: dict[str, Any] | None, *, folder: Path) -> bool:
+def _is_here(file: GdcFile, row: DownloadRow | None, *, folder: Path) -> bool:
     """Whether a row says that a file is done, and the file is still there."""
     path = folder / file.file_name
-    done = row is not None and row["status"] == "done" and row["md5"] == file.md5
+    done = row is not None and row.status == "done" and row.md5 == file.md5
     return done and path.is_file() and path.stat().st_size == file.size_bytes
 
 
@@ -235,7 +246,7 @@ def _stream(files: dict[str, GdcFile], folder: Path, config: FetchConfig) -> Sum
         told = str(error).replace("output: ", "cells: ", 1).replace("overwrite=true", "curation.overwrite=true")
         raise ConfigError(told) from None
     rows = [row for slide_id, row in download_ledger(cells).rows().items() if slide_id in files]
-    if any(row["status"] == "failed" for row in rows):
+    if any(row.status == "failed" for row in rows):
         code = EXIT_FAILURES
     return Summary(rows, len(committed), code)
 

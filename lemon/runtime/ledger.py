@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
-
-import pyarrow as pa
+from dataclasses import replace
+from typing import Any, Generic, TypeVar
 
 from lemon.runtime.attempts import FOLDER as ATTEMPTS
 from lemon.runtime.attempts import begin_attempt, end_attempts
 from lemon.runtime.identifiers import file_stem
 from lemon.runtime.settings import keep_settings
 from lemon.runtime.store import Store, code_version
+from lemon.schema import DownloadRow, EmbeddedRow, SlideRow
+
+R = TypeVar("R", SlideRow, EmbeddedRow, DownloadRow)
 
 
-class Ledger:
+class Ledger(Generic[R]):
     """The rows of one output, by ``slide_id``.
 
     Args:
         store: the output.
-        schema: of a row.
+        row: the type of its rows.
         facts: columns that are the same in every row.
         folder: where the rows lie in the output.
         counts_attempts: whether ``begin`` is called; only then does ``commit`` forget attempts, which may be another
@@ -29,30 +31,31 @@ class Ledger:
     def __init__(
         self,
         store: Store,
+        row: type[R],
         *,
-        schema: pa.Schema,
         facts: Mapping[str, Any] | None = None,
         folder: str = "slides",
         counts_attempts: bool = True,
     ) -> None:
-        self.store, self.schema, self.facts, self.folder = store, schema, dict(facts or {}), folder
+        self.row: type[R] = row
+        self.store, self.facts, self.folder = store, dict(facts or {}), folder
         self.counts_attempts = counts_attempts
 
-    def rows(self) -> dict[str, dict[str, Any]]:
+    def rows(self) -> dict[str, R]:
         """All rows by slide id, sorted by it. Raises ConfigError."""
-        table = self.store.read_tables(self.folder, schema=self.schema).sort_by("slide_id")
-        return {row["slide_id"]: row for row in table.to_pylist()}
+        table = self.store.read_tables(self.folder, schema=self.row.schema).sort_by("slide_id")
+        return {row.slide_id: row for row in self.row.read(table)}
 
     def begin(self, slide_id: str, *, run_id: str) -> int:
         """Note that work on a slide begins; returns how often it began before in this run without coming to an end."""
         return begin_attempt(self.store, file_stem(slide_id), run_id=run_id)
 
-    def commit(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Write a slide's row, of what it has of the schema, and forget its attempts; returns the whole row."""
-        whole = {name: row.get(name) for name in self.schema.names} | self.facts | {"code_version": code_version()}
-        self.store.write_table(self._name(row["slide_id"]), pa.Table.from_pylist([whole], schema=self.schema))
+    def commit(self, row: R) -> R:
+        """Write a slide's row and forget its attempts; returns the row with what all have in common."""
+        whole = replace(row, **self.facts, code_version=code_version())
+        self.store.write_table(self._name(row.slide_id), self.row.table([whole]))
         if self.counts_attempts:
-            end_attempts(self.store, file_stem(row["slide_id"]))
+            end_attempts(self.store, file_stem(row.slide_id))
         return whole
 
     def forget(self, slide_id: str) -> None:

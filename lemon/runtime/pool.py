@@ -2,21 +2,21 @@
 
 What an item is, how it is worked on and what is committed is its stage's: the ``Worker``. Here is what all stages have
 in common: a worker that dies is replaced and its item begun again, an item that keeps killing workers is given up, what
-a strange one provokes becomes its row, and an error that every other item would meet stops the job. Items and rows are
-JSON: in a column of numbers a missing value would become NaN.
+a strange one provokes becomes its row, and an error that every other item would meet stops the job. Between processes
+items and rows are pickled: in a column of numbers a missing value would become NaN.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
+import pickle
 import threading
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -26,8 +26,8 @@ from lemon.runtime.demand import Granted
 
 logger = logging.getLogger(__name__)
 
-Item = dict[str, Any]
-Row = dict[str, Any]
+Item = TypeVar("Item")
+Row = TypeVar("Row")
 
 
 class FatalError(Exception):
@@ -42,7 +42,7 @@ class AbsentError(Exception):
     """An item is not there now: nothing is committed, so that a rerun tries it again."""
 
 
-class Worker(ABC):
+class Worker(ABC, Generic[Item, Row]):
     """Works on one item at a time and commits what became of it; lives in this process or in an actor.
 
     Attributes:
@@ -89,9 +89,9 @@ class Actors:
 
 
 def run(
-    items: Sequence[Item], make: Callable[[], Worker], *, actors: Actors | None, max_attempts: int
-) -> Iterator[Row]:
-    """Rows of the items as they are finished; in this process without ``actors``.
+    items: Sequence[Item], make: Callable[[], Worker[Item, Row]], *, actors: Actors | None, max_attempts: int
+) -> Iterator[Row | None]:
+    """Rows of the items as they are finished, None for one that is absent; in this process without ``actors``.
 
     With ``actors`` Ray has been joined, and ``make`` has to be picklable. Raises FatalError, and without actors what
     ``make`` raises.
@@ -110,18 +110,20 @@ def _new_run() -> str:
     return uuid.uuid4().hex[:12]
 
 
-def _settle(item: Item, worker: Worker, *, run_id: str, max_attempts: int, turn: threading.Lock) -> Row:
-    """An item's row, whatever happens. Raises FatalError."""
+def _settle(
+    item: Item, worker: Worker[Item, Row], *, run_id: str, max_attempts: int, turn: threading.Lock
+) -> Row | None:
+    """An item's row, whatever happens; None for one that is absent. Raises FatalError."""
     try:
         with worker.ready(item) as prepared, turn:
             return _attempt(prepared, worker, run_id=run_id, max_attempts=max_attempts)
-    except AbsentError as error:
-        return item | {"status": "failed", "error": " ".join(str(error).split())}
+    except AbsentError:
+        return None
     except OSError as error:  # of the ledger: what ``work`` raises does not come here
         raise FatalError(f"cannot write to {worker.output}: {error}") from error
 
 
-def _attempt(item: Item, worker: Worker, *, run_id: str, max_attempts: int) -> Row:
+def _attempt(item: Item, worker: Worker[Item, Row], *, run_id: str, max_attempts: int) -> Row:
     while (crashes := worker.begin(item, run_id=run_id)) < max_attempts:
         try:
             return worker.work(item)
@@ -139,12 +141,12 @@ def _attempt(item: Item, worker: Worker, *, run_id: str, max_attempts: int) -> R
     return worker.fail(item, f"given up after {crashes} crashes of its worker")
 
 
-class ItemActor:
+class ItemActor(Generic[Item, Row]):
     """A worker in a process of Ray's. Called from several threads, it works in one while others get items ready."""
 
-    def __init__(self, make: Callable[[], Worker], run_id: str, max_attempts: int) -> None:
+    def __init__(self, make: Callable[[], Worker[Item, Row]], run_id: str, max_attempts: int) -> None:
         self.run_id, self.max_attempts, self.turn = run_id, max_attempts, threading.Lock()
-        self.worker: Worker | None = None
+        self.worker: Worker[Item, Row] | None = None
         try:
             self.worker = make()
         except ConfigError as error:
@@ -157,22 +159,24 @@ class ItemActor:
         try:
             if self.worker is None:
                 raise FatalError(self.fault)
-            item = json.loads(batch["item"][0])
+            item: Item = pickle.loads(batch["item"][0])
             row = _settle(item, self.worker, run_id=self.run_id, max_attempts=self.max_attempts, turn=self.turn)
             told: dict[str, Any] = {"row": row}
         except FatalError as error:
             told = {"fatal": str(error)}
-        return {"told": np.array([json.dumps(told)])}
+        return {"told": np.array([pickle.dumps(told)], object)}
 
 
-def _on_ray(items: Sequence[Item], make: Callable[[], Worker], *, actors: Actors, max_attempts: int) -> Iterator[Row]:
+def _on_ray(
+    items: Sequence[Item], make: Callable[[], Worker[Item, Row]], *, actors: Actors, max_attempts: int
+) -> Iterator[Row | None]:
     import ray.data
 
     quiet_ray_data()
     granted = actors.granted
     threads: Any = {"max_concurrency": 1 + actors.ahead} if actors.ahead else {}
     rows = ray.data.from_items(
-        [{"item": json.dumps(item)} for item in items], override_num_blocks=len(items)
+        [{"item": pickle.dumps(item)} for item in items], override_num_blocks=len(items)
     ).map_batches(
         ItemActor,
         fn_constructor_kwargs={"make": make, "run_id": _new_run(), "max_attempts": max_attempts},
@@ -187,7 +191,7 @@ def _on_ray(items: Sequence[Item], make: Callable[[], Worker], *, actors: Actors
         **threads,
     )
     for found in rows.iter_rows():
-        told = json.loads(found["told"])
+        told = pickle.loads(found["told"])
         if "fatal" in told:
             raise FatalError(told["fatal"])
         yield told["row"]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from lemon.cells.ledger import read_ledger
+from lemon.cells.ledger import rows_with_cells
 from lemon.cells.select import Selection, select_cells
 from lemon.encoders.device import choose_device
 from lemon.encoders.open import load_encoder
@@ -181,7 +181,7 @@ def _probed(trial: Trial, selection: Selection, run: Run, *, tasks: list[Task]) 
         run.set_tag(f"data_fingerprint/{short_name(name)}", digest)
     run.set_tag("model_fingerprint", encoder.fingerprint)
     slides = {part.slide_id for part in selection.parts}
-    organs = {row["organ"] for row in read_ledger(selection.store).to_pylist() if row["slide_id"] in slides}
+    organs = {row.organ for row in rows_with_cells(selection.store) if row.slide_id in slides}
     return Result(
         name=trial.name,
         fingerprint=trial.fingerprint,
