@@ -36,7 +36,7 @@ from lemon.probe.tasks import consep
 from lemon.runtime.config import load
 from lemon.runtime.shards import write_shard
 from lemon.runtime.store import Store
-from lemon.schema import CELLS
+from lemon.schema import CELLS, SlideRow
 
 COLLECTIONS = ("monuseg_train", "consep_train", "gbm40", "cpm15")
 BASELINES = ("hog_and_colour", "untrained_vit_s8", "efficientnet_lite0")
@@ -168,9 +168,9 @@ def write_slide(store: Store, slide_id: str, crops: np.ndarray) -> None:
     table = pa.table({name: pa.array(column) for name, column in columns.items()}).cast(CELLS)
     with write_shard(store, shard_name(slide_id), CELLS, **PARQUET_OPTIONS) as shard:
         shard.write(table)
-    counts = {"n_cells": len(ids), "n_nuclei": len(ids), "cells_digest": shard.digest}
+    counts = {"n_cells": len(ids), "n_nuclei": len(ids)}
     cells_ledger(store, config_fingerprint="masks").commit(
-        {"slide_id": slide_id, "path": "", "status": "done", **counts}
+        SlideRow(slide_id, "", status="done", cells_digest=shard.digest, **counts)
     )
 
 

@@ -48,7 +48,7 @@ _TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_
 
 
 def _column(name: str, hint: Any) -> pa.Field:
-    """The column of a field: ``X``, ``X | None`` (may be null), or ``Annotated[X, type]`` for a type that is not usual."""
+    """The column of a field: ``X``; ``X | None``, which may be null; ``Annotated[X, type]``, of no usual type."""
     plain, *more = get_args(hint) or (hint,)
     of = next((each for each in more if isinstance(each, pa.DataType)), _TYPES[plain])
     return pa.field(name, of, nullable=NoneType in more or _NULLABLE in more)

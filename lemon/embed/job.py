@@ -147,9 +147,7 @@ def _embed(
             bar.update(row.n_cells if row and actors is not None else 0)
 
 
-def _export(
-    jobs: Sequence[SlideRow], *, config: EmbedConfig, ledger: EmbedLedger, cells: Store
-) -> list[EmbeddedRow]:
+def _export(jobs: Sequence[SlideRow], *, config: EmbedConfig, ledger: EmbedLedger, cells: Store) -> list[EmbeddedRow]:
     """Clusters and formats of all slides that have embeddings; returns the ledger's rows of the jobs."""
     paths = {job.slide_id: job.path for job in jobs}
     rows = [row for slide_id, row in ledger.rows().items() if slide_id in paths]
