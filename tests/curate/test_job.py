@@ -324,7 +324,7 @@ def test_an_output_of_other_settings_is_not_mixed_with_new_ones(slide_file: Path
 
 PARENT = """
 import os, time
-from lemon.schema import SlideRow
+from lemon.curate.slide import start_processes
 
 if __name__ == "__main__":
     processes = start_processes(1)
