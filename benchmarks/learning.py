@@ -101,8 +101,8 @@ def probe(task: Task, embedding: np.ndarray) -> dict[str, float]:
     found = {}
     for figure, weight in (("weighted", "balanced"), ("plain", "none")):
         settings = ProbeSettings(probes=["linear"], class_weight=weight, robustness=False, bootstrap=100)  # type: ignore[arg-type]
-        rows = score_task(task, embedding, settings).rows
-        values = {row["fold"]: row["value"] for row in rows if row["metric"] == "balanced_accuracy"}
+        scores = score_task(task, embedding, settings).scores
+        values = {each.fold: each.value for each in scores if each.metric == "balanced_accuracy"}
         found[f"{figure}_pooled"] = values.pop(POOLED)
         found[figure] = float(np.mean(list(values.values())))
     return found

@@ -19,9 +19,9 @@ from benchmarks.learning import COLLECTIONS, write_collection
 from benchmarks.record import record
 from lemon.report import job as report
 from lemon.report.config import ReportConfig
+from lemon.report.sources import read_sweep
 from lemon.runtime.config import load
 from lemon.runtime.store import Store
-from lemon.schema import SWEEP_FILE
 from lemon.sweep import job as sweep
 from lemon.sweep.config import SweepConfig
 from lemon.sweep.studies import study_values
@@ -68,8 +68,7 @@ def main() -> None:
     for study in options.studies:
         words = [*STUDIES[study].split(), *common, f"output={work / study}", *options.overrides]
         sweep.main(load("scaling_sweep", words, SweepConfig))
-        rows = Store(work / study).read_table(SWEEP_FILE).to_pylist()
-        found[study] = [asdict(value) for value in study_values(rows)]
+        found[study] = [asdict(value) for value in study_values(read_sweep(Store(work / study)))]
     record(
         "study", {"seeds": options.seeds, "overrides": options.overrides, "studies": found}, packages=("torch", "ray")
     )

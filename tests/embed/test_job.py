@@ -217,7 +217,7 @@ def test_a_shard_with_flipped_bytes_is_a_failed_row_and_the_others_are_embedded(
     content[start : start + 40] = bytes(byte ^ 0x55 for byte in content[start : start + 40])
     path.write_bytes(content)
     rows = {row.slide_id: row for row in embedding.run(config_for(model, cells, tmp_path / "out")).rows}
-    assert rows.pop("a")["status"] == "failed"
+    assert rows.pop("a").status == "failed"
     assert {row.status for row in rows.values()} == {"done"}
 
 
