@@ -130,9 +130,6 @@ class Slide(Row, table="cohort"):
     mpp: float | None = None
 
 
-COHORT = Slide.schema
-
-
 @dataclass(frozen=True, kw_only=True)
 class DownloadRow(Row, table="downloads"):
     """The ledger of downloads: one row a slide, done or failed, written after the file has its name.
@@ -151,8 +148,6 @@ class DownloadRow(Row, table="downloads"):
     error: str | None = None
     code_version: str = _BY_LEDGER
 
-
-DOWNLOADS = DownloadRow.schema
 
 SLIDE_STATUSES = ("done", "partial", "failed")
 
@@ -191,8 +186,6 @@ class SlideRow(Slide, table="slides"):
     config_fingerprint: str = _BY_LEDGER
     code_version: str = _BY_LEDGER
 
-
-SLIDES = SlideRow.schema
 
 CELLS = _table(
     "cells",
@@ -256,8 +249,6 @@ class EmbeddedRow(Row, table="embedded"):
     code_version: str = _BY_LEDGER
 
 
-EMBEDDED = EmbeddedRow.schema
-
 CLUSTERS = _table(
     "clusters", [pa.field("cell_id", pa.string(), nullable=False), pa.field("cluster", pa.int16(), nullable=False)]
 )
@@ -291,14 +282,13 @@ class ScoreRow(Row, table="scores"):
     data_fingerprint: Filled[str]
 
 
-SCORES = ScoreRow.schema
-
-
 @dataclass(frozen=True, kw_only=True)
 class SweepRow(Row, table="sweep"):
     """A sweep: one row a trial, task, protocol and metric; a trial without a result has one row, with its reason.
 
-    ``mean`` and ``spread`` are over folds.
+    ``point`` and ``value`` are what was varied, ``seed`` that of training, ``trial`` a folder below ``trials/``;
+    ``status`` is done, failed or stopped (by ASHA). ``mean`` and ``spread`` are over folds (spread is null for a single
+    value), ``n_*`` what was selected.
     """
 
     study: str
@@ -323,7 +313,8 @@ class SweepRow(Row, table="sweep"):
     run_id: str | None = None
 
 
-SWEEP = SweepRow.schema
+COHORT, DOWNLOADS, SLIDES = Slide.schema, DownloadRow.schema, SlideRow.schema
+EMBEDDED, SCORES, SWEEP = EmbeddedRow.schema, ScoreRow.schema, SweepRow.schema
 
 SWEEP_FILE = "sweep.parquet"
 """That table in the output of a sweep."""

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from lemon.cells.select import rank_of
 from lemon.curate import job as curate
 from lemon.errors import EXIT_FAILURES, EXIT_OK, ConfigError
 from lemon.fetch.config import COHORT_FILE, FetchConfig
-from lemon.fetch.download import PARTS, Downloader, DownloadError, RemoteFile, StoppedError, open_session
+from lemon.fetch.download import PARTS, Downloader, DownloadError, StoppedError, open_session
 from lemon.fetch.gdc import GdcError, GdcFile, list_files, organ_of, read_manifest, studies_of
 from lemon.runtime import pool
 from lemon.runtime.lease import hold
@@ -139,15 +139,6 @@ class Fetcher:
     def fetch(self, file: GdcFile) -> Path:
         """Where a slide's file now lies. Raises DownloadError, StoppedError, and OSError when its row isn't written."""
         start, remote = time.perf_counter(), file.remote(self.api)
-        try:
-            path = self.downloader.get(remote)
-        except DownloadError as error:
-            self._commit(file, remote, start=start, error=redacted(str(error)))
-            raise
-        self._commit(file, remote, start=start)
-        return path
-
-    def _commit(self, file: GdcFile, remote: RemoteFile, *, start: float, error: str | None = None) -> None:
         row = DownloadRow(
             slide_id=file.slide_id,
             file_id=file.file_id,
@@ -155,11 +146,17 @@ class Fetcher:
             url=remote.url,
             size_bytes=file.size_bytes,
             md5=file.md5,
-            status="failed" if error else "done",
-            total_s=round(time.perf_counter() - start, 3),
-            error=error,
+            status="done",
+            total_s=0.0,
         )
-        self.ledger.commit(row)
+        try:
+            path = self.downloader.get(remote)
+        except DownloadError as error:
+            told = replace(row, status="failed", error=redacted(str(error)))
+            self.ledger.commit(replace(told, total_s=round(time.perf_counter() - start, 3)))
+            raise
+        self.ledger.commit(replace(row, total_s=round(time.perf_counter() - start, 3)))
+        return path
 
 
 def _keep(files: dict[str, GdcFile], folder: Path, config: FetchConfig) -> Summary:

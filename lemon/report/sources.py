@@ -53,17 +53,16 @@ class TrackedSettings(BaseModel):
         return steps_of(self.images_per_epoch, self.batch, epochs=self.epochs) * self.batch
 
 
-@dataclass(frozen=True)
-class TrackedRun:
+class TrackedRun(BaseModel):
     """A run of MLflow; None and empty are what it does not tell."""
 
     run: Run
     is_child: bool
     is_sweep: bool
-    output: str | None
-    model_fingerprint: str | None
-    code_version: str
-    host: str
+    output: str | None = None
+    model_fingerprint: str | None = None
+    code_version: str = ""
+    host: str = ""
     settings: TrackedSettings | None
 
     @classmethod
@@ -73,17 +72,8 @@ class TrackedRun:
             settings = TrackedSettings.model_validate(record.params)
         except ValidationError:  # a probe's, or of a process that was killed before it had told all
             settings = None
-        tags = record.tags
-        return cls(
-            run=record.run,
-            is_child=record.is_child,
-            is_sweep="sweep.name" in record.params,
-            output=tags.get("output"),
-            model_fingerprint=tags.get("model_fingerprint"),
-            code_version=tags.get("code_version", ""),
-            host=tags.get("host", ""),
-            settings=settings,
-        )
+        facts = {"run": record.run, "is_child": record.is_child, "is_sweep": "sweep.name" in record.params}
+        return cls.model_validate({**record.tags, **facts, "settings": settings})
 
 
 @dataclass

@@ -1,17 +1,4 @@
-"""The table of a sweep, ``sweep.parquet`` and ``sweep.csv``, and its summary.
-
-One row a trial, task, protocol and metric; a trial without a result has one row, with its reason:
-
-    study, point, value    what was varied
-    seed                   of training
-    trial                  its folder below ``trials/``
-    status, error          done; failed, or stopped (by ASHA), and why
-    task, protocol, metric as in the scores table
-    mean, spread           over folds (spread is null for a single value)
-    n_cells, n_slides, n_organs     that were selected
-    *_fingerprint          of settings, cells, encoder and task
-    run_id                 of MLflow
-"""
+"""The table of a sweep, ``sweep.parquet`` (``lemon.schema.SweepRow``) and ``sweep.csv``, and its summary."""
 
 from __future__ import annotations
 
