@@ -84,8 +84,8 @@ def write_cells(store: Store, *, slides: int, cells: int) -> None:
                 count = min(ROW_GROUP_ROWS, cells - start)
                 ranks = (start + np.arange(count)) / cells
                 shard.write(_rows(slide_id, ranks, images=images[:count], generator=generator))
-        row = {"slide_id": slide_id, "path": "", "status": "done", "n_cells": cells, "n_nuclei": cells}
-        row["cells_digest"] = shard.digest
+        counts = {"n_cells": cells, "n_nuclei": cells}
+        row = schema.SlideRow(slide_id, "", status="done", cells_digest=shard.digest, **counts)
         cells_ledger(store, config_fingerprint="benchmark").commit(row)
 
 

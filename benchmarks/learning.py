@@ -37,7 +37,7 @@ from lemon.runtime.config import load
 from lemon.runtime.job import framed
 from lemon.runtime.shards import write_shard
 from lemon.runtime.store import Store
-from lemon.schema import CELLS
+from lemon.schema import CELLS, SlideRow
 
 COLLECTIONS = ("monuseg_train", "consep_train", "gbm40", "cpm15")
 BASELINES = ("hog_and_colour", "untrained_vit_s8", "efficientnet_lite0")
@@ -102,8 +102,8 @@ def probe(task: Task, embedding: np.ndarray) -> dict[str, float]:
     found = {}
     for figure, weight in (("weighted", "balanced"), ("plain", "none")):
         settings = ProbeSettings(probes=["linear"], class_weight=weight, robustness=False, bootstrap=100)  # type: ignore[arg-type]
-        rows = score_task(task, embedding, settings).rows
-        values = {row["fold"]: row["value"] for row in rows if row["metric"] == "balanced_accuracy"}
+        scores = score_task(task, embedding, settings).scores
+        values = {each.fold: each.value for each in scores if each.metric == "balanced_accuracy"}
         found[f"{figure}_pooled"] = values.pop(POOLED)
         found[figure] = float(np.mean(list(values.values())))
     return found
@@ -169,9 +169,9 @@ def write_slide(store: Store, slide_id: str, crops: np.ndarray) -> None:
     table = pa.table({name: pa.array(column) for name, column in columns.items()}).cast(CELLS)
     with write_shard(store, shard_name(slide_id), CELLS, **PARQUET_OPTIONS) as shard:
         shard.write(table)
-    counts = {"n_cells": len(ids), "n_nuclei": len(ids), "cells_digest": shard.digest}
+    counts = {"n_cells": len(ids), "n_nuclei": len(ids)}
     cells_ledger(store, config_fingerprint="masks").commit(
-        {"slide_id": slide_id, "path": "", "status": "done", **counts}
+        SlideRow(slide_id, "", status="done", cells_digest=shard.digest, **counts)
     )
 
 

@@ -112,9 +112,10 @@ def found_in_window(slide_file: Path, *, window: Sequence[int], words: Sequence[
         cells = store.read_table(shard_name(slide.slide_id), columns=["x_level0_px", "y_level0_px"])
     at_x, at_y = (np.asarray(cells[name]) for name in ("x_level0_px", "y_level0_px"))
     inside = (at_x >= x) & (at_x < x + width) & (at_y >= y) & (at_y < y + height)
-    mm2 = width * height * row["mpp"] ** 2 / 1e6
+    assert row.mpp is not None
+    mm2 = width * height * row.mpp**2 / 1e6
     found = int(inside.sum())
-    return {"slide": row["n_nuclei"], "window": found, "per_mm2": round(found / mm2), "network_s": row["network_s"]}
+    return {"slide": row.n_nuclei, "window": found, "per_mm2": round(found / mm2), "network_s": row.network_s}
 
 
 def measure_window(slide_file: Path, *, window: Sequence[int], checkpoints: Sequence[str]) -> None:

@@ -47,7 +47,7 @@ def main() -> None:
     settings = ProbeSettings(probes=["linear"], robustness=False, class_weight="none")
     scored = score_task(task, embedding, settings)
     figures["ours_s"] = time.perf_counter() - start
-    means = {metric: mean for _, metric, mean, _ in fold_means(scored.rows)}
+    means = {metric: mean for _, metric, mean, _ in fold_means(scored.scores)}
     figures["ours_balanced_accuracy"] = means["balanced_accuracy"]
     if not options.no_peer:
         start = time.perf_counter()

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,12 @@ from lemon.cells.shard import PARQUET_OPTIONS, ROW_GROUP_ROWS
 from lemon.curate import job as curate
 from lemon.curate.config import CurateConfig
 from lemon.curate.job import open_ledger
-from lemon.runtime import pool
 from lemon.runtime.config import load
 from lemon.runtime.identifiers import file_stem
 from lemon.runtime.ledger import Ledger
 from lemon.runtime.records import Record
 from lemon.runtime.store import Store
+from lemon.schema import SlideRow
 
 TEMPLATES = 20
 ORGANS = ("breast", "colon", "kidney", "lung", "ovary")
@@ -111,10 +112,10 @@ def lay_out(options: argparse.Namespace) -> None:
         template = f"templates/{index % TEMPLATES}.parquet"
         os.link(store.path(template), store.path(shard_name(slide_id)))
         store.records.note(shard_name(slide_id), store.records.of(template)[0], replaced=None)
-        row = row_of(slide_id, str(slide), n_cells=options.cells) | facts
+        row = replace(row_of(slide_id, str(slide), n_cells=options.cells), **facts)
         # Not by the store, whose writes wait for the disk.
         name = f"slides/{file_stem(slide_id)}.parquet"
-        pq.write_table(pa.Table.from_pylist([row], schema=schema.SLIDES), store.path(name))
+        pq.write_table(SlideRow.table([row]), store.path(name))
         store.records.note(name, Record.of(Path(store.path(name))), replaced=None)
     store.delete("templates")
 
@@ -129,19 +130,19 @@ def name_of(index: int) -> str:
     return f"XXXX-00-{index:06d}-01Z-00-DX1.00000000-0000-0000-0000-000000000000"
 
 
-def row_of(slide_id: str, path: str, *, n_cells: int) -> dict[str, Any]:
+def row_of(slide_id: str, path: str, *, n_cells: int) -> SlideRow:
     """A row of the ledger."""
     organ = ORGANS[int(slide_id[8:14]) % len(ORGANS)]
-    return {
-        "slide_id": slide_id,
-        "path": path,
-        "patient_id": slide_id[:14],
-        "organ": organ,
-        "status": "done",
-        "n_nuclei": 10 * n_cells,
-        "n_cells": n_cells,
-        "cells_digest": slide_id,  # names them as well as a true one
-    }
+    return SlideRow(
+        slide_id,
+        path,
+        patient_id=slide_id[:14],
+        organ=organ,
+        status="done",
+        n_nuclei=10 * n_cells,
+        n_cells=n_cells,
+        cells_digest=slide_id,  # names them as well as a true one
+    )
 
 
 def write_shard(store: Store, name: str, ranks: np.ndarray) -> None:
@@ -157,12 +158,12 @@ def write_shard(store: Store, name: str, ranks: np.ndarray) -> None:
 class Idle(curate.Curator):
     """A worker that segments nothing and commits a row."""
 
-    def __init__(self, config: CurateConfig, *, ledger: Ledger, source: curate.Source) -> None:
+    def __init__(self, config: CurateConfig, *, ledger: Ledger[SlideRow], source: curate.Source) -> None:
         self.config, self.locate, self.ledger = config, source.open(), ledger
 
-    def work(self, item: pool.Item) -> pool.Row:
+    def work(self, item: curate.Located) -> SlideRow:
         """A row without cells."""
-        return self.ledger.commit(row_of(item["slide"]["slide_id"], item["slide"]["path"], n_cells=0))
+        return self.ledger.commit(row_of(item.slide.slide_id, item.slide.path, n_cells=0))
 
 
 def curate_nothing(options: argparse.Namespace) -> str:

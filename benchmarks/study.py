@@ -20,10 +20,10 @@ from benchmarks.learning import COLLECTIONS, write_collection
 from benchmarks.record import record
 from lemon.report import job as report
 from lemon.report.config import ReportConfig
+from lemon.report.sources import read_sweep
 from lemon.runtime.config import load
 from lemon.runtime.job import framed
 from lemon.runtime.store import Store
-from lemon.schema import SWEEP_FILE
 from lemon.sweep import job as sweep
 from lemon.sweep.config import SweepConfig
 from lemon.sweep.studies import study_values
@@ -70,8 +70,7 @@ def main() -> None:
     for study in options.studies:
         words = [*STUDIES[study].split(), *common, f"output={work / study}", *options.overrides]
         framed("scaling_sweep", functools.partial(sweep.main, load("scaling_sweep", words, SweepConfig)))
-        rows = Store(work / study).read_table(SWEEP_FILE).to_pylist()
-        found[study] = [asdict(value) for value in study_values(rows)]
+        found[study] = [asdict(value) for value in study_values(read_sweep(Store(work / study)))]
     record(
         "study", {"seeds": options.seeds, "overrides": options.overrides, "studies": found}, packages=("torch", "ray")
     )

@@ -1,8 +1,16 @@
-"""Arrow schemas of every table on disk. The only place that spells their columns; units are in the names."""
+"""Arrow schemas of every table on disk. The only place that spells their columns; units are in the names.
+
+A table of few rows, such as a ledger, is a dataclass of its row, which its schema is made of; a table of cells, whose
+columns are arrays, is a schema alone.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import NoneType
+from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_origin, get_type_hints
 
 import pyarrow as pa
 
@@ -24,6 +32,47 @@ def marked(schema: pa.Schema, **more: str) -> pa.Schema:
 
 def _table(name: str, fields: list[pa.Field]) -> pa.Schema:
     return pa.schema(fields, metadata={TABLE: f"{name}/{VERSION}"})
+
+
+_BY_LEDGER = ""
+"""Of a column that a ledger fills in when it commits a row."""
+
+T = TypeVar("T")
+
+_NULLABLE = "nullable"
+
+Filled = Annotated[T, _NULLABLE]
+"""Of a column that may be null by its schema, and that no job leaves so."""
+
+_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+
+
+def _column(name: str, hint: Any) -> pa.Field:
+    """The column of a field: ``X``; ``X | None``, which may be null; ``Annotated[X, type]``, of no usual type."""
+    plain, *more = get_args(hint) or (hint,)
+    of = next((each for each in more if isinstance(each, pa.DataType)), _TYPES[plain])
+    return pa.field(name, of, nullable=NoneType in more or _NULLABLE in more)
+
+
+class Row:
+    """A row of a table: a frozen dataclass with a field for each column, in their order."""
+
+    schema: ClassVar[pa.Schema]
+
+    def __init_subclass__(cls, *, table: str) -> None:
+        hints = get_type_hints(cls, include_extras=True)
+        columns = [_column(name, hint) for name, hint in hints.items() if get_origin(hint) is not ClassVar]
+        cls.schema = _table(table, columns)
+
+    @classmethod
+    def read(cls, table: pa.Table) -> list[Self]:
+        """The rows of a table, whose columns may have another order. Raises KeyError where it lacks one."""
+        return [cls(**row) for row in table.select(cls.schema.names).to_pylist()]
+
+    @classmethod
+    def table(cls, rows: Iterable[Self]) -> pa.Table:
+        """Rows as a table."""
+        return pa.Table.from_pylist([vars(row) for row in rows], schema=cls.schema)
 
 
 _MADE_BY = {
@@ -67,84 +116,76 @@ CELL_BYTES = CELL_PX * CELL_PX * 3
 
 _IMAGE_METADATA = {"shape": json.dumps([CELL_PX, CELL_PX, 3]), "dtype": "uint8", "um_per_px": str(CELL_MPP)}
 
-COHORT = _table(
-    "cohort",
-    [
-        pa.field("slide_id", pa.string(), nullable=False),
-        pa.field("path", pa.string(), nullable=False),
-        pa.field("patient_id", pa.string()),
-        pa.field("project", pa.string()),
-        pa.field("organ", pa.string()),
-        pa.field("site", pa.string()),
-        pa.field("mpp", pa.float64()),
-    ],
-)
-"""Slides to work on, and what is known of each beforehand. ``mpp`` (um/px) outranks what the slide's file says."""
 
-DOWNLOADS = _table(
-    "downloads",
-    [
-        pa.field("slide_id", pa.string(), nullable=False),
-        pa.field("file_id", pa.string(), nullable=False),
-        pa.field("file_name", pa.string(), nullable=False),
-        pa.field("url", pa.string(), nullable=False),
-        pa.field("size_bytes", pa.int64(), nullable=False),
-        pa.field("md5", pa.string(), nullable=False),
-        pa.field("status", pa.string(), nullable=False),
-        pa.field("total_s", pa.float64(), nullable=False),
-        pa.field("error", pa.string()),
-        pa.field("code_version", pa.string(), nullable=False),
-    ],
-)
-"""The ledger of downloads: one row a slide, done or failed, written after the file has its name.
+@dataclass(frozen=True)
+class Slide(Row, table="cohort"):
+    """A slide to work on, and what is known of it beforehand. ``mpp`` (um/px) outranks what the slide's file says."""
 
-``size_bytes`` and ``md5`` are those of the whole file, as announced; ``done`` means that they were found.
-"""
+    slide_id: str
+    path: str
+    patient_id: str | None = None
+    project: str | None = None
+    organ: str | None = None
+    site: str | None = None
+    mpp: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadRow(Row, table="downloads"):
+    """The ledger of downloads: one row a slide, done or failed, written after the file has its name.
+
+    ``size_bytes`` and ``md5`` are those of the whole file, as announced; ``done`` means that they were found.
+    """
+
+    slide_id: str
+    file_id: str
+    file_name: str
+    url: str
+    size_bytes: int
+    md5: str
+    status: str
+    total_s: float
+    error: str | None = None
+    code_version: str = _BY_LEDGER
+
 
 SLIDE_STATUSES = ("done", "partial", "failed")
 
-SLIDES = _table(
-    "slides",
-    [
-        pa.field("slide_id", pa.string(), nullable=False),
-        pa.field("path", pa.string(), nullable=False),
-        pa.field("patient_id", pa.string()),
-        pa.field("project", pa.string()),
-        pa.field("organ", pa.string()),
-        pa.field("site", pa.string()),
-        pa.field("mpp", pa.float64()),
-        pa.field("mpp_assumed", pa.bool_()),
-        pa.field("width_px", pa.int64()),
-        pa.field("height_px", pa.int64()),
-        pa.field("status", pa.string(), nullable=False),
-        pa.field("n_regions", pa.int64()),
-        pa.field("n_failed_regions", pa.int64()),
-        pa.field("n_nuclei", pa.int64()),
-        pa.field("n_cells", pa.int64()),
-        # Not in the first design: crops that reach over the slide's edge and were filled with white.
-        pa.field("n_edge_cells", pa.int64()),
-        pa.field("open_s", pa.float64()),
-        pa.field("read_s", pa.float64()),
-        pa.field("network_s", pa.float64()),
-        pa.field("instances_s", pa.float64()),
-        pa.field("write_s", pa.float64()),
-        pa.field("total_s", pa.float64()),
-        pa.field("error", pa.string()),
-        pa.field("source_size_bytes", pa.int64()),
-        pa.field("source_mtime_ns", pa.int64()),
-        pa.field("source_digest", pa.string()),
-        pa.field("mask_digest", pa.string()),
-        pa.field("cells_digest", pa.string()),
-        pa.field("config_fingerprint", pa.string(), nullable=False),
-        pa.field("code_version", pa.string(), nullable=False),
-    ],
-)
-"""The ledger: one row a slide, written last, so that a row means that the slide's cells are complete.
 
-``read_s``, ``network_s`` and ``instances_s`` are summed over threads and processes, so they may exceed ``total_s``.
-``source_*`` is the slide's file as it was read, ``mask_digest`` the tissue mask that was given for it; ``cells_digest``
-is that of the rows of the slide's shard. Null where there is none.
-"""
+@dataclass(frozen=True, kw_only=True)
+class SlideRow(Slide, table="slides"):
+    """The ledger of curation: one row a slide, written last, so that a row means that the slide's cells are complete.
+
+    ``read_s``, ``network_s`` and ``instances_s`` are summed over threads and processes, so they may exceed ``total_s``.
+    ``source_*`` is the slide's file as it was read, ``mask_digest`` the tissue mask that was given for it;
+    ``cells_digest`` is that of the rows of the slide's shard. Null where there is none.
+    """
+
+    mpp_assumed: bool | None = None
+    width_px: int | None = None
+    height_px: int | None = None
+    status: str
+    n_regions: int | None = None
+    n_failed_regions: int | None = None
+    n_nuclei: int | None = None
+    n_cells: Filled[int]
+    # Not in the first design: crops that reach over the slide's edge and were filled with white.
+    n_edge_cells: int | None = None
+    open_s: float | None = None
+    read_s: float | None = None
+    network_s: float | None = None
+    instances_s: float | None = None
+    write_s: float | None = None
+    total_s: float | None = None
+    error: str | None = None
+    source_size_bytes: int | None = None
+    source_mtime_ns: int | None = None
+    source_digest: str | None = None
+    mask_digest: str | None = None
+    cells_digest: str | None = None
+    config_fingerprint: str = _BY_LEDGER
+    code_version: str = _BY_LEDGER
+
 
 CELLS = _table(
     "cells",
@@ -191,22 +232,22 @@ def embeddings(width: int, *, dtype: pa.DataType | None = None) -> pa.Schema:
 EMBEDDINGS = embeddings(1)
 """Stands for embeddings of any width where only the table's mark is compared."""
 
-EMBEDDED = _table(
-    "embedded",
-    [
-        pa.field("slide_id", pa.string(), nullable=False),
-        pa.field("status", pa.string(), nullable=False),
-        pa.field("n_cells", pa.int64()),
-        pa.field("model", pa.string(), nullable=False),
-        pa.field("model_fingerprint", pa.string(), nullable=False),
-        pa.field("cells_digest", pa.string()),
-        pa.field("embeddings_digest", pa.string()),
-        pa.field("total_s", pa.float64()),
-        pa.field("error", pa.string()),
-        pa.field("code_version", pa.string(), nullable=False),
-    ],
-)
-"""The ledger of embedding: one row a slide, written after its embeddings; ``partial`` lacks a format."""
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedRow(Row, table="embedded"):
+    """The ledger of embedding: one row a slide, written after its embeddings; ``partial`` lacks a format."""
+
+    slide_id: str
+    status: str
+    n_cells: Filled[int]
+    model: str = _BY_LEDGER
+    model_fingerprint: str = _BY_LEDGER
+    cells_digest: str | None = None
+    embeddings_digest: str | None = None
+    total_s: float | None = None
+    error: str | None = None
+    code_version: str = _BY_LEDGER
+
 
 CLUSTERS = _table(
     "clusters", [pa.field("cell_id", pa.string(), nullable=False), pa.field("cluster", pa.int16(), nullable=False)]
@@ -224,51 +265,56 @@ MAP = _table(
 )
 """Where each cell lies on the map (no unit), in the order of rank."""
 
-SCORES = _table(
-    "scores",
-    [
-        pa.field("model", pa.string(), nullable=False),
-        pa.field("task", pa.string(), nullable=False),
-        pa.field("protocol", pa.string(), nullable=False),
-        pa.field("fold", pa.int32(), nullable=False),
-        pa.field("metric", pa.string(), nullable=False),
-        pa.field("value", pa.float64()),
-        pa.field("n", pa.int64()),
-        pa.field("seed", pa.int64()),
-        pa.field("model_fingerprint", pa.string()),
-        pa.field("data_fingerprint", pa.string()),
-    ],
-)
 
-SWEEP = _table(
-    "sweep",
-    [
-        pa.field("study", pa.string(), nullable=False),
-        pa.field("point", pa.string(), nullable=False),
-        pa.field("value", pa.string(), nullable=False),
-        pa.field("seed", pa.int64(), nullable=False),
-        pa.field("trial", pa.string(), nullable=False),
-        pa.field("status", pa.string(), nullable=False),
-        pa.field("error", pa.string()),
-        pa.field("task", pa.string()),
-        pa.field("protocol", pa.string()),
-        pa.field("metric", pa.string()),
-        pa.field("mean", pa.float64()),
-        pa.field("spread", pa.float64()),
-        pa.field("n_cells", pa.int64()),
-        pa.field("n_slides", pa.int64()),
-        pa.field("n_organs", pa.int64()),
-        pa.field("config_fingerprint", pa.string()),
-        pa.field("cells_fingerprint", pa.string()),
-        pa.field("model_fingerprint", pa.string()),
-        pa.field("data_fingerprint", pa.string()),
-        pa.field("run_id", pa.string()),
-    ],
-)
-"""A sweep: one row a trial, task, protocol and metric; a trial without a result has one row, with its reason.
+@dataclass(frozen=True, kw_only=True)
+class ScoreRow(Row, table="scores"):
+    """One value of a metric: of an encoder on a task, by a protocol, in a fold (-1: over all)."""
 
-``mean`` and ``spread`` are over folds.
-"""
+    model: str
+    task: str
+    protocol: str
+    fold: Annotated[int, pa.int32()]
+    metric: str
+    value: Filled[float]
+    n: Filled[int]
+    seed: Filled[int]
+    model_fingerprint: Filled[str]
+    data_fingerprint: Filled[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRow(Row, table="sweep"):
+    """A sweep: one row a trial, task, protocol and metric; a trial without a result has one row, with its reason.
+
+    ``point`` and ``value`` are what was varied, ``seed`` that of training, ``trial`` a folder below ``trials/``;
+    ``status`` is done, failed or stopped (by ASHA). ``mean`` and ``spread`` are over folds (spread is null for a single
+    value), ``n_*`` what was selected.
+    """
+
+    study: str
+    point: str
+    value: str
+    seed: int
+    trial: str
+    status: str
+    error: str | None = None
+    task: str | None = None
+    protocol: str | None = None
+    metric: str | None = None
+    mean: float | None = None
+    spread: float | None = None
+    n_cells: int | None = None
+    n_slides: int | None = None
+    n_organs: int | None = None
+    config_fingerprint: str | None = None
+    cells_fingerprint: str | None = None
+    model_fingerprint: str | None = None
+    data_fingerprint: str | None = None
+    run_id: str | None = None
+
+
+COHORT, DOWNLOADS, SLIDES = Slide.schema, DownloadRow.schema, SlideRow.schema
+EMBEDDED, SCORES, SWEEP = EmbeddedRow.schema, ScoreRow.schema, SweepRow.schema
 
 SWEEP_FILE = "sweep.parquet"
 """That table in the output of a sweep."""

@@ -52,8 +52,8 @@ def write_slide(
     table = pa.table(dict(zip(schema.CELLS.names, made, strict=True))).cast(schema.CELLS)
     with write_shard(store, shard_name(slide_id), schema.CELLS, **PARQUET_OPTIONS) as shard:
         shard.write(table, row_group_size=row_group_size)
-    row = {"slide_id": slide_id, "path": "", "status": "done", "n_cells": len(images), "n_nuclei": len(images)} | slide
-    row["cells_digest"] = shard.digest
+    counts = {"n_cells": len(images), "n_nuclei": len(images)}
+    row = schema.SlideRow(slide_id, "", **slide, **counts, status="done", cells_digest=shard.digest)
     cells_ledger(store, config_fingerprint="test").commit(row)
     return images[order]
 

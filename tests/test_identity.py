@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -27,6 +27,7 @@ from lemon.nuclei.released import weights_path
 from lemon.runtime.config import load
 from lemon.runtime.ledger import Ledger
 from lemon.runtime.store import Store, file_fingerprint
+from lemon.schema import SlideRow
 from lemon.slides.cohort import Slide
 from lemon.slides.synthetic import make_tissue, write_pyramid
 from tests.embed.tables import write_encoder
@@ -98,7 +99,7 @@ def lab(tmp_path: Path, processes: ProcessPoolExecutor, monkeypatch: pytest.Monk
             row = curate_slide(
                 replace(slide), config=config, segmenter=segmenter, processes=processes, store=ledger.store
             )
-            ledger.commit(asdict(slide) | row)
+            ledger.commit(row)
             lab.curated.append(slide.slide_id)
 
     monkeypatch.setattr(curate, "_curate_all", here)
@@ -238,7 +239,7 @@ def test_the_weights_that_come_with_lemon_are_known_by_their_content(tmp_path: P
 def begin_ledger(folder: Path, *words: str) -> None:
     given = [f"slides={folder}", f"output={folder}", "segmenter=hoverfast", *words]
     ledger = open_ledger(Store(folder / "out"), load("curate", given, CurateConfig))
-    ledger.commit({"slide_id": "a", "path": "", "status": "done"})
+    ledger.commit(SlideRow("a", "", status="done", n_cells=0))
 
 
 @pytest.mark.parametrize(

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pyarrow as pa
 
-from lemon import schema
 from lemon.errors import ConfigError
 from lemon.runtime.ledger import Ledger
 from lemon.runtime.store import Store
+from lemon.schema import SLIDES, SlideRow
 
 
-def cells_ledger(store: Store, *, config_fingerprint: str) -> Ledger:
+def cells_ledger(store: Store, *, config_fingerprint: str) -> Ledger[SlideRow]:
     """The ledger of a cells table."""
-    return Ledger(store, schema=schema.SLIDES, facts={"config_fingerprint": config_fingerprint})
+    return Ledger(store, SlideRow, facts={"config_fingerprint": config_fingerprint})
 
 
 def read_ledger(store: Store) -> pa.Table:
     """The slides table of an output, sorted by slide id; empty where there is none. Raises ConfigError."""
-    return store.read_tables("slides", schema=schema.SLIDES).sort_by("slide_id")
+    return store.read_tables("slides", schema=SLIDES).sort_by("slide_id")
 
 
-def rows_with_cells(store: Store) -> list[dict[str, Any]]:
+def rows_with_cells(store: Store) -> list[SlideRow]:
     """The ledger's rows of slides that have cells. Raises ConfigError where there are none."""
-    rows = [row for row in read_ledger(store).to_pylist() if row["status"] != "failed" and row["n_cells"]]
+    rows = [row for row in SlideRow.read(read_ledger(store)) if row.status != "failed" and row.n_cells]
     if not rows:
         raise ConfigError(_no_cells(store))
     return rows

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +17,7 @@ from lemon.errors import ConfigError
 from lemon.runtime.identifiers import likely_name, some, tcga_patient
 from lemon.runtime.shards import ShardError, read_shard
 from lemon.runtime.store import READERS, Store, fingerprint
-from lemon.schema import CELLS
+from lemon.schema import CELLS, SlideRow
 
 logger = logging.getLogger(__name__)
 
@@ -94,26 +93,26 @@ def select_cells(
         ConfigError: nothing is left, or a name is not in the table.
     """
     rows = rows_with_cells(store)
-    _check_names(rows, column="organ", wanted=organs, key="select.organs")
-    _check_names(rows, column="slide_id", wanted=slides, key="select.slides")
+    _check_names({row.organ for row in rows if row.organ is not None}, wanted=organs, key="select.organs")
+    _check_names({row.slide_id for row in rows}, wanted=slides, key="select.slides")
     excluded = _of_patients(rows, exclude_patients)
     kept = [
         row
         for row in rows
-        if (organs is None or row["organ"] in organs)
-        and (slides is None or row["slide_id"] in slides)
-        and row["slide_id"] not in excluded
+        if (organs is None or row.organ in organs)
+        and (slides is None or row.slide_id in slides)
+        and row.slide_id not in excluded
     ]
     if n_slides is not None:
-        order = np.argsort(rank_of(row["slide_id"] for row in kept), kind="stable")
+        order = np.argsort(rank_of(row.slide_id for row in kept), kind="stable")
         kept = [kept[index] for index in sorted(order[:n_slides])]
     if not kept:
         raise ConfigError("select: no slide is left; loosen select.organs, select.slides or select.exclude_patients")
-    counts = [row["n_cells"] for row in kept]
+    counts = [row.n_cells for row in kept]
     if n_cells is not None and n_cells < sum(counts):
-        counts = _prefixes(store, [row["slide_id"] for row in kept], n_cells=n_cells)
+        counts = _prefixes(store, [row.slide_id for row in kept], n_cells=n_cells)
     parts = (
-        Part(row["slide_id"], shard_name(row["slide_id"]), count, row["cells_digest"])
+        Part(row.slide_id, shard_name(row.slide_id), count, row.cells_digest)
         for row, count in zip(kept, counts, strict=True)
     )
     return Selection(store, tuple(part for part in parts if part.n_rows))
@@ -169,13 +168,13 @@ def _ranks(store: Store, name: str, groups: np.ndarray) -> np.ndarray:
         return file.read_row_groups(groups.tolist(), columns=["rank"], use_threads=False)["rank"].to_numpy()
 
 
-def _of_patients(rows: list[dict[str, Any]], patients: Sequence[str]) -> set[str]:
+def _of_patients(rows: Sequence[SlideRow], patients: Sequence[str]) -> set[str]:
     """Slides of some patients; too many rather than too few, as what is left in is a leak."""
     wanted = {likely_name(name): name for name in patients}
     found: dict[str, set[str]] = {}
     for row in rows:
-        names = row["patient_id"], tcga_patient(row["slide_id"])
-        found[row["slide_id"]] = {likely_name(name) for name in names if name} & wanted.keys()
+        names = row.patient_id, tcga_patient(row.slide_id)
+        found[row.slide_id] = {likely_name(name) for name in names if name} & wanted.keys()
     absent = wanted.keys() - set().union(*found.values())
     if absent:
         told = some(sorted(wanted[name] for name in absent))
@@ -183,8 +182,7 @@ def _of_patients(rows: list[dict[str, Any]], patients: Sequence[str]) -> set[str
     return {slide_id for slide_id, names in found.items() if names}
 
 
-def _check_names(rows: list[dict[str, Any]], *, column: str, wanted: Sequence[str] | None, key: str) -> None:
-    known = {row[column] for row in rows if row[column] is not None}
+def _check_names(known: set[str], *, wanted: Sequence[str] | None, key: str) -> None:
     absent = [name for name in wanted or () if name not in known]
     if absent:
         some = ", ".join(sorted(known)[:8]) or "none at all"

@@ -6,9 +6,8 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from lemon.cells.ledger import cells_ledger
 from lemon.cells.names import FOLDERS, SETTINGS, geojson_name, shard_name
@@ -23,6 +22,7 @@ from lemon.runtime.lease import hold
 from lemon.runtime.ledger import Ledger, Summary
 from lemon.runtime.secrets import redacted
 from lemon.runtime.store import Store, fingerprint, is_uri, path_exists
+from lemon.schema import SlideRow
 from lemon.slides.cohort import Slide, list_slides
 from lemon.slides.source import changed_masks, changed_sources
 
@@ -55,7 +55,7 @@ def _in_place() -> Locate:
 IN_PLACE = Source(open=_in_place, ahead=0)
 
 
-def run(config: CurateConfig, *, source: Source = IN_PLACE, slides: list[Slide] | None = None) -> Summary:
+def run(config: CurateConfig, *, source: Source = IN_PLACE, slides: list[Slide] | None = None) -> Summary[SlideRow]:
     """Curate the slides of a config; tells and returns what became of each.
 
     A slide that its source could not provide gets no row, so that it is tried again by a rerun. ``slides`` is what
@@ -73,12 +73,12 @@ def run(config: CurateConfig, *, source: Source = IN_PLACE, slides: list[Slide] 
             rows = list(ledger.rows().values())
     wanted = {slide.slide_id for slide in slides}
     summary = Summary(
-        rows=[row for row in rows if row["slide_id"] in wanted],
+        rows=[row for row in rows if row.slide_id in wanted],
         n_skipped=len(slides) - len(pending),
         max_failed_share=config.max_failed_share,
     )
-    total = {name: sum(row[name] or 0 for row in summary.rows) for name in ("n_nuclei", "n_cells")}
-    told = f"{total['n_nuclei']:,} nuclei, {total['n_cells']:,} cells in {config.output}"
+    n_nuclei, n_cells = sum(row.n_nuclei or 0 for row in summary.rows), sum(row.n_cells for row in summary.rows)
+    told = f"{n_nuclei:,} nuclei, {n_cells:,} cells in {config.output}"
     logger.info(f"{summary.tell(logger)}, {told}")
     return summary
 
@@ -88,30 +88,41 @@ def main(config: CurateConfig) -> int:
     return run(config).exit_code
 
 
-class Curator(pool.Worker):
+@dataclass(frozen=True)
+class Located:
+    """A slide and where its file is now."""
+
+    slide: Slide
+    path: str
+
+    @property
+    def slide_id(self) -> str:
+        """By which its attempts are counted."""
+        return self.slide.slide_id
+
+
+class Curator(pool.Worker[Located, SlideRow]):
     """Curates one slide at a time; holds the segmenter and the worker processes."""
 
     fatal = (OutputError,)
 
-    def __init__(self, config: CurateConfig, *, ledger: Ledger, source: Source = IN_PLACE) -> None:
+    def __init__(self, config: CurateConfig, *, ledger: Ledger[SlideRow], source: Source = IN_PLACE) -> None:
         self.config, self.locate = config, source.open()
         self.ledger = ledger
         self.segmenter = config.segmenter.build()
         self.processes = start_processes(config.workers.cpus)
 
     @contextlib.contextmanager
-    def ready(self, item: pool.Item) -> Iterator[pool.Item]:
+    def ready(self, item: Located) -> Iterator[Located]:
         """The slide with the path of its file."""
         with contextlib.ExitStack() as stack:
-            path = stack.enter_context(self.locate(Slide(**item["slide"])))
-            yield item | {"path": path}
+            yield replace(item, path=stack.enter_context(self.locate(item.slide)))
 
-    def work(self, item: pool.Item) -> pool.Row:
+    def work(self, item: Located) -> SlideRow:
         """Curate a slide and commit it."""
-        slide = Slide(**item["slide"])
         try:
             row = curate_slide(
-                replace(slide, path=item["path"]),
+                replace(item.slide, path=item.path),
                 config=self.config,
                 segmenter=self.segmenter,
                 processes=self.processes,
@@ -120,12 +131,12 @@ class Curator(pool.Worker):
         except BrokenProcessPool as error:
             self.processes = start_processes(self.config.workers.cpus)
             raise pool.CrashError from error
-        return self.ledger.commit(row | {"path": slide.path})
+        return self.ledger.commit(replace(row, path=item.slide.path))
 
-    def fail(self, item: pool.Item, reason: str) -> pool.Row:
+    def fail(self, item: Located, reason: str) -> SlideRow:
         """Give a slide up."""
-        told = {"status": "failed", "n_cells": 0, "error": " ".join(redacted(reason).split())}
-        return self.ledger.commit(item["slide"] | told)
+        error = " ".join(redacted(reason).split())
+        return self.ledger.commit(SlideRow(**vars(item.slide), status="failed", n_cells=0, error=error))
 
 
 def ask(config: CurateConfig, *, key: str = "workers") -> list[Slide]:
@@ -161,7 +172,7 @@ def _absolute(path: str) -> str:
     return path if is_uri(path) else str(Path(path).expanduser().resolve())
 
 
-def open_ledger(store: Store, config: CurateConfig) -> Ledger:
+def open_ledger(store: Store, config: CurateConfig) -> Ledger[SlideRow]:
     """The ledger of an output; raises ConfigError when the output was made with other settings."""
     settings = config.result_settings()
     ledger = cells_ledger(store, config_fingerprint=fingerprint(settings))
@@ -169,22 +180,24 @@ def open_ledger(store: Store, config: CurateConfig) -> Ledger:
     return ledger
 
 
-def _pending(slides: list[Slide], rows: list[dict[str, Any]], *, ledger: Ledger, config: CurateConfig) -> list[Slide]:
+def _pending(
+    slides: list[Slide], rows: list[SlideRow], *, ledger: Ledger[SlideRow], config: CurateConfig
+) -> list[Slide]:
     """The slides that are to be worked on: new ones, those to be retried, and those whose pixels or mask changed.
 
     Of these the row goes first, so that after a kill they are new.
     """
     paths = {slide.slide_id: slide.path for slide in slides}
     mpp = {slide.slide_id: slide.mpp for slide in slides}
-    finished = [row for row in rows if row["status"] not in config.retry and row["slide_id"] in paths]
-    drawn = [row["slide_id"] for row in finished if config.geojson and row["n_nuclei"]]
+    finished = [row for row in rows if row.status not in config.retry and row.slide_id in paths]
+    drawn = [row.slide_id for row in finished if config.geojson and row.n_nuclei]
     again = {
         "changed since they were curated": changed_sources(finished, paths),
         "have another um/px in the cohort": {
-            row["slide_id"] for row in finished if mpp[row["slide_id"]] not in (None, row["mpp"])
+            row.slide_id for row in finished if mpp[row.slide_id] not in (None, row.mpp)
         },
         "have other tissue masks": changed_masks(finished, config.tissue.masks, stem=file_stem),
-        "lost their cells": ledger.lacking((row["slide_id"] for row in finished if row["n_cells"]), shard_name),
+        "lost their cells": ledger.lacking((row.slide_id for row in finished if row.n_cells), shard_name),
         "have no GeoJSON": ledger.lacking(drawn, geojson_name),
     }
     for why, slide_ids in again.items():
@@ -196,7 +209,7 @@ def _pending(slides: list[Slide], rows: list[dict[str, Any]], *, ledger: Ledger,
         ledger.forget(slide_id)
         if ledger.store.records.agree(geojson_name(slide_id)):  # nuclei of pixels that are no more
             ledger.store.delete(geojson_name(slide_id))
-    done = {row["slide_id"] for row in finished} - redone
+    done = {row.slide_id for row in finished} - redone
     return [slide for slide in slides if slide.slide_id not in done]
 
 
@@ -212,12 +225,12 @@ def _demand(config: CurateConfig, *, n_slides: int, key: str = "workers") -> Dem
     )
 
 
-def _curate_all(slides: list[Slide], *, config: CurateConfig, ledger: Ledger, source: Source) -> None:
+def _curate_all(slides: list[Slide], *, config: CurateConfig, ledger: Ledger[SlideRow], source: Source) -> None:
     granted = settle(_demand(config, n_slides=len(slides)), stage="curate")
     workers = config.workers.model_copy(update={"cpus": granted.cpus})
     # Paths are made absolute here: actors run elsewhere.
     located = config.model_copy(update={"output": ledger.store.uri, "workers": workers})
     make = functools.partial(Curator, located, ledger=ledger, source=source)
     actors = pool.Actors(granted, most=workers.actors, ahead=source.ahead)
-    items = [{"slide_id": slide.slide_id, "slide": asdict(slide)} for slide in slides]
+    items = [Located(slide, slide.path) for slide in slides]
     pool.run_all(items, make, actors=actors, max_attempts=config.max_attempts, name="curate")

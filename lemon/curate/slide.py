@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,6 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
-from lemon import schema
 from lemon.cells.crop import Claims, Frame, claim_cells
 from lemon.cells.names import geojson_name, shard_name
 from lemon.cells.qupath import GeoJsonWriter
@@ -28,7 +27,7 @@ from lemon.curate.config import CurateConfig
 from lemon.nuclei.segmenter import Postprocess, Segmenter
 from lemon.runtime.identifiers import file_stem
 from lemon.runtime.store import Store
-from lemon.schema import CELL_MPP
+from lemon.schema import CELL_MPP, SlideRow
 from lemon.slides.cohort import Slide
 from lemon.slides.local import local_slide
 from lemon.slides.reader import RegionError, SlideError, SlideReader
@@ -70,6 +69,11 @@ class Tally:
         finally:
             self.seconds[stage] += time.perf_counter() - start
 
+    def columns(self) -> dict[str, Any]:
+        """What of it is in the ledger."""
+        counts = {name: value for name, value in vars(self).items() if name not in ("seconds", "notes")}
+        return counts | {f"{stage}_s": round(seconds, 3) for stage, seconds in self.seconds.items()}
+
 
 def start_processes(count: int) -> ProcessPoolExecutor:
     """Worker processes for instances and crops: started afresh (no fork), because threads and CUDA are about."""
@@ -91,46 +95,38 @@ def _end_with_parent() -> None:
 
 def curate_slide(
     slide: Slide, *, config: CurateConfig, segmenter: Segmenter, processes: Executor, store: Store
-) -> dict[str, Any]:
+) -> SlideRow:
     """Segment a slide and commit its cells; returns its row of the slides table (without provenance columns).
 
     A slide that cannot be used gives a failed row with the reason. Raises OutputError when nothing can be written, and
     BrokenProcessPool when a worker process died.
     """
     start, tally = time.perf_counter(), Tally()
-    row: dict[str, Any] = dict.fromkeys(schema.SLIDES.names)
-    row |= {key: getattr(slide, key) for key in ("slide_id", "path", "patient_id", "project", "organ", "site")}
+    row = SlideRow(**vars(replace(slide, mpp=None)), status="failed", n_cells=0)
     try:
         with contextlib.ExitStack() as stack:
             with tally.clock("open"):
                 path = stack.enter_context(local_slide(slide.path, scratch=config.scratch))
                 if source := read_source(slide.path, local=Path(path)):
-                    row |= source.columns()
-                row["mask_digest"] = mask_digest(config.tissue.masks, file_stem(slide.slide_id))
+                    row = replace(
+                        row,
+                        source_size_bytes=source.size_bytes,
+                        source_mtime_ns=source.mtime_ns,
+                        source_digest=source.digest,
+                    )
+                row = replace(row, mask_digest=mask_digest(config.tissue.masks, file_stem(slide.slide_id)))
                 reader = SlideReader(path, default_mpp=config.default_mpp, mpp=slide.mpp, limit_s=config.region_limit_s)
             stack.callback(reader.close)
-            row |= {"mpp": reader.mpp, "mpp_assumed": reader.mpp_assumed}
-            row |= {"width_px": reader.width_px, "height_px": reader.height_px}
+            row = replace(row, mpp=reader.mpp, mpp_assumed=reader.mpp_assumed)
+            row = replace(row, width_px=reader.width_px, height_px=reader.height_px)
             _curate_open(
                 reader, slide=slide, config=config, segmenter=segmenter, processes=processes, store=store, tally=tally
             )
-        row["status"] = "partial" if tally.n_failed_regions else "done"
+        row = replace(row, status="partial" if tally.n_failed_regions else "done")
     except SlideError as error:
-        row["status"] = "failed"
         tally.notes.append(str(error))
-    row |= {
-        name: getattr(tally, name)
-        for name in (
-            "n_regions",
-            "n_failed_regions",
-            "n_nuclei",
-            "n_cells",
-            "n_edge_cells",
-            "cells_digest",
-        )
-    }
-    row |= {f"{stage}_s": round(seconds, 3) for stage, seconds in tally.seconds.items()}
-    return row | {"error": "; ".join(tally.notes) or None, "total_s": round(time.perf_counter() - start, 3)}
+    total_s = round(time.perf_counter() - start, 3)
+    return replace(row, **tally.columns(), error="; ".join(tally.notes) or None, total_s=total_s)
 
 
 def _curate_open(

@@ -11,7 +11,7 @@ from pathlib import Path
 import shapely
 
 from lemon.atlas.config import AtlasConfig
-from lemon.cells.ledger import read_ledger
+from lemon.cells.ledger import rows_with_cells
 from lemon.cells.names import geojson_name, shard_name
 from lemon.cells.shard import images_from_arrow
 from lemon.curate import job as curate
@@ -128,7 +128,7 @@ def _sweep(store: Store, output: Path) -> None:
     """Do more cells make a better encoder? The paper's Figure 3 in miniature: three points, two seeds."""
     from lemon.sweep import job as sweep
 
-    n_cells = sum(row["n_cells"] for row in read_ledger(store).to_pylist())
+    n_cells = sum(row.n_cells for row in rows_with_cells(store))
     places = [f"cells={store.uri}", f"output={output / 'sweep'}", f"pretrain.cache={output / 'cache'}"]
     study = ["variant=smoke", "sweep=size", f"sweep.points={[n_cells // share for share in SHARES]}", "seeds=[0,1]"]
     trial = [f"pretrain.{word}" for word in TRIAL.split()]

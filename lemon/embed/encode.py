@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from dataclasses import replace
 
 import pyarrow as pa
 
@@ -18,6 +18,7 @@ from lemon.errors import ConfigError
 from lemon.runtime.pool import Worker
 from lemon.runtime.shards import ShardError
 from lemon.runtime.store import Store
+from lemon.schema import EmbeddedRow, SlideRow
 
 
 def open_encoder(model: str) -> Encoder:
@@ -28,7 +29,7 @@ def open_encoder(model: str) -> Encoder:
         raise ConfigError(f"model: {' '.join(str(error).split())}") from None
 
 
-class Embedder(Worker):
+class Embedder(Worker[SlideRow, EmbeddedRow]):
     """Writes the embeddings of one slide at a time.
 
     Args:
@@ -58,9 +59,9 @@ class Embedder(Worker):
                 "as where the job was started"
             )
 
-    def work(self, job: dict[str, Any]) -> dict[str, Any]:
+    def work(self, item: SlideRow) -> EmbeddedRow:
         """Embed and commit a slide; returns its row of the ledger, ``failed`` where its cells cannot be embedded."""
-        start, slide_id = time.perf_counter(), job["slide_id"]
+        start, slide_id = time.perf_counter(), item.slide_id
         try:
             self.ledger.discard(slide_id)
             digest = embed_shard(
@@ -69,17 +70,19 @@ class Embedder(Worker):
                 encoder=self.encoder,
                 output=self.ledger.store,
                 name=embeddings_name(slide_id),
-                n_cells=job["n_cells"],
+                n_cells=item.n_cells,
                 dtype=self.config.dtype,
                 precision=self.config.precision,
-                digest=job["cells_digest"],
+                digest=item.cells_digest,
                 progress=self.progress,
             )
         except ShardError as error:
-            return self.fail(job, str(error))
+            return self.fail(item, str(error))
         seconds = round(time.perf_counter() - start, 3)
-        return self.ledger.commit(job | {"status": "done", "embeddings_digest": digest, "total_s": seconds})
+        row = EmbeddedRow(slide_id=slide_id, status="done", n_cells=item.n_cells, cells_digest=item.cells_digest)
+        return self.ledger.commit(replace(row, embeddings_digest=digest, total_s=seconds))
 
-    def fail(self, job: dict[str, Any], reason: str) -> dict[str, Any]:
+    def fail(self, item: SlideRow, reason: str) -> EmbeddedRow:
         """Give a slide up."""
-        return self.ledger.commit(job | {"status": "failed", "n_cells": 0, "error": " ".join(reason.split())})
+        row = EmbeddedRow(slide_id=item.slide_id, status="failed", n_cells=0, cells_digest=item.cells_digest)
+        return self.ledger.commit(replace(row, error=" ".join(reason.split())))

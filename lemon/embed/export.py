@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias
+from dataclasses import replace
+from typing import NamedTuple, TypeAlias
 
 import pyarrow as pa
 from shapely.errors import ShapelyError
@@ -18,6 +19,7 @@ from lemon.embed.slide import EmbeddedSlide
 from lemon.runtime.pool import Worker
 from lemon.runtime.shards import ShardError
 from lemon.runtime.store import Store
+from lemon.schema import EmbeddedRow
 
 Format: TypeAlias = tuple[str, Callable[[str], str], Callable[[EmbeddedSlide], None]]
 
@@ -69,7 +71,19 @@ FORMATS: Mapping[str, tuple[Callable[[str], str], Callable[[EmbeddedSlide], None
 """Name of a slide's file, and its writer."""
 
 
-class Exporter(Worker):
+class Export(NamedTuple):
+    """An embedded slide, and where its file was when it was curated."""
+
+    row: EmbeddedRow
+    path: str
+
+    @property
+    def slide_id(self) -> str:
+        """By which its attempts are counted."""
+        return self.row.slide_id
+
+
+class Exporter(Worker[Export, EmbeddedRow]):
     """Writes the formats of one slide at a time."""
 
     ledger: EmbedLedger
@@ -84,11 +98,11 @@ class Exporter(Worker):
         slide_ids = list(slide_ids)
         return set().union(*(self.ledger.lacking(slide_ids, name) for _, name, _ in self._wanted()))
 
-    def work(self, row: dict[str, Any]) -> dict[str, Any]:
+    def work(self, item: Export) -> EmbeddedRow:
         """Write what a slide lacks; returns its row of the ledger, ``partial`` where a format could not be made."""
         start = time.perf_counter()
-        slide_id = row["slide_id"]
-        slide = EmbeddedSlide(slide_id, row["path"], self.cells, self.ledger.store, self.ledger.made, self.clusters)
+        slide_id = item.row.slide_id
+        slide = EmbeddedSlide(slide_id, item.path, self.cells, self.ledger.store, self.ledger.made, self.clusters)
         faults = []
         for kind, name, write in self._wanted():
             if not self.ledger.store.exists(name(slide_id)):
@@ -96,17 +110,16 @@ class Exporter(Worker):
                     write(slide)
                 except (ShardError, ShapelyError, ValueError) as error:
                     faults.append(f"{kind}: {error}")
-        return self._commit(
-            row | {"total_s": round(row["total_s"] + time.perf_counter() - start, 3)}, "; ".join(faults)
-        )
+        total_s = round((item.row.total_s or 0.0) + time.perf_counter() - start, 3)
+        return self._commit(replace(item.row, total_s=total_s), "; ".join(faults))
 
-    def fail(self, row: dict[str, Any], reason: str) -> dict[str, Any]:
+    def fail(self, item: Export, reason: str) -> EmbeddedRow:
         """Give a slide's formats up; its embeddings stay."""
-        return self._commit(row, reason)
+        return self._commit(item.row, reason)
 
-    def _commit(self, row: dict[str, Any], error: str) -> dict[str, Any]:
-        told = {"status": "partial", "error": " ".join(error.split())} if error else {"status": "done", "error": None}
-        return self.ledger.commit(row | told)
+    def _commit(self, row: EmbeddedRow, error: str) -> EmbeddedRow:
+        status = "partial" if error else "done"
+        return self.ledger.commit(replace(row, status=status, error=" ".join(error.split()) or None))
 
     def _wanted(self) -> list[Format]:
         own: list[Format] = [("clusters", clusters_name, write_clusters)] if self.clusters is not None else []

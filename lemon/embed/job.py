@@ -16,7 +16,7 @@ from lemon.curate import job as curate
 from lemon.embed.clusters import open_clusters
 from lemon.embed.config import EmbedConfig
 from lemon.embed.encode import Embedder, open_encoder
-from lemon.embed.export import Exporter
+from lemon.embed.export import Export, Exporter
 from lemon.embed.ledger import EmbedLedger, Made, open_ledger
 from lemon.embed.names import CENTRES, FOLDERS, SETTINGS
 from lemon.embed.spatialdata import check_spatialdata
@@ -30,6 +30,7 @@ from lemon.runtime.lease import hold
 from lemon.runtime.ledger import Summary
 from lemon.runtime.shards import ShardError
 from lemon.runtime.store import Store
+from lemon.schema import EmbeddedRow, SlideRow
 from lemon.slides.cohort import Slide
 
 OWNS = (*FOLDERS, CENTRES, SETTINGS)
@@ -39,7 +40,7 @@ logger = stage_logger(__name__, "embed")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Embedded(Summary):
+class Embedded(Summary[EmbeddedRow]):
     """What became of a table's slides, and how long the new ones took."""
 
     n_embedded: int
@@ -58,7 +59,7 @@ def run(config: EmbedConfig, *, slides: list[Slide] | None = None) -> Embedded:
         cells = Store(config.cells or config.curate_config().output)
         summary = _run(_located(config, output, cells), output, cells, slides=slides)
     told = summary.tell(logger)
-    n_cells = sum(row["n_cells"] for row in summary.rows)
+    n_cells = sum(row.n_cells for row in summary.rows)
     rate = f"{summary.n_embedded / summary.embed_s:,.0f} cells/s" if summary.n_embedded else "none of them now"
     folders = ", ".join(["embeddings/", *(f"{kind}/" for kind in config.format if kind != "parquet")])
     logger.info(
@@ -71,25 +72,25 @@ def run(config: EmbedConfig, *, slides: list[Slide] | None = None) -> Embedded:
 def _run(config: EmbedConfig, output: Store, cells: Store, *, slides: list[Slide] | None) -> Embedded:
     encoder = open_encoder(config.model)
     made = Made(encoder.name, encoder.fingerprint, encoder.width, config.dtype, config.precision)
-    jobs = _jobs(cells) if config.cells is not None else []  # before anything is overwritten
+    jobs = rows_with_cells(cells) if config.cells is not None else []  # before anything is overwritten
     ledger = open_ledger(output, made, overwrite=config.overwrite)
     curated = [] if config.slides is None else [_curate(config, slides)]
     if curated:
         with contextlib.suppress(ConfigError):  # no cells: curation has told why
-            jobs = _jobs(cells)
+            jobs = rows_with_cells(cells)
     pending = ledger.without_embeddings(jobs)
     start = time.perf_counter()
     _embed(pending, config=config, ledger=ledger, cells=cells, encoder=encoder)
     seconds = time.perf_counter() - start
     rows = _export(jobs, config=config, ledger=ledger, cells=cells)
-    fresh = {job["slide_id"] for job in pending}
+    fresh = {job.slide_id for job in pending}
     return Embedded(
         rows=rows,
         n_skipped=len(jobs) - len(pending),
         max_failed_share=config.max_failed_share,
         failures=("partial", "failed"),
         before=curated,
-        n_embedded=sum(row["n_cells"] for row in rows if row["slide_id"] in fresh),
+        n_embedded=sum(row.n_cells for row in rows if row.slide_id in fresh),
         embed_s=seconds,
         made=made,
     )
@@ -128,21 +129,8 @@ def located_model(model: str) -> str:
     return f"{name}{colon}{path.absolute()}" if is_encoder else model
 
 
-def _jobs(cells: Store) -> list[dict[str, Any]]:
-    """The slides of a cells table that have cells. Raises ConfigError when there are none."""
-    return [
-        {
-            "slide_id": row["slide_id"],
-            "path": row["path"],
-            "n_cells": row["n_cells"],
-            "cells_digest": row["cells_digest"],
-        }
-        for row in rows_with_cells(cells)
-    ]
-
-
 def _embed(
-    jobs: Sequence[dict[str, Any]], *, config: EmbedConfig, ledger: EmbedLedger, cells: Store, encoder: Encoder
+    jobs: Sequence[SlideRow], *, config: EmbedConfig, ledger: EmbedLedger, cells: Store, encoder: Encoder
 ) -> None:
     if not jobs:
         return
@@ -155,21 +143,19 @@ def _embed(
         max_attempts=config.max_attempts,
         name="embed",
         unit="cell",
-        size=lambda job: int(job["n_cells"]),
+        size=lambda each: each.n_cells,
     )
 
 
-def _export(
-    jobs: Sequence[dict[str, Any]], *, config: EmbedConfig, ledger: EmbedLedger, cells: Store
-) -> list[dict[str, Any]]:
+def _export(jobs: Sequence[SlideRow], *, config: EmbedConfig, ledger: EmbedLedger, cells: Store) -> list[EmbeddedRow]:
     """Clusters and formats of all slides that have embeddings; returns the ledger's rows of the jobs."""
-    paths = {job["slide_id"]: job["path"] for job in jobs}
+    paths = {job.slide_id: job.path for job in jobs}
     rows = [row for slide_id, row in ledger.rows().items() if slide_id in paths]
-    embedded = [row for row in rows if row["status"] != "failed"]
+    embedded = [row for row in rows if row.status != "failed"]
     if not embedded:
         return rows
-    selection = select_cells(cells, slides=[row["slide_id"] for row in embedded], n_cells=config.clusters.n_cells)
-    parents = [ledger.made.model_fingerprint, *(row["cells_digest"] for row in embedded)]
+    selection = select_cells(cells, slides=[row.slide_id for row in embedded], n_cells=config.clusters.n_cells)
+    parents = [ledger.made.model_fingerprint, *(row.cells_digest for row in embedded)]
     try:
         clusters = open_clusters(
             selection, ledger.store, k=config.clusters.k, seed=config.clusters.seed, parents=parents
@@ -178,11 +164,9 @@ def _export(
         raise FatalError(f"{error}; delete that file to have it made again") from None
     make = functools.partial(Exporter, ledger=ledger, cells=cells, clusters=clusters, formats=config.format)
     here = make()
-    lacking = here.lacking([row["slide_id"] for row in embedded])
+    lacking = here.lacking([row.slide_id for row in embedded])
     pending = [
-        row | {"path": paths[row["slide_id"]]}
-        for row in embedded
-        if row["status"] == "partial" or row["slide_id"] in lacking
+        Export(row, paths[row.slide_id]) for row in embedded if row.status == "partial" or row.slide_id in lacking
     ]
     actors = _actors(config, n_slides=len(pending), gpus=0)
     pool.run_all(pending, make, actors=actors, max_attempts=config.max_attempts, name="formats")
@@ -192,7 +176,7 @@ def _export(
 def _ask(config: EmbedConfig) -> list[Slide] | None:
     """Check what the job asks of the cluster before it writes anything; the slides to curate. Raises ConfigError."""
     slides = None if config.slides is None else curate.ask(config.curate_config(), key="curation.workers")
-    n_slides = len(_jobs(Store(config.cells or "")) if slides is None else slides)
+    n_slides = len(rows_with_cells(Store(config.cells or "")) if slides is None else slides)
     if is_new(config.output, table="slides"):
         _actors(config, n_slides=n_slides, gpus=config.workers.gpus)
     return slides

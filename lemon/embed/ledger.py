@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from lemon.cells.names import geojson_name
 from lemon.embed.names import CENTRES, FOLDERS, SETTINGS, clusters_name, embeddings_name, h5ad_name, spatialdata_name
 from lemon.runtime.ledger import Ledger
 from lemon.runtime.store import Store
-from lemon.schema import EMBEDDED
+from lemon.schema import EmbeddedRow, SlideRow
 
 
 @dataclass(frozen=True)
@@ -24,12 +23,12 @@ class Made:
     precision: str
 
 
-class EmbedLedger(Ledger):
+class EmbedLedger(Ledger[EmbeddedRow]):
     """The ledger of one output, whose embeddings are all of one model."""
 
     def __init__(self, store: Store, made: Made) -> None:
         facts = {"model": made.model, "model_fingerprint": made.model_fingerprint}
-        super().__init__(store, schema=EMBEDDED, facts=facts)
+        super().__init__(store, EmbeddedRow, facts=facts)
         self.made = made
 
     def discard(self, slide_id: str) -> None:
@@ -38,21 +37,21 @@ class EmbedLedger(Ledger):
         for name in (embeddings_name, clusters_name, h5ad_name, geojson_name, spatialdata_name):
             self.store.delete(name(slide_id))
 
-    def without_embeddings(self, jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def without_embeddings(self, slides: Sequence[SlideRow]) -> list[SlideRow]:
         """The slides whose cells, of this digest, are not embedded yet."""
-        rows, lost = self.rows(), self.lacking((job["slide_id"] for job in jobs), embeddings_name)
-        return [job for job in jobs if job["slide_id"] in lost or not self._says(rows.get(job["slide_id"]), job)]
+        rows, lost = self.rows(), self.lacking((slide.slide_id for slide in slides), embeddings_name)
+        return [each for each in slides if each.slide_id in lost or not self._says(rows.get(each.slide_id), each)]
 
-    def _says(self, row: dict[str, Any] | None, job: dict[str, Any]) -> bool:
+    def _says(self, row: EmbeddedRow | None, slide: SlideRow) -> bool:
         return (
             row is not None
-            and row["status"] != "failed"
-            and row["model_fingerprint"] == self.made.model_fingerprint
-            and all(row[name] == job[name] for name in ("n_cells", "cells_digest"))
+            and row.status != "failed"
+            and row.model_fingerprint == self.made.model_fingerprint
+            and (row.n_cells, row.cells_digest) == (slide.n_cells, slide.cells_digest)
         )
 
 
-def _same_model(earlier: dict[str, Any], made: Made) -> str | None:
+def _same_model(earlier: dict[str, str], made: Made) -> str | None:
     """What the model of an output was called, where it has the same weights."""
     return earlier["model"] if earlier.get("model_fingerprint") == made.model_fingerprint else None
 

@@ -8,8 +8,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -28,7 +28,7 @@ from lemon.runtime.ledger import Ledger, Summary
 from lemon.runtime.records import OWN
 from lemon.runtime.secrets import redacted
 from lemon.runtime.store import Store
-from lemon.schema import DOWNLOADS
+from lemon.schema import DownloadRow
 from lemon.slides.cohort import Slide, write_cohort
 
 PASSING = f"{OWN}/passing"
@@ -43,7 +43,7 @@ def main(config: FetchConfig) -> int:
     return run(config).exit_code
 
 
-def run(config: FetchConfig) -> Summary:
+def run(config: FetchConfig) -> Summary[DownloadRow]:
     """Download the slides of a config, and curate them where it says so; tells and returns what became of downloads.
 
     The summary has a row of the ledger of downloads for each slide that was tried, now or earlier.
@@ -56,7 +56,7 @@ def run(config: FetchConfig) -> Summary:
     with hold(config.output, stage="fetch_tcga", owns=("downloads", COHORT_FILE)) as output:
         files = _chosen(config)
         summary = _stream(files, output, config) if config.stream else _keep(files, output, config)
-    n_bytes = sum(row["size_bytes"] for row in summary.rows if row["status"] == "done")
+    n_bytes = sum(row.size_bytes for row in summary.rows if row.status == "done")
     where = f"curated into {config.curate_config().output}" if config.stream else f"in {config.output}"
     logger.info(f"{summary.tell(logger, ('done', 'failed'))}, {_gigabytes(n_bytes)} {where}")
     return summary
@@ -100,9 +100,9 @@ def _chosen(config: FetchConfig) -> dict[str, GdcFile]:
 # --- downloads --------------------------------------------------------------------------------------------------------
 
 
-def download_ledger(store: Store) -> Ledger:
+def download_ledger(store: Store) -> Ledger[DownloadRow]:
     """What became of each download: one row a slide, in ``downloads/``."""
-    return Ledger(store, schema=DOWNLOADS, folder="downloads", counts_attempts=False)
+    return Ledger(store, DownloadRow, folder="downloads", counts_attempts=False)
 
 
 class Fetcher:
@@ -111,7 +111,7 @@ class Fetcher:
     def __init__(
         self,
         folder: Path,
-        ledger: Ledger,
+        ledger: Ledger[DownloadRow],
         config: FetchConfig,
         *,
         progress: Callable[[int], object] = lambda _: None,
@@ -122,18 +122,27 @@ class Fetcher:
     def fetch(self, file: GdcFile) -> Path:
         """Where a slide's file now lies. Raises DownloadError, StoppedError, and OSError when its row isn't written."""
         start, remote = time.perf_counter(), file.remote(self.api)
-        row = file.model_dump() | {"slide_id": file.slide_id, "url": remote.url}
+        row = DownloadRow(
+            slide_id=file.slide_id,
+            file_id=file.file_id,
+            file_name=file.file_name,
+            url=remote.url,
+            size_bytes=file.size_bytes,
+            md5=file.md5,
+            status="done",
+            total_s=0.0,
+        )
         try:
             path = self.downloader.get(remote)
         except DownloadError as error:
-            told = {"status": "failed", "error": redacted(str(error))}
-            self.ledger.commit(row | told | {"total_s": round(time.perf_counter() - start, 3)})
+            told = replace(row, status="failed", error=redacted(str(error)))
+            self.ledger.commit(replace(told, total_s=round(time.perf_counter() - start, 3)))
             raise
-        self.ledger.commit(row | {"status": "done", "total_s": round(time.perf_counter() - start, 3)})
+        self.ledger.commit(replace(row, total_s=round(time.perf_counter() - start, 3)))
         return path
 
 
-def _keep(files: dict[str, GdcFile], output: Store, config: FetchConfig) -> Summary:
+def _keep(files: dict[str, GdcFile], output: Store, config: FetchConfig) -> Summary[DownloadRow]:
     """Download the slides that are not there yet; list those that are there in the cohort."""
     folder, ledger = Path(output.root), download_ledger(output)
     known = ledger.rows()
@@ -148,15 +157,15 @@ def _keep(files: dict[str, GdcFile], output: Store, config: FetchConfig) -> Summ
 
         _fetch_all(Fetcher(folder, ledger, config, progress=progress), pending, parallel=config.download.parallel)
     rows = {slide_id: row for slide_id, row in ledger.rows().items() if slide_id in files}
-    done = [file for slide_id, file in files.items() if rows[slide_id]["status"] == "done"]
+    done = [file for slide_id, file in files.items() if rows[slide_id].status == "done"]
     write_cohort(output, COHORT_FILE, [file.slide(file.file_name) for file in done])
     return Summary(rows=list(rows.values()), n_skipped=len(files) - len(pending))
 
 
-def _is_here(file: GdcFile, row: dict[str, Any] | None, *, folder: Path) -> bool:
+def _is_here(file: GdcFile, row: DownloadRow | None, *, folder: Path) -> bool:
     """Whether a row says that a file is done, and the file is still there."""
     path = folder / file.file_name
-    done = row is not None and row["status"] == "done" and row["md5"] == file.md5
+    done = row is not None and row.status == "done" and row.md5 == file.md5
     return done and path.is_file() and path.stat().st_size == file.size_bytes
 
 
@@ -202,7 +211,7 @@ class Passing:
             path.unlink(missing_ok=True)
 
 
-def _stream(files: dict[str, GdcFile], output: Store, config: FetchConfig) -> Summary:
+def _stream(files: dict[str, GdcFile], output: Store, config: FetchConfig) -> Summary[DownloadRow]:
     """Curate the slides as they come. Downloads are noted beside the cells, because actors may be on other machines."""
     curation, folder = config.curate_config(), Path(output.root) / PASSING
     try:

@@ -268,6 +268,11 @@ class TrainWorkers(Settings):
         return self
 
 
+def steps_of(images_per_epoch: int, batch: int, *, epochs: float = 1) -> int:
+    """Optimiser steps of so many epochs; one epoch has one at least."""
+    return round(epochs * max(1, round(images_per_epoch / batch)))
+
+
 class PretrainConfig(Settings, OfCells):
     """``lemon pretrain``: cells -> encoder."""
 
@@ -327,12 +332,12 @@ class PretrainConfig(Settings, OfCells):
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps an epoch: at least one."""
-        return max(1, round(self.images_per_epoch / self.batch))
+        return steps_of(self.images_per_epoch, self.batch)
 
     @property
     def total_steps(self) -> int:
         """Optimiser steps of the run."""
-        return round(self.epochs * self.steps_per_epoch)
+        return steps_of(self.images_per_epoch, self.batch, epochs=self.epochs)
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that change the encoder; an output goes on only with the same."""

@@ -13,13 +13,11 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from lemon import schema
 from lemon.encoders.cost import Cost, count
 from lemon.encoders.device import choose_device
 from lemon.encoders.open import Encoder, load_encoder
@@ -27,7 +25,7 @@ from lemon.encoders.registry import check_name
 from lemon.errors import EXIT_FAILURES, EXIT_OK, ConfigError
 from lemon.probe.config import ProbeConfig
 from lemon.probe.figures import draw_cost
-from lemon.probe.score import MAIN_METRICS, fold_means, score_task
+from lemon.probe.score import MAIN_METRICS, Score, fold_means, score_task
 from lemon.probe.tables import write_table1
 from lemon.probe.task import Task, TaskError
 from lemon.probe.tasks.catalogue import counts_table, open_task
@@ -36,6 +34,7 @@ from lemon.runtime.identifiers import file_stem
 from lemon.runtime.lease import hold
 from lemon.runtime.store import CIRCUMSTANCES, Store, fingerprint
 from lemon.runtime.tracking import Run, start_run
+from lemon.schema import ScoreRow, marked
 
 logger = stage_logger(__name__, "probe")
 
@@ -127,7 +126,7 @@ def open_tasks(config: ProbeConfig) -> tuple[list[Task], list[str]]:
 
 def probe_model(
     encoder: Encoder, tasks: list[Task], *, config: ProbeConfig, store: Store, run: Run | None = None
-) -> list[dict[str, Any]]:
+) -> list[ScoreRow]:
     """Score one encoder on all tasks; returns its rows of the scores table.
 
     Metrics go to ``run``, which stays open, or to an MLflow run of the encoder's own that a rerun goes on with.
@@ -135,7 +134,7 @@ def probe_model(
     cost = count(encoder.model, px=encoder.cell_input.px)
     logged = run or _open_run(encoder, config, store, cost=cost)
     store.write_json(f"costs/{file_stem(encoder.name)}-{encoder.fingerprint}.json", asdict(cost))
-    scores = []
+    scores: list[ScoreRow] = []
     for task in tasks:
         data = data_fingerprint(task)
         circumstances = fingerprint([data, config.settings()])
@@ -144,8 +143,8 @@ def probe_model(
             embedding = embedded(encoder, task, unit=unit, store=store)
             scored = score_task(task, embedding, config)
             store.write_table(f"predictions/{unit.stem}.parquet", scored.predictions)
-            store.write_table(unit.scores, scores_table(scored.rows, unit, seed=config.seed))
-        rows = store.read_table(unit.scores).to_pylist()
+            store.write_table(unit.scores, scores_table(scored.scores, unit, seed=config.seed))
+        rows = ScoreRow.read(store.read_table(unit.scores))
         logged.log(flat_metrics(rows), step=0)
         logger.info(f"{encoder.name} on {task.name}: {told(rows)}")
         scores += rows
@@ -167,17 +166,20 @@ def embedded(encoder: Encoder, task: Task, *, unit: Unit, store: Store) -> np.nd
     return embedding
 
 
-def scores_table(rows: list[dict[str, Any]], unit: Unit, *, seed: int) -> pa.Table:
-    """Rows of the scores table with the columns that name the unit."""
-    named = {
-        "model": unit.model,
-        "task": unit.task,
-        "seed": seed,
-        "model_fingerprint": unit.model_fingerprint,
-        "data_fingerprint": unit.data_fingerprint,
-    }
-    columns = schema.marked(schema.SCORES, **{CIRCUMSTANCES: unit.circumstances})
-    return pa.Table.from_pylist([row | named for row in rows], schema=columns)
+def scores_table(scores: list[Score], unit: Unit, *, seed: int) -> pa.Table:
+    """A unit's scores as its part of the scores table."""
+    rows = [
+        ScoreRow(
+            model=unit.model,
+            task=unit.task,
+            **score._asdict(),
+            seed=seed,
+            model_fingerprint=unit.model_fingerprint,
+            data_fingerprint=unit.data_fingerprint,
+        )
+        for score in scores
+    ]
+    return ScoreRow.table(rows).cast(marked(ScoreRow.schema, **{CIRCUMSTANCES: unit.circumstances}))
 
 
 def data_fingerprint(task: Task) -> str:
@@ -192,11 +194,11 @@ def data_fingerprint(task: Task) -> str:
     return digest.hexdigest()[:16]
 
 
-def flat_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
+def flat_metrics(rows: list[ScoreRow]) -> dict[str, float]:
     """Metrics for MLflow: ``probe/<task>/<metric>`` without leaks, ``probe/<task>/<protocol>/<metric>`` otherwise."""
-    task = short_name(rows[0]["task"])
+    task = short_name(rows[0].task)
     found = [(protocol, metric, mean) for protocol, metric, mean, _ in fold_means(rows)]
-    found += [(row["protocol"], row["metric"], row["value"]) for row in rows if row["protocol"] == "robustness"]
+    found += [(row.protocol, row.metric, row.value) for row in rows if row.protocol == "robustness"]
     plain = ("leak-free", "robustness")
     return {
         f"probe/{task}/{metric}" if protocol in plain else f"probe/{task}/{protocol}/{metric}": value
@@ -211,7 +213,7 @@ def short_name(task: str) -> str:
     return re.sub(r"[^\w.-]", "_", "_".join([kind, *PurePosixPath(place).parts[-2:]]))
 
 
-def told(rows: list[dict[str, Any]]) -> str:
+def told(rows: list[ScoreRow]) -> str:
     """The main metric of each protocol in words."""
     main = [found for found in fold_means(rows) if found[1] in MAIN_METRICS]
     return "; ".join(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,7 @@ from lemon.probe import linear, metrics
 from lemon.probe.config import ProbeSettings
 from lemon.probe.robustness import robustness
 from lemon.probe.task import Fold, Task
+from lemon.schema import ScoreRow
 
 POOLED = -1
 """The fold of a row that is of all folds together."""
@@ -23,11 +24,21 @@ MAIN_METRICS = ("balanced_accuracy", "pearson")
 """What tables show: of classification, of regression."""
 
 
+class Score(NamedTuple):
+    """A value of a metric over the ``n`` crops that a fold held out."""
+
+    protocol: str
+    fold: int
+    metric: str
+    value: float
+    n: int
+
+
 @dataclass(frozen=True)
 class Scored:
-    """``rows``: protocol, fold, metric, value, n. ``predictions``: one row a crop that was held out."""
+    """``predictions``: one row a crop that was held out."""
 
-    rows: list[dict[str, Any]]
+    scores: list[Score]
     predictions: pa.Table
 
 
@@ -69,23 +80,24 @@ def score_task(task: Task, embedding: np.ndarray, settings: ProbeSettings) -> Sc
     for (protocol, features, probe, number), output in zip(jobs, outputs, strict=True):
         name = protocol.name if features == "raw" else f"{protocol.name}-{features}"
         grouped.setdefault((name, probe), []).append((protocol.folds[number], output))
-    rows, tables = [], []
+    scores: list[Score] = []
+    tables = []
     for (name, probe), folds in grouped.items():
         prefix = "" if probe == "linear" else f"{probe.replace('-', '_')}_"
-        found = [*_fold_rows(task, target, folds), *_pooled_rows(task, target, folds, settings)]
-        rows += [row | {"protocol": name, "metric": prefix + row["metric"]} for row in found]
+        found = [*_fold_scores(task, target, folds), *_pooled_scores(task, target, folds, settings)]
+        scores += [Score(name, fold, prefix + metric, value, n) for fold, metric, value, n in found]
         tables += [_predictions(task, target, folds, protocol=name, probe=probe)]
     if settings.robustness:
-        rows += _robustness_rows(task, embedding, target, seed=settings.seed)
-    return Scored(rows, pa.concat_tables(tables))
+        scores += _robustness_scores(task, embedding, target, seed=settings.seed)
+    return Scored(scores, pa.concat_tables(tables))
 
 
-def fold_means(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str, float, float]]:
-    """(protocol, metric, mean over folds, standard deviation over folds) of one encoder's rows on one task."""
+def fold_means(scores: Iterable[Score | ScoreRow]) -> Iterator[tuple[str, str, float, float]]:
+    """(protocol, metric, mean over folds, standard deviation over folds) of one encoder's scores on one task."""
     folds: dict[tuple[str, str], list[float]] = {}
-    for row in rows:
-        if row["fold"] != POOLED:
-            folds.setdefault((row["protocol"], row["metric"]), []).append(row["value"])
+    for score in scores:
+        if score.fold != POOLED:
+            folds.setdefault((score.protocol, score.metric), []).append(score.value)
     for (protocol, metric), values in folds.items():
         spread = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
         yield protocol, metric, float(np.nanmean(values)), spread
@@ -134,7 +146,10 @@ def _probes(task: Task, settings: ProbeSettings) -> list[str]:
     return [probe for probe in settings.probes if probe in fitting] or ["linear"]
 
 
-def _fold_rows(task: Task, target: np.ndarray, folds: list[tuple[Fold, np.ndarray]]) -> Iterator[dict[str, Any]]:
+def _fold_scores(
+    task: Task, target: np.ndarray, folds: list[tuple[Fold, np.ndarray]]
+) -> Iterator[tuple[int, str, float, int]]:
+    """(fold, metric, value, number of crops) of each fold."""
     for number, (fold, output) in enumerate(folds):
         truth = target[fold.test]
         if task.kind == "classification":
@@ -142,12 +157,12 @@ def _fold_rows(task: Task, target: np.ndarray, folds: list[tuple[Fold, np.ndarra
         else:
             scores = {"pearson": metrics.mean_pearson(truth, output)}
         for metric, value in scores.items():
-            yield {"fold": number, "metric": metric, "value": value, "n": len(truth)}
+            yield number, metric, value, len(truth)
 
 
-def _pooled_rows(
+def _pooled_scores(
     task: Task, target: np.ndarray, folds: list[tuple[Fold, np.ndarray]], settings: ProbeSettings
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[tuple[int, str, float, int]]:
     """Values over all held-out crops with intervals; for regression the mean of the correlations within slides."""
     test = np.concatenate([fold.test for fold, _ in folds])
     output = np.concatenate([part for _, part in folds])
@@ -165,7 +180,7 @@ def _pooled_rows(
         found = {"pearson": metrics.mean_interval(defined, draws(len(defined)))} if len(defined) else {}
     for metric, (value, low, high) in found.items():
         for suffix, number in (("", value), ("_low", low), ("_high", high)):
-            yield {"fold": POOLED, "metric": metric + suffix, "value": number, "n": len(test)}
+            yield POOLED, metric + suffix, number, len(test)
 
 
 def _predictions(
@@ -194,14 +209,11 @@ def list_column(values: np.ndarray) -> pa.ListArray:
     return pa.ListArray.from_arrays(offsets, values.ravel())
 
 
-def _robustness_rows(task: Task, embedding: np.ndarray, target: np.ndarray, *, seed: int) -> list[dict[str, Any]]:
+def _robustness_scores(task: Task, embedding: np.ndarray, target: np.ndarray, *, seed: int) -> list[Score]:
     if task.batch is None or task.kind != "classification":
         return []
     found = robustness(embedding, target, task.groups[task.batch], slide=task.groups["slide"], seed=seed)
     if found is None:
         return []
     values = {"robustness_index": found.index, "performance_drop": found.drop}
-    return [
-        {"protocol": "robustness", "fold": POOLED, "metric": metric, "value": value, "n": found.n}
-        for metric, value in values.items()
-    ]
+    return [Score("robustness", POOLED, metric, value, found.n) for metric, value in values.items()]

@@ -9,7 +9,7 @@ import csv
 import io
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +17,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lemon import schema
 from lemon.errors import ConfigError
 from lemon.probe.metrics import DRAWS, Interval, cluster_draws, confusion_by_cluster, paired_difference
 from lemon.probe.score import MAIN_METRICS, POOLED, fold_means
 from lemon.runtime.identifiers import file_stem
 from lemon.runtime.store import Store
+from lemon.schema import SCORES, ScoreRow
 
 
 class Cell(NamedTuple):
@@ -34,27 +34,39 @@ class Cell(NamedTuple):
     high: float
 
 
-def read_scores(store: Store) -> pa.Table:
+class PairedDifference(NamedTuple):
+    """Of two encoders on a task by a protocol: difference of pooled balanced accuracy, and its 95 % interval."""
+
+    task: str
+    protocol: str
+    encoder: str
+    against: str
+    difference: float
+    low: float
+    high: float
+
+
+def read_scores(store: Store) -> list[ScoreRow]:
     """All rows of the scores table of an output. Raises ConfigError where there are none."""
-    rows = store.read_tables("scores", schema=schema.SCORES)
-    if not len(rows):
+    rows = ScoreRow.read(store.read_tables("scores", schema=SCORES))
+    if not rows:
         raise ConfigError(f"{store.uri} holds no scores; expected the output of lemon probe")
     return rows
 
 
 def write_table1(store: Store) -> str:
     """Write table1.md, table1.csv and differences.csv beside the scores; returns the Markdown."""
-    rows = read_scores(store).to_pylist()
+    rows = read_scores(store)
     text = table1(rows)
     differences = list(paired_differences(store, encoder_labels(rows)))
     store.write_bytes("table1.md", text.encode())
     store.write_bytes("table1.csv", as_csv(table1_records(rows)).encode())
     if differences:
-        store.write_bytes("differences.csv", as_csv(differences).encode())
+        store.write_bytes("differences.csv", as_csv([each._asdict() for each in differences]).encode())
     return f"{text}\nIn {store.uri}: table1.md, table1.csv" + (", differences.csv" if differences else "")
 
 
-def table1(rows: Sequence[dict[str, Any]]) -> str:
+def table1(rows: Sequence[ScoreRow]) -> str:
     """Encoders x (task, protocol) as Markdown: mean (s.d.) over folds of the main metric, the best in bold."""
     cells, labels = main_cells(rows), encoder_labels(rows)
     columns = sorted({key[1:] for key in cells})
@@ -67,7 +79,7 @@ def table1(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def table1_records(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def table1_records(rows: Sequence[ScoreRow]) -> list[dict[str, Any]]:
     """The same as records, with intervals."""
     labels = encoder_labels(rows)
     return [
@@ -76,28 +88,28 @@ def table1_records(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def encoder_stem(row: dict[str, Any]) -> str:
+def encoder_stem(row: ScoreRow) -> str:
     """What the files of a row's encoder are called: ``<model>-<fingerprint>``."""
-    return f"{file_stem(row['model'])}-{row['model_fingerprint']}"
+    return f"{file_stem(row.model)}-{row.model_fingerprint}"
 
 
-def encoder_labels(rows: Iterable[dict[str, Any]]) -> dict[str, str]:
+def encoder_labels(rows: Iterable[ScoreRow]) -> dict[str, str]:
     """Stem -> the encoder's name; two encoders of one name, as a run before and after, also show their fingerprints."""
-    models = {encoder_stem(row): row["model"] for row in rows}
+    models = {encoder_stem(row): row.model for row in rows}
     shared = {model for model, count in Counter(models.values()).items() if count > 1}
     return {
         stem: f"{model} ({stem.rpartition('-')[2][:6]})" if model in shared else model for stem, model in models.items()
     }
 
 
-def main_cells(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str], Cell]:
+def main_cells(rows: Iterable[ScoreRow]) -> dict[tuple[str, str, str], Cell]:
     """(stem of the encoder, task, protocol) -> the main metric of the linear probe."""
-    units: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    units: dict[tuple[str, str], list[ScoreRow]] = {}
     for row in rows:
-        units.setdefault((encoder_stem(row), row["task"]), []).append(row)
+        units.setdefault((encoder_stem(row), row.task), []).append(row)
     cells = {}
     for (stem, task), own in units.items():
-        pooled = {(row["protocol"], row["metric"]): row["value"] for row in own if row["fold"] == POOLED}
+        pooled = {(row.protocol, row.metric): row.value for row in own if row.fold == POOLED}
         for protocol, metric, mean, spread in fold_means(own):
             if metric in MAIN_METRICS:
                 bounds = (pooled.get((protocol, f"{metric}_{end}"), float("nan")) for end in ("low", "high"))
@@ -105,8 +117,8 @@ def main_cells(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str], Cel
     return cells
 
 
-def paired_differences(store: Store, labels: Mapping[str, str]) -> Iterable[dict[str, Any]]:
-    """For each task and protocol, each pair of encoders: difference of balanced accuracy and its 95 % interval."""
+def paired_differences(store: Store, labels: Mapping[str, str]) -> Iterator[PairedDifference]:
+    """For each task and protocol, each pair of encoders."""
     by_task: dict[str, list[str]] = {}
     for name in store.list("predictions", suffix=".parquet"):
         by_task.setdefault(name.split("/")[1], []).append(name)
@@ -118,9 +130,7 @@ def paired_differences(store: Store, labels: Mapping[str, str]) -> Iterable[dict
         for protocol, (first, second) in itertools.product(protocols, itertools.combinations(names, 2)):
             found = _difference(tables[first], tables[second], protocol=protocol)
             if found is not None:
-                models = {"encoder": labels[Path(first).stem], "against": labels[Path(second).stem]}
-                bounds = {"difference": found.value, "low": found.low, "high": found.high}
-                yield {"task": task, "protocol": protocol, **models, **bounds}
+                yield PairedDifference(task, protocol, labels[Path(first).stem], labels[Path(second).stem], *found)
 
 
 def _linear_predictions(store: Store, name: str) -> pa.Table:

@@ -23,6 +23,7 @@ from lemon.runtime.console import stage_logger
 from lemon.runtime.lease import hold
 from lemon.runtime.secrets import redacted
 from lemon.runtime.store import Store, code_version
+from lemon.schema import SweepRow
 
 logger = stage_logger(__name__, "report")
 
@@ -134,9 +135,9 @@ def about(config: ReportConfig) -> Iterator[str]:
 
 def _sections(sources: Sources, numbers: PaperNumbers, store: Store, *, made: dict[str, Section]) -> Iterator[Section]:
     """In the order of the paper, then studies of one's own; what was not made says how to make it."""
-    by_study: dict[str, list[Output]] = {}
+    by_study: dict[str, list[Output[SweepRow]]] = {}
     for sweep in sources.sweeps:
-        by_study.setdefault(sweep.rows[0]["study"], []).append(sweep)
+        by_study.setdefault(sweep.rows[0].study, []).append(sweep)
     studies = {key: by_study.pop(study, []) for study, key in STUDIES.items()}
     for key, artefact in ARTEFACTS.items():
         outputs = sources.probes if key in ("table1", "figure2") else studies.get(key, [])

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from lemon.probe.tables import as_csv, encoder_stem
 from lemon.report.blocks import Cell, Section, Table
-from lemon.report.sources import Output, Sources
+from lemon.report.sources import Output, Sources, TrackedRun
 from lemon.runtime.store import Store
-from lemon.runtime.tracking import Record
+from lemon.schema import ScoreRow, SweepRow
 
 FILE = "provenance.csv"
 
@@ -26,49 +26,49 @@ def provenance_section(sources: Sources, store: Store) -> Section:
     return section
 
 
-def trials(sweep: Output, sources: Sources) -> Iterator[dict[str, str]]:
+def trials(sweep: Output[SweepRow], sources: Sources) -> Iterator[dict[str, str]]:
     """A sweep's trials."""
-    by_trial: dict[str, list[dict]] = {}
+    by_trial: dict[str, list[SweepRow]] = {}
     for row in sweep.rows:
-        by_trial.setdefault(row["trial"], []).append(row)
+        by_trial.setdefault(row.trial, []).append(row)
     for trial, own in by_trial.items():
         first = own[0]
-        data = dict.fromkeys(row["data_fingerprint"] for row in own if row["data_fingerprint"])
+        data = dict.fromkeys(row.data_fingerprint for row in own if row.data_fingerprint)
         yield _record(
             what=trial,
-            status=first["status"],
+            status=first.status,
             folder=sweep.store.uri,
-            record=sources.runs.get(first["run_id"] or ""),
-            run=first["run_id"],
-            settings=first["config_fingerprint"],
-            cells=first["cells_fingerprint"],
-            encoder=first["model_fingerprint"],
+            tracked=sources.runs.get(first.run_id or ""),
+            run=first.run_id,
+            settings=first.config_fingerprint,
+            cells=first.cells_fingerprint,
+            encoder=first.model_fingerprint,
             benchmarks=" ".join(data),
         )
 
 
-def encoders(probe: Output, sources: Sources) -> Iterator[dict[str, str]]:
+def encoders(probe: Output[ScoreRow], sources: Sources) -> Iterator[dict[str, str]]:
     """The encoders of an output of probes."""
-    made = [each for each in sources.runs.values() if each.tags.get("output") == probe.store.uri]
-    runs = {each.tags["model_fingerprint"]: each for each in made if "model_fingerprint" in each.tags}
-    by_encoder: dict[str, list[dict]] = {}
+    runs = {each.model_fingerprint: each for each in sources.runs.values() if each.output == probe.store.uri}
+    by_encoder: dict[str, list[ScoreRow]] = {}
     for row in probe.rows:
         by_encoder.setdefault(encoder_stem(row), []).append(row)
     for own in by_encoder.values():
-        record = runs.get(own[0]["model_fingerprint"])
+        first = own[0]
+        tracked = runs.get(first.model_fingerprint)
         yield _record(
-            what=own[0]["model"],
+            what=first.model,
             status="probed",
             folder=probe.store.uri,
-            record=record,
-            run=record.run.run_id if record else None,
-            encoder=own[0]["model_fingerprint"],
-            benchmarks=" ".join(dict.fromkeys(row["data_fingerprint"] for row in own)),
+            tracked=tracked,
+            run=tracked.run.run_id if tracked else None,
+            encoder=first.model_fingerprint,
+            benchmarks=" ".join(dict.fromkeys(row.data_fingerprint for row in own)),
         )
 
 
-def _record(*, record: Record | None, run: str | None, **facts: str | None) -> dict[str, str]:
-    tags = record.tags if record else {}
+def _record(*, tracked: TrackedRun | None, run: str | None, **facts: str | None) -> dict[str, str]:
+    code, host = (tracked.code_version, tracked.host) if tracked else ("", "")
     names = ("what", "status", "folder", "settings", "cells", "encoder", "benchmarks")
     found = {name: facts.get(name) or "" for name in names}
-    return found | {"MLflow run": run or "", "code": tags.get("code_version", ""), "host": tags.get("host", "")}
+    return found | {"MLflow run": run or "", "code": code, "host": host}

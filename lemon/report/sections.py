@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from lemon.probe.figures import cost_figure, cost_points, save_figure
 from lemon.probe.folds import PAPER
+from lemon.probe.score import POOLED
 from lemon.probe.tables import as_csv, encoder_labels, main_cells, paired_differences, table1_records
 from lemon.report import figures
 from lemon.report.blocks import (
@@ -28,12 +29,13 @@ from lemon.report.blocks import (
     span,
 )
 from lemon.report.paper import ARTEFACTS, UNKNOWN, Artefact, PaperNumbers
-from lemon.report.sources import Output
+from lemon.report.sources import Output, TrackedRun
 from lemon.runtime.store import Store
-from lemon.runtime.tracking import Record, metric_history
+from lemon.runtime.tracking import metric_history
+from lemon.schema import ScoreRow, SweepRow
 from lemon.sweep import studies
 
-Runs = Mapping[str, Record]
+Runs = Mapping[str, TrackedRun]
 
 STUDIES = {
     "augmentation": "table2",
@@ -55,7 +57,7 @@ Columns = list[tuple[str, str]]
 # --- probes -----------------------------------------------------------------------------------------------------------
 
 
-def table1_section(probe: Output, numbers: PaperNumbers, store: Store, *, stem: str) -> Section:
+def table1_section(probe: Output[ScoreRow], numbers: PaperNumbers, store: Store, *, stem: str) -> Section:
     """Encoders x tasks, with differences between encoders."""
     cells, labels = main_cells(probe.rows), encoder_labels(probe.rows)
     columns = list(dict.fromkeys(key[1:] for key in sorted(cells)))
@@ -90,38 +92,38 @@ def table1_section(probe: Output, numbers: PaperNumbers, store: Store, *, stem: 
     return section
 
 
-def probe_facts(probe: Output) -> dict[str, str]:
+def probe_facts(probe: Output[ScoreRow]) -> dict[str, str]:
     """What an output of probes was made with, in the words of ``paper.RECIPE``."""
     counts: dict[str, int] = {}
     for row in probe.rows:
-        if row["fold"] == -1 and row["n"]:
-            counts[row["task"]] = max(counts.get(row["task"], 0), row["n"])
+        if row.fold == POOLED and row.n:
+            counts[row.task] = max(counts.get(row.task, 0), row.n)
     return {
         "Encoders": listed(encoder_labels(probe.rows).values()),
         "Score": listed(f"{task} ({count:,} nuclei)" for task, count in counts.items()),
     }
 
 
-def _encoder_differences(probe: Output, store: Store, labels: Mapping[str, str], *, file: str) -> list[Table]:
+def _encoder_differences(probe: Output[ScoreRow], store: Store, labels: Mapping[str, str], *, file: str) -> list[Table]:
     found = list(paired_differences(probe.store, labels))
     if not found:
         return []
-    _write_csv(store, file, found)
+    _write_csv(store, file, [each._asdict() for each in found])
     caption = (
         "Differences of pooled balanced accuracy between encoders, with 95 % intervals over the same draws of slides."
     )
     head = [("encoder", ""), ("against", ""), ("task", ""), ("splits", ""), ("difference", "")]
     rows = [
         [
-            *(Cell(each[name]) for name in ("encoder", "against", "task", "protocol")),
-            Cell(signed(each["difference"]), f"{signed(each['low'])} to {signed(each['high'])}"),
+            *map(Cell, (each.encoder, each.against, each.task, each.protocol)),
+            Cell(signed(each.difference), f"{signed(each.low)} to {signed(each.high)}"),
         ]
         for each in found
     ]
     return [Table(caption, head, rows, file)]
 
 
-def figure2_section(probe: Output, numbers: PaperNumbers, store: Store, *, stem: str) -> Section:
+def figure2_section(probe: Output[ScoreRow], numbers: PaperNumbers, store: Store, *, stem: str) -> Section:
     """Accuracy against arithmetic."""
     artefact = ARTEFACTS["figure2"]
     section = Section(stem, "Figure 2: accuracy against arithmetic", artefact)
@@ -133,17 +135,14 @@ def figure2_section(probe: Output, numbers: PaperNumbers, store: Store, *, stem:
     caption = "Linear probe by splits without leaks (s.d. over folds) against GFLOP a cell, a multiply-add being two."
     alt = "A panel for each task: one point an encoder, score against arithmetic; the numbers are in the table below."
     section.pictures = [picture(cost_figure(points), store, stem, caption=caption, alt=alt)]
-    _write_csv(store, f"{stem}.csv", points)
+    _write_csv(store, f"{stem}.csv", [point._asdict() for point in points])
     head = [("encoder", ""), ("task", ""), ("GFLOP", "all arithmetic"), ("GMAC", "the paper's FLOPs"), ("score", "")]
     rows = [
         [
-            Cell(point["encoder"]),
-            Cell(point["task"]),
-            Cell(f"{point['gflop']:.3g}"),
-            Cell(f"{point['paper_gmac']:.3g}"),
+            *map(Cell, (point.encoder, point.task, f"{point.gflop:.3g}", f"{point.paper_gmac:.3g}")),
             Cell(
-                bracketed(point["mean"], point["spread"]),
-                paper=printed(numbers.find("figure2", row=[point["encoder"]], column=point["task"])),
+                bracketed(point.mean, point.spread),
+                paper=printed(numbers.find("figure2", row=[point.encoder], column=point.task)),
             ),
         ]
         for point in points
@@ -155,9 +154,9 @@ def figure2_section(probe: Output, numbers: PaperNumbers, store: Store, *, stem:
 # --- sweeps -----------------------------------------------------------------------------------------------------------
 
 
-def study_section(sweep: Output, numbers: PaperNumbers, runs: Runs, store: Store, *, stem: str) -> Section:
+def study_section(sweep: Output[SweepRow], numbers: PaperNumbers, runs: Runs, store: Store, *, stem: str) -> Section:
     """A study: its points over seeds, differences to its first point, its figure, its curves, what was lost."""
-    study = sweep.rows[0]["study"]
+    study = sweep.rows[0].study
     artefact = ARTEFACTS.get(STUDIES.get(study, ""))
     values = studies.study_values(sweep.rows)
     title = f"Study: {study}" if artefact is None else artefact.name + (f": {study}" if "table" in artefact.key else "")
@@ -173,13 +172,13 @@ def study_section(sweep: Output, numbers: PaperNumbers, runs: Runs, store: Store
     section.tables += _lost_table(sweep, store, stem=stem)
     section.tables += left_table(artefact.key, numbers) if artefact else []
     section.pictures += curves_pictures(sweep, runs, store, stem=stem)
-    if not any(row["run_id"] in runs for row in sweep.rows):
+    if not any(row.run_id in runs for row in sweep.rows):
         section.notes.append("Its runs are not in this MLflow, so settings and curves are not known.")
     return section
 
 
 def study_table(
-    sweep: Output,
+    sweep: Output[SweepRow],
     values: Sequence[studies.Value],
     numbers: PaperNumbers,
     artefact: Artefact | None,
@@ -278,48 +277,41 @@ def study_figures(study: str, values: Sequence[studies.Value], store: Store, *, 
     return [picture(figure, store, stem, caption=caption, alt=alt)]
 
 
-def sweep_facts(sweep: Output, values: Sequence[studies.Value], runs: Runs) -> dict[str, str]:
+def sweep_facts(sweep: Output[SweepRow], values: Sequence[studies.Value], runs: Runs) -> dict[str, str]:
     """What a sweep was made with, in the words of ``paper.RECIPE``: from its rows and the runs of its trials."""
-    params = [runs[run_id].params for run_id in {row["run_id"]: None for row in sweep.rows} if run_id in runs]
+    own = [run for run_id in dict.fromkeys(row.run_id for row in sweep.rows) if (run := runs.get(run_id or ""))]
+    settings = [run.settings for run in own if run.settings is not None]
     known = {
         "Cells": span(value.n_cells for value in values),
         "Slides": span(value.n_slides for value in values),
         "Organs": span(value.n_organs or None for value in values),  # 0: none is known
         "Encoder": listed(
-            f"{given['encoder.name']} (width {given['encoder.dim']}, {plural(int(given['encoder.depth']), 'block')})"
-            for given in params
+            f"{given.encoder} (width {given.width}, {plural(given.blocks, 'block')})" for given in settings
         ),
-        "Method": listed(given["ssl.name"] for given in params),
-        "Images seen": span(images_seen(given) for given in params),
-        "Batch": span(int(given["batch"]) for given in params),
-        "Seeds": listed(str(row["seed"]) for row in sweep.rows),
+        "Method": listed(given.method for given in settings),
+        "Images seen": span(given.images_seen for given in settings),
+        "Batch": span(given.batch for given in settings),
+        "Seeds": listed(str(row.seed) for row in sweep.rows),
         "Score": listed(f"{value.task} ({value.metric.replace('_', ' ')})" for value in values),
         "Patients left out": listed(
-            "none" if given["select.exclude_patients"] == "[]" else "as select.exclude_patients says"
-            for given in params
+            "as select.exclude_patients says" if given.leaves_out_patients else "none" for given in settings
         ),
     }
     return {name: text for name, text in known.items() if text}
 
 
-def images_seen(params: Mapping[str, str]) -> int:
-    """Images that a run of pretraining is given: its steps times its batch, as ``PretrainConfig.total_steps``."""
-    batch = int(params["batch"])
-    return round(float(params["epochs"]) * max(1, round(int(params["images_per_epoch"]) / batch))) * batch
-
-
-def curves_pictures(sweep: Output, runs: Runs, store: Store, *, stem: str) -> list[Picture]:
+def curves_pictures(sweep: Output[SweepRow], runs: Runs, store: Store, *, stem: str) -> list[Picture]:
     """The loss by step of every trial that is in MLflow."""
-    trials = {row["run_id"]: row for row in sweep.rows if row["run_id"] in runs}
+    trials = {row.run_id: row for row in sweep.rows if row.run_id is not None and row.run_id in runs}
     histories = {run_id: metric_history(runs[run_id].run, "loss") for run_id in trials}
     curves: dict[str, list[list[tuple[int, float]]]] = {}
     for run_id, history in histories.items():
         if history:
-            curves.setdefault(trials[run_id]["point"], []).append(history)
+            curves.setdefault(trials[run_id].point, []).append(history)
     if not curves:
         return []
     records = [
-        {"trial": trials[run_id]["trial"], "step": step, "loss": loss}
+        {"trial": trials[run_id].trial, "step": step, "loss": loss}
         for run_id, history in histories.items()
         for step, loss in history
     ]
@@ -329,12 +321,12 @@ def curves_pictures(sweep: Output, runs: Runs, store: Store, *, stem: str) -> li
     return [picture(figures.curves_figure(curves), store, f"{stem}_curves", caption=caption, alt=alt)]
 
 
-def _lost_table(sweep: Output, store: Store, *, stem: str) -> list[Table]:
+def _lost_table(sweep: Output[SweepRow], store: Store, *, stem: str) -> list[Table]:
     lost = studies.lost_trials(sweep.rows)
     if not lost:
         return []
-    _write_csv(store, f"{stem}_lost.csv", lost)
-    rows = [[Cell(each["trial"]), Cell(each["status"]), Cell(each["reason"])] for each in lost]
+    _write_csv(store, f"{stem}_lost.csv", [each._asdict() for each in lost])
+    rows = [list(map(Cell, each)) for each in lost]
     head = [("trial", ""), ("status", ""), ("reason", "")]
     return [Table("Trials without a result.", head, rows, f"{stem}_lost.csv")]
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from lemon.probe.folds import LEAK_FREE
-from lemon.probe.tables import encoder_labels, main_cells, paired_differences
+from lemon.probe.tables import PairedDifference, encoder_labels, main_cells, paired_differences
 from lemon.report.blocks import bracketed, fixed, plural, signed, signed_interval
 from lemon.report.figures import AXES
 from lemon.report.sources import Output
+from lemon.schema import ScoreRow, SweepRow
 from lemon.sweep import studies
 from lemon.sweep.studies import Value
 
@@ -17,9 +17,9 @@ SCALES = (*AXES, "organs")
 """Studies whose points are in an order."""
 
 
-def study_sentences(sweep: Output) -> Iterator[str]:
+def study_sentences(sweep: Output[SweepRow]) -> Iterator[str]:
     """One sentence or two a task: what a study's best point, or its largest, gains."""
-    study = sweep.rows[0]["study"]
+    study = sweep.rows[0].study
     for task, own in studies.main_values(studies.study_values(sweep.rows)).items():
         head = f"{study}, {task} ({own[0].protocol}):"
         if len(own) == 1:
@@ -28,12 +28,12 @@ def study_sentences(sweep: Output) -> Iterator[str]:
             yield f"{head} {_scaled(own)}"
         else:
             yield f"{head} {_compared(own)}"
-    lost = {each["trial"] for each in studies.lost_trials(sweep.rows)}
+    lost = {each.trial for each in studies.lost_trials(sweep.rows)}
     if lost:
         yield f"{study}: {plural(len(lost), 'trial')} without a result, listed with the reason below."
 
 
-def probe_sentences(probe: Output) -> Iterator[str]:
+def probe_sentences(probe: Output[ScoreRow]) -> Iterator[str]:
     """One sentence a task: the best encoder by splits without leaks, beside the next."""
     labels = encoder_labels(probe.rows)
     by_task: dict[str, list[tuple[float, float, str]]] = {}
@@ -83,16 +83,13 @@ def _gain(value: Value, against: Value) -> str:
     return f"{signed(over.mean)} (95 % interval {signed_interval(over)}) over {over.n} seeds, {verdict}"
 
 
-def _paired(pairs: Sequence[dict[str, Any]], task: str, best: str, second: str) -> str:
+def _paired(pairs: Sequence[PairedDifference], task: str, best: str, second: str) -> str:
     for pair in pairs:
-        if (pair["task"], pair["protocol"]) != (task, LEAK_FREE) or {pair["encoder"], pair["against"]} != {
-            best,
-            second,
-        }:
+        if (pair.task, pair.protocol, {pair.encoder, pair.against}) != (task, LEAK_FREE, {best, second}):
             continue
-        sign = 1 if pair["encoder"] == best else -1
-        low, high = sorted((sign * pair["low"], sign * pair["high"]))
+        sign = 1 if pair.encoder == best else -1
+        low, high = sorted((sign * pair.low, sign * pair.high))
         verdict = "no difference beyond slides" if low <= 0 <= high else "beyond the chance of slides"
         bounds = f"{signed(low)} to {signed(high)}"
-        return f"Pooled, they differ by {signed(sign * pair['difference'])} (95 % interval {bounds}), {verdict}."
+        return f"Pooled, they differ by {signed(sign * pair.difference)} (95 % interval {bounds}), {verdict}."
     return ""

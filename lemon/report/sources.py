@@ -4,32 +4,79 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Generic, TypeVar
 
 import pyarrow as pa
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from lemon.errors import ConfigError
+from lemon.pretrain.config import steps_of
 from lemon.probe.tables import read_scores
 from lemon.report.config import ReportConfig
 from lemon.runtime.console import stage_logger
 from lemon.runtime.store import Store
-from lemon.runtime.tracking import Record, find_runs
-from lemon.schema import SWEEP, SWEEP_FILE
+from lemon.runtime.tracking import Record, Run, find_runs
+from lemon.schema import SWEEP, SWEEP_FILE, ScoreRow, SweepRow
+
+R = TypeVar("R", SweepRow, ScoreRow)
 
 logger = stage_logger(__name__, "report")
 
 
 @dataclass(frozen=True)
-class Output:
-    """The folder of a sweep (rows of ``SWEEP``) or of probes (rows of ``SCORES``)."""
+class Output(Generic[R]):
+    """The folder of a sweep or of probes, and the rows of its table."""
 
     store: Store
-    rows: list[dict[str, Any]]
+    rows: list[R]
 
     @property
     def name(self) -> str:
         """The folder's own name."""
         return self.store.uri.rpartition("/")[2]
+
+
+class TrackedSettings(BaseModel):
+    """What a report tells of a run's pretraining, from the text that MLflow holds of it."""
+
+    encoder: str = Field(alias="encoder.name")
+    width: int = Field(alias="encoder.dim")
+    blocks: int = Field(alias="encoder.depth")
+    method: str = Field(alias="ssl.name")
+    batch: int
+    epochs: float
+    images_per_epoch: int
+    leaves_out_patients: Annotated[bool, BeforeValidator(lambda told: told != "[]")] = Field(
+        alias="select.exclude_patients"
+    )
+
+    @property
+    def images_seen(self) -> int:
+        """Images that the run is given: whole batches."""
+        return steps_of(self.images_per_epoch, self.batch, epochs=self.epochs) * self.batch
+
+
+class TrackedRun(BaseModel):
+    """A run of MLflow; None and empty are what it does not tell."""
+
+    run: Run
+    is_child: bool
+    is_sweep: bool
+    output: str | None = None
+    model_fingerprint: str | None = None
+    code_version: str = ""
+    host: str = ""
+    settings: TrackedSettings | None
+
+    @classmethod
+    def of(cls, record: Record) -> TrackedRun:
+        """A run as MLflow holds it. The only place that reads its tags and parameters."""
+        try:
+            settings = TrackedSettings.model_validate(record.params)
+        except ValidationError:  # a probe's, or of a process that was killed before it had told all
+            settings = None
+        facts = {"run": record.run, "is_child": record.is_child, "is_sweep": "sweep.name" in record.params}
+        return cls.model_validate({**record.tags, **facts, "settings": settings})
 
 
 @dataclass
@@ -40,9 +87,9 @@ class Sources:
     ``in_vain``: some of it was asked for by name.
     """
 
-    sweeps: list[Output] = field(default_factory=list)
-    probes: list[Output] = field(default_factory=list)
-    runs: dict[str, Record] = field(default_factory=dict)
+    sweeps: list[Output[SweepRow]] = field(default_factory=list)
+    probes: list[Output[ScoreRow]] = field(default_factory=list)
+    runs: dict[str, TrackedRun] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     in_vain: bool = False
 
@@ -58,23 +105,23 @@ def find_sources(config: ReportConfig) -> Sources:
     sources = Sources()
     for name in config.experiment:
         _find_runs(name, sources, needed=config.sweeps is None or config.probes is None)
-    made = [each for each in sources.runs.values() if "output" in each.tags and not each.is_child]
     by_kind: dict[bool, list[str]] = {True: [], False: []}
-    for record in made:
-        by_kind["sweep.name" in record.params].append(record.tags["output"])
+    for run in sources.runs.values():
+        if run.output is not None and not run.is_child:
+            by_kind[run.is_sweep].append(run.output)
     _read_all(sources.sweeps, config.sweeps, by_kind[True], read_sweep, sources)
     _read_all(sources.probes, config.probes, by_kind[False], read_scores, sources)
     return sources
 
 
-def read_sweep(store: Store) -> pa.Table:
-    """The table of a sweep. Raises ConfigError where there is none, or one without rows."""
+def read_sweep(store: Store) -> list[SweepRow]:
+    """The rows of a sweep's table. Raises ConfigError where there is none, or one without rows."""
     if not store.exists(SWEEP_FILE):
         raise ConfigError(f"{store.uri} holds no {SWEEP_FILE}; lemon sweep writes it at its end")
-    table = store.read_table(SWEEP_FILE).select(SWEEP.names).cast(SWEEP)
-    if not len(table):
+    rows = SweepRow.read(store.read_table(SWEEP_FILE).select(SWEEP.names).cast(SWEEP))
+    if not rows:
         raise ConfigError(f"{store.uri}/{SWEEP_FILE} has no rows")
-    return table
+    return rows
 
 
 def _find_runs(name: str, sources: Sources, *, needed: bool) -> None:
@@ -87,21 +134,21 @@ def _find_runs(name: str, sources: Sources, *, needed: bool) -> None:
         return
     if needed and not found:
         sources.miss(f"MLflow has no runs of the experiment {name!r} (MLFLOW_TRACKING_URI says where)", asked=False)
-    sources.runs |= {record.run.run_id: record for record in found}
+    sources.runs |= {record.run.run_id: TrackedRun.of(record) for record in found}
 
 
 def _read_all(
-    outputs: list[Output],
+    outputs: list[Output[R]],
     given: Sequence[str] | None,
     found: Sequence[str],
-    read: Callable[[Store], pa.Table],
+    read: Callable[[Store], list[R]],
     sources: Sources,
 ) -> None:
     """Read each folder that was given, else each that was found, once."""
     for folder in dict.fromkeys(name.rstrip("/") for name in (found if given is None else given)):
         try:
             store = Store(folder)
-            outputs.append(Output(store, read(store).to_pylist()))
+            outputs.append(Output(store, read(store)))
         except ConfigError as error:
             sources.miss(str(error), asked=given is not None)
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:

@@ -5,28 +5,28 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import pyarrow as pa
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 from lemon.errors import EXIT_FAILURES, EXIT_OK
 from lemon.runtime.identifiers import file_stem
 from lemon.runtime.records import OWN
 from lemon.runtime.settings import keep_settings
 from lemon.runtime.store import Store, code_version
-from lemon.schema import SLIDE_STATUSES
+from lemon.schema import SLIDE_STATUSES, DownloadRow, EmbeddedRow, SlideRow
 
 ATTEMPTS = f"{OWN}/attempts"
 """Marks of work on a slide that has begun and not come to an end, as when it kills its worker each time."""
 
+R = TypeVar("R", SlideRow, EmbeddedRow, DownloadRow)
 
-class Ledger:
+
+class Ledger(Generic[R]):
     """The rows of one output, by ``slide_id``.
 
     Args:
         store: the output.
-        schema: of a row.
+        row: the type of its rows.
         facts: columns that are the same in every row.
         folder: where the rows lie in the output.
         counts_attempts: whether ``begin`` is called; only then does ``commit`` forget attempts, which may be another
@@ -36,19 +36,20 @@ class Ledger:
     def __init__(
         self,
         store: Store,
+        row: type[R],
         *,
-        schema: pa.Schema,
         facts: Mapping[str, Any] | None = None,
         folder: str = "slides",
         counts_attempts: bool = True,
     ) -> None:
-        self.store, self.schema, self.facts, self.folder = store, schema, dict(facts or {}), folder
+        self.row: type[R] = row
+        self.store, self.facts, self.folder = store, dict(facts or {}), folder
         self.counts_attempts = counts_attempts
 
-    def rows(self) -> dict[str, dict[str, Any]]:
+    def rows(self) -> dict[str, R]:
         """All rows by slide id, sorted by it. Raises ConfigError."""
-        table = self.store.read_tables(self.folder, schema=self.schema).sort_by("slide_id")
-        return {row["slide_id"]: row for row in table.to_pylist()}
+        table = self.store.read_tables(self.folder, schema=self.row.schema).sort_by("slide_id")
+        return {row.slide_id: row for row in self.row.read(table)}
 
     def prepare(self, name: str, settings: Mapping[str, Any], *, folders: Sequence[str], overwrite: bool) -> None:
         """Make the output ready for items: noted settings, no marks of a run that was killed; emptied by ``overwrite``.
@@ -78,12 +79,12 @@ class Ledger:
         self.store.write_own(f"{folder}/{run_id}-{earlier}", b"")
         return earlier
 
-    def commit(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Write a slide's row, of what it has of the schema, and forget its attempts; returns the whole row."""
-        whole = {name: row.get(name) for name in self.schema.names} | self.facts | {"code_version": code_version()}
-        self.store.write_table(self._name(row["slide_id"]), pa.Table.from_pylist([whole], schema=self.schema))
+    def commit(self, row: R) -> R:
+        """Write a slide's row and forget its attempts; returns the row with what all have in common."""
+        whole = replace(row, **self.facts, code_version=code_version())
+        self.store.write_table(self._name(row.slide_id), self.row.table([whole]))
         if self.counts_attempts:
-            self.store.delete(f"{ATTEMPTS}/{file_stem(row['slide_id'])}")
+            self.store.delete(f"{ATTEMPTS}/{file_stem(row.slide_id)}")
         return whole
 
     def forget(self, slide_id: str) -> None:
@@ -100,7 +101,7 @@ class Ledger:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summary:
+class Summary(Generic[R]):
     """What became of the slides that a job was asked for; a stage adds what it alone has to tell.
 
     Attributes:
@@ -111,16 +112,16 @@ class Summary:
         before: of stages that the job ran before its own; their failures are the job's.
     """
 
-    rows: list[dict[str, Any]]
+    rows: Sequence[R]
     n_skipped: int
     max_failed_share: float = 0.0
     failures: Sequence[str] = ("failed",)
-    before: Sequence[Summary] = ()
+    before: Sequence[Summary[Any]] = ()
 
     @property
     def exit_code(self) -> int:
         """Of the job."""
-        failed = sum(row["status"] in self.failures for row in self.rows)
+        failed = sum(row.status in self.failures for row in self.rows)
         if failed > self.max_failed_share * len(self.rows):
             return EXIT_FAILURES
         return max((each.exit_code for each in self.before), default=EXIT_OK)
@@ -128,8 +129,8 @@ class Summary:
     def tell(self, logger: logging.LoggerAdapter[logging.Logger], statuses: Sequence[str] = SLIDE_STATUSES) -> str:
         """Log the reason of each row that has one; returns in words how many slides have which status."""
         for row in self.rows:
-            if row["error"]:
-                logger.info(f"  {row['slide_id']}: {row['status']}: {row['error']}")
-        counts = Counter(row["status"] for row in self.rows)
+            if row.error:
+                logger.info(f"  {row.slide_id}: {row.status}: {row.error}")
+        counts = Counter(row.status for row in self.rows)
         told = ", ".join(f"{counts[status]} {status}" for status in statuses)
         return f"{len(self.rows)} slides ({told}; {self.n_skipped} of an earlier run)"

@@ -2,23 +2,23 @@
 
 What an item is, how it is worked on and what is committed is its stage's: the ``Worker``. Here is what all stages have
 in common: a worker that dies is replaced and its item begun again, an item that keeps killing workers is given up, what
-a strange one provokes becomes its row, and an error that every other item would meet stops the job. Items and rows are
-JSON: in a column of numbers a missing value would become NaN.
+a strange one provokes becomes its row, and an error that every other item would meet stops the job. Between processes
+items and rows are pickled: in a column of numbers a missing value would become NaN.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
+import pickle
 import threading
 import uuid
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -31,8 +31,29 @@ from lemon.runtime.ledger import Ledger
 
 logger = logging.getLogger(__name__)
 
-Item = dict[str, Any]
-Row = dict[str, Any]
+
+class OfSlide(Protocol):
+    """An item; its attempts are counted by its slide's id."""
+
+    @property
+    def slide_id(self) -> str:
+        """Of the slide that it is, or is of."""
+
+
+class Outcome(Protocol):
+    """A row of a ledger that says what became of an item."""
+
+    @property
+    def status(self) -> str:
+        """done, partial or failed."""
+
+    @property
+    def n_cells(self) -> int:
+        """Committed of it."""
+
+
+Item = TypeVar("Item", bound=OfSlide)
+Row = TypeVar("Row", bound=Outcome)
 
 
 class CrashError(Exception):
@@ -43,7 +64,7 @@ class AbsentError(Exception):
     """An item is not there now: nothing is committed, so that a rerun tries it again."""
 
 
-class Worker(ABC):
+class Worker(ABC, Generic[Item, Row]):
     """Works on one item at a time and commits what became of it; lives in this process or in an actor.
 
     Attributes:
@@ -52,7 +73,7 @@ class Worker(ABC):
         progress: for ``work`` to call with how much of an item is done, where it takes long.
     """
 
-    ledger: Ledger
+    ledger: Ledger[Any]
     fatal: tuple[type[Exception], ...] = ()
     progress: Callable[[int], object] = staticmethod(lambda _: None)
 
@@ -70,7 +91,7 @@ class Worker(ABC):
 
     def begin(self, item: Item, *, run_id: str) -> int:
         """Note that work begins; returns how often it began before in this run without coming to an end."""
-        return self.ledger.begin(item["slide_id"], run_id=run_id)
+        return self.ledger.begin(item.slide_id, run_id=run_id)
 
     @abstractmethod
     def work(self, item: Item) -> Row:
@@ -98,7 +119,7 @@ class Actors:
 
 def run_all(
     items: Sequence[Item],
-    make: Callable[[], Worker],
+    make: Callable[[], Worker[Item, Row]],
     *,
     actors: Actors | None,
     max_attempts: int,
@@ -110,21 +131,23 @@ def run_all(
     total, disable, done, tally = sum(map(size, items)), None if items else True, 0, Counter(cells=0, failed=0)
     with tqdm(total=total, unit=unit, unit_scale=unit != "slide", desc=name, disable=disable) as bar:
         for row in run(items, make, actors=actors, max_attempts=max_attempts, progress=bar.update):
-            done += size(row)
-            tally.update(cells=row.get("n_cells") or 0, failed=row["status"] == "failed")
+            done += 1 if row is None else size(row)
+            tally.update(cells=row.n_cells if row else 0, failed=row is None or row.status == "failed")
             bar.set_postfix(tally, refresh=False)
             bar.update(done - bar.n)  # what the worker has not told of yet
 
 
 def run(
     items: Sequence[Item],
-    make: Callable[[], Worker],
+    make: Callable[[], Worker[Item, Row]],
     *,
     actors: Actors | None,
     max_attempts: int,
     progress: Callable[[int], object] | None = None,
-) -> Iterator[Row]:
-    """Rows of the items as they are finished; in this process without ``actors``, and ``progress`` is its worker's.
+) -> Iterator[Row | None]:
+    """Rows of the items as they are finished, None for one that is absent.
+
+    In this process without ``actors``, and ``progress`` is its worker's.
 
     With ``actors`` Ray has been joined, and ``make`` has to be picklable. Raises FatalError, and without actors what
     ``make`` raises.
@@ -145,18 +168,20 @@ def _new_run() -> str:
     return uuid.uuid4().hex[:12]
 
 
-def _settle(item: Item, worker: Worker, *, run_id: str, max_attempts: int, turn: threading.Lock) -> Row:
-    """An item's row, whatever happens. Raises FatalError."""
+def _settle(
+    item: Item, worker: Worker[Item, Row], *, run_id: str, max_attempts: int, turn: threading.Lock
+) -> Row | None:
+    """An item's row, whatever happens; None for one that is absent. Raises FatalError."""
     try:
         with worker.ready(item) as prepared, turn:
             return _attempt(prepared, worker, run_id=run_id, max_attempts=max_attempts)
-    except AbsentError as error:
-        return item | {"status": "failed", "error": " ".join(str(error).split())}
+    except AbsentError:
+        return None
     except OSError as error:  # of the ledger: what ``work`` raises does not come here
         raise FatalError(f"cannot write to {worker.output}: {error}") from error
 
 
-def _attempt(item: Item, worker: Worker, *, run_id: str, max_attempts: int) -> Row:
+def _attempt(item: Item, worker: Worker[Item, Row], *, run_id: str, max_attempts: int) -> Row:
     while (crashes := worker.begin(item, run_id=run_id)) < max_attempts:
         try:
             return worker.work(item)
@@ -174,12 +199,12 @@ def _attempt(item: Item, worker: Worker, *, run_id: str, max_attempts: int) -> R
     return worker.fail(item, f"given up after {crashes} crashes of its worker")
 
 
-class ItemActor:
+class ItemActor(Generic[Item, Row]):
     """A worker in a process of Ray's. Called from several threads, it works in one while others get items ready."""
 
-    def __init__(self, make: Callable[[], Worker], run_id: str, max_attempts: int) -> None:
+    def __init__(self, make: Callable[[], Worker[Item, Row]], run_id: str, max_attempts: int) -> None:
         self.run_id, self.max_attempts, self.turn = run_id, max_attempts, threading.Lock()
-        self.worker: Worker | None = None
+        self.worker: Worker[Item, Row] | None = None
         try:
             self.worker = make()
         except ConfigError as error:
@@ -192,27 +217,29 @@ class ItemActor:
         try:
             if self.worker is None:
                 raise FatalError(self.fault)
-            item = json.loads(batch["item"][0])
+            item: Item = pickle.loads(batch["item"][0])  # of this job's own  # noqa: S301
             row = _settle(item, self.worker, run_id=self.run_id, max_attempts=self.max_attempts, turn=self.turn)
             told: dict[str, Any] = {"row": row}
         except FatalError as error:
             told = {"fatal": str(error)}
-        return {"told": np.array([json.dumps(told)])}
+        return {"told": np.array([pickle.dumps(told)], object)}
 
 
-def _in_worker(make: Callable[[], Worker]) -> Worker:
+def _in_worker(make: Callable[[], Worker[Item, Row]]) -> Worker[Item, Row]:
     install_in_worker()
     return make()
 
 
-def _on_ray(items: Sequence[Item], make: Callable[[], Worker], *, actors: Actors, max_attempts: int) -> Iterator[Row]:
+def _on_ray(
+    items: Sequence[Item], make: Callable[[], Worker[Item, Row]], *, actors: Actors, max_attempts: int
+) -> Iterator[Row | None]:
     import ray.data
 
     quiet_ray_data()
     granted = actors.granted
     threads: Any = {"max_concurrency": 1 + actors.ahead} if actors.ahead else {}
     rows = ray.data.from_items(
-        [{"item": json.dumps(item)} for item in items], override_num_blocks=len(items)
+        [{"item": pickle.dumps(item)} for item in items], override_num_blocks=len(items)
     ).map_batches(
         ItemActor,
         fn_constructor_args=(functools.partial(_in_worker, make), _new_run(), max_attempts),
@@ -227,7 +254,7 @@ def _on_ray(items: Sequence[Item], make: Callable[[], Worker], *, actors: Actors
         **threads,
     )
     for found in rows.iter_rows():
-        told = json.loads(found["told"])
+        told = pickle.loads(found["told"])  # noqa: S301
         if "fatal" in told:
             raise FatalError(told["fatal"])
         yield told["row"]

@@ -6,17 +6,15 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
-
-import pyarrow as pa
 
 from lemon.errors import ConfigError
 from lemon.runtime.identifiers import look_alikes_line, some, tcga_patient
 from lemon.runtime.secrets import holds_secret
 from lemon.runtime.store import Store, is_uri
 from lemon.runtime.tables import Column, Form, is_table, read_user_table
-from lemon.schema import COHORT
+from lemon.schema import COHORT, Slide
 from lemon.slides.listing import find_slides, identity, tell
 from lemon.slides.paths import as_text
 from lemon.slides.resolution import PLAUSIBLE_MPP
@@ -31,19 +29,6 @@ _NUMBERS = {"mpp": PLAUSIBLE_MPP}
 """Columns of a cohort that are numbers, with their bounds."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Slide:
-    """A slide to work on; what is not known of it is None."""
-
-    slide_id: str
-    path: str
-    patient_id: str | None = None
-    project: str | None = None
-    organ: str | None = None
-    site: str | None = None
-    mpp: float | None = None
 
 
 _COHORT_FORM = Form(
@@ -96,7 +81,7 @@ def with_barcode(slide: Slide) -> Slide:
 
 def write_cohort(store: Store, name: str, slides: Iterable[Slide]) -> None:
     """Write a cohort table that ``list_slides`` reads."""
-    store.write_table(name, pa.Table.from_pylist([asdict(slide) for slide in slides], schema=COHORT))
+    store.write_table(name, Slide.table(slides))
 
 
 def _is_cohort(word: str) -> bool:

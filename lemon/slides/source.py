@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow.fs as pafs
 
 from lemon.runtime.store import READERS, Store, is_uri, locate
+from lemon.schema import SlideRow
 from lemon.slides.headers import read_instance
 from lemon.slides.paths import on_disk
 
@@ -30,10 +30,6 @@ class Source:
     size_bytes: int
     mtime_ns: int
     digest: str
-
-    def columns(self) -> dict[str, Any]:
-        """Its columns in the slides table."""
-        return {f"source_{name}": getattr(self, name) for name in ("size_bytes", "mtime_ns", "digest")}
 
 
 def files_of(path: Path) -> list[Path]:
@@ -83,7 +79,7 @@ def size_and_time(path: str) -> tuple[int, int] | None:
     return sum(stat.st_size for stat in stats), max(max(stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats)
 
 
-def changed_sources(rows: Iterable[dict[str, Any]], paths: dict[str, str]) -> set[str]:
+def changed_sources(rows: Iterable[SlideRow], paths: dict[str, str]) -> set[str]:
     """Slides whose files differ from those that rows of the slides table were made of.
 
     A file of the same size and time is taken as the same; of a local one that differs in them the digest decides, as a
@@ -94,18 +90,18 @@ def changed_sources(rows: Iterable[dict[str, Any]], paths: dict[str, str]) -> se
         paths: where each slide's file is now, by slide id.
     """
 
-    def is_changed(row: dict[str, Any]) -> bool:
-        path = paths[row["slide_id"]]
+    def is_changed(row: SlideRow) -> bool:
+        path = paths[row.slide_id]
         now = size_and_time(path)
-        if now is None or row["source_digest"] is None or now == (row["source_size_bytes"], row["source_mtime_ns"]):
+        if now is None or row.source_digest is None or now == (row.source_size_bytes, row.source_mtime_ns):
             return False
-        if now[0] != row["source_size_bytes"] or is_uri(path):
+        if now[0] != row.source_size_bytes or is_uri(path):
             return True
-        return digest_of(Path(path)) != row["source_digest"]
+        return digest_of(Path(path)) != row.source_digest
 
-    known = [row for row in rows if row["slide_id"] in paths]
+    known = [row for row in rows if row.slide_id in paths]
     with ThreadPoolExecutor(READERS) as pool:
-        return {row["slide_id"] for row, changed in zip(known, pool.map(is_changed, known), strict=True) if changed}
+        return {row.slide_id for row, changed in zip(known, pool.map(is_changed, known), strict=True) if changed}
 
 
 def mask_digest(folder: str | None, stem: str) -> str | None:
@@ -118,12 +114,12 @@ def mask_digest(folder: str | None, stem: str) -> str | None:
         return None
 
 
-def changed_masks(rows: Iterable[dict[str, Any]], folder: str | None, *, stem: Callable[[str], str]) -> set[str]:
+def changed_masks(rows: Iterable[SlideRow], folder: str | None, *, stem: Callable[[str], str]) -> set[str]:
     """Slides whose masks in ``folder`` are other ones than those that rows of the slides table were made with."""
     known = [row for row in rows if folder is not None]
     with ThreadPoolExecutor(READERS) as pool:
-        now = pool.map(lambda row: mask_digest(folder, stem(row["slide_id"])), known)
-        return {row["slide_id"] for row, digest in zip(known, now, strict=True) if digest != row["mask_digest"]}
+        now = pool.map(lambda row: mask_digest(folder, stem(row.slide_id)), known)
+        return {row.slide_id for row, digest in zip(known, now, strict=True) if digest != row.mask_digest}
 
 
 def read_source(path: str, *, local: Path) -> Source | None:

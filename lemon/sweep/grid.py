@@ -131,7 +131,7 @@ def nested_organs(cells: Store) -> list[str]:
 
     Raises ConfigError for a table without cells.
     """
-    names = sorted({row["organ"] for row in rows_with_cells(cells)} - {None})
+    names = sorted({row.organ for row in rows_with_cells(cells) if row.organ is not None})
     return [names[index] for index in np.argsort(rank_of(names), kind="stable")]
 
 

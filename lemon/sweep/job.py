@@ -45,10 +45,10 @@ def _run_all(grid: Grid, config: SweepConfig, output: Store) -> int:
     if pending:
         _run_pending(pending, grid, config, output)
     rows = table.write(grid.entries, output, study=config.sweep.name)
-    statuses = Counter({row["trial"]: row["status"] for row in rows}.values())
+    statuses = Counter({row.trial: row.status for row in rows}.values())
     for row in rows:
-        if row["status"] != "done":
-            logger.info(f"  {row['trial']}: {row['status']}: {row['error']}")
+        if row.status != "done":
+            logger.info(f"  {row.trial}: {row.status}: {row.error}")
     logger.info(table.summary(rows))
     told = ", ".join(f"{statuses[status]} {status}" for status in ("done", "stopped", "failed"))
     logger.info(f"{len(grid.entries)} trials ({told}); {table.PARQUET} and {table.CSV} in {output.uri}")

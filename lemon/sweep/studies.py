@@ -16,6 +16,7 @@ from scipy import stats
 
 from lemon.probe.folds import LEAK_FREE
 from lemon.probe.score import MAIN_METRICS
+from lemon.schema import SweepRow
 
 
 class OverSeeds(NamedTuple):
@@ -56,6 +57,14 @@ class Value:
         return self.task, self.protocol
 
 
+class LostTrial(NamedTuple):
+    """A trial, or a score of a trial, that is not there, and why."""
+
+    trial: str
+    status: str
+    reason: str
+
+
 class Difference(NamedTuple):
     """A point less another over the seeds that both have."""
 
@@ -77,38 +86,38 @@ def over_seeds(values: Sequence[float]) -> OverSeeds:
     return OverSeeds(n, mean, sd, se, mean - half, mean + half)
 
 
-def point_names(rows: Iterable[dict[str, Any]]) -> list[str]:
+def point_names(rows: Iterable[SweepRow]) -> list[str]:
     """All points of a sweep's rows, those without a result too, in the sweep's order."""
-    return list(dict.fromkeys(row["point"] for row in rows))
+    return list(dict.fromkeys(row.point for row in rows))
 
 
-def study_values(rows: Sequence[dict[str, Any]]) -> list[Value]:
+def study_values(rows: Sequence[SweepRow]) -> list[Value]:
     """The main metric of the linear probe of every point, task and protocol, in the order of points, then of tasks."""
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str | None, str | None], list[SweepRow]] = {}
     for row in rows:
-        if row["status"] == "done" and row["metric"] in MAIN_METRICS and is_number(row["mean"]):
-            groups.setdefault((row["point"], row["task"], row["protocol"]), []).append(row)
+        if row.status == "done" and row.metric in MAIN_METRICS and is_number(row.mean):
+            groups.setdefault((row.point, row.task, row.protocol), []).append(row)
     order = {name: place for place, name in enumerate(point_names(rows))}
     facts = ("point", "value", "task", "protocol", "metric", "n_cells", "n_slides", "n_organs")
     return [
         Value(
-            **{name: own[0][name] for name in facts},
-            by_seed={row["seed"]: row["mean"] for row in own},
-            fold_spread=float(np.mean([math.nan if row["spread"] is None else row["spread"] for row in own])),
+            **{name: getattr(own[0], name) for name in facts},
+            by_seed={row.seed: row.mean for row in own if row.mean is not None},
+            fold_spread=float(np.mean([math.nan if row.spread is None else row.spread for row in own])),
         )
         for _, own in sorted(groups.items(), key=lambda item: order[item[0][0]])
     ]
 
 
-def lost_trials(rows: Iterable[dict[str, Any]]) -> list[dict[str, str]]:
-    """trial, status and reason of every trial, or score of a trial, that is not there."""
+def lost_trials(rows: Iterable[SweepRow]) -> list[LostTrial]:
+    """Every trial, or score of a trial, that is not there."""
     found = []
     for row in rows:
-        if row["status"] != "done":
-            found.append({"trial": row["trial"], "status": row["status"], "reason": row["error"] or ""})
-        elif row["metric"] in MAIN_METRICS and not is_number(row["mean"]):
-            reason = f"{row['metric']} on {row['task']} ({row['protocol']}) is not a number"
-            found.append({"trial": row["trial"], "status": "no score", "reason": reason})
+        if row.status != "done":
+            found.append(LostTrial(row.trial, row.status, row.error or ""))
+        elif row.metric in MAIN_METRICS and not is_number(row.mean):
+            reason = f"{row.metric} on {row.task} ({row.protocol}) is not a number"
+            found.append(LostTrial(row.trial, "no score", reason))
     return found
 
 

@@ -1,34 +1,19 @@
-"""The table of a sweep, ``sweep.parquet`` and ``sweep.csv``, and its summary.
-
-One row a trial, task, protocol and metric; a trial without a result has one row, with its reason:
-
-    study, point, value    what was varied
-    seed                   of training
-    trial                  its folder below ``trials/``
-    status, error          done; failed, or stopped (by ASHA), and why
-    task, protocol, metric as in the scores table
-    mean, spread           over folds (spread is null for a single value)
-    n_cells, n_slides, n_organs     that were selected
-    *_fingerprint          of settings, cells, encoder and task
-    run_id                 of MLflow
-"""
+"""The table of a sweep, ``sweep.parquet`` (``lemon.schema.SweepRow``) and ``sweep.csv``, and its summary."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
-
-import pyarrow as pa
+from dataclasses import replace
 
 from lemon.probe.tables import as_csv
 from lemon.runtime.config import Frozen
 from lemon.runtime.secrets import redacted
 from lemon.runtime.store import Store
 from lemon.runtime.tracking import run_id_of
-from lemon.schema import SWEEP, SWEEP_FILE
+from lemon.schema import SWEEP_FILE, SweepRow
 from lemon.sweep.grid import Entry
 from lemon.sweep.studies import OverSeeds, point_names, study_values
-from lemon.sweep.trial import Result, finished
+from lemon.sweep.trial import finished
 
 LOST = "lost.json"
 PARQUET, CSV = SWEEP_FILE, "sweep.csv"
@@ -57,38 +42,44 @@ def write_lost(entry: Entry, *, status: str, error: str) -> None:
     entry.trial.store.write_json(LOST, found.model_dump())
 
 
-def rows_of(entry: Entry, *, study: str) -> Iterator[dict[str, Any]]:
+def rows_of(entry: Entry, *, study: str) -> Iterator[SweepRow]:
     """The rows of one trial; none while it has not come to an end."""
-    trial = entry.trial
-    named = {"study": study, "point": entry.point.name, "value": entry.point.value, "seed": entry.seed}
-    named |= {"trial": trial.name, "config_fingerprint": trial.fingerprint}
+    trial, point = entry.trial, entry.point
+    row = SweepRow(
+        study=study,
+        point=point.name,
+        value=point.value,
+        seed=entry.seed,
+        trial=trial.name,
+        status="done",
+        config_fingerprint=trial.fingerprint,
+    )
     result = finished(trial)
     if result is not None:
-        facts = Result.model_dump(result, exclude={"name", "fingerprint", "code_version", "scores"})
+        facts = result.model_dump(exclude={"name", "fingerprint", "code_version", "scores"})
         for score in result.scores:
-            yield named | facts | score.model_dump() | {"status": "done"}
+            yield replace(row, **facts, **score.model_dump())
     elif (why := lost(entry)) is not None:
-        yield named | {"status": why.status, "error": why.error, "run_id": run_id_of(trial.store)}
+        yield replace(row, status=why.status, error=why.error, run_id=run_id_of(trial.store))
 
 
-def write(entries: Sequence[Entry], output: Store, *, study: str) -> list[dict[str, Any]]:
+def write(entries: Sequence[Entry], output: Store, *, study: str) -> list[SweepRow]:
     """Write the table of what the trials found; returns its rows."""
     rows = [row for entry in entries for row in rows_of(entry, study=study)]
-    table = pa.Table.from_pylist(rows, schema=SWEEP)
-    output.write_table(PARQUET, table)
+    output.write_table(PARQUET, SweepRow.table(rows))
     if rows:
-        output.write_bytes(CSV, as_csv(table.to_pylist()).encode())
+        output.write_bytes(CSV, as_csv([vars(row) for row in rows]).encode())
     return rows
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> str:
+def summary(rows: Sequence[SweepRow]) -> str:
     """Points x (task, protocol) as Markdown: mean (s.d.) over seeds of the main metric of the linear probe."""
     found = {(value.point, value.column): value.over for value in study_values(rows)}
     columns = list(dict.fromkeys(column for _, column in found))
-    lines = ["| " + " | ".join([rows[0]["study"], "seeds", *(f"{task}, {kind}" for task, kind in columns)]) + " |"]
+    lines = ["| " + " | ".join([rows[0].study, "seeds", *(f"{task}, {kind}" for task, kind in columns)]) + " |"]
     lines.append("|" + "---|" * (len(columns) + 2))
     for point in point_names(rows):
-        seeds = len({row["seed"] for row in rows if row["point"] == point and row["status"] == "done"})
+        seeds = len({row.seed for row in rows if row.point == point and row.status == "done"})
         told = [_told(found.get((point, column))) for column in columns]
         lines.append("| " + " | ".join([point, str(seeds), *told]) + " |")
     return "\n".join(lines)

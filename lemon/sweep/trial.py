@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from lemon.cells.ledger import read_ledger
+from lemon.cells.ledger import rows_with_cells
 from lemon.cells.select import Selection, select_cells
 from lemon.encoders.device import choose_device
 from lemon.encoders.open import load_encoder
@@ -29,6 +29,7 @@ from lemon.probe.tasks.catalogue import open_task
 from lemon.runtime.config import AnyPath, Frozen
 from lemon.runtime.store import Store, code_version, fingerprint
 from lemon.runtime.tracking import Run, start_run
+from lemon.schema import ScoreRow
 
 RESULT = "result.json"
 
@@ -169,12 +170,12 @@ def _probed(trial: Trial, selection: Selection, run: Run, *, tasks: list[Task]) 
     config = trial.probe_config
     encoder = load_encoder(trial.store.uri, device=choose_device(config.device))
     rows = probe_model(encoder, tasks, config=config, store=Store(config.output), run=run)
-    for name, digest in {row["task"]: row["data_fingerprint"] for row in rows}.items():
+    for name, digest in {row.task: row.data_fingerprint for row in rows}.items():
         run.log_dataset(name, digest=digest, source=trial.data, context="probe")
         run.set_tag(f"data_fingerprint/{short_name(name)}", digest)
     run.set_tag("model_fingerprint", encoder.fingerprint)
     slides = {part.slide_id for part in selection.parts}
-    organs = {row["organ"] for row in read_ledger(selection.store).to_pylist() if row["slide_id"] in slides}
+    organs = {row.organ for row in rows_with_cells(selection.store) if row.slide_id in slides}
     return Result(
         name=trial.name,
         fingerprint=trial.fingerprint,
@@ -189,14 +190,14 @@ def _probed(trial: Trial, selection: Selection, run: Run, *, tasks: list[Task]) 
     )
 
 
-def scores_of(rows: list[dict[str, Any]]) -> list[Score]:
+def scores_of(rows: list[ScoreRow]) -> list[Score]:
     """Mean and spread over folds of every metric in rows of the scores table; robustness as it is."""
     scores = []
-    for task in dict.fromkeys(row["task"] for row in rows):
-        own = [row for row in rows if row["task"] == task]
-        whole = [(row["protocol"], row["metric"], row["value"], None) for row in own if row["protocol"] == "robustness"]
+    for task in dict.fromkeys(row.task for row in rows):
+        own = [row for row in rows if row.task == task]
+        whole = [(row.protocol, row.metric, row.value, None) for row in own if row.protocol == "robustness"]
         for protocol, metric, mean, spread in [*fold_means(own), *whole]:
             known = None if spread is None or not np.isfinite(spread) else spread
-            facts = {"task": task, "data_fingerprint": own[0]["data_fingerprint"]}
+            facts = {"task": task, "data_fingerprint": own[0].data_fingerprint}
             scores.append(Score(protocol=protocol, metric=metric, mean=mean, spread=known, **facts))
     return scores

@@ -12,6 +12,7 @@ from lemon.cells.names import shard_name
 from lemon.cells.select import _prefixes, rank_of, select_cells
 from lemon.errors import ConfigError
 from lemon.runtime.store import Store
+from lemon.schema import SlideRow
 from tests.cells_table import small_table
 
 IDS = [f"slide_{index}_{index * 7}" for index in range(20_000)]
@@ -110,8 +111,7 @@ def test_a_barcode_excludes_its_slides_whatever_the_table_calls_the_patient(
     store, _ = small_table(tmp_path)
     barcode = "TCGA-A2-A0SX-01Z-00-DX1.8B4F6C1A"
     store.write_table(shard_name(barcode), pa.table({"rank": [0.1]}))
-    row = {"slide_id": barcode, "path": "", "patient_id": patient, "status": "done", "n_cells": 1}
-    cells_ledger(store, config_fingerprint="x").commit(row)
+    cells_ledger(store, config_fingerprint="x").commit(SlideRow(barcode, "", patient, status="done", n_cells=1))
     assert {part.slide_id for part in select_cells(store).parts} == {"a", "b", "c", barcode}
     assert {part.slide_id for part in select_cells(store, exclude_patients=[name]).parts} == {"a", "b", "c"}
 
@@ -124,7 +124,7 @@ def test_patients_that_match_nothing_are_told(tmp_path: Path, caplog: pytest.Log
 
 def test_failed_slides_have_no_cells(tmp_path: Path) -> None:
     store, _ = small_table(tmp_path)
-    cells_ledger(store, config_fingerprint="x").commit({"slide_id": "d", "path": "", "status": "failed", "n_cells": 0})
+    cells_ledger(store, config_fingerprint="x").commit(SlideRow("d", "", status="failed", n_cells=0))
     assert {part.slide_id for part in select_cells(store).parts} == {"a", "b", "c"}
 
 

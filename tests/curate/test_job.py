@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from lemon.runtime import pool
 from lemon.runtime.config import load
 from lemon.runtime.job import framed
 from lemon.runtime.store import Store
+from lemon.schema import SlideRow
 from lemon.slides import reader as reader_module
 from lemon.slides.cohort import Slide, list_slides
 from lemon.slides.synthetic import SyntheticTissue, make_tissue, write_pyramid
@@ -66,7 +66,7 @@ def config_for(slides: object, output: object, *words: str) -> CurateConfig:
     return load("curate", [f"slides={slides}", f"output={output}", "region_px=512", *words], CurateConfig)
 
 
-def curate_one(path: Path, output: Path, processes: ProcessPoolExecutor, *words: str) -> dict[str, Any]:
+def curate_one(path: Path, output: Path, processes: ProcessPoolExecutor, *words: str) -> SlideRow:
     config = config_for(path, output, *words)
     (slide,) = list_slides(str(path))
     return curate_slide(
@@ -78,10 +78,10 @@ def test_a_slide_becomes_cells_that_lie_on_its_nuclei(
     tissue: SyntheticTissue, slide_file: Path, tmp_path: Path, processes: ProcessPoolExecutor
 ) -> None:
     row = curate_one(slide_file, tmp_path, processes, "cells_per_slide=null", "geojson=true")
-    assert row["status"] == "done"
-    assert row["error"] is None
+    assert row.status == "done"
+    assert row.error is None
     cells = pq.read_table(tmp_path / shard_name("s1"))
-    assert len(cells) == row["n_cells"] == row["n_nuclei"]
+    assert len(cells) == row.n_cells == row.n_nuclei
     points = np.stack([cells["x_level0_px"], cells["y_level0_px"]], 1)
     distance, _ = cKDTree(points).query(tissue.center_px)
     assert (distance < 8).mean() > 0.97  # every nucleus, also at seams
@@ -89,7 +89,7 @@ def test_a_slide_becomes_cells_that_lie_on_its_nuclei(
     close, _ = cKDTree(points).query(points, k=2)
     assert close[:, 1].min() > 8  # none twice
     assert (tmp_path / "geojson" / "s1.geojson.gz").exists()
-    assert all(row[f"{stage}_s"] >= 0 for stage in ("open", "read", "network", "instances", "write"))
+    assert all(getattr(row, f"{stage}_s") >= 0 for stage in ("open", "read", "network", "instances", "write"))
 
 
 def test_fewer_cells_are_the_lowest_ranks_of_all(
@@ -98,8 +98,8 @@ def test_fewer_cells_are_the_lowest_ranks_of_all(
     curate_one(slide_file, tmp_path / "all", processes, "cells_per_slide=null")
     row = curate_one(slide_file, tmp_path / "few", processes, "cells_per_slide=40")
     all_cells, few = (pq.read_table(tmp_path / name / shard_name("s1")) for name in ("all", "few"))
-    assert row["n_cells"] == 40
-    assert row["n_nuclei"] == len(all_cells)
+    assert row.n_cells == 40
+    assert row.n_nuclei == len(all_cells)
     assert few.equals(all_cells.slice(0, 40))
 
 
@@ -188,12 +188,12 @@ def test_unreadable_regions_are_counted_and_make_a_slide_partial(
 
     monkeypatch.setattr(reader_module.SlideReader, "region", region)
     row = curate_one(slide_file, tmp_path / "a", processes)
-    assert (row["status"], row["n_failed_regions"]) == ("partial", 1)
-    assert "corrupt tile" in row["error"]
-    assert row["n_cells"] > 0
+    assert (row.status, row.n_failed_regions) == ("partial", 1)
+    assert "corrupt tile" in row.error
+    assert row.n_cells > 0
     row = curate_one(slide_file, tmp_path / "b", processes, "max_failed_region_share=0.01")
-    assert row["status"] == "failed"
-    assert f"1 of {row['n_regions']} regions" in row["error"]
+    assert row.status == "failed"
+    assert f"1 of {row.n_regions} regions" in row.error
     assert not (tmp_path / "b" / "cells").exists()
 
 
@@ -230,9 +230,9 @@ def worker_for(config: CurateConfig) -> curate.Curator:
     return curate.Curator(config, ledger=ledger)
 
 
-def curated(worker: curate.Curator, slide: Slide) -> dict[str, Any]:
+def curated(worker: curate.Curator, slide: Slide) -> SlideRow | None:
     """The row of a slide, as an actor makes it."""
-    items, attempts = [{"slide_id": slide.slide_id, "slide": asdict(slide)}], worker.config.max_attempts
+    items, attempts = [curate.Located(slide, slide.path)], worker.config.max_attempts
     (row,) = pool.run(items, lambda: worker, actors=None, max_attempts=attempts)
     return row
 
@@ -240,7 +240,7 @@ def curated(worker: curate.Curator, slide: Slide) -> dict[str, Any]:
 def test_a_slide_that_keeps_crashing_its_worker_is_given_up(slide_file: Path, tmp_path: Path) -> None:
     worker = worker_for(config_for(slide_file, tmp_path, "max_attempts=2", "workers.cpus=1"))
     worker.segmenter = CrashingSegmenter()
-    assert curated(worker, *list_slides(str(slide_file)))["error"] == "given up after 2 crashes of its worker"
+    assert curated(worker, *list_slides(str(slide_file))).error == "given up after 2 crashes of its worker"
     (row,) = read_ledger(Store(tmp_path)).to_pylist()
     assert row["status"] == "failed"
     assert Store(tmp_path).list("attempts") == []
@@ -249,14 +249,14 @@ def test_a_slide_that_keeps_crashing_its_worker_is_given_up(slide_file: Path, tm
 def test_crashes_of_an_earlier_job_do_not_count_against_a_slide(slide_file: Path, tmp_path: Path) -> None:
     worker = worker_for(config_for(slide_file, tmp_path, "max_attempts=1", "workers.cpus=1"))
     worker.ledger.begin("s1", run_id="killed")
-    assert curated(worker, *list_slides(str(slide_file)))["status"] == "done"
+    assert curated(worker, *list_slides(str(slide_file))).status == "done"
 
 
 def test_an_unexpected_error_becomes_the_slides_row(slide_file: Path, tmp_path: Path) -> None:
     worker = worker_for(config_for(slide_file, tmp_path, "workers.cpus=1"))
     worker.segmenter = RaisingSegmenter()
     row = curated(worker, *list_slides(str(slide_file)))
-    assert (row["status"], row["error"]) == ("failed", "unexpected ZeroDivisionError: a strange slide")
+    assert (row.status, row.error) == ("failed", "unexpected ZeroDivisionError: a strange slide")
 
 
 def test_a_full_disk_stops_the_job_and_is_no_fault_of_the_slide(
@@ -317,9 +317,7 @@ def test_a_path_that_is_not_there_is_told_before_work_begins(
 
 def test_an_output_of_other_settings_is_not_mixed_with_new_ones(slide_file: Path, tmp_path: Path) -> None:
     open_ledger(Store(tmp_path), config_for(slide_file, tmp_path, "cells_per_slide=7"))  # in which nothing was made
-    open_ledger(Store(tmp_path), config_for(slide_file, tmp_path)).commit(
-        {"slide_id": "a", "path": "", "status": "done"}
-    )
+    open_ledger(Store(tmp_path), config_for(slide_file, tmp_path)).commit(SlideRow("a", "", status="done", n_cells=0))
     open_ledger(Store(tmp_path), config_for(slide_file, tmp_path, "geojson=true"))
     with pytest.raises(ConfigError, match="cells_per_slide 1000 then, 5 now"):
         open_ledger(Store(tmp_path), config_for(slide_file, tmp_path, "cells_per_slide=5"))

@@ -32,7 +32,7 @@ from lemon.runtime.job import framed
 from lemon.runtime.ledger import Summary
 from lemon.runtime.shards import ShardError
 from lemon.runtime.store import Store
-from lemon.schema import EMBEDDED
+from lemon.schema import EMBEDDED, EmbeddedRow, Slide
 from lemon.slides.synthetic import make_tissue, write_pyramid
 from tests.embed.tables import WIDTH, write_cells, write_encoder
 
@@ -220,15 +220,15 @@ def test_a_shard_with_flipped_bytes_is_a_failed_row_and_the_others_are_embedded(
     start = int(at * len(content))
     content[start : start + 40] = bytes(byte ^ 0x55 for byte in content[start : start + 40])
     path.write_bytes(content)
-    rows = {row["slide_id"]: row for row in embedding.run(config_for(model, cells, tmp_path / "out")).rows}
-    assert rows.pop("a")["status"] == "failed"
-    assert {row["status"] for row in rows.values()} == {"done"}
+    rows = {row.slide_id: row for row in embedding.run(config_for(model, cells, tmp_path / "out")).rows}
+    assert rows.pop("a").status == "failed"
+    assert {row.status for row in rows.values()} == {"done"}
 
 
 def test_a_shard_of_another_slide_under_its_name_is_a_failed_row(model: Path, cells: Store, tmp_path: Path) -> None:
     cells.write_bytes(shard_name("a"), cells.read_bytes(shard_name("d")))
-    rows = {row["slide_id"]: row for row in embedding.run(config_for(model, cells, tmp_path / "out")).rows}
-    assert "holds other rows than its ledger says" in rows["a"]["error"]
+    rows = {row.slide_id: row for row in embedding.run(config_for(model, cells, tmp_path / "out")).rows}
+    assert "holds other rows than its ledger says" in rows["a"].error
 
 
 def test_every_kind_of_bad_shard_says_what_is_wrong(model: Path, cells: Store, tmp_path: Path) -> None:
@@ -269,9 +269,9 @@ def test_an_unexpected_error_becomes_the_slides_row(
         return real(column, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(stream, "_vectors", strange)
-    rows = {row["slide_id"]: row for row in embedding.run(config_for(model, cells, tmp_path / "out")).rows}
-    assert (rows["d"]["status"], rows["d"]["error"]) == ("failed", "unexpected ZeroDivisionError: a strange slide")
-    assert rows["a"]["status"] == "done"
+    rows = {row.slide_id: row for row in embedding.run(config_for(model, cells, tmp_path / "out")).rows}
+    assert (rows["d"].status, rows["d"].error) == ("failed", "unexpected ZeroDivisionError: a strange slide")
+    assert rows["a"].status == "done"
 
 
 def test_a_full_disk_stops_the_job_and_is_no_fault_of_the_slide(
@@ -406,19 +406,19 @@ def test_every_shipped_config_composes_and_validates(variant: str, source: str) 
     assert load("embed", words, EmbedConfig).model == "m"
 
 
-class CrashingWorker(pool.Worker):
+class CrashingWorker(pool.Worker[Slide, EmbeddedRow]):
     """Its process dies at one slide, as of a segmentation fault."""
 
     def __init__(self, ledger: EmbedLedger) -> None:
         self.ledger = ledger
 
-    def work(self, job: dict[str, object]) -> dict[str, object]:
-        if job["slide_id"] == "bad":
+    def work(self, item: Slide) -> EmbeddedRow:
+        if item.slide_id == "bad":
             os._exit(1)
-        return self.ledger.commit(job | {"status": "done"})
+        return self.ledger.commit(EmbeddedRow(slide_id=item.slide_id, status="done", n_cells=1))
 
-    def fail(self, job: dict[str, object], reason: str) -> dict[str, object]:
-        return self.ledger.commit(job | {"status": "failed", "n_cells": 0, "error": reason})
+    def fail(self, item: Slide, reason: str) -> EmbeddedRow:
+        return self.ledger.commit(EmbeddedRow(slide_id=item.slide_id, status="failed", n_cells=0, error=reason))
 
 
 @pytest.mark.ray
@@ -435,13 +435,12 @@ def test_on_ray_the_tables_are_the_same_and_a_slide_that_kills_its_actor_is_give
         tables = [pq.read_table(tmp_path / name / kind).sort_by("cell_id") for name in ("here", "ray")]
         assert tables[0]["cell_id"].equals(tables[1]["cell_id"])
     assert len(list((tmp_path / "ray" / "h5ad").glob("*.h5ad"))) == len(SLIDES)
-    assert [row["n_cells"] for row in here.rows] == [row["n_cells"] for row in there.rows]
+    assert [row.n_cells for row in here.rows] == [row.n_cells for row in there.rows]
 
     ledger = EmbedLedger(Store(tmp_path / "crash"), Made("m", "f", WIDTH, "float16", "fp32"))
-    jobs = [{"slide_id": name, "n_cells": 1} for name in ("bad", "good")]
     make, actors = functools.partial(CrashingWorker, ledger), pool.Actors(settle(Demand(1), stage="embed"))
-    rows = list(pool.run(jobs, make, actors=actors, max_attempts=2))
-    told = {row["slide_id"]: row["error"] for row in rows}
+    rows = list(pool.run([Slide("bad", ""), Slide("good", "")], make, actors=actors, max_attempts=2))
+    told = {row.slide_id: row.error for row in rows if row}
     assert told == {"bad": "given up after 2 crashes of its worker", "good": None}
     assert embedding.run(config.model_copy(update={"clusters": ClusterConfig(k=None)})).n_skipped == len(SLIDES)
 
@@ -455,6 +454,6 @@ def test_a_slide_goes_all_the_way_to_embeddings(model: Path, tmp_path: Path) -> 
     summary = embedding.run(config)
     assert summary.exit_code == 0
     (row,) = summary.rows
-    assert row["n_cells"] == len(pq.read_table(tmp_path / "out" / "embeddings" / "s.parquet")) > 10
+    assert row.n_cells == len(pq.read_table(tmp_path / "out" / "embeddings" / "s.parquet")) > 10
     assert (tmp_path / "out" / "h5ad" / "s.h5ad").exists()
     assert embedding.run(config).n_skipped == 1

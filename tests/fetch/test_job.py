@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import json
 import pickle
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +27,7 @@ from lemon.runtime import pool
 from lemon.runtime.config import load
 from lemon.runtime.job import framed
 from lemon.runtime.store import Store
+from lemon.schema import DownloadRow, SlideRow
 from lemon.slides.cohort import list_slides
 from lemon.slides.synthetic import make_tissue, write_pyramid
 from tests.fetch.gdc_server import GdcServer, Served, serving
@@ -53,7 +52,7 @@ def config_for(server: GdcServer, output: Path, *words: str) -> FetchConfig:
     return load("fetch_tcga", [f"api={server.url}", f"output={output}", *words], FetchConfig)
 
 
-def rows_of(output: Path) -> dict[str, dict]:
+def rows_of(output: Path) -> dict[str, DownloadRow]:
     return fetch.download_ledger(Store(output)).rows()
 
 
@@ -139,7 +138,7 @@ def test_failures_are_rows_with_reasons_and_are_tried_again(tmp_path: Path, caps
     with serving(*files) as server:
         assert fetch.main(config_for(server, tmp_path)) == 3
         rows = rows_of(tmp_path)
-        errors = [rows[file.slide_id]["error"] for file in files]
+        errors = [rows[file.slide_id].error for file in files]
         assert [error is None for error in errors] == [True, False, False, False, True]
         assert "md5" in errors[1]
         assert "500" in errors[2]
@@ -157,7 +156,7 @@ def test_failures_are_rows_with_reasons_and_are_tried_again(tmp_path: Path, caps
             file.always = ()
         assert fetch.main(config_for(server, tmp_path)) == 0
         assert server.downloads() == n_requests + 3
-    assert all(row["status"] == "done" for row in rows_of(tmp_path).values())
+    assert all(row.status == "done" for row in rows_of(tmp_path).values())
     assert all((tmp_path / file.name).read_bytes() == file.content for file in files)
 
 
@@ -166,7 +165,7 @@ def test_a_disk_without_room_is_a_reason_and_no_request(tmp_path: Path) -> None:
         summary = fetch.run(config_for(server, tmp_path, "download.reserve_gb=1e9"))
         assert server.downloads() == 0
     assert summary.exit_code == 3
-    assert all("no room" in row["error"] for row in summary.rows)
+    assert all("no room" in row.error for row in summary.rows)
 
 
 def test_a_manifest_takes_the_place_of_the_list(tmp_path: Path) -> None:
@@ -195,7 +194,7 @@ def test_an_interrupted_job_stops_soon_and_goes_on_where_it_was(
         with pytest.raises(KeyboardInterrupt):
             fetch.run(config_for(server, tmp_path, "download.parallel=1"))
         monkeypatch.setattr(fetch, "as_completed", as_completed)
-        assert all(row["status"] == "done" for row in rows_of(tmp_path).values())
+        assert all(row.status == "done" for row in rows_of(tmp_path).values())
         assert fetch.run(config_for(server, tmp_path)).exit_code == 0
 
 
@@ -258,26 +257,27 @@ def test_an_actor_downloads_the_next_slide_while_it_curates_one_and_commits_no_d
         make = functools.partial(curate.Curator, curation, ledger=ledger, source=source)
         actor = pool.ItemActor(make, "run", 3)
 
-        def call(file: Served) -> dict:
+        def call(file: Served) -> SlideRow | None:
             slide = chosen[file.slide_id].slide("https://there")
-            item = {"slide_id": slide.slide_id, "slide": asdict(slide)}
-            return json.loads(actor({"item": np.array([json.dumps(item)])})["told"][0])["row"]
+            item = pickle.dumps(curate.Located(slide, slide.path))
+            return pickle.loads(actor({"item": np.array([item], object)})["told"][0])["row"]  # noqa: S301
 
         with ThreadPoolExecutor(2) as threads:
             rows = list(threads.map(call, [*files, lost]))
         asked = sorted(request.at_s for file in files for request in server.asked(file))
-    assert [row["status"] for row in rows] == ["done"] * 3 + ["failed"]
-    assert "md5" in rows[3]["error"]
+    assert [row and row.status for row in rows] == ["done"] * 3 + [None]
+    assert "md5" in fetch.download_ledger(Store(curation.output)).rows()[lost.slide_id].error
     committed = [path.stat().st_mtime for path in Path(curation.output, "slides").iterdir()]
     assert asked[1] < min(committed)
     assert asked[2] > min(committed) - 1e-2  # the clock of files is coarser; never three slides on disk
-    assert [(row["path"], row["n_cells"]) for row in ledger.rows().values()] == [("https://there", 9)] * 3
+    assert [(row.path, row.n_cells) for row in ledger.rows().values()] == [("https://there", 9)] * 3
     assert list((tmp_path / fetch.PASSING).glob("*.tiff")) == []
 
 
 def test_a_download_forgets_no_attempt_of_curation_in_the_same_output(tmp_path: Path) -> None:
-    store, row = Store(tmp_path), {"slide_id": "a", "status": "done", "file_name": "a.svs", "size_bytes": 1, "md5": "0"}
+    store = Store(tmp_path)
+    file = {"file_id": "f", "file_name": "a.svs", "url": "u", "size_bytes": 1, "md5": "0"}
     cells = cells_ledger(store, config_fingerprint="x")
     assert cells.begin("a", run_id="r") == 0
-    fetch.download_ledger(store).commit(row | {"file_id": "f", "url": "u", "total_s": 0.0})
+    fetch.download_ledger(store).commit(DownloadRow(slide_id="a", **file, status="done", total_s=0.0))
     assert cells.begin("a", run_id="r") == 1

@@ -113,7 +113,7 @@ def test_slides_become_cells_as_they_come_and_leave_the_disk(slides: list[Served
             assert (row["n_cells"], row["path"]) == (40, f"{server.url}/data/{file.file_id}")
             assert (row["organ"], row["project"], row["patient_id"]) == ("breast", "TCGA-BRCA", file.name[:12])
         downloads = download_ledger(Store(tmp_path / "cells")).rows()
-        assert [downloads[file.slide_id]["status"] for file in slides] == ["done"] * 4 + ["failed"]
+        assert [downloads[file.slide_id].status for file in slides] == ["done"] * 4 + ["failed"]
         assert f"{lost.slide_id}: failed: md5" in told
         second = sorted(request.at_s for file in slides for request in server.asked(file)[:1])[1]
         assert second < min(committed(tmp_path).values())  # it came while the first was curated

@@ -79,7 +79,7 @@ def trial_at_work(home: Path, pid: int) -> psutil.Process | None:
 
 
 def table_of(home: Path) -> list[dict]:
-    return pq.read_table(home / "out" / table.PARQUET, schema=table.SWEEP).to_pylist()
+    return pq.read_table(home / "out" / table.PARQUET, schema=table.SweepRow.schema).to_pylist()
 
 
 def statuses(home: Path) -> dict[str, str]:

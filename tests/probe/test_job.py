@@ -65,8 +65,8 @@ def config(tmp_path: Path, models: list[str], **more) -> ProbeConfig:
 
 def test_two_encoders_give_scores_predictions_and_a_table(tmp_path, encoders, tasks):
     assert probing.main(config(tmp_path, encoders)) == 0
-    rows = tables.read_scores(Store(tmp_path / "out")).to_pylist()
-    assert {row["model"] for row in rows} == {"enc0", "enc1"}
+    rows = tables.read_scores(Store(tmp_path / "out"))
+    assert {row.model for row in rows} == {"enc0", "enc1"}
     text = tables.write_table1(Store(tmp_path / "out"))
     assert text.count("**") in (4, 6)  # the best of each of two columns; two where they are even
     header, _, first, second = text.splitlines()[:4]
@@ -143,8 +143,8 @@ def test_figure_2_has_a_point_for_each_encoder(tmp_path, encoders, tasks):
     names = figures.draw_cost(Store(tmp_path / "out"))
     assert all((tmp_path / "out" / name).stat().st_size > 5000 for name in names)
     points = figures.cost_points(Store(tmp_path / "out"))
-    assert {point["encoder"] for point in points} == {"enc0", "enc1"}
-    assert all(0 < point["gflop"] < 0.01 for point in points)
+    assert {point.encoder for point in points} == {"enc0", "enc1"}
+    assert all(0 < point.gflop < 0.01 for point in points)
 
 
 def test_two_encoders_of_one_name_are_two_rows(tmp_path, encoders, tasks):
@@ -153,7 +153,7 @@ def test_two_encoders_of_one_name_are_two_rows(tmp_path, encoders, tasks):
     again.parent.mkdir()
     Path(encoders[1]).rename(again)
     assert probing.main(config(tmp_path, [encoders[0], str(again)])) == 0
-    rows = tables.table1_records(tables.read_scores(Store(tmp_path / "out")).to_pylist())
+    rows = tables.table1_records(tables.read_scores(Store(tmp_path / "out")))
     names = {row["encoder"] for row in rows}
     assert len(names) == 2
     assert all(name.startswith("enc0 (") for name in names)

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from lemon.probe.config import ProbeSettings
-from lemon.probe.score import POOLED, score_task
+from lemon.probe.score import POOLED, Score, score_task
 from lemon.probe.task import Task
 from tests.probe.made_up import made_up, task_of
 
 SETTINGS = ProbeSettings(bootstrap=200)
 
 
-def value(rows: list[dict], protocol: str, metric: str, *, fold: int = POOLED) -> float:
-    (found,) = [r["value"] for r in rows if (r["protocol"], r["metric"], r["fold"]) == (protocol, metric, fold)]
+def value(scores: list[Score], protocol: str, metric: str, *, fold: int = POOLED) -> float:
+    (found,) = [each.value for each in scores if (each.protocol, each.metric, each.fold) == (protocol, metric, fold)]
     return found
 
 
@@ -27,28 +27,29 @@ def test_every_protocol_fold_and_probe_has_its_rows_and_every_crop_is_predicted_
     for protocol in ("paper", "leak-free"):
         for prefix in ("", "knn_"):
             for metric in ("balanced_accuracy", "macro_f1", "auroc"):
-                folds = [r["fold"] for r in scored.rows if (r["protocol"], r["metric"]) == (protocol, prefix + metric)]
+                wanted = (protocol, prefix + metric)
+                folds = [each.fold for each in scored.scores if (each.protocol, each.metric) == wanted]
                 assert sorted(fold for fold in folds if fold != POOLED) == [0, 1, 2]
             part = scored.predictions.to_pandas().query(
                 f"protocol == '{protocol}' and probe == '{prefix[:3] or 'linear'}'"
             )
             assert sorted(part["sample_id"]) == sorted(task.sample_ids)
-    low, middle, high = (value(scored.rows, "leak-free", f"balanced_accuracy{end}") for end in ("_low", "", "_high"))
+    low, middle, high = (value(scored.scores, "leak-free", f"balanced_accuracy{end}") for end in ("_low", "", "_high"))
     assert 0.7 < low < middle < high <= 1
-    assert value(scored.rows, "robustness", "robustness_index") > 0.4
+    assert value(scored.scores, "robustness", "robustness_index") > 0.4
 
 
 def test_an_embedding_of_the_slide_gains_by_a_leak_and_by_nothing_else():
     """What the leak-free protocol is for: slides tell the class, so a random split rewards knowing the slide."""
     task, embedding = made_up(480, signal=0.0, per_slide=8.0)
-    rows = score_task(task, embedding, SETTINGS).rows
-    assert value(rows, "paper", "balanced_accuracy") > 0.8
-    assert value(rows, "leak-free", "balanced_accuracy") < 0.65
+    scores = score_task(task, embedding, SETTINGS).scores
+    assert value(scores, "paper", "balanced_accuracy") > 0.8
+    assert value(scores, "leak-free", "balanced_accuracy") < 0.65
 
 
 def test_noise_scores_as_chance():
     task, embedding = made_up(600, signal=0.0)
-    assert value(score_task(task, embedding, SETTINGS).rows, "leak-free", "balanced_accuracy") == pytest.approx(
+    assert value(score_task(task, embedding, SETTINGS).scores, "leak-free", "balanced_accuracy") == pytest.approx(
         0.5, abs=0.08
     )
 
@@ -58,7 +59,7 @@ def test_scores_do_not_depend_on_how_many_processes_share_the_folds(monkeypatch)
     first = score_task(task, embedding, SETTINGS)
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
     second = score_task(task, embedding, SETTINGS)
-    assert first.rows == second.rows
+    assert first.scores == second.scores
     assert first.predictions.equals(second.predictions)
 
 
@@ -66,7 +67,7 @@ def test_pca_makes_a_protocol_of_its_own():
     task, embedding = made_up()
     wide = np.concatenate([embedding] * 10, axis=1)
     settings = ProbeSettings(features=["raw", "pca256"], probes=["linear"], bootstrap=100, robustness=False)
-    assert {row["protocol"] for row in score_task(task, wide, settings).rows} == {
+    assert {each.protocol for each in score_task(task, wide, settings).scores} == {
         *("paper", "leak-free", "paper-pca256", "leak-free-pca256")
     }
 
@@ -82,11 +83,11 @@ def genes(n: int = 300) -> tuple[Task, np.ndarray]:
 def test_genes_are_scored_by_their_mean_correlation_and_an_interval_over_slides():
     task, embedding = genes()
     scored = score_task(task, embedding, ProbeSettings(probes=["linear", "knn", "hest-bench"], bootstrap=200))
-    assert {row["metric"] for row in scored.rows} == {
+    assert {each.metric for each in scored.scores} == {
         *("pearson", "pearson_low", "pearson_high"),
         *("hest_bench_pearson", "hest_bench_pearson_low", "hest_bench_pearson_high"),
     }
-    assert value(scored.rows, "leak-free", "pearson") > 0.9
+    assert value(scored.scores, "leak-free", "pearson") > 0.9
     assert len(scored.predictions["predicted"][0]) == 5
 
 
@@ -97,8 +98,8 @@ def test_a_slide_with_a_single_cell_has_no_correlation_and_spoils_none():
     lonely = task_of(task.images, task.target, slide)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        rows = score_task(lonely, embedding, ProbeSettings(probes=["linear"], bootstrap=200)).rows
-    low, middle, high = (value(rows, "leak-free", f"pearson{end}") for end in ("_low", "", "_high"))
+        scores = score_task(lonely, embedding, ProbeSettings(probes=["linear"], bootstrap=200)).scores
+    low, middle, high = (value(scores, "leak-free", f"pearson{end}") for end in ("_low", "", "_high"))
     assert 0.8 < low <= middle <= high <= 1
 
 
@@ -106,4 +107,4 @@ def test_a_task_with_one_protocol_is_scored_whatever_protocols_are_asked_for():
     task, embedding = made_up()
     single = dataclasses.replace(task, protocols=task.protocols[1:])
     settings = ProbeSettings(protocols=["paper"], probes=["linear"], bootstrap=100, robustness=False)
-    assert {row["protocol"] for row in score_task(single, embedding, settings).rows} == {"leak-free"}
+    assert {each.protocol for each in score_task(single, embedding, settings).scores} == {"leak-free"}

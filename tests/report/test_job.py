@@ -143,11 +143,11 @@ def test_table_2_is_the_mean_and_deviation_over_seeds_and_the_best_is_bold(
 
 
 def test_table_1_is_the_mean_and_deviation_over_folds_of_each_encoder(seen: Seen, home: Path) -> None:
-    every = read_scores(Store(home / "probe")).to_pylist()
+    every = read_scores(Store(home / "probe"))
     table = seen.table("encoder", "light")
     assert [told(line[0]) for line in table] == ["enc0", "enc1"]
     for line in table:
-        own = [row for row in every if row["model"] == told(line[0])]
+        own = [row for row in every if row.model == told(line[0])]
         expected = {
             f"{mean:.3f} ({spread:.3f})" for _, metric, mean, spread in fold_means(own) if metric == "balanced_accuracy"
         }

@@ -7,32 +7,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from scipy import stats
 
 from lemon.errors import ConfigError
 from lemon.report import figures
 from lemon.report.paper import PaperNumbers, read_paper
-from lemon.report.sections import images_seen
 from lemon.report.sentences import study_sentences
-from lemon.report.sources import Output, read_sweep
+from lemon.report.sources import Output, TrackedSettings, read_sweep
 from lemon.runtime.store import Store
-from lemon.schema import SWEEP, SWEEP_FILE
+from lemon.schema import SWEEP_FILE, SweepRow
 from lemon.sweep import studies
 
 SEEDS = (0, 1, 2)
 
 
-def row(point: str, seed: int, mean: float | None, **more: Any) -> dict[str, Any]:
+def row(point: str, seed: int, mean: float | None, **more: Any) -> SweepRow:
     """A row of a sweep's table."""
     known = {"study": "size", "point": point, "value": point, "seed": seed, "trial": f"size-{point}-s{seed}"}
     known |= {"status": "done", "task": "t", "protocol": "leak-free", "metric": "balanced_accuracy", "mean": mean}
     known |= {"spread": 0.1, "n_cells": 100, "n_slides": 2, "n_organs": 1}
-    return dict.fromkeys(SWEEP.names) | known | more
+    return SweepRow(**known | more)
 
 
-def rows_of(scores: dict[str, list[float]], **more: Any) -> list[dict[str, Any]]:
+def rows_of(scores: dict[str, list[float]], **more: Any) -> list[SweepRow]:
     """Rows seed by seed, as sweeps write them; a point that is a number has so many cells."""
     return [
         row(point, seed, values[seed], **({"n_cells": int(point)} if point.isdigit() else {}), **more)
@@ -42,10 +40,10 @@ def rows_of(scores: dict[str, list[float]], **more: Any) -> list[dict[str, Any]]
     ]
 
 
-def as_output(folder: Path, rows: list[dict[str, Any]]) -> Output:
+def as_output(folder: Path, rows: list[SweepRow]) -> Output[SweepRow]:
     store = Store(folder)
-    store.write_table(SWEEP_FILE, pa.Table.from_pylist(rows, schema=SWEEP))
-    return Output(store, read_sweep(store).to_pylist())
+    store.write_table(SWEEP_FILE, SweepRow.table(rows))
+    return Output(store, read_sweep(store))
 
 
 def test_means_deviations_and_intervals_are_those_of_students_t() -> None:
@@ -87,8 +85,8 @@ def test_a_trial_or_a_score_that_is_lost_is_listed_and_counts_nowhere() -> None:
     found = [row("a", 0, 0.5), row("a", 1, math.nan), failed, row("a", 0, 0.9, metric="knn_balanced_accuracy")]
     (value,) = studies.study_values(found)
     assert value.by_seed == {0: 0.5}
-    assert [each["trial"] for each in studies.lost_trials(found)] == ["size-a-s1", "size-b-s0"]
-    assert "not a number" in studies.lost_trials(found)[0]["reason"]
+    assert [each.trial for each in studies.lost_trials(found)] == ["size-a-s1", "size-b-s0"]
+    assert "not a number" in studies.lost_trials(found)[0].reason
     assert studies.point_names(found) == ["a", "b"]
 
 
@@ -140,7 +138,11 @@ def test_sentences_say_what_is_gained_and_whether_seeds_explain_it(tmp_path: Pat
 
 
 def test_images_seen_are_whole_batches() -> None:
-    assert images_seen({"epochs": "150.0", "images_per_epoch": "1000000", "batch": "4096"}) == 150 * 244 * 4096
+    told = {"epochs": "150.0", "images_per_epoch": "1000000", "batch": "4096"}
+    told |= {"encoder.name": "small", "encoder.dim": "32", "encoder.depth": "1", "ssl.name": "mocov3"}
+    settings = TrackedSettings.model_validate(told | {"select.exclude_patients": "[]"})
+    assert settings.images_seen == 150 * 244 * 4096
+    assert not settings.leaves_out_patients
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import io
-import json
+import pickle
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +19,25 @@ from lemon.errors import ConfigError
 from lemon.runtime import pool
 
 
-class Doer(pool.Worker):
+@dataclasses.dataclass(frozen=True)
+class Item:
+    slide_id: str
+    do: str
+    n_cells: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    id: str
+    error: str | None
+    n_cells: int = 1
+
+    @property
+    def status(self) -> str:
+        return "failed" if self.error else "done"
+
+
+class Doer(pool.Worker[Item, Row]):
     """Does what its items say; keeps what it committed."""
 
     fatal = (OSError,)
@@ -26,54 +45,54 @@ class Doer(pool.Worker):
 
     def __init__(self) -> None:
         self.begun: Counter[str] = Counter()
-        self.committed: list[pool.Row] = []
+        self.committed: list[Row] = []
 
     @contextlib.contextmanager
-    def ready(self, item: pool.Item) -> Iterator[pool.Item]:
-        if item["do"] == "absent":
+    def ready(self, item: Item) -> Iterator[Item]:
+        if item.do == "absent":
             raise pool.AbsentError("not\nthere")
         yield item
 
-    def begin(self, item: pool.Item, *, run_id: str) -> int:
-        if item["do"] == "no ledger":
+    def begin(self, item: Item, *, run_id: str) -> int:
+        if item.do == "no ledger":
             raise OSError("Read-only file system")
-        self.begun[item["id"]] += 1
-        return self.begun[item["id"]] - 1
+        self.begun[item.slide_id] += 1
+        return self.begun[item.slide_id] - 1
 
-    def work(self, item: pool.Item) -> pool.Row:
-        if item["do"] == "crash" or (item["do"] == "crash once" and self.begun[item["id"]] == 1):
+    def work(self, item: Item) -> Row:
+        if item.do == "crash" or (item.do == "crash once" and self.begun[item.slide_id] == 1):
             raise pool.CrashError
-        if item["do"] == "full":
+        if item.do == "full":
             raise OSError("No space left on device")
-        if item["do"] == "fatal":
+        if item.do == "fatal":
             raise pool.FatalError("nothing works any more")
-        if item["do"] == "config":
+        if item.do == "config":
             raise ConfigError("key: got x")
-        if item["do"] == "strange":
+        if item.do == "strange":
             raise ZeroDivisionError("a strange item")
         return self._commit(item, None)
 
-    def fail(self, item: pool.Item, reason: str) -> pool.Row:
+    def fail(self, item: Item, reason: str) -> Row:
         return self._commit(item, reason)
 
-    def _commit(self, item: pool.Item, reason: str | None) -> pool.Row:
-        row = {"id": item["id"], "status": "failed" if reason else "done", "error": reason}
+    def _commit(self, item: Item, reason: str | None) -> Row:
+        row = Row(item.slide_id, reason, 0 if reason else item.n_cells)
         self.committed.append(row)
         return row
 
 
-def here(worker: Doer, *items: str) -> list[pool.Row]:
-    listed = [{"id": str(number), "do": do} for number, do in enumerate(items)]
+def here(worker: Doer, *items: str) -> list[Row | None]:
+    listed = [Item(str(number), do) for number, do in enumerate(items)]
     return list(pool.run(listed, lambda: worker, actors=None, max_attempts=2))
 
 
-def in_actor(worker: Doer, *items: str) -> list[pool.Row]:
+def in_actor(worker: Doer, *items: str) -> list[Row | None]:
     """As Ray calls it."""
     actor = pool.ItemActor(lambda: worker, "run", 2)
     rows = []
     for number, do in enumerate(items):
-        batch = {"item": np.array([json.dumps({"id": str(number), "do": do})])}
-        told: dict[str, Any] = json.loads(actor(batch)["told"][0])
+        batch = {"item": np.array([pickle.dumps(Item(str(number), do))], object)}
+        told: dict[str, Any] = pickle.loads(actor(batch)["told"][0])  # noqa: S301
         if "fatal" in told:
             raise pool.FatalError(told["fatal"])
         rows.append(told["row"])
@@ -97,16 +116,16 @@ both = pytest.mark.parametrize("run", [here, in_actor])
 def test_what_an_item_provokes_is_its_own_row_and_the_others_are_done(run: Any, do: str, error: str | None) -> None:
     worker = Doer()
     rows = run(worker, "work", do, "work")
-    assert [row["error"] for row in rows] == [None, error, None]
+    assert [row.error for row in rows] == [None, error, None]
     assert worker.committed == rows
 
 
 @both
-def test_an_item_that_is_absent_is_told_and_not_committed(run: Any) -> None:
+def test_an_item_that_is_absent_has_no_row(run: Any) -> None:
     worker = Doer()
     rows = run(worker, "absent", "work")
-    assert [(row["status"], row.get("error")) for row in rows] == [("failed", "not there"), ("done", None)]
-    assert [row["id"] for row in worker.committed] == ["1"]
+    assert rows == [None, Row("1", None)]
+    assert [row.id for row in worker.committed] == ["1"]
 
 
 @both
@@ -123,7 +142,7 @@ def test_what_every_item_would_meet_stops_the_job(run: Any, do: str, line: str) 
     with pytest.raises(pool.FatalError) as caught:
         run(worker, "work", do, "work")
     assert str(caught.value) == line
-    assert [row["id"] for row in worker.committed] == ["0"]
+    assert [row.id for row in worker.committed] == ["0"]
 
 
 @pytest.mark.parametrize("error", [ConfigError("model: got x"), RuntimeError("bad\nweights")])
@@ -132,7 +151,7 @@ def test_a_worker_that_cannot_start_stops_the_job_and_is_not_started_for_ever(er
         raise error
 
     actor = pool.ItemActor(make, "run", 2)
-    told = json.loads(actor({"item": np.array(["{}"])})["told"][0])
+    told = pickle.loads(actor({"item": np.array([pickle.dumps(None)], object)})["told"][0])  # noqa: S301
     assert " ".join(str(error).split()) in told["fatal"]
 
 
@@ -154,14 +173,14 @@ class Bar(tqdm):  # type: ignore[type-arg]
 
 def test_the_bar_counts_sizes_once_whether_the_worker_told_of_them_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
     class Teller(Doer):
-        def work(self, item: pool.Item) -> pool.Row:
-            if item["do"] == "tell":
+        def work(self, item: Item) -> Row:
+            if item.do == "tell":
                 self.progress(2)
-            return super().work(item) | {"n_cells": item["size"]}
+            return super().work(item)
 
     monkeypatch.setattr(pool, "tqdm", Bar)
-    items = [{"id": str(number), "do": do, "size": 4} for number, do in enumerate(["tell", "well", "strange"])]
+    items = [Item(str(number), do, n_cells=4) for number, do in enumerate(["tell", "well", "strange"])]
     options: dict[str, Any] = {"actors": None, "max_attempts": 1, "name": "try", "unit": "cell"}
-    pool.run_all(items, Teller, size=lambda row: int(row.get("size") or row.get("n_cells") or 0), **options)
+    pool.run_all(items, Teller, size=lambda each: each.n_cells, **options)
     assert (Bar.last.n, Bar.last.total, Bar.last.desc) == (8, 12, "try")
     assert Bar.last.postfix == "cells=8, failed=1"

@@ -252,7 +252,7 @@ def test_a_sweep_gives_a_whole_table_and_nested_runs_and_a_rerun_does_nothing(
     assert sweep.main(config) == EXIT_OK
     told = capsys.readouterr().out
     assert "| a0 | 2 |" in told
-    rows = pq.read_table(tmp_path / "out" / table.PARQUET, schema=table.SWEEP).to_pylist()
+    rows = pq.read_table(tmp_path / "out" / table.PARQUET, schema=table.SweepRow.schema).to_pylist()
     main = [row for row in rows if row["metric"] == "balanced_accuracy"]
     assert {(row["point"], row["seed"], row["protocol"]) for row in main} == {
         (point, seed, protocol) for point in ("a0", "a1") for seed in (0, 1) for protocol in ("paper", "leak-free")
