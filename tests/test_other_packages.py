@@ -120,9 +120,9 @@ def test_a_task_is_probed_by_an_encoder_of_another_package(package: Path, here: 
     write_weights(package)
     write_mydata(here / "data" / "mydata")
     assert main(["probe", "models=small", "tasks=mydata", "data=data", "output=probe", "bootstrap=100"]) == EXIT_OK
-    rows = [row for row in read_scores(Store("probe")).to_pylist() if row["metric"] == "macro_f1"]
-    assert {(row["model"], row["task"]) for row in rows} == {("small", "mydata")}
-    assert np.mean([row["value"] for row in rows]) > 0.9, "bright and dark nuclei"
+    rows = [row for row in read_scores(Store("probe")) if row.metric == "macro_f1"]
+    assert {(row.model, row.task) for row in rows} == {("small", "mydata")}
+    assert np.mean([row.value for row in rows]) > 0.9, "bright and dark nuclei"
 
 
 @pytest.mark.parametrize(
