@@ -40,7 +40,7 @@ from lemon.curate.job import open_ledger
 from lemon.runtime.config import load
 from lemon.runtime.identifiers import file_stem
 from lemon.runtime.ledger import Ledger
-from lemon.runtime.records import Record
+from lemon.runtime.records import FileRecord
 from lemon.runtime.store import Store
 from lemon.schema import SlideRow
 
@@ -116,7 +116,7 @@ def lay_out(options: argparse.Namespace) -> None:
         # Not by the store, whose writes wait for the disk.
         name = f"slides/{file_stem(slide_id)}.parquet"
         pq.write_table(SlideRow.table([row]), store.path(name))
-        store.records.note(name, Record.of(Path(store.path(name))), replaced=None)
+        store.records.note(name, FileRecord.of(Path(store.path(name))), replaced=None)
     store.delete("templates")
 
 
@@ -158,10 +158,10 @@ def write_shard(store: Store, name: str, ranks: np.ndarray) -> None:
 class Idle(curate.Curator):
     """A worker that segments nothing and commits a row."""
 
-    def __init__(self, config: CurateConfig, *, ledger: Ledger[SlideRow], source: curate.Source) -> None:
+    def __init__(self, config: CurateConfig, *, ledger: Ledger[SlideRow], source: curate.SlideAccess) -> None:
         self.config, self.locate, self.ledger = config, source.open(), ledger
 
-    def work(self, item: curate.Located) -> SlideRow:
+    def work(self, item: curate.LocatedSlide) -> SlideRow:
         """A row without cells."""
         return self.ledger.commit(row_of(item.slide.slide_id, item.slide.path, n_cells=0))
 

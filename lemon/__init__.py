@@ -106,9 +106,9 @@ def __getattr__(name: str) -> Any:
     try:
         found = import_module(module)
     except ModuleNotFoundError as error:
-        from lemon.extras import lacking
+        from lemon.extras import missing_package_line
 
-        raise ModuleNotFoundError(f"lemon.{name}: {lacking(error) or error}", name=error.name) from None
+        raise ModuleNotFoundError(f"lemon.{name}: {missing_package_line(error) or error}", name=error.name) from None
     globals()[name] = value = getattr(found, attribute) if attribute else found
     return value
 

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lemon.extras import DISTRIBUTION, lacking
+from lemon.extras import DISTRIBUTION, missing_package_line
 from lemon.runtime.secrets import guarded
 
 GIB = 1 << 30
@@ -39,7 +39,7 @@ class Finding:
 
     state: str
     found: str
-    mend: str = ""
+    remedy: str = ""
 
 
 Check = Callable[[], Finding]
@@ -200,17 +200,17 @@ def check_configs() -> Finding:
 
 def check_storage(path: str) -> Finding:
     """A file is written, listed, read and deleted."""
-    from lemon.runtime.records import OWN
+    from lemon.runtime.records import INTERNAL_FOLDER
     from lemon.runtime.store import Store
 
-    store, name = Store(path), f"{OWN}/doctor-{uuid.uuid4().hex[:8]}"
-    store.write_own(name, b"lemon")
+    store, name = Store(path), f"{INTERNAL_FOLDER}/doctor-{uuid.uuid4().hex[:8]}"
+    store.write_internal(name, b"lemon")
     try:
-        if name not in store.list(OWN) or store.read_bytes(name) != b"lemon":
+        if name not in store.list(INTERNAL_FOLDER) or store.read_bytes(name) != b"lemon":
             return Finding("fail", f"{path}: what was written is not found again", "is it the same bucket everywhere?")
     finally:
-        store.remove_own(name)
-        store.remove_empty(OWN)
+        store.remove_internal(name)
+        store.remove_empty(INTERNAL_FOLDER)
     return Finding("ok", f"{path}: written, listed, read, deleted")
 
 
@@ -283,7 +283,7 @@ def examine(check: Check, *, patience_s: float = _PATIENCE_S) -> Finding:
         try:
             found.append(check())
         except ModuleNotFoundError as error:
-            command = (lacking(error) or REINSTALL).partition("expected ")
+            command = (missing_package_line(error) or REINSTALL).partition("expected ")
             found.append(Finding("fail", f"the package {error.name} is missing", command[2] or command[0]))
         except BaseException as error:  # noqa: BLE001  (whatever is wrong with the machine is a row of the table)
             told = " ".join(str(error).split()) or "no message"
@@ -334,8 +334,8 @@ def _row(name: str, check: Check) -> bool:
     """Print a row of the table; returns whether the check failed."""
     finding = examine(check, patience_s=120 if name == "ray" else _PATIENCE_S)
     print(f"{name:<14} {finding.state:<5} {finding.found}")
-    if finding.mend:
-        print(f"{'':<20} mend: {finding.mend}", flush=True)
+    if finding.remedy:
+        print(f"{'':<20} mend: {finding.remedy}", flush=True)
     return finding.state == "fail"
 
 

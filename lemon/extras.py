@@ -16,7 +16,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
 """The packages of each extra of pyproject.toml, as they are imported; ``pipeline`` also has those of ``probe``."""
 
 
-def lacking(error: ModuleNotFoundError) -> str | None:
+def missing_package_line(error: ModuleNotFoundError) -> str | None:
     """One line that names the missing package and the command that installs it; None where no extra has it."""
     package = (error.name or "").partition(".")[0]
     extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)

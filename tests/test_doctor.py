@@ -114,7 +114,7 @@ def test_a_tracking_server_that_does_not_answer_fails(monkeypatch: pytest.Monkey
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:hunter2@127.0.0.1:9")
     finding = doctor.check_mlflow()
     assert finding.state == "fail"
-    assert "MLFLOW_TRACKING_URI" in finding.mend
+    assert "MLFLOW_TRACKING_URI" in finding.remedy
 
 
 def test_runs_in_a_folder_that_cannot_be_made_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +171,7 @@ def test_a_container_with_fewer_cpus_than_the_machine_warns(tmp_path: Path, vers
     finding = doctor.check_cpus(tmp_path)
     assert finding.state == "warn"
     assert "a limit of 0.5" in finding.found
-    assert "OMP_NUM_THREADS=1" in finding.mend
+    assert "OMP_NUM_THREADS=1" in finding.remedy
 
 
 def test_no_limit_of_cpus_is_no_warning(tmp_path: Path) -> None:

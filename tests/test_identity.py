@@ -103,7 +103,7 @@ def lab(tmp_path: Path, processes: ProcessPoolExecutor, monkeypatch: pytest.Monk
             lab.curated.append(slide.slide_id)
 
     monkeypatch.setattr(curate, "_curate_all", here)
-    monkeypatch.setattr(curate, "ask", curate.check)
+    monkeypatch.setattr(curate, "check_and_allocate", curate.check)
     assert lab.curate() == ["a", "b"]
     assert lab.embed() == 2
     return lab

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from lemon.extras import DISTRIBUTION, EXTRAS, lacking
+from lemon.extras import DISTRIBUTION, EXTRAS, missing_package_line
 from lemon.slides.synthetic import make_tissue, write_pyramid
 from lemon.version import __version__
 
@@ -117,7 +117,7 @@ def test_the_extras_that_messages_name_are_those_of_the_project() -> None:
     ("module", "extra"), [("ray.data", "pipeline"), ("sklearn.linear_model", "probe"), ("numpy", None)]
 )
 def test_a_missing_package_is_named_with_its_extra(module: str, extra: str | None) -> None:
-    told = lacking(ModuleNotFoundError(f"No module named {module!r}", name=module))
+    told = missing_package_line(ModuleNotFoundError(f"No module named {module!r}", name=module))
     package = module.partition(".")[0]
     expected = f"the package {package} is not installed; expected pip install 'lemon-nuclei[{extra}]'"
     assert told == (expected if extra else None)

@@ -15,7 +15,7 @@ from lemon.atlas.config import AtlasConfig
 from lemon.cells.labels import read_labels
 from lemon.cells.select import Part, Selection, select_cells
 from lemon.cells.shard import images_from_arrow
-from lemon.embed.ledger import Made
+from lemon.embed.ledger import EmbeddingSpec
 from lemon.embed.names import SETTINGS, clusters_name, embeddings_name
 from lemon.embed.stream import vectors_of
 from lemon.errors import ConfigError
@@ -30,7 +30,7 @@ THUMBNAIL_MPP = CELL_MPP * CELL_PX / THUMBNAIL_PX
 
 FACTS = ("cell_id", "slide_id", "organ", "site", "x_level0_px", "y_level0_px", *MORPHOMETRICS, "rank")
 
-LEAST_CELLS = 10
+MIN_CELLS = 10
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class AtlasCells:
 def read_cells(config: AtlasConfig) -> AtlasCells:
     """Read what a config names. Raises ConfigError where a table is absent, does not fit the others or is too small."""
     cells, embeddings = Store(config.cells), Store(config.embeddings)
-    made = _made(embeddings)
+    made = _embedding_spec(embeddings)
     labels = None if config.labels is None else read_labels(config.labels, key="labels")
     selection = _select(config, cells=cells, embeddings=embeddings)
     parts = [
@@ -72,10 +72,10 @@ def read_cells(config: AtlasConfig) -> AtlasCells:
     )
 
 
-def _made(embeddings: Store) -> dict[str, Any]:
+def _embedding_spec(embeddings: Store) -> dict[str, Any]:
     if not embeddings.exists(SETTINGS):
         raise ConfigError(f"embeddings: {embeddings.uri} has no {SETTINGS}; expected an output of lemon embed")
-    made: Made = embeddings.read_json(SETTINGS, Made)
+    made: EmbeddingSpec = embeddings.read_json(SETTINGS, EmbeddingSpec)
     return asdict(made)
 
 
@@ -97,8 +97,8 @@ def _select(config: AtlasConfig, *, cells: Store, embeddings: Store) -> Selectio
         selection = select_cells(cells, slides=embedded, n_cells=config.n_cells)
     except (OSError, pa.ArrowException) as error:
         raise ConfigError(f"cells: {cells.uri} cannot be read: {' '.join(str(error).split())}") from None
-    if selection.n_cells < LEAST_CELLS:
-        raise ConfigError(f"cells: got {selection.n_cells} in {cells.uri}; expected {LEAST_CELLS} at least")
+    if selection.n_cells < MIN_CELLS:
+        raise ConfigError(f"cells: got {selection.n_cells} in {cells.uri}; expected {MIN_CELLS} at least")
     return selection
 
 

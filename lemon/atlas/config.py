@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from lemon.cells.config import OfCells
+from lemon.cells.config import CellsConfig
 from lemon.runtime.config import AnyPath, Frozen
 
 MAX_CELLS = 100_000  # as in the paper's Figure 4; the page then has up to 60 MB
@@ -20,11 +20,11 @@ class AtlasSelect(Frozen):
 
     @field_validator("organs", "slides", mode="before")
     @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
+    def _wrap_single_value(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
 
-class AtlasConfig(OfCells):
+class AtlasConfig(CellsConfig):
     """``lemon atlas``: embeddings -> a map of cells, as a picture and as a page."""
 
     embeddings: AnyPath = Field(description="output of lemon embed")

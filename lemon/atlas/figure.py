@@ -12,7 +12,7 @@ from lemon.runtime.secrets import redacted
 from lemon.runtime.store import Store
 
 EDGE_PX = 3  # of a square's frame, in the colour of its cell's category
-MOST_LISTED = 12
+MAX_LISTED = 12
 
 _INCHES = 8.0  # the longer side of a panel
 
@@ -75,10 +75,10 @@ def colors_of(category: Category) -> np.ndarray:
 def _legend(figure: Figure, category: Category) -> None:
     counts = np.bincount(category.codes[category.codes != MISSING], minlength=len(category.names))
     marks = []
-    for name, color, count in list(zip(category.names, category.colors, counts, strict=True))[:MOST_LISTED]:
+    for name, color, count in list(zip(category.names, category.colors, counts, strict=True))[:MAX_LISTED]:
         # A dollar sign would begin a formula.
         text = f"{name} ({count:,})".replace("$", r"\$")
         marks.append(Line2D([], [], color="#{:02x}{:02x}{:02x}".format(*color), marker="o", linestyle="", label=text))
-    more = len(category.names) - MOST_LISTED
+    more = len(category.names) - MAX_LISTED
     title = category.title + (f" ({more} more not listed)" if more > 0 else "")
     figure.legend(handles=marks, loc="outside lower center", ncols=6, fontsize=10, frameon=False, title=title)

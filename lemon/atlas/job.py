@@ -21,13 +21,13 @@ logger = stage_logger(__name__, "atlas")
 
 MAP_NAME = "map.parquet"
 
-OWNS = ("atlas.html", "atlas.png", "atlas.svg", MAP_NAME)
+OUTPUT_NAMES = ("atlas.html", "atlas.png", "atlas.svg", MAP_NAME)
 """What an atlas writes in its output."""
 
 
 def main(config: AtlasConfig) -> int:
     """Make the atlas and tell what it is; returns the exit code. Raises ConfigError."""
-    with hold(config.output, stage="atlas", owns=OWNS) as store:
+    with hold(config.output, stage="atlas", owns=OUTPUT_NAMES) as store:
         return _make(config, store)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lemon.runtime.config import AnyPath, Frozen
 
 
-class OfCells(Frozen):
+class CellsConfig(Frozen):
     """Settings with a field ``cells``, which is checked before the libraries that work on them are imported."""
 
     if TYPE_CHECKING:  # each stage describes its own, at its own place

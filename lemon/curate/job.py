@@ -16,7 +16,7 @@ from lemon.curate.slide import OutputError, curate_slide, start_processes
 from lemon.errors import ConfigError
 from lemon.runtime import pool
 from lemon.runtime.console import stage_logger
-from lemon.runtime.demand import Demand, is_new, settle
+from lemon.runtime.demand import Demand, allocate, is_new_output
 from lemon.runtime.identifiers import file_stem
 from lemon.runtime.lease import hold
 from lemon.runtime.ledger import Ledger, Summary
@@ -26,7 +26,7 @@ from lemon.schema import SlideRow
 from lemon.slides.cohort import Slide, list_slides
 from lemon.slides.source import changed_masks, changed_sources
 
-OWNS = (*FOLDERS, SETTINGS)
+OUTPUT_NAMES = (*FOLDERS, SETTINGS)
 """What curation writes in its output."""
 
 logger = stage_logger(__name__, "curate")
@@ -36,7 +36,7 @@ Locate = Callable[[Slide], contextlib.AbstractContextManager[str]]
 
 
 @dataclass(frozen=True)
-class Source:
+class SlideAccess:
     """Where the actors find the slides.
 
     Attributes:
@@ -52,10 +52,12 @@ def _in_place() -> Locate:
     return lambda slide: contextlib.nullcontext(slide.path)
 
 
-IN_PLACE = Source(open=_in_place, ahead=0)
+IN_PLACE = SlideAccess(open=_in_place, ahead=0)
 
 
-def run(config: CurateConfig, *, source: Source = IN_PLACE, slides: list[Slide] | None = None) -> Summary[SlideRow]:
+def run(
+    config: CurateConfig, *, source: SlideAccess = IN_PLACE, slides: list[Slide] | None = None
+) -> Summary[SlideRow]:
     """Curate the slides of a config; tells and returns what became of each.
 
     A slide that its source could not provide gets no row, so that it is tried again by a rerun. ``slides`` is what
@@ -63,8 +65,8 @@ def run(config: CurateConfig, *, source: Source = IN_PLACE, slides: list[Slide] 
 
     Raises ConfigError for what the user must mend first; FatalError when the job cannot go on.
     """
-    slides = ask(config) if slides is None else slides
-    with hold(config.output, stage="curate", owns=OWNS) as store:
+    slides = check_and_allocate(config) if slides is None else slides
+    with hold(config.output, stage="curate", owns=OUTPUT_NAMES) as store:
         ledger = open_ledger(store, config)
         rows = list(ledger.rows().values())
         pending = _pending(slides, rows, ledger=ledger, config=config)
@@ -89,7 +91,7 @@ def main(config: CurateConfig) -> int:
 
 
 @dataclass(frozen=True)
-class Located:
+class LocatedSlide:
     """A slide and where its file is now."""
 
     slide: Slide
@@ -101,24 +103,24 @@ class Located:
         return self.slide.slide_id
 
 
-class Curator(pool.Worker[Located, SlideRow]):
+class Curator(pool.Worker[LocatedSlide, SlideRow]):
     """Curates one slide at a time; holds the segmenter and the worker processes."""
 
     fatal = (OutputError,)
 
-    def __init__(self, config: CurateConfig, *, ledger: Ledger[SlideRow], source: Source = IN_PLACE) -> None:
+    def __init__(self, config: CurateConfig, *, ledger: Ledger[SlideRow], source: SlideAccess = IN_PLACE) -> None:
         self.config, self.locate = config, source.open()
         self.ledger = ledger
         self.segmenter = config.segmenter.build()
         self.processes = start_processes(config.workers.cpus)
 
     @contextlib.contextmanager
-    def ready(self, item: Located) -> Iterator[Located]:
+    def ready(self, item: LocatedSlide) -> Iterator[LocatedSlide]:
         """The slide with the path of its file."""
         with contextlib.ExitStack() as stack:
             yield replace(item, path=stack.enter_context(self.locate(item.slide)))
 
-    def work(self, item: Located) -> SlideRow:
+    def work(self, item: LocatedSlide) -> SlideRow:
         """Curate a slide and commit it."""
         try:
             row = curate_slide(
@@ -133,21 +135,21 @@ class Curator(pool.Worker[Located, SlideRow]):
             raise pool.CrashError from error
         return self.ledger.commit(replace(row, path=item.slide.path))
 
-    def fail(self, item: Located, reason: str) -> SlideRow:
+    def fail(self, item: LocatedSlide, reason: str) -> SlideRow:
         """Give a slide up."""
         error = " ".join(redacted(reason).split())
         return self.ledger.commit(SlideRow(**vars(item.slide), status="failed", n_cells=0, error=error))
 
 
-def ask(config: CurateConfig, *, key: str = "workers") -> list[Slide]:
+def check_and_allocate(config: CurateConfig, *, key: str = "workers") -> list[Slide]:
     """Check a config and, where there is work, what it asks of the cluster; returns the slides.
 
     ``key`` is what its ``workers`` are called where it is a part of another job's. Raises ConfigError.
     """
     slides = check(config)
-    if is_new(config.output, table="slides"):
-        Store(config.output).records.require_all(OWNS)  # before a cluster is asked for
-        settle(_demand(config, n_slides=len(slides), key=key), stage="curate")
+    if is_new_output(config.output, table="slides"):
+        Store(config.output).records.require_all(OUTPUT_NAMES)  # before a cluster is asked for
+        allocate(_demand(config, n_slides=len(slides), key=key), stage="curate")
     return slides
 
 
@@ -197,8 +199,8 @@ def _pending(
             row.slide_id for row in finished if mpp[row.slide_id] not in (None, row.mpp)
         },
         "have other tissue masks": changed_masks(finished, config.tissue.masks, stem=file_stem),
-        "lost their cells": ledger.lacking((row.slide_id for row in finished if row.n_cells), shard_name),
-        "have no GeoJSON": ledger.lacking(drawn, geojson_name),
+        "lost their cells": ledger.without_file((row.slide_id for row in finished if row.n_cells), shard_name),
+        "have no GeoJSON": ledger.without_file(drawn, geojson_name),
     }
     for why, slide_ids in again.items():
         if slide_ids:
@@ -218,19 +220,19 @@ def _demand(config: CurateConfig, *, n_slides: int, key: str = "workers") -> Dem
     return Demand(
         cpus=workers.cpus,
         gpus=workers.gpus,
-        wished=min(workers.actors or 1, n_slides),
+        wanted_workers=min(workers.actors or 1, n_slides),
         may_shrink="cpus" not in workers.model_fields_set,
         key=key,
         count_key=f"{key}.actors",
     )
 
 
-def _curate_all(slides: list[Slide], *, config: CurateConfig, ledger: Ledger[SlideRow], source: Source) -> None:
-    granted = settle(_demand(config, n_slides=len(slides)), stage="curate")
+def _curate_all(slides: list[Slide], *, config: CurateConfig, ledger: Ledger[SlideRow], source: SlideAccess) -> None:
+    granted = allocate(_demand(config, n_slides=len(slides)), stage="curate")
     workers = config.workers.model_copy(update={"cpus": granted.cpus})
     # Paths are made absolute here: actors run elsewhere.
     located = config.model_copy(update={"output": ledger.store.uri, "workers": workers})
     make = functools.partial(Curator, located, ledger=ledger, source=source)
-    actors = pool.Actors(granted, most=workers.actors, ahead=source.ahead)
-    items = [Located(slide, slide.path) for slide in slides]
+    actors = pool.ActorPool(granted, most=workers.actors, ahead=source.ahead)
+    items = [LocatedSlide(slide, slide.path) for slide in slides]
     pool.run_all(items, make, actors=actors, max_attempts=config.max_attempts, name="curate")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lemon.cells.config import OfCells
+from lemon.cells.config import CellsConfig
 from lemon.curate.config import CELLS_FOLDER, CurateConfig, nested_curate_config
 from lemon.nuclei.config import SegmenterChoice
 from lemon.runtime.config import AnyPath, AnyPaths, Frozen, NameOrPath
@@ -38,7 +38,7 @@ class EmbedWorkers(Frozen):
         return self.launcher == "process" or (self.launcher == "auto" and few)
 
 
-class EmbedConfig(OfCells):
+class EmbedConfig(CellsConfig):
     """``lemon embed``: cells -> embeddings, and the files that other tools open."""
 
     model: NameOrPath = Field(
@@ -69,7 +69,7 @@ class EmbedConfig(OfCells):
 
     @field_validator("format", mode="before")
     @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
+    def _wrap_single_value(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")

@@ -93,10 +93,10 @@ class Exporter(Worker[Export, EmbeddedRow]):
         self.ledger, self.cells, self.clusters = ledger, cells, clusters
         self.formats = [name for name in formats if name in FORMATS]
 
-    def lacking(self, slide_ids: Iterable[str]) -> set[str]:
+    def without_file(self, slide_ids: Iterable[str]) -> set[str]:
         """The slides of which a file is still to be written."""
         slide_ids = list(slide_ids)
-        return set().union(*(self.ledger.lacking(slide_ids, name) for _, name, _ in self._wanted()))
+        return set().union(*(self.ledger.without_file(slide_ids, name) for _, name, _ in self._wanted()))
 
     def work(self, item: Export) -> EmbeddedRow:
         """Write what a slide lacks; returns its row of the ledger, ``partial`` where a format could not be made."""

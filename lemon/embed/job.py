@@ -17,7 +17,7 @@ from lemon.embed.clusters import open_clusters
 from lemon.embed.config import EmbedConfig
 from lemon.embed.encode import Embedder, open_encoder
 from lemon.embed.export import Export, Exporter
-from lemon.embed.ledger import EmbedLedger, Made, open_ledger
+from lemon.embed.ledger import EmbeddingSpec, EmbedLedger, open_ledger
 from lemon.embed.names import CENTRES, FOLDERS, SETTINGS
 from lemon.embed.spatialdata import check_spatialdata
 from lemon.encoders.open import Encoder
@@ -25,7 +25,7 @@ from lemon.errors import ConfigError, FatalError
 from lemon.runtime import pool
 from lemon.runtime.cluster import ray_address
 from lemon.runtime.console import stage_logger
-from lemon.runtime.demand import Demand, is_new, settle
+from lemon.runtime.demand import Demand, allocate, is_new_output
 from lemon.runtime.lease import hold
 from lemon.runtime.ledger import Summary
 from lemon.runtime.shards import ShardError
@@ -33,31 +33,31 @@ from lemon.runtime.store import Store
 from lemon.schema import EmbeddedRow, SlideRow
 from lemon.slides.cohort import Slide
 
-OWNS = (*FOLDERS, CENTRES, SETTINGS)
+OUTPUT_NAMES = (*FOLDERS, CENTRES, SETTINGS)
 """What embedding writes in its output."""
 
 logger = stage_logger(__name__, "embed")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Embedded(Summary[EmbeddedRow]):
+class EmbedSummary(Summary[EmbeddedRow]):
     """What became of a table's slides, and how long the new ones took."""
 
     n_embedded: int
     embed_s: float
-    made: Made
+    made: EmbeddingSpec
 
 
-def run(config: EmbedConfig, *, slides: list[Slide] | None = None) -> Embedded:
+def run(config: EmbedConfig, *, slides: list[Slide] | None = None) -> EmbedSummary:
     """Embed the cells of a config and write the formats; tells and returns what became of each slide.
 
     ``slides`` are those that curation was asked about already.
 
     Raises ConfigError for what the user must mend first; FatalError when the job cannot go on.
     """
-    with hold(config.output, stage="embed", owns=OWNS) as output:
+    with hold(config.output, stage="embed", owns=OUTPUT_NAMES) as output:
         cells = Store(config.cells or config.curate_config().output)
-        summary = _run(_located(config, output, cells), output, cells, slides=slides)
+        summary = _run(_with_absolute_paths(config, output, cells), output, cells, slides=slides)
     told = summary.tell(logger)
     n_cells = sum(row.n_cells for row in summary.rows)
     rate = f"{summary.n_embedded / summary.embed_s:,.0f} cells/s" if summary.n_embedded else "none of them now"
@@ -69,9 +69,9 @@ def run(config: EmbedConfig, *, slides: list[Slide] | None = None) -> Embedded:
     return summary
 
 
-def _run(config: EmbedConfig, output: Store, cells: Store, *, slides: list[Slide] | None) -> Embedded:
+def _run(config: EmbedConfig, output: Store, cells: Store, *, slides: list[Slide] | None) -> EmbedSummary:
     encoder = open_encoder(config.model)
-    made = Made(encoder.name, encoder.fingerprint, encoder.width, config.dtype, config.precision)
+    made = EmbeddingSpec(encoder.name, encoder.fingerprint, encoder.width, config.dtype, config.precision)
     jobs = rows_with_cells(cells) if config.cells is not None else []  # before anything is overwritten
     ledger = open_ledger(output, made, overwrite=config.overwrite)
     curated = [] if config.slides is None else [_curate(config, slides)]
@@ -84,7 +84,7 @@ def _run(config: EmbedConfig, output: Store, cells: Store, *, slides: list[Slide
     seconds = time.perf_counter() - start
     rows = _export(jobs, config=config, ledger=ledger, cells=cells)
     fresh = {job.slide_id for job in pending}
-    return Embedded(
+    return EmbedSummary(
         rows=rows,
         n_skipped=len(jobs) - len(pending),
         max_failed_share=config.max_failed_share,
@@ -98,14 +98,14 @@ def _run(config: EmbedConfig, output: Store, cells: Store, *, slides: list[Slide
 
 def main(config: EmbedConfig) -> int:
     """``run``, after what it needs of the cluster is asked for; returns the exit code."""
-    return run(config, slides=_ask(config)).exit_code
+    return run(config, slides=_check_and_allocate(config)).exit_code
 
 
-def _located(config: EmbedConfig, output: Store, cells: Store) -> EmbedConfig:
+def _with_absolute_paths(config: EmbedConfig, output: Store, cells: Store) -> EmbedConfig:
     """Paths made absolute, because actors run elsewhere. Raises ConfigError for an output that does not do."""
     if "spatialdata" in config.format:
         check_spatialdata(output)
-    update: dict[str, Any] = {"output": output.uri, "model": located_model(config.model)}
+    update: dict[str, Any] = {"output": output.uri, "model": absolute_model_path(config.model)}
     if config.cells is not None:
         update["cells"] = cells.uri
         if cells.uri == output.uri:
@@ -121,7 +121,7 @@ def _curate(config: EmbedConfig, slides: list[Slide] | None) -> Summary:
         raise ConfigError(str(error).replace("overwrite=true", "curation.overwrite=true")) from None
 
 
-def located_model(model: str) -> str:
+def absolute_model_path(model: str) -> str:
     """A model's path made absolute, also that in ``name:path``; a name stays, even where a folder is called so."""
     name, colon, rest = model.rpartition(":")
     path = Path(rest).expanduser()
@@ -164,7 +164,7 @@ def _export(jobs: Sequence[SlideRow], *, config: EmbedConfig, ledger: EmbedLedge
         raise FatalError(f"{error}; delete that file to have it made again") from None
     make = functools.partial(Exporter, ledger=ledger, cells=cells, clusters=clusters, formats=config.format)
     here = make()
-    lacking = here.lacking([row.slide_id for row in embedded])
+    lacking = here.without_file([row.slide_id for row in embedded])
     pending = [
         Export(row, paths[row.slide_id]) for row in embedded if row.status == "partial" or row.slide_id in lacking
     ]
@@ -173,16 +173,18 @@ def _export(jobs: Sequence[SlideRow], *, config: EmbedConfig, ledger: EmbedLedge
     return [row for slide_id, row in ledger.rows().items() if slide_id in paths]
 
 
-def _ask(config: EmbedConfig) -> list[Slide] | None:
+def _check_and_allocate(config: EmbedConfig) -> list[Slide] | None:
     """Check what the job asks of the cluster before it writes anything; the slides to curate. Raises ConfigError."""
-    slides = None if config.slides is None else curate.ask(config.curate_config(), key="curation.workers")
+    slides = (
+        None if config.slides is None else curate.check_and_allocate(config.curate_config(), key="curation.workers")
+    )
     n_slides = len(rows_with_cells(Store(config.cells or "")) if slides is None else slides)
-    if is_new(config.output, table="slides"):
+    if is_new_output(config.output, table="slides"):
         _actors(config, n_slides=n_slides, gpus=config.workers.gpus)
     return slides
 
 
-def _actors(config: EmbedConfig, *, n_slides: int, gpus: float | None) -> pool.Actors | None:
+def _actors(config: EmbedConfig, *, n_slides: int, gpus: float | None) -> pool.ActorPool | None:
     """The pool for so many slides; None where this process works on them. Raises ConfigError."""
     workers = config.workers
     if n_slides == 0 or workers.in_process(n_slides, cluster=ray_address() is not None):
@@ -190,8 +192,8 @@ def _actors(config: EmbedConfig, *, n_slides: int, gpus: float | None) -> pool.A
     demand = Demand(
         cpus=workers.cpus,
         gpus=0 if config.device == "cpu" and gpus is None else gpus,
-        wished=min(workers.actors or 1, n_slides),
+        wanted_workers=min(workers.actors or 1, n_slides),
         may_shrink="cpus" not in workers.model_fields_set,
         count_key="workers.actors",
     )
-    return pool.Actors(settle(demand, stage="embed"), most=workers.actors)
+    return pool.ActorPool(allocate(demand, stage="embed"), most=workers.actors)

@@ -13,7 +13,7 @@ from lemon.schema import EmbeddedRow, SlideRow
 
 
 @dataclass(frozen=True)
-class Made:
+class EmbeddingSpec:
     """What all embeddings of an output have in common."""
 
     model: str
@@ -26,7 +26,7 @@ class Made:
 class EmbedLedger(Ledger[EmbeddedRow]):
     """The ledger of one output, whose embeddings are all of one model."""
 
-    def __init__(self, store: Store, made: Made) -> None:
+    def __init__(self, store: Store, made: EmbeddingSpec) -> None:
         facts = {"model": made.model, "model_fingerprint": made.model_fingerprint}
         super().__init__(store, EmbeddedRow, facts=facts)
         self.made = made
@@ -39,10 +39,12 @@ class EmbedLedger(Ledger[EmbeddedRow]):
 
     def without_embeddings(self, slides: Sequence[SlideRow]) -> list[SlideRow]:
         """The slides whose cells, of this digest, are not embedded yet."""
-        rows, lost = self.rows(), self.lacking((slide.slide_id for slide in slides), embeddings_name)
-        return [each for each in slides if each.slide_id in lost or not self._says(rows.get(each.slide_id), each)]
+        rows, lost = self.rows(), self.without_file((slide.slide_id for slide in slides), embeddings_name)
+        return [
+            each for each in slides if each.slide_id in lost or not self._is_up_to_date(rows.get(each.slide_id), each)
+        ]
 
-    def _says(self, row: EmbeddedRow | None, slide: SlideRow) -> bool:
+    def _is_up_to_date(self, row: EmbeddedRow | None, slide: SlideRow) -> bool:
         return (
             row is not None
             and row.status != "failed"
@@ -51,15 +53,15 @@ class EmbedLedger(Ledger[EmbeddedRow]):
         )
 
 
-def _same_model(earlier: dict[str, str], made: Made) -> str | None:
+def _known_model_name(earlier: dict[str, str], made: EmbeddingSpec) -> str | None:
     """What the model of an output was called, where it has the same weights."""
     return earlier["model"] if earlier.get("model_fingerprint") == made.model_fingerprint else None
 
 
-def open_ledger(store: Store, made: Made, *, overwrite: bool) -> EmbedLedger:
+def open_ledger(store: Store, made: EmbeddingSpec, *, overwrite: bool) -> EmbedLedger:
     """The ledger of an output; raises ConfigError when the output was begun with another model or other numbers."""
     earlier = {} if overwrite or not store.exists(SETTINGS) else store.read_json(SETTINGS, dict)
-    if called := _same_model(earlier, made):
+    if called := _known_model_name(earlier, made):
         made = replace(made, model=called)  # the same weights from another folder
     ledger = EmbedLedger(store, made)
     ledger.prepare(SETTINGS, asdict(made), folders=(*FOLDERS, CENTRES), overwrite=overwrite)

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from lemon.cells.names import shard_name
 from lemon.embed.clusters import Clusters
-from lemon.embed.ledger import Made
+from lemon.embed.ledger import EmbeddingSpec
 from lemon.embed.names import clusters_name, embeddings_name
 from lemon.embed.stream import read_ahead, vectors_of
 from lemon.runtime.shards import ShardError
@@ -29,7 +29,7 @@ class EmbeddedSlide:
     path: str
     cells: Store
     store: Store
-    made: Made
+    made: EmbeddingSpec
     clusters: Clusters | None
 
     def rows(self, *columns: str) -> Iterator[pa.Table]:

@@ -22,9 +22,9 @@ try:
 except ImportError:  # no build of Triton for this platform, as on macOS
     triton = None
 
-MOST_TOKENS = 64
+MAX_TOKENS = 64
 """With more, library kernels have little padding, and scores no longer fit a warp's registers."""
-MOST_HEAD_DIM = 128
+MAX_HEAD_DIM = 128
 
 
 def attend(qkv: Tensor, *, heads: int) -> Tensor:
@@ -42,7 +42,7 @@ def attend(qkv: Tensor, *, heads: int) -> Tensor:
 
 def serves(x: Tensor, *, tokens: int, head_dim: int) -> bool:
     """Whether the kernel computes attention for ``x``: on a GPU that Triton knows, and for few tokens."""
-    return x.is_cuda and tokens <= MOST_TOKENS and head_dim <= MOST_HEAD_DIM and triton_runs()
+    return x.is_cuda and tokens <= MAX_TOKENS and head_dim <= MAX_HEAD_DIM and triton_runs()
 
 
 @torch.compiler.assume_constant_result

@@ -21,7 +21,7 @@ from lemon.encoders.finite import not_finite
 from lemon.encoders.vit import CellTransformer, load_strictly
 from lemon.errors import ConfigError
 from lemon.runtime.store import locate, parse_json
-from lemon.runtime.tensors import read_weights, undamaged
+from lemon.runtime.tensors import read_or_damaged_error, read_weights
 from lemon.schema import CELL_PX
 
 ARCHITECTURES = {192: "vit_tiny_patch16_224", 384: "vit_small_patch8_224", 768: "vit_base_patch8_224"}
@@ -175,7 +175,7 @@ def load_exported(directory: str | Path) -> tuple[nn.Module, CellInput]:
         raise ConfigError(f"{told}: got no section lemon; expected a folder written by lemon's export")
     cell_input = parse_json(json.dumps(section).encode(), CellInput, told=f"{told}: lemon")
     # Not with pretrained=True: the file says of itself which weights timm should take, and from where.
-    model = undamaged(lambda: timm.create_model(f"local-dir:{folder}", pretrained=False), told=told)
+    model = read_or_damaged_error(lambda: timm.create_model(f"local-dir:{folder}", pretrained=False), told=told)
     if type(model) is VisionTransformer and content.get("model_args") == model_args(model):
         model = as_cell_transformer(model)
     load_strictly(model, read_weights(folder / WEIGHTS, told=f"{folder / WEIGHTS}"), source=f"{folder / WEIGHTS}")

@@ -40,12 +40,12 @@ def cell_images(images: Any) -> Tensor:
         tensor = _bytes(tensor)
     if tensor.shape[3] == 4:
         if not all(bool((part[..., 3] == 255).all()) for part in tensor.split(CHUNK)):
-            raise ValueError(_told("a fourth channel that is not opaque", "lay the images on white, and drop it"))
+            raise ValueError(_error_line("a fourth channel that is not opaque", "lay the images on white, and drop it"))
         tensor = tensor[..., :3]
     return tensor
 
 
-def _told(got: str, remedy: str = "") -> str:
+def _error_line(got: str, remedy: str = "") -> str:
     return f"images: got {got}; {_EXPECTED}{f'; {remedy}' if remedy else ''}"
 
 
@@ -62,10 +62,10 @@ def _tensor(images: Any) -> Tensor:
         array = np.asarray(images)
     except (ValueError, TypeError):  # as of images of several sizes
         raise ValueError(
-            _told(f"a {type(images).__name__} that is no array: images of several shapes, or none")
+            _error_line(f"a {type(images).__name__} that is no array: images of several shapes, or none")
         ) from None
     if array.dtype.kind not in "iufb":
-        raise ValueError(_told(f"{type(images).__name__} of {array.dtype}"))
+        raise ValueError(_error_line(f"{type(images).__name__} of {array.dtype}"))
     if array.dtype == np.longdouble:
         array = array.astype(np.float64)
     if not array.flags.c_contiguous or not array.dtype.isnative:  # torch knows no negative strides, no other byte order
@@ -79,7 +79,7 @@ def _stacked(images: list[Tensor]) -> Tensor:
     kinds = {(tuple(image.shape), image.dtype, image.device) for image in images}
     if len(kinds) > 1:
         got = " and ".join(sorted(f"{dtype} {list(shape)}" for shape, dtype, _ in kinds)[:3])
-        raise ValueError(_told(f"images that differ ({got})"))
+        raise ValueError(_error_line(f"images that differ ({got})"))
     return torch.stack(images)
 
 
@@ -94,10 +94,10 @@ def _channels_last(images: Tensor) -> Tensor:
         return images
     if len(shape) == 4 and shape[2:] == side and shape[1] in (3, 4):
         return images.movedim(1, -1)
-    raise ValueError(_told(f"shape {list(shape)}", _why(shape)))
+    raise ValueError(_error_line(f"shape {list(shape)}", _shape_remedy(shape)))
 
 
-def _why(shape: tuple[int, ...]) -> str:
+def _shape_remedy(shape: tuple[int, ...]) -> str:
     """What is most likely the matter with a shape."""
     side = (CELL_PX, CELL_PX)
     if shape in ((3, *side), (4, *side)):
@@ -114,7 +114,7 @@ def _why(shape: tuple[int, ...]) -> str:
 def _bytes(images: Tensor) -> Tensor:
     """Other types of numbers as bytes, [N, 60, 60, C]."""
     if images.dtype not in (*_ALIKE, *_FLOATS):
-        raise ValueError(_told(f"values of {images.dtype}", _OF_16_BITS if images.dtype == torch.uint16 else ""))
+        raise ValueError(_error_line(f"values of {images.dtype}", _OF_16_BITS if images.dtype == torch.uint16 else ""))
     if not len(images):
         return images.to(torch.uint8)
     scale = _scale([_seen(part.float()) for part in images.split(CHUNK)], floats=images.is_floating_point())
@@ -124,7 +124,7 @@ def _bytes(images: Tensor) -> Tensor:
 def _seen(part: Tensor) -> tuple[float, float, bool]:
     """Least value, largest value, and whether all are whole numbers."""
     if not bool(torch.isfinite(part).all()):
-        raise ValueError(_told("values that are not finite (NaN or infinity)"))
+        raise ValueError(_error_line("values that are not finite (NaN or infinity)"))
     return float(part.amin()), float(part.amax()), bool((part == part.round()).all())
 
 
@@ -138,4 +138,4 @@ def _scale(seen: list[tuple[float, float, bool]], *, floats: bool) -> int:
     remedy = "floats are taken in [0, 1]" if floats else _OF_16_BITS
     if low < 0:
         remedy = "give images as they were before normalisation"
-    raise ValueError(_told(f"values from {low:g} to {high:g}", remedy))
+    raise ValueError(_error_line(f"values from {low:g} to {high:g}", remedy))

@@ -23,7 +23,7 @@ try:
 except ImportError:  # no build of Triton for this platform, as on macOS
     triton = None
 
-LEAST_ROWS = 8192
+MIN_ROWS = 8192
 """Fewer rows do not fill a GPU with tiles."""
 FORWARD = {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": 128, "BLOCK_DEPTH": 64, "num_warps": 8, "num_stages": 3}
 BACKWARD = {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 128, "BLOCK_DEPTH": 64, "num_warps": 4, "num_stages": 3}
@@ -43,7 +43,7 @@ def gelu_mlp(x: Tensor, first: nn.Linear, second: nn.Linear) -> Tensor:
 
 def serves(x: Tensor, first: nn.Linear) -> bool:
     """Whether the kernel computes the MLP for ``x``: 16 bits on a GPU that Triton knows, whole tiles, enough rows."""
-    if not x.is_cuda or x.numel() < LEAST_ROWS * x.shape[-1] or not triton_runs():
+    if not x.is_cuda or x.numel() < MIN_ROWS * x.shape[-1] or not triton_runs():
         return False
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     whole = first.in_features % 64 == 0 and first.out_features % 256 == 0

@@ -20,10 +20,10 @@ from lemon.encoders.registry import ENCODERS, MODEL_REGISTRY, NO_ENCODER, Encode
 from lemon.encoders.vit import load_lemon_checkpoint
 from lemon.encoders.weights import MissingWeightsError, find_weights, hub_file, load_weights
 from lemon.errors import ConfigError
-from lemon.extras import lacking
+from lemon.extras import missing_package_line
 from lemon.runtime.scratch import scratch_folder
 from lemon.runtime.store import is_uri, local_copy, locate
-from lemon.runtime.tensors import undamaged
+from lemon.runtime.tensors import read_or_damaged_error
 from lemon.schema import CELL_MPP, CELL_PX
 
 RELEASED = Path(__file__).parent / "released"
@@ -154,7 +154,7 @@ def load_registered(uri: str) -> Encoder:
         with scratch_folder() as scratch:
             exported = load_exported(download_encoder(uri, scratch / "model"))
     except ModuleNotFoundError as error:
-        raise ConfigError(f"encoder: {uri}: {lacking(error) or error}") from None
+        raise ConfigError(f"encoder: {uri}: {missing_package_line(error) or error}") from None
     return Encoder(*exported, name=re.sub(r"[/@]", "-", uri.removeprefix(MODEL_REGISTRY)))
 
 
@@ -228,7 +228,7 @@ def load_transformers(entry: EncoderEntry, folder: Path) -> nn.Module:
     if not (folder / CONFIG).is_file():
         raise MissingWeightsError(f"{folder}: no {CONFIG}; expected the files of {entry.page}")
     library = import_transformers(entry)
-    backbone, told = undamaged(
+    backbone, told = read_or_damaged_error(
         lambda: library.AutoModel.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         ),

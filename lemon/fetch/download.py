@@ -21,7 +21,7 @@ from urllib3.util import Retry
 
 from lemon.errors import one_line
 from lemon.fetch.config import DownloadConfig
-from lemon.runtime.records import OWN
+from lemon.runtime.records import INTERNAL_FOLDER
 from lemon.version import __version__
 
 BLOCK_BYTES = 1 << 18
@@ -30,7 +30,7 @@ BLOCK_BYTES = 1 << 18
 LONGEST_WAIT_S = 300
 """Bound of the waits between attempts, also of those that a server asks for."""
 
-PARTS = f"{OWN}/parts"
+PARTS = f"{INTERNAL_FOLDER}/parts"
 """Where in the folder files are until they are whole."""
 
 TRANSIENT = (429, 500, 502, 503, 504)

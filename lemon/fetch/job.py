@@ -25,13 +25,13 @@ from lemon.runtime import pool
 from lemon.runtime.console import stage_logger
 from lemon.runtime.lease import hold
 from lemon.runtime.ledger import Ledger, Summary
-from lemon.runtime.records import OWN
+from lemon.runtime.records import INTERNAL_FOLDER
 from lemon.runtime.secrets import redacted
 from lemon.runtime.store import Store
 from lemon.schema import DownloadRow
 from lemon.slides.cohort import Slide, write_cohort
 
-PASSING = f"{OWN}/passing"
+STREAM_FOLDER = f"{INTERNAL_FOLDER}/passing"
 """Folder in the output for slides that are deleted after their curation."""
 
 logger = stage_logger(__name__, "fetch_tcga")
@@ -54,7 +54,7 @@ def run(config: FetchConfig) -> Summary[DownloadRow]:
         FatalError: the ledger cannot be written.
     """
     with hold(config.output, stage="fetch_tcga", owns=("downloads", COHORT_FILE)) as output:
-        files = _chosen(config)
+        files = _choose_files(config)
         summary = _stream(files, output, config) if config.stream else _keep(files, output, config)
     n_bytes = sum(row.size_bytes for row in summary.rows if row.status == "done")
     where = f"curated into {config.curate_config().output}" if config.stream else f"in {config.output}"
@@ -65,7 +65,7 @@ def run(config: FetchConfig) -> Summary[DownloadRow]:
 # --- which slides -----------------------------------------------------------------------------------------------------
 
 
-def choose(files: Sequence[GdcFile], n: int | None, *, one_per_patient: bool) -> list[GdcFile]:
+def lowest_ranks(files: Sequence[GdcFile], n: int | None, *, one_per_patient: bool) -> list[GdcFile]:
     """The ``n`` files of lowest rank of their slides' ids (None: all): a smaller choice lies inside a larger one.
 
     ``one_per_patient`` leaves of each patient only the slide of lowest rank.
@@ -78,9 +78,9 @@ def choose(files: Sequence[GdcFile], n: int | None, *, one_per_patient: bool) ->
     return list(kept.values())[:n]
 
 
-def _chosen(config: FetchConfig) -> dict[str, GdcFile]:
+def _choose_files(config: FetchConfig) -> dict[str, GdcFile]:
     """The slides of a config by their ids. Raises ConfigError and GdcError."""
-    pick = functools.partial(choose, n=config.slides_per_organ, one_per_patient=config.one_per_patient)
+    pick = functools.partial(lowest_ranks, n=config.slides_per_organ, one_per_patient=config.one_per_patient)
     if config.manifest is not None:
         organ = organ_of(config.organs[0]) if config.organs else None
         groups = {config.manifest: pick(read_manifest(config.manifest, organ=organ))}
@@ -191,7 +191,7 @@ def _fetch_all(fetcher: Fetcher, files: Sequence[GdcFile], *, parallel: int) -> 
 # --- straight into cells ----------------------------------------------------------------------------------------------
 
 
-class Passing:
+class StreamedSlides:
     """Slides that are on disk only while they are curated; lives in the actors of curation."""
 
     def __init__(self, files: dict[str, GdcFile], folder: Path, config: FetchConfig, *, cells: Store) -> None:
@@ -213,7 +213,7 @@ class Passing:
 
 def _stream(files: dict[str, GdcFile], output: Store, config: FetchConfig) -> Summary[DownloadRow]:
     """Curate the slides as they come. Downloads are noted beside the cells, because actors may be on other machines."""
-    curation, folder = config.curate_config(), Path(output.root) / PASSING
+    curation, folder = config.curate_config(), Path(output.root) / STREAM_FOLDER
     try:
         cells = Store(curation.output)
     except ValueError as error:
@@ -221,9 +221,9 @@ def _stream(files: dict[str, GdcFile], output: Store, config: FetchConfig) -> Su
     write_cohort(output, COHORT_FILE, [file.slide(file.remote(config.api).url) for file in files.values()])
     committed = files.keys() & set(read_ledger(cells)["slide_id"].to_pylist())
     _tidy(folder, keep=[file.file_name for slide_id, file in files.items() if slide_id not in committed])
-    opening = functools.partial(Passing, files, folder, config, cells=cells)
+    opening = functools.partial(StreamedSlides, files, folder, config, cells=cells)
     try:
-        curated = curate.run(curation, source=curate.Source(open=opening, ahead=config.ahead))
+        curated = curate.run(curation, source=curate.SlideAccess(open=opening, ahead=config.ahead))
     except ConfigError as error:
         told = str(error).replace("output: ", "cells: ", 1).replace("overwrite=true", "curation.overwrite=true")
         raise ConfigError(told) from None

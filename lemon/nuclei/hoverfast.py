@@ -28,7 +28,7 @@ from lemon.nuclei.instances import HVLimits, HVPrediction, calibrate_limits, pos
 from lemon.nuclei.released import weights_path
 from lemon.nuclei.segmenter import Postprocess
 from lemon.runtime.store import local_copy
-from lemon.runtime.tensors import read_notes, read_weights
+from lemon.runtime.tensors import read_metadata, read_weights
 
 WEIGHTS_SOURCE = (
     "HoverFast's repository https://github.com/choosehappy/HoverFast offers hoverfast_crosstissue_best_model.pth "
@@ -226,7 +226,7 @@ def _read_checkpoint(file: Path, path: str | Path) -> dict[str, Any]:
 
 def _read_safetensors(file: Path, *, told: str) -> dict[str, Any]:
     """A file of ``save_half`` as the dict that HoverFast's format is."""
-    notes = read_notes(file, told=told)
+    notes = read_metadata(file, told=told)
     try:
         architecture = json.loads(notes.get("architecture", "{}"))
     except ValueError as error:

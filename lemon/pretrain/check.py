@@ -7,12 +7,12 @@ from lemon.cells.select import Selection
 from lemon.encoders.device import choose_device
 from lemon.errors import ConfigError
 from lemon.pretrain.assemble import select, with_stain
-from lemon.pretrain.config import LEAST_CELLS, PretrainConfig
+from lemon.pretrain.config import MIN_CELLS, PretrainConfig
 from lemon.pretrain.online_probe import OnlineProbe
 from lemon.runtime.store import Store
 
 
-def located(config: PretrainConfig) -> PretrainConfig:
+def with_absolute_paths(config: PretrainConfig) -> PretrainConfig:
     """Paths made absolute, because workers run elsewhere. Raises ConfigError where stain statistics are no good."""
     cells, output = _store(config.cells, key="cells"), _store(config.output, key="output")
     return with_stain(config.model_copy(update={"cells": cells.uri, "output": output.uri}))
@@ -25,10 +25,10 @@ def check(config: PretrainConfig) -> tuple[PretrainConfig, Selection]:
         ConfigError: cells, statistics, labels, device or folders are not what the run needs.
         StorageError: the cache has no room.
     """
-    config = located(config)
+    config = with_absolute_paths(config)
     selection = select(config)
-    if selection.n_cells < LEAST_CELLS:
-        raise ConfigError(f"cells: got {selection.n_cells}; expected {LEAST_CELLS} at least, and better thousands")
+    if selection.n_cells < MIN_CELLS:
+        raise ConfigError(f"cells: got {selection.n_cells}; expected {MIN_CELLS} at least, and better thousands")
     if config.probe is not None:
         OnlineProbe.open(config.probe, policy=config.views)
     if config.workers.in_process:  # others are on other machines, and tell it themselves

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from lemon.cells.config import OfCells
+from lemon.cells.config import CellsConfig
 from lemon.encoders.config import EncoderConfig
 from lemon.errors import Fault
 from lemon.runtime.config import AnyPath, Choice, LocalPath, Settings, raise_faults
@@ -35,7 +35,7 @@ REGISTERED = r"""^[^\s/:.%"'\\][^\x00-\x1f/:.%"'\\]{0,199}$"""
 LOCAL_STEP_PX = 8
 """Sides of local views are multiples of this: patches of 8 px."""
 
-LEAST_CELLS = 4
+MIN_CELLS = 4
 """The features of fewer cells lie on a line or in a plane: every run would be told to have collapsed."""
 
 
@@ -198,7 +198,7 @@ METHODS = Registry("lemon.methods", {"mocov3": MoCoV3Config, "dinov2": DINOv2Con
 MethodChoice = Annotated[MethodConfig, Choice("ssl", "mocov3", registry=METHODS)]
 
 
-class FitStainConfig(Settings, OfCells):
+class FitStainConfig(Settings, CellsConfig):
     """``lemon fit-stain``: what the stain augmentation of a1_gmm1 and a1_gmm10 draws from."""
 
     cells: AnyPath = Field(description="output of lemon curate; the statistics are written beside it")
@@ -273,7 +273,7 @@ def steps_of(images_per_epoch: int, batch: int, *, epochs: float = 1) -> int:
     return round(epochs * max(1, round(images_per_epoch / batch)))
 
 
-class PretrainConfig(Settings, OfCells):
+class PretrainConfig(Settings, CellsConfig):
     """``lemon pretrain``: cells -> encoder."""
 
     cells: AnyPath = Field(description="output of lemon curate, a folder or s3:// prefix")

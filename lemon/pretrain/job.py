@@ -21,16 +21,16 @@ from lemon.pretrain.loop import Log, TrainingStoppedError
 from lemon.pretrain.progress import Progress
 from lemon.runtime.cluster import start_ray
 from lemon.runtime.console import install_in_worker, stage_logger
-from lemon.runtime.demand import Demand, settle
+from lemon.runtime.demand import Demand, allocate
 from lemon.runtime.lease import hold
-from lemon.runtime.records import OWN
-from lemon.runtime.settings import difference, keep_settings
+from lemon.runtime.records import INTERNAL_FOLDER
+from lemon.runtime.settings import check_settings, settings_difference
 from lemon.runtime.store import Store, local_copy, open_output
 from lemon.runtime.tracking import RUN, Run, start_run
 from lemon.views.make import statistics_of
 
 SETTINGS = "pretrain.json"
-OWNS = (CHECKPOINTS, EXPORT, SETTINGS, RUN)
+OUTPUT_NAMES = (CHECKPOINTS, EXPORT, SETTINGS, RUN)
 """What in an output may only be LEMON's."""
 
 logger = stage_logger(__name__, "pretrain")
@@ -42,9 +42,9 @@ def main(config: PretrainConfig) -> int:
     """Pretrain and tell the outcome; returns the exit code. Nothing is written before all is checked."""
     config, selection = check(config)
     if not config.workers.in_process:
-        settle(demand_of(config.workers), stage="pretrain")
-    with hold(config.output, stage="pretrain", owns=OWNS) as store:
-        keep(config, selection, store)
+        allocate(demand_of(config.workers), stage="pretrain")
+    with hold(config.output, stage="pretrain", owns=OUTPUT_NAMES) as store:
+        begin_output(config, selection, store)
         return _pretrain(config, selection, store)
 
 
@@ -59,11 +59,11 @@ def _pretrain(config: PretrainConfig, selection: Selection, store: Store) -> int
 def prepare(config: PretrainConfig) -> tuple[PretrainConfig, Selection]:
     """``check``, then ``keep``, for who holds the output, or a folder above it, already. Raises ConfigError."""
     config, selection = check(config)
-    keep(config, selection, open_output(config.output, owns=OWNS))
+    begin_output(config, selection, open_output(config.output, owns=OUTPUT_NAMES))
     return config, selection
 
 
-def keep(config: PretrainConfig, selection: Selection, store: Store) -> None:
+def begin_output(config: PretrainConfig, selection: Selection, store: Store) -> None:
     """Note in the output with which settings it begins, and tell what will be done.
 
     Raises ConfigError for an output in which something was made with other settings. One in which nothing was takes
@@ -72,7 +72,7 @@ def keep(config: PretrainConfig, selection: Selection, store: Store) -> None:
     if settings_changed(config, selection, store) and not is_begun(store):
         store.delete(RUN)
     settings = settings_of(config, selection)
-    keep_settings(store, SETTINGS, settings, is_empty=lambda: not is_begun(store), remedy="choose another output")
+    check_settings(store, SETTINGS, settings, is_empty=lambda: not is_begun(store), remedy="choose another output")
     if selection.n_cells < config.batch:
         logger.info(f"{selection.n_cells:,} cells are fewer than a batch of {config.batch:,}; cells repeat in it")
     slides = len(selection.parts)
@@ -95,7 +95,9 @@ def is_begun(store: Store) -> bool:
 
 def settings_changed(config: PretrainConfig, selection: Selection, store: Store) -> str:
     """What differs from the settings that are noted in an output; empty where nothing does, or none are."""
-    return difference(store.read_json(SETTINGS), settings_of(config, selection)) if store.exists(SETTINGS) else ""
+    return (
+        settings_difference(store.read_json(SETTINGS), settings_of(config, selection)) if store.exists(SETTINGS) else ""
+    )
 
 
 def fit(config: PretrainConfig, run: Run, *, log: Log | None = None) -> str:
@@ -158,7 +160,7 @@ def _train_on_ray(config: PretrainConfig, run: Run) -> None:
         ),
         run_config=ray.train.RunConfig(
             name=f"pretrain-{run.run_id[:8]}-{int(time.time())}",
-            storage_path=output.path(f"{OWN}/ray"),
+            storage_path=output.path(f"{INTERNAL_FOLDER}/ray"),
             storage_filesystem=None if output.is_local else output.filesystem,
             failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
         ),
@@ -174,7 +176,7 @@ def _train_on_ray(config: PretrainConfig, run: Run) -> None:
 def demand_of(workers: TrainWorkers, *, key: str = "workers") -> Demand:
     """What a run asks of a cluster: of an elastic one the least number of workers has to be there."""
     least, most = (workers.count, workers.count) if isinstance(workers.count, int) else workers.count
-    return Demand(workers.cpus, workers.gpus, least=least, wished=most, key=key, count_key=f"{key}.count")
+    return Demand(workers.cpus, workers.gpus, least=least, wanted_workers=most, key=key, count_key=f"{key}.count")
 
 
 def _ray_worker(settings: dict[str, Any]) -> None:

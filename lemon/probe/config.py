@@ -31,12 +31,12 @@ class ProbeSettings(Frozen):
 
     @field_validator("protocols", "features", "probes")
     @classmethod
-    def _each_once(cls, value: list[str]) -> list[str]:
+    def _drop_repeats(cls, value: list[str]) -> list[str]:
         return list(dict.fromkeys(value))
 
     @field_validator("probes")
     @classmethod
-    def _linear_is_one(cls, value: list[str]) -> list[str]:
+    def _require_linear(cls, value: list[str]) -> list[str]:
         if "linear" not in value:
             given = ",".join(["linear", *value])
             raise ValueError(f"got {value}; expected linear among them, which tables and figures show: probes={given}")
@@ -58,7 +58,7 @@ class ProbeConfig(ProbeSettings):
 
     @field_validator("models", "tasks", "protocols", "features", "probes", mode="before")
     @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
+    def _wrap_single_value(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
     def check_inputs(self) -> None:

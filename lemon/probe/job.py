@@ -38,7 +38,7 @@ from lemon.schema import ScoreRow, marked
 
 logger = stage_logger(__name__, "probe")
 
-OWNS = ("scores", "predictions", "embeddings", "costs", "runs")
+OUTPUT_NAMES = ("scores", "predictions", "embeddings", "costs", "runs")
 """Folders of a probe in its output."""
 
 CROPS_A_TICK = 1024  # of the progress bar; the encoder chooses its own batches within
@@ -71,7 +71,7 @@ class Unit:
 
 def main(config: ProbeConfig) -> int:
     """Score every encoder on every task, tell what could not be done; returns the exit code."""
-    with hold(config.output, stage="probe", owns=OWNS) as store:
+    with hold(config.output, stage="probe", owns=OUTPUT_NAMES) as store:
         code = _score_all(config, store)
         draw_cost(store)
         logger.info(write_table1(store))
@@ -140,20 +140,20 @@ def probe_model(
         circumstances = fingerprint([data, config.settings()])
         unit = Unit(encoder.name, encoder.fingerprint, task.name, data, circumstances)
         if not unit.is_done(store):
-            embedding = embedded(encoder, task, unit=unit, store=store)
+            embedding = embed_task(encoder, task, unit=unit, store=store)
             scored = score_task(task, embedding, config)
             store.write_table(f"predictions/{unit.stem}.parquet", scored.predictions)
             store.write_table(unit.scores, scores_table(scored.scores, unit, seed=config.seed))
         rows = ScoreRow.read(store.read_table(unit.scores))
         logged.log(flat_metrics(rows), step=0)
-        logger.info(f"{encoder.name} on {task.name}: {told(rows)}")
+        logger.info(f"{encoder.name} on {task.name}: {main_scores_line(rows)}")
         scores += rows
     if run is None:
         logged.close()
     return scores
 
 
-def embedded(encoder: Encoder, task: Task, *, unit: Unit, store: Store) -> np.ndarray:
+def embed_task(encoder: Encoder, task: Task, *, unit: Unit, store: Store) -> np.ndarray:
     """Embeddings float32 [N, D] of a task's crops; kept in the output, so that new settings cost no new pass."""
     name = f"embeddings/{file_stem(task.name)}/{unit.model_fingerprint}-{unit.data_fingerprint}.npy"
     if store.exists(name):
@@ -213,7 +213,7 @@ def short_name(task: str) -> str:
     return re.sub(r"[^\w.-]", "_", "_".join([kind, *PurePosixPath(place).parts[-2:]]))
 
 
-def told(rows: list[ScoreRow]) -> str:
+def main_scores_line(rows: list[ScoreRow]) -> str:
     """The main metric of each protocol in words."""
     main = [found for found in fold_means(rows) if found[1] in MAIN_METRICS]
     return "; ".join(

@@ -25,7 +25,7 @@ from lemon.runtime.store import Store
 from lemon.schema import SCORES, ScoreRow
 
 
-class Cell(NamedTuple):
+class ScoreCell(NamedTuple):
     """Mean and standard deviation over folds, and the interval over slides of the pooled value."""
 
     mean: float
@@ -74,7 +74,7 @@ def table1(rows: Sequence[ScoreRow]) -> str:
     lines.append("|" + "---|" * (len(columns) + 1))
     best = {column: max(cell.mean for key, cell in cells.items() if key[1:] == column) for column in columns}
     for stem in sorted({key[0] for key in cells}):
-        told = [_told(cells.get((stem, *column)), best=best[column]) for column in columns]
+        told = [_cell_text(cells.get((stem, *column)), best=best[column]) for column in columns]
         lines.append(f"| {labels[stem]} | " + " | ".join(told) + " |")
     return "\n".join(lines) + "\n"
 
@@ -102,7 +102,7 @@ def encoder_labels(rows: Iterable[ScoreRow]) -> dict[str, str]:
     }
 
 
-def main_cells(rows: Iterable[ScoreRow]) -> dict[tuple[str, str, str], Cell]:
+def main_cells(rows: Iterable[ScoreRow]) -> dict[tuple[str, str, str], ScoreCell]:
     """(stem of the encoder, task, protocol) -> the main metric of the linear probe."""
     units: dict[tuple[str, str], list[ScoreRow]] = {}
     for row in rows:
@@ -113,7 +113,7 @@ def main_cells(rows: Iterable[ScoreRow]) -> dict[tuple[str, str, str], Cell]:
         for protocol, metric, mean, spread in fold_means(own):
             if metric in MAIN_METRICS:
                 bounds = (pooled.get((protocol, f"{metric}_{end}"), float("nan")) for end in ("low", "high"))
-                cells[stem, task, protocol] = Cell(mean, spread, *bounds)
+                cells[stem, task, protocol] = ScoreCell(mean, spread, *bounds)
     return cells
 
 
@@ -154,7 +154,7 @@ def _difference(first: pa.Table, second: pa.Table, *, protocol: str) -> Interval
     return paired_difference(counts[0], counts[1], draws, metric="balanced_accuracy")
 
 
-def _told(cell: Cell | None, *, best: float) -> str:
+def _cell_text(cell: ScoreCell | None, *, best: float) -> str:
     if cell is None:
         return ""
     text = f"{cell.mean:.3f} ({cell.spread:.3f})"

@@ -11,7 +11,7 @@ from lemon.report.paper import Artefact, Printed
 from lemon.sweep.studies import OverSeeds
 
 
-class Cell(NamedTuple):
+class TableCell(NamedTuple):
     """A cell of a table: its text, a second line in small, whether it is the best, and the paper's number for it."""
 
     text: str
@@ -26,7 +26,7 @@ class Table:
 
     caption: str
     head: list[tuple[str, str]]
-    rows: list[list[Cell]]
+    rows: list[list[TableCell]]
     file: str | None = None
 
 

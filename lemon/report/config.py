@@ -27,5 +27,5 @@ class ReportConfig(Frozen):
 
     @field_validator("experiment", "sweeps", "probes", mode="before")
     @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
+    def _wrap_single_value(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value

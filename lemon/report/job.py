@@ -18,7 +18,7 @@ from lemon.report.pasted import atlas_section, views_section
 from lemon.report.provenance import FILE, provenance_section
 from lemon.report.sections import STUDIES, figure2_section, study_section, table1_section
 from lemon.report.sentences import probe_sentences, study_sentences
-from lemon.report.sources import Output, Sources, find_sources
+from lemon.report.sources import OutputTable, Sources, find_sources
 from lemon.runtime.console import stage_logger
 from lemon.runtime.lease import hold
 from lemon.runtime.secrets import redacted
@@ -29,7 +29,7 @@ logger = stage_logger(__name__, "report")
 
 NAME = "index.html"
 
-OWNS = (NAME, FILE)
+OUTPUT_NAMES = (NAME, FILE)
 """What a report writes in its output, whatever it shows; more is written by sections."""
 
 COMMANDS = {
@@ -55,7 +55,7 @@ def main(config: ReportConfig) -> int:
 
     Raises ConfigError where there is nothing to show, or where it cannot be written.
     """
-    with hold(config.output, stage="report", owns=OWNS) as store:
+    with hold(config.output, stage="report", owns=OUTPUT_NAMES) as store:
         return _write(config, store)
 
 
@@ -81,7 +81,7 @@ def _write(config: ReportConfig, store: Store) -> int:
     for sentence in sentences:
         logger.info(sentence)
     logger.info(f"{len(sources.sweeps)} sweeps, {len(sources.probes)} outputs of probes; look at {store.uri}/{NAME}")
-    return EXIT_FAILURES if sources.in_vain else EXIT_OK
+    return EXIT_FAILURES if sources.requested_missing else EXIT_OK
 
 
 def render(config: ReportConfig, sections: list[Section], *, sentences: list[str], missing: list[str]) -> str:
@@ -92,7 +92,7 @@ def render(config: ReportConfig, sections: list[Section], *, sentences: list[str
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_untold,
+        finalize=_redact,
     )
     return environment.get_template("report.html").render(
         title=config.title,
@@ -105,7 +105,7 @@ def render(config: ReportConfig, sections: list[Section], *, sentences: list[str
     )
 
 
-def _untold(value: Any) -> Any:
+def _redact(value: Any) -> Any:
     """What the template puts in, without secrets; pictures, which are long, and markup, made of such, pass as are."""
     made = isinstance(value, Markup) or not isinstance(value, str) or value.startswith("data:")
     return value if made else redacted(value)
@@ -135,7 +135,7 @@ def about(config: ReportConfig) -> Iterator[str]:
 
 def _sections(sources: Sources, numbers: PaperNumbers, store: Store, *, made: dict[str, Section]) -> Iterator[Section]:
     """In the order of the paper, then studies of one's own; what was not made says how to make it."""
-    by_study: dict[str, list[Output[SweepRow]]] = {}
+    by_study: dict[str, list[OutputTable[SweepRow]]] = {}
     for sweep in sources.sweeps:
         by_study.setdefault(sweep.rows[0].study, []).append(sweep)
     studies = {key: by_study.pop(study, []) for study, key in STUDIES.items()}
@@ -157,13 +157,13 @@ def _sections(sources: Sources, numbers: PaperNumbers, store: Store, *, made: di
             yield _named(study_section(output, numbers, sources.runs, store, stem=stem), output, among=outputs)
 
 
-def _stems(key: str, outputs: list[Output]) -> Iterator[tuple[str, Output]]:
+def _stems(key: str, outputs: list[OutputTable]) -> Iterator[tuple[str, OutputTable]]:
     """What the files of each output are called: table2, table2_2, ..."""
     for number, output in enumerate(outputs, 1):
         yield (key if number == 1 else f"{key}_{number}"), output
 
 
-def _named(section: Section, output: Output, *, among: list[Output]) -> Section:
+def _named(section: Section, output: OutputTable, *, among: list[OutputTable]) -> Section:
     if len(among) > 1:
         section.title += f" ({output.name})"
     return section

@@ -29,7 +29,7 @@ def atlas_section(folder: str, sources: Sources, store: Store) -> Section | None
             return None
         for target, name in copies.items():
             store.write_bytes(target, atlas.read_bytes(name))
-        source = embedded(store.read_bytes("figure4.png"))
+        source = jpeg_data_uri(store.read_bytes("figure4.png"))
         cells = atlas.read_table(MAP_NAME, columns=["slide_id"])
     except (OSError, ValueError) as error:
         sources.miss(f"atlas: {folder} cannot be read: {error}", asked=True)
@@ -57,7 +57,7 @@ def views_section(path: str, sources: Sources, store: Store) -> Section | None:
         return None
     with store.write("figure5.png") as stream:
         picture.save(stream, "PNG")
-    source = embedded(store.read_bytes("figure5.png"))
+    source = jpeg_data_uri(store.read_bytes("figure5.png"))
     section = Section("figure5", "Figure 5: views", ARTEFACTS["figure5"])
     caption = "A row for each policy: cells as the encoder sees them without augmentation, and two views of each."
     alt = "Rows of small images: cells and their views under each augmentation policy."
@@ -65,7 +65,7 @@ def views_section(path: str, sources: Sources, store: Store) -> Section | None:
     return section
 
 
-def embedded(content: bytes) -> str:
+def jpeg_data_uri(content: bytes) -> str:
     """A picture as a JPEG of at most ``EMBEDDED_PX`` across, in a data URI."""
     with Image.open(io.BytesIO(content)) as opened:
         picture = Image.new("RGB", opened.size, "white")

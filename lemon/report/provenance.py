@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lemon.probe.tables import as_csv, encoder_stem
-from lemon.report.blocks import Cell, Section, Table
-from lemon.report.sources import Output, Sources, TrackedRun
+from lemon.report.blocks import Section, Table, TableCell
+from lemon.report.sources import OutputTable, Sources, TrackedRun
 from lemon.runtime.store import Store
 from lemon.schema import ScoreRow, SweepRow
 
@@ -20,13 +20,13 @@ def provenance_section(sources: Sources, store: Store) -> Section:
     section = Section("provenance", "Provenance")
     if records:
         store.write_bytes(FILE, as_csv(records).encode())
-        rows = [[Cell(text) for text in record.values()] for record in records]
+        rows = [[TableCell(text) for text in record.values()] for record in records]
         caption = "Where the numbers come from. Settings, cells, encoder and benchmarks are named by fingerprints."
         section.tables = [Table(caption, [(name, "") for name in records[0]], rows, FILE)]
     return section
 
 
-def trials(sweep: Output[SweepRow], sources: Sources) -> Iterator[dict[str, str]]:
+def trials(sweep: OutputTable[SweepRow], sources: Sources) -> Iterator[dict[str, str]]:
     """A sweep's trials."""
     by_trial: dict[str, list[SweepRow]] = {}
     for row in sweep.rows:
@@ -47,7 +47,7 @@ def trials(sweep: Output[SweepRow], sources: Sources) -> Iterator[dict[str, str]
         )
 
 
-def encoders(probe: Output[ScoreRow], sources: Sources) -> Iterator[dict[str, str]]:
+def encoders(probe: OutputTable[ScoreRow], sources: Sources) -> Iterator[dict[str, str]]:
     """The encoders of an output of probes."""
     runs = {each.model_fingerprint: each for each in sources.runs.values() if each.output == probe.store.uri}
     by_encoder: dict[str, list[ScoreRow]] = {}

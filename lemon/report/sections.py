@@ -14,10 +14,10 @@ from lemon.probe.score import POOLED
 from lemon.probe.tables import as_csv, encoder_labels, main_cells, paired_differences, table1_records
 from lemon.report import figures
 from lemon.report.blocks import (
-    Cell,
     Picture,
     Section,
     Table,
+    TableCell,
     between,
     bracketed,
     fixed,
@@ -29,7 +29,7 @@ from lemon.report.blocks import (
     span,
 )
 from lemon.report.paper import ARTEFACTS, UNKNOWN, Artefact, PaperNumbers
-from lemon.report.sources import Output, TrackedRun
+from lemon.report.sources import OutputTable, TrackedRun
 from lemon.runtime.store import Store
 from lemon.runtime.tracking import metric_history
 from lemon.schema import ScoreRow, SweepRow
@@ -57,18 +57,18 @@ Columns = list[tuple[str, str]]
 # --- probes -----------------------------------------------------------------------------------------------------------
 
 
-def table1_section(probe: Output[ScoreRow], numbers: PaperNumbers, store: Store, *, stem: str) -> Section:
+def table1_section(probe: OutputTable[ScoreRow], numbers: PaperNumbers, store: Store, *, stem: str) -> Section:
     """Encoders x tasks, with differences between encoders."""
     cells, labels = main_cells(probe.rows), encoder_labels(probe.rows)
     columns = list(dict.fromkeys(key[1:] for key in sorted(cells)))
     best = {column: max(cell.mean for key, cell in cells.items() if key[1:] == column) for column in columns}
     rows = []
     for encoder in sorted({key[0] for key in cells}):
-        line = [Cell(labels[encoder])]
+        line = [TableCell(labels[encoder])]
         for task, protocol in columns:
             cell = cells.get((encoder, task, protocol))
             if cell is None:
-                line.append(Cell(""))
+                line.append(TableCell(""))
                 continue
             paper = (
                 numbers.find("table1", row=[labels[encoder]], column=task)
@@ -77,7 +77,7 @@ def table1_section(probe: Output[ScoreRow], numbers: PaperNumbers, store: Store,
             )
             told = bracketed(cell.mean, cell.spread)
             is_best = cell.mean == best[task, protocol]
-            line.append(Cell(told, between(cell.low, cell.high), is_best, printed(paper)))
+            line.append(TableCell(told, between(cell.low, cell.high), is_best, printed(paper)))
         rows.append(line)
     caption = (
         "Mean (s.d.) over folds of the linear probe: balanced accuracy of classes, Pearson correlation of measures. "
@@ -92,7 +92,7 @@ def table1_section(probe: Output[ScoreRow], numbers: PaperNumbers, store: Store,
     return section
 
 
-def probe_facts(probe: Output[ScoreRow]) -> dict[str, str]:
+def probe_facts(probe: OutputTable[ScoreRow]) -> dict[str, str]:
     """What an output of probes was made with, in the words of ``paper.RECIPE``."""
     counts: dict[str, int] = {}
     for row in probe.rows:
@@ -104,7 +104,9 @@ def probe_facts(probe: Output[ScoreRow]) -> dict[str, str]:
     }
 
 
-def _encoder_differences(probe: Output[ScoreRow], store: Store, labels: Mapping[str, str], *, file: str) -> list[Table]:
+def _encoder_differences(
+    probe: OutputTable[ScoreRow], store: Store, labels: Mapping[str, str], *, file: str
+) -> list[Table]:
     found = list(paired_differences(probe.store, labels))
     if not found:
         return []
@@ -115,15 +117,15 @@ def _encoder_differences(probe: Output[ScoreRow], store: Store, labels: Mapping[
     head = [("encoder", ""), ("against", ""), ("task", ""), ("splits", ""), ("difference", "")]
     rows = [
         [
-            *map(Cell, (each.encoder, each.against, each.task, each.protocol)),
-            Cell(signed(each.difference), f"{signed(each.low)} to {signed(each.high)}"),
+            *map(TableCell, (each.encoder, each.against, each.task, each.protocol)),
+            TableCell(signed(each.difference), f"{signed(each.low)} to {signed(each.high)}"),
         ]
         for each in found
     ]
     return [Table(caption, head, rows, file)]
 
 
-def figure2_section(probe: Output[ScoreRow], numbers: PaperNumbers, store: Store, *, stem: str) -> Section:
+def figure2_section(probe: OutputTable[ScoreRow], numbers: PaperNumbers, store: Store, *, stem: str) -> Section:
     """Accuracy against arithmetic."""
     artefact = ARTEFACTS["figure2"]
     section = Section(stem, "Figure 2: accuracy against arithmetic", artefact)
@@ -139,8 +141,8 @@ def figure2_section(probe: Output[ScoreRow], numbers: PaperNumbers, store: Store
     head = [("encoder", ""), ("task", ""), ("GFLOP", "all arithmetic"), ("GMAC", "the paper's FLOPs"), ("score", "")]
     rows = [
         [
-            *map(Cell, (point.encoder, point.task, f"{point.gflop:.3g}", f"{point.paper_gmac:.3g}")),
-            Cell(
+            *map(TableCell, (point.encoder, point.task, f"{point.gflop:.3g}", f"{point.paper_gmac:.3g}")),
+            TableCell(
                 bracketed(point.mean, point.spread),
                 paper=printed(numbers.find("figure2", row=[point.encoder], column=point.task)),
             ),
@@ -154,7 +156,9 @@ def figure2_section(probe: Output[ScoreRow], numbers: PaperNumbers, store: Store
 # --- sweeps -----------------------------------------------------------------------------------------------------------
 
 
-def study_section(sweep: Output[SweepRow], numbers: PaperNumbers, runs: Runs, store: Store, *, stem: str) -> Section:
+def study_section(
+    sweep: OutputTable[SweepRow], numbers: PaperNumbers, runs: Runs, store: Store, *, stem: str
+) -> Section:
     """A study: its points over seeds, differences to its first point, its figure, its curves, what was lost."""
     study = sweep.rows[0].study
     artefact = ARTEFACTS.get(STUDIES.get(study, ""))
@@ -178,7 +182,7 @@ def study_section(sweep: Output[SweepRow], numbers: PaperNumbers, runs: Runs, st
 
 
 def study_table(
-    sweep: Output[SweepRow],
+    sweep: OutputTable[SweepRow],
     values: Sequence[studies.Value],
     numbers: PaperNumbers,
     artefact: Artefact | None,
@@ -194,15 +198,15 @@ def study_table(
     rows = []
     for point in studies.point_names(sweep.rows):
         own = [value for value in values if value.point == point]
-        line = [Cell(point, own[0].value if own and own[0].value != point else "")]
-        line += [Cell(plural(max((value.over.n for value in own), default=0), "seed"))]
+        line = [TableCell(point, own[0].value if own and own[0].value != point else "")]
+        line += [TableCell(plural(max((value.over.n for value in own), default=0), "seed"))]
         if is_scale:
             counts = ("n_cells", "n_slides", "n_organs")
-            line += [Cell(span(getattr(value, name) or None for value in own)) for name in counts]
+            line += [TableCell(span(getattr(value, name) or None for value in own)) for name in counts]
         for column in columns:
             value = found.get((point, column))
             if value is None:
-                line.append(Cell("", "no result"))
+                line.append(TableCell("", "no result"))
                 continue
             paper = None
             if artefact and _is_papers(column[1], column[0], columns):
@@ -220,19 +224,19 @@ def study_table(
     return Table(caption, [("point", ""), ("seeds", ""), *scale, *columns], rows, f"{stem}.csv")
 
 
-def _study_cell(value: studies.Value, *, best: float, most: int, paper: str) -> Cell:
+def _study_cell(value: studies.Value, *, best: float, most: int, paper: str) -> TableCell:
     over = value.over
     small = (
         between(over.low, over.high) if over.n > 1 else f"one seed; s.d. over folds {fixed(value.fold_spread) or '-'}"
     )
     if 1 < over.n < most:
         small += f" ({over.n} seeds)"
-    return Cell(bracketed(over.mean, over.sd), small, over.mean == best, paper)
+    return TableCell(bracketed(over.mean, over.sd), small, over.mean == best, paper)
 
 
 def difference_tables(values: Sequence[studies.Value], store: Store, *, stem: str) -> list[Table]:
     """Each point less the first one, paired by seed."""
-    found = studies.differences(values)
+    found = studies.differences_to_first(values)
     if not found:
         return []
     _write_csv(store, f"{stem}_differences.csv", studies.difference_records(found))
@@ -240,14 +244,14 @@ def difference_tables(values: Sequence[studies.Value], store: Store, *, stem: st
     by_place = {(each.point, each.task, each.protocol): each for each in found}
     rows = []
     for point in dict.fromkeys(each.point for each in found):
-        line = [Cell(point)]
+        line = [TableCell(point)]
         for task, protocol in columns:
             each = by_place.get((point, task, protocol))
             if each is None:
-                line.append(Cell("", "no seed in common"))
+                line.append(TableCell("", "no seed in common"))
                 continue
             small = f"{signed_interval(each.over)} ({each.over.n} seeds)" if each.over.n > 1 else "one seed"
-            line.append(Cell(signed(each.over.mean), small))
+            line.append(TableCell(signed(each.over.mean), small))
         rows.append(line)
     against = listed(each.against for each in found)
     caption = (
@@ -277,7 +281,7 @@ def study_figures(study: str, values: Sequence[studies.Value], store: Store, *, 
     return [picture(figure, store, stem, caption=caption, alt=alt)]
 
 
-def sweep_facts(sweep: Output[SweepRow], values: Sequence[studies.Value], runs: Runs) -> dict[str, str]:
+def sweep_facts(sweep: OutputTable[SweepRow], values: Sequence[studies.Value], runs: Runs) -> dict[str, str]:
     """What a sweep was made with, in the words of ``paper.RECIPE``: from its rows and the runs of its trials."""
     own = [run for run_id in dict.fromkeys(row.run_id for row in sweep.rows) if (run := runs.get(run_id or ""))]
     settings = [run.settings for run in own if run.settings is not None]
@@ -300,7 +304,7 @@ def sweep_facts(sweep: Output[SweepRow], values: Sequence[studies.Value], runs: 
     return {name: text for name, text in known.items() if text}
 
 
-def curves_pictures(sweep: Output[SweepRow], runs: Runs, store: Store, *, stem: str) -> list[Picture]:
+def curves_pictures(sweep: OutputTable[SweepRow], runs: Runs, store: Store, *, stem: str) -> list[Picture]:
     """The loss by step of every trial that is in MLflow."""
     trials = {row.run_id: row for row in sweep.rows if row.run_id is not None and row.run_id in runs}
     histories = {run_id: metric_history(runs[run_id].run, "loss") for run_id in trials}
@@ -321,12 +325,12 @@ def curves_pictures(sweep: Output[SweepRow], runs: Runs, store: Store, *, stem: 
     return [picture(figures.curves_figure(curves), store, f"{stem}_curves", caption=caption, alt=alt)]
 
 
-def _lost_table(sweep: Output[SweepRow], store: Store, *, stem: str) -> list[Table]:
-    lost = studies.lost_trials(sweep.rows)
+def _lost_table(sweep: OutputTable[SweepRow], store: Store, *, stem: str) -> list[Table]:
+    lost = studies.missing_results(sweep.rows)
     if not lost:
         return []
     _write_csv(store, f"{stem}_lost.csv", [each._asdict() for each in lost])
-    rows = [list(map(Cell, each)) for each in lost]
+    rows = [list(map(TableCell, each)) for each in lost]
     head = [("trial", ""), ("status", ""), ("reason", "")]
     return [Table("Trials without a result.", head, rows, f"{stem}_lost.csv")]
 
@@ -338,7 +342,7 @@ def left_table(artefact: str, numbers: PaperNumbers) -> list[Table]:
     """The paper's numbers that have no counterpart here."""
     left = numbers.left(artefact)
     caption = "Numbers of the paper, as given in paper=, that have no counterpart here."
-    rows = [[Cell(each.row), Cell(each.column), Cell("", paper=printed(each))] for each in left]
+    rows = [[TableCell(each.row), TableCell(each.column), TableCell("", paper=printed(each))] for each in left]
     return [Table(caption, [("row", ""), ("column", ""), ("score", "")], rows)] if left else []
 
 

@@ -8,7 +8,7 @@ from lemon.probe.folds import LEAK_FREE
 from lemon.probe.tables import PairedDifference, encoder_labels, main_cells, paired_differences
 from lemon.report.blocks import bracketed, fixed, plural, signed, signed_interval
 from lemon.report.figures import AXES
-from lemon.report.sources import Output
+from lemon.report.sources import OutputTable
 from lemon.schema import ScoreRow, SweepRow
 from lemon.sweep import studies
 from lemon.sweep.studies import Value
@@ -17,7 +17,7 @@ SCALES = (*AXES, "organs")
 """Studies whose points are in an order."""
 
 
-def study_sentences(sweep: Output[SweepRow]) -> Iterator[str]:
+def study_sentences(sweep: OutputTable[SweepRow]) -> Iterator[str]:
     """One sentence or two a task: what a study's best point, or its largest, gains."""
     study = sweep.rows[0].study
     for task, own in studies.main_values(studies.study_values(sweep.rows)).items():
@@ -28,12 +28,12 @@ def study_sentences(sweep: Output[SweepRow]) -> Iterator[str]:
             yield f"{head} {_scaled(own)}"
         else:
             yield f"{head} {_compared(own)}"
-    lost = {each.trial for each in studies.lost_trials(sweep.rows)}
+    lost = {each.trial for each in studies.missing_results(sweep.rows)}
     if lost:
         yield f"{study}: {plural(len(lost), 'trial')} without a result, listed with the reason below."
 
 
-def probe_sentences(probe: Output[ScoreRow]) -> Iterator[str]:
+def probe_sentences(probe: OutputTable[ScoreRow]) -> Iterator[str]:
     """One sentence a task: the best encoder by splits without leaks, beside the next."""
     labels = encoder_labels(probe.rows)
     by_task: dict[str, list[tuple[float, float, str]]] = {}
@@ -73,7 +73,7 @@ def _compared(values: Sequence[Value]) -> str:
 
 
 def _gain(value: Value, against: Value) -> str:
-    found = studies.difference(value, against)
+    found = studies.point_difference(value, against)
     if found is None:
         return "no seed in common, so no difference is told"
     over = found.over

@@ -15,7 +15,7 @@ from lemon.probe.tables import read_scores
 from lemon.report.config import ReportConfig
 from lemon.runtime.console import stage_logger
 from lemon.runtime.store import Store
-from lemon.runtime.tracking import Record, Run, find_runs
+from lemon.runtime.tracking import Run, RunRecord, find_runs
 from lemon.schema import SWEEP, SWEEP_FILE, ScoreRow, SweepRow
 
 R = TypeVar("R", SweepRow, ScoreRow)
@@ -24,7 +24,7 @@ logger = stage_logger(__name__, "report")
 
 
 @dataclass(frozen=True)
-class Output(Generic[R]):
+class OutputTable(Generic[R]):
     """The folder of a sweep or of probes, and the rows of its table."""
 
     store: Store
@@ -69,7 +69,7 @@ class TrackedRun(BaseModel):
     settings: TrackedSettings | None
 
     @classmethod
-    def of(cls, record: Record) -> TrackedRun:
+    def of(cls, record: RunRecord) -> TrackedRun:
         """A run as MLflow holds it. The only place that reads its tags and parameters."""
         try:
             settings = TrackedSettings.model_validate(record.params)
@@ -87,16 +87,16 @@ class Sources:
     ``in_vain``: some of it was asked for by name.
     """
 
-    sweeps: list[Output[SweepRow]] = field(default_factory=list)
-    probes: list[Output[ScoreRow]] = field(default_factory=list)
+    sweeps: list[OutputTable[SweepRow]] = field(default_factory=list)
+    probes: list[OutputTable[ScoreRow]] = field(default_factory=list)
     runs: dict[str, TrackedRun] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
-    in_vain: bool = False
+    requested_missing: bool = False
 
     def miss(self, line: str, *, asked: bool) -> None:
         """Note and tell what is not there."""
         self.missing.append(line)
-        self.in_vain |= asked
+        self.requested_missing |= asked
         logger.info(f"missing: {line}")
 
 
@@ -138,7 +138,7 @@ def _find_runs(name: str, sources: Sources, *, needed: bool) -> None:
 
 
 def _read_all(
-    outputs: list[Output[R]],
+    outputs: list[OutputTable[R]],
     given: Sequence[str] | None,
     found: Sequence[str],
     read: Callable[[Store], list[R]],
@@ -148,7 +148,7 @@ def _read_all(
     for folder in dict.fromkeys(name.rstrip("/") for name in (found if given is None else given)):
         try:
             store = Store(folder)
-            outputs.append(Output(store, read(store)))
+            outputs.append(OutputTable(store, read(store)))
         except ConfigError as error:
             sources.miss(str(error), asked=given is not None)
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:

@@ -34,12 +34,12 @@ _SOCKET_BYTES = 107  # of a Unix socket's path
 # Below Ray's temporary folder: session_<date>_<time>_<microseconds>_<process>/sockets/plasma_store and a suffix.
 _OWN_BYTES = len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 _LAST_RESORTS = ("/tmp", "/var/tmp", "/dev/shm")
-_LEAST_BYTES = 16 << 20  # that its folder must take: Ray's logs of a short job
+_MIN_BYTES = 16 << 20  # that its folder must take: Ray's logs of a short job
 _ADDRESS = re.compile(r"(?P<client>ray://)?(?P<host>\[[0-9a-fA-F:]+\]|[^\s/:]+):(?P<port>\d+)")
 _ASK_S = 5.0
-_MANY = 1000  # nodes of a group without a limit
+_UNLIMITED_NODES = 1000  # nodes of a group without a limit
 _AUTOSCALING_STATUS = b"__autoscaling_status"
-_MEND = "is the cluster up, and RAY_ADDRESS (HOST:6379) right? unset it to run here"
+_REMEDY = "is the cluster up, and RAY_ADDRESS (HOST:6379) right? unset it to run here"
 
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def check_address(address: str) -> None:
         socket.create_connection((host, port), timeout=_ASK_S).close()
     except (OSError, OverflowError) as error:
         why = getattr(error, "strerror", None) or error
-        raise ConfigError(f"RAY_ADDRESS: got {address!r}; nothing answers there ({why}): {_MEND}") from None
+        raise ConfigError(f"RAY_ADDRESS: got {address!r}; nothing answers there ({why}): {_REMEDY}") from None
     if not found["client"]:
         _check_gcs(address, place=f"{found['host']}:{port}")
 
@@ -153,7 +153,7 @@ def _check_gcs(address: str, *, place: str) -> None:
             if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
                 raise ConfigError(_refused(address)) from None
             raise ConfigError(
-                f"RAY_ADDRESS: got {address!r}; what answers there is no Ray head ({code.name.lower()}): {_MEND}"
+                f"RAY_ADDRESS: got {address!r}; what answers there is no Ray head ({code.name.lower()}): {_REMEDY}"
             ) from None
     if reply.ray_version and reply.ray_version != ray.__version__:
         raise ConfigError(
@@ -215,7 +215,7 @@ def folder_fault(folder: Path) -> str | None:
         return "is too long a path for a Unix socket"
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(_LEAST_BYTES))
+            file.write(bytes(_MIN_BYTES))
             file.flush()
     except OSError as error:
         return f"cannot be written ({error.strerror or error})"
@@ -320,14 +320,14 @@ def nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def told_nodes() -> str:
+def describe_nodes() -> str:
     """What the cluster has, in words."""
     there = nodes()
     total = {name: sum(node.get(name, 0) for node in there) for name in ("CPU", "GPU")}
     return f"{len(there)} nodes with {total['CPU']:g} CPUs and {total['GPU']:g} GPUs"
 
 
-def coming_nodes() -> list[dict[str, float]] | None:
+def autoscaler_nodes() -> list[dict[str, float]] | None:
     """Nodes that an autoscaler may add: none where there is none, None where it does not tell which."""
     from ray._private.state import state  # as Ray Data: there is no public way to it (2.60)
 
@@ -338,7 +338,7 @@ def coming_nodes() -> list[dict[str, float]] | None:
 
 
 def _most(count: int) -> int:
-    return _MANY if count < 0 else min(count, _MANY)
+    return _UNLIMITED_NODES if count < 0 else min(count, _UNLIMITED_NODES)
 
 
 def _is_scaled() -> bool:

@@ -33,16 +33,16 @@ from lemon.runtime.registry import Registry, unknown
 from lemon.runtime.secrets import holds_secret, names_secret, redacted
 
 
-class _Words(yaml.SafeLoader):
+class _StringLoader(yaml.SafeLoader):
     """YAML whose plain scalars are what the same words are on the command line: 0012, NO and 1.50 stay text."""
 
 
-def _scalar(_: _Words, node: yaml.ScalarNode) -> Any:
+def _scalar(_: _StringLoader, node: yaml.ScalarNode) -> Any:
     return node.value if node.style else plain_value(node.value)
 
 
-_Words.yaml_implicit_resolvers = {}
-_Words.add_constructor("tag:yaml.org,2002:str", _scalar)
+_StringLoader.yaml_implicit_resolvers = {}
+_StringLoader.add_constructor("tag:yaml.org,2002:str", _scalar)
 
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
@@ -122,7 +122,7 @@ def _is_utf8(text: str) -> bool:
 
 def _check_kind(path: str) -> None:
     """Refuse what is there but no file or folder: a pipe would be waited for without end. Raises ValueError."""
-    told = repr(path) if len(path) <= _TOLD_CHARACTERS else f"{path[:_TOLD_CHARACTERS]!r}..."
+    told = repr(path) if len(path) <= _MAX_PATH_CHARACTERS else f"{path[:_MAX_PATH_CHARACTERS]!r}..."
     try:
         mode = os.stat(os.path.expanduser(path)).st_mode  # noqa: PTH111, PTH116  (Path would make "a//b" another text)
     except ValueError:
@@ -135,7 +135,7 @@ def _check_kind(path: str) -> None:
         raise ValueError(f"got {told}, which is a pipe or a device; expected a file or folder")
 
 
-_TOLD_CHARACTERS = 80
+_MAX_PATH_CHARACTERS = 80
 """Of a path that cannot be opened."""
 
 
@@ -255,7 +255,7 @@ def _is_file(name: str) -> bool:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping. Raises ValueError, one line, for another one."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Words)
+        values = yaml.load(path.read_text(encoding="utf-8"), _StringLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if values is not None and not isinstance(values, dict):
@@ -404,7 +404,7 @@ def _parse_value(key: str, text: str) -> Any:
         return text
     if text[:1] in ("[", "{", "'", '"'):
         try:
-            return yaml.load(text, _Words)
+            return yaml.load(text, _StringLoader)
         except yaml.YAMLError:
             if text[:1] in ("[", "{") and not _names_a_file(text):
                 raise ConfigError(f"{key}: got {text!r}; expected a list as [a,b] or a mapping as {{a: 1}}") from None

@@ -24,7 +24,7 @@ NOTICE_S = 30.0
 
 _POLL_S = 1
 
-_told: set[str] = set()
+_logged_notes: set[str] = set()
 
 Node = Mapping[str, float]
 """Resources of a node by name, as Ray tells them: ``CPU``, ``GPU`` and others."""
@@ -47,14 +47,14 @@ class Demand:
     cpus: int
     gpus: float | None = 0.0
     least: int = 1
-    wished: int = 1
+    wanted_workers: int = 1
     may_shrink: bool = False
     key: str = "workers"
     count_key: str = "workers.count"
 
 
 @dataclass(frozen=True)
-class Granted:
+class Allocation:
     """What a job gets.
 
     Attributes:
@@ -72,12 +72,12 @@ class Granted:
     notes: tuple[str, ...] = ()
 
 
-def room(nodes: Sequence[Node], *, cpus: int, gpus: float = 0.0) -> int:
+def n_workers_that_fit(nodes: Sequence[Node], *, cpus: int, gpus: float = 0.0) -> int:
     """Workers that nodes hold at the same time."""
-    return sum(_on_node(node, cpus=cpus, gpus=gpus) for node in nodes)
+    return sum(_n_on_node(node, cpus=cpus, gpus=gpus) for node in nodes)
 
 
-def _on_node(node: Node, *, cpus: int, gpus: float) -> int:
+def _n_on_node(node: Node, *, cpus: int, gpus: float) -> int:
     held = int(node.get("CPU", 0) // cpus)
     if not gpus:
         return held
@@ -85,7 +85,7 @@ def _on_node(node: Node, *, cpus: int, gpus: float) -> int:
     return min(held, int(devices // gpus) if gpus >= 1 else devices * math.floor(1 / gpus + 1e-9))
 
 
-def grant(demand: Demand, *, nodes: Sequence[Node], coming: Sequence[Node] | None, place: str) -> Granted:
+def plan_allocation(demand: Demand, *, nodes: Sequence[Node], coming: Sequence[Node] | None, place: str) -> Allocation:
     """What a cluster of these nodes has for a job.
 
     Args:
@@ -102,24 +102,28 @@ def grant(demand: Demand, *, nodes: Sequence[Node], coming: Sequence[Node] | Non
         gpus = 1.0 if any(node.get("GPU", 0) >= 1 for node in (*nodes, *(coming or ()))) else 0.0
     if gpus > 1 and gpus != int(gpus):
         raise ConfigError(f"{demand.key}.gpus: got {gpus:g}; expected a share of one GPU or a whole number")
-    holds = room(nodes, cpus=demand.cpus, gpus=gpus)
+    holds = n_workers_that_fit(nodes, cpus=demand.cpus, gpus=gpus)
     if holds >= demand.least:
-        return Granted(demand.cpus, gpus, holds, notes=_fewer(demand, holds, place=place, final=coming == ()))
-    if coming and holds + room(coming, cpus=demand.cpus, gpus=gpus) >= demand.least:
-        return Granted(demand.cpus, gpus, max(1, holds), waits=True)
+        return Allocation(
+            demand.cpus, gpus, holds, notes=_fewer_workers_note(demand, holds, place=place, final=coming == ())
+        )
+    if coming and holds + n_workers_that_fit(coming, cpus=demand.cpus, gpus=gpus) >= demand.least:
+        return Allocation(demand.cpus, gpus, max(1, holds), waits=True)
     for cpus in range(demand.cpus - 1, 0, -1) if demand.may_shrink else ():
-        if (holds := room(nodes, cpus=cpus, gpus=gpus)) >= demand.least:
+        if (holds := n_workers_that_fit(nodes, cpus=cpus, gpus=gpus)) >= demand.least:
             note = f"{demand.key}.cpus: {cpus} instead of {demand.cpus}, as no node of {place} has more"
-            return Granted(cpus, gpus, holds, notes=(note, *_fewer(demand, holds, place=place, final=coming == ())))
+            return Allocation(
+                cpus, gpus, holds, notes=(note, *_fewer_workers_note(demand, holds, place=place, final=coming == ()))
+            )
     if coming is None:
-        return Granted(demand.cpus, gpus, max(1, holds), waits=True)
+        return Allocation(demand.cpus, gpus, max(1, holds), waits=True)
     raise ConfigError(_refusal(demand, gpus=gpus, nodes=[*nodes, *coming], place=place))
 
 
-def _fewer(demand: Demand, holds: int, *, place: str, final: bool) -> tuple[str, ...]:
-    if holds >= demand.wished or not final:
+def _fewer_workers_note(demand: Demand, holds: int, *, place: str, final: bool) -> tuple[str, ...]:
+    if holds >= demand.wanted_workers or not final:
         return ()
-    return (f"{demand.count_key}: got {demand.wished}; {place} has room for {holds}, which it goes on with",)
+    return (f"{demand.count_key}: got {demand.wanted_workers}; {place} has room for {holds}, which it goes on with",)
 
 
 def _refusal(demand: Demand, *, gpus: float, nodes: Sequence[Node], place: str) -> str:
@@ -133,11 +137,11 @@ def _refusal(demand: Demand, *, gpus: float, nodes: Sequence[Node], place: str) 
     if demand.cpus > most["CPU"]:
         return f"{demand.key}.cpus: got {demand.cpus}; no node of {place} has more than {most['CPU']:g}: {mend}"
     each = f"{demand.cpus} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
-    holds = room(nodes, cpus=demand.cpus, gpus=gpus)
+    holds = n_workers_that_fit(nodes, cpus=demand.cpus, gpus=gpus)
     return f"{demand.count_key}: got {demand.least}, of {each} each; {place} has room for {holds}: {mend}"
 
 
-def is_new(output: str, *, table: str) -> bool:
+def is_new_output(output: str, *, table: str) -> bool:
     """Whether an output that can be written has no rows in a table yet; where it cannot, what opens it tells so.
 
     A job with a new output has work to do, so it asks for the cluster before it writes anything.
@@ -153,7 +157,7 @@ def is_new(output: str, *, table: str) -> bool:
         return False
 
 
-def settle(demand: Demand, *, stage: str) -> Granted:
+def allocate(demand: Demand, *, stage: str) -> Allocation:
     """Join or start Ray, and return what it has for a job; waits, with a line now and then, where nodes may come.
 
     Raises ConfigError, one line: what keeps Ray from starting, or that there never will be room.
@@ -161,18 +165,22 @@ def settle(demand: Demand, *, stage: str) -> Granted:
     cluster.start_ray()
     here = cluster.ray_address() is None
     place = "this machine" if here else "the cluster"
-    granted = grant(demand, nodes=cluster.nodes(), coming=() if here else cluster.coming_nodes(), place=place)
+    granted = plan_allocation(
+        demand, nodes=cluster.nodes(), coming=() if here else cluster.autoscaler_nodes(), place=place
+    )
     for note in granted.notes:
-        if note not in _told:
+        if note not in _logged_notes:
             logger.warning(note, extra={"stage": stage})
-            _told.add(note)
+            _logged_notes.add(note)
     if here:
         return granted
     _wait(demand, granted, stage=stage)
-    return replace(granted, room=max(1, room(cluster.nodes(), cpus=granted.cpus, gpus=granted.gpus)), waits=False)
+    return replace(
+        granted, room=max(1, n_workers_that_fit(cluster.nodes(), cpus=granted.cpus, gpus=granted.gpus)), waits=False
+    )
 
 
-def _wait(demand: Demand, granted: Granted, *, stage: str) -> None:
+def _wait(demand: Demand, granted: Allocation, *, stage: str) -> None:
     """Wait until the cluster has the workers free. A placement group of theirs also tells an autoscaler what to add."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -186,7 +194,7 @@ def _wait(demand: Demand, granted: Granted, *, stage: str) -> None:
                 what = ", ".join(f"{value:g} {name}" for name, value in each.items())
                 logger.warning(
                     f"waits for {demand.least} x {what} of the cluster, for {told - start:.0f} s now; "
-                    f"{cluster.told_nodes()}; Ctrl-C ends it",
+                    f"{cluster.describe_nodes()}; Ctrl-C ends it",
                     extra={"stage": stage},
                 )
     finally:

@@ -22,14 +22,14 @@ from lemon.errors import (
     StorageError,
     TerminatedError,
 )
-from lemon.extras import lacking
+from lemon.extras import missing_package_line
 from lemon.runtime.config import Frozen, describe, load
 from lemon.runtime.console import installed
 from lemon.runtime.secrets import guarded
 
 C = TypeVar("C", bound=Frozen)
 
-_TOLD_CHARACTERS = 800  # of a path
+_MAX_PATH_CHARACTERS = 800  # of a path
 
 
 def run_job(
@@ -68,7 +68,7 @@ def framed(stage: str, work: Callable[[], int]) -> int:
         except FatalError as error:
             return _stopped(stage, "; ".join(["stopped: " + str(error), *filter(None, [error.remedy])]), EXIT_FAILURES)
         except ModuleNotFoundError as error:
-            if (line := lacking(error)) is None:
+            if (line := missing_package_line(error)) is None:
                 raise
             return _stopped(stage, line, EXIT_BAD_CONFIG)
         except OSError as error:
@@ -76,7 +76,7 @@ def framed(stage: str, work: Callable[[], int]) -> int:
                 return _stopped(stage, f"stopped: {error}; {FatalError.remedy}", EXIT_FAILURES)
             if error.errno not in NO_SUCH_FILE:
                 raise
-            return _stopped(stage, f"stopped: {_told(error)}", EXIT_BAD_CONFIG)
+            return _stopped(stage, f"stopped: {_file_and_reason(error)}", EXIT_BAD_CONFIG)
         except TerminatedError:
             return _stopped(stage, f"ended by SIGTERM; {_GOES_ON}", EXIT_TERMINATED)
         except KeyboardInterrupt:
@@ -110,8 +110,8 @@ def _stopped(stage: str, reason: str, code: int) -> int:
     return code
 
 
-def _told(error: OSError) -> str:
+def _file_and_reason(error: OSError) -> str:
     """The file and the reason, in one line."""
     if error.filename is None or error.strerror is None:
         return " ".join(str(error).split())
-    return f"{str(error.filename)[:_TOLD_CHARACTERS]}: {error.strerror}"
+    return f"{str(error.filename)[:_MAX_PATH_CHARACTERS]}: {error.strerror}"

@@ -29,13 +29,13 @@ import psutil
 from typing_extensions import TypedDict
 
 from lemon.errors import ConfigError, DamagedError
-from lemon.runtime.records import OWN
+from lemon.runtime.records import INTERNAL_FOLDER
 from lemon.runtime.secrets import redacted
 from lemon.runtime.store import Store, open_output, parse_json
 
 logger = logging.getLogger(__name__)
 
-FOLDER = f"{OWN}/lease"
+FOLDER = f"{INTERNAL_FOLDER}/lease"
 CLAIM_BYTES = 1024
 BEAT_S = 5.0
 STALE_S = 30.0
@@ -95,7 +95,7 @@ class _Claim:
 
     def write(self) -> None:
         # Of one length: a reader at S3 asks for the length and then for so many bytes, of what may be a newer beat.
-        self.store.write_own(self.name, json.dumps(self.content).encode().ljust(CLAIM_BYTES))
+        self.store.write_internal(self.name, json.dumps(self.content).encode().ljust(CLAIM_BYTES))
 
     def settle(self) -> None:
         """Return when no other job writes the output; raises ConfigError when one does."""
@@ -104,16 +104,16 @@ class _Claim:
             for name, content in others.items():
                 here = _process_is_there(content)
                 if here is None and name not in first:
-                    self._warn(f"is {_told(content)} alive? watching for {STALE_S:g} s")
+                    self._warn(f"is {_describe_holder(content)} alive? watching for {STALE_S:g} s")
                 seen, since = first.setdefault(name, (content, time.monotonic()))
                 watched = time.monotonic() - since
                 if here is False or (here is None and content == seen and watched > STALE_S):
-                    self.store.remove_own(name)
+                    self.store.remove_internal(name)
                     continue
                 lives = content != seen or (here and watched > _DYING_S)
                 if lives and (content["holds"] or name < self.name):
                     raise ConfigError(
-                        f"output: {self.store.uri} is being written by {_told(content)}; "
+                        f"output: {self.store.uri} is being written by {_describe_holder(content)}; "
                         "wait for it, stop it, or choose another output"
                     )
             time.sleep(_POLL_S)
@@ -143,8 +143,8 @@ class _Claim:
             ended.set()
             thread.join()
             with contextlib.suppress(OSError):  # then it goes stale
-                self.store.remove_own(self.name)
-                self.store.remove_empty(OWN)  # of an output that was refused nothing is left
+                self.store.remove_internal(self.name)
+                self.store.remove_empty(INTERNAL_FOLDER)  # of an output that was refused nothing is left
 
     def _beat(self, ended: threading.Event) -> None:
         while not ended.wait(BEAT_S):
@@ -173,7 +173,7 @@ def _read(content: bytes) -> dict[str, Any]:
         return unknown | {"since": "unknown", "started": 0.0, "holds": True, "beat": digest}
 
 
-def _told(content: dict[str, Any]) -> str:
+def _describe_holder(content: dict[str, Any]) -> str:
     job = f"job {content['job']}, " if content["job"] else ""
     return f"{content['stage']} ({job}host {content['host']}, process {content['pid']}, since {content['since']})"
 

@@ -10,12 +10,12 @@ from typing import Any, Generic, TypeVar
 
 from lemon.errors import EXIT_FAILURES, EXIT_OK
 from lemon.runtime.identifiers import file_stem
-from lemon.runtime.records import OWN
-from lemon.runtime.settings import keep_settings
+from lemon.runtime.records import INTERNAL_FOLDER
+from lemon.runtime.settings import check_settings
 from lemon.runtime.store import Store, code_version
 from lemon.schema import SLIDE_STATUSES, DownloadRow, EmbeddedRow, SlideRow
 
-ATTEMPTS = f"{OWN}/attempts"
+ATTEMPTS = f"{INTERNAL_FOLDER}/attempts"
 """Marks of work on a slide that has begun and not come to an end, as when it kills its worker each time."""
 
 R = TypeVar("R", SlideRow, EmbeddedRow, DownloadRow)
@@ -67,7 +67,7 @@ class Ledger(Generic[R]):
                 self.store.delete(each)
         self.store.delete(ATTEMPTS)  # only those of this run count
         remedy = "choose another output or overwrite=true"
-        keep_settings(self.store, name, settings, is_empty=lambda: not self.store.list(self.folder), remedy=remedy)
+        check_settings(self.store, name, settings, is_empty=lambda: not self.store.list(self.folder), remedy=remedy)
 
     def begin(self, slide_id: str, *, run_id: str) -> int:
         """Note that work on a slide begins; returns how often it began before in this run without coming to an end.
@@ -76,7 +76,7 @@ class Ledger(Generic[R]):
         """
         folder = f"{ATTEMPTS}/{file_stem(slide_id)}"
         earlier = sum(f"/{run_id}-" in name for name in self.store.list(folder))
-        self.store.write_own(f"{folder}/{run_id}-{earlier}", b"")
+        self.store.write_internal(f"{folder}/{run_id}-{earlier}", b"")
         return earlier
 
     def commit(self, row: R) -> R:
@@ -91,7 +91,7 @@ class Ledger(Generic[R]):
         """Delete a slide's row, so that the slide is new."""
         self.store.delete(self._name(slide_id))
 
-    def lacking(self, slide_ids: Iterable[str], name_of: Callable[[str], str]) -> set[str]:
+    def without_file(self, slide_ids: Iterable[str], name_of: Callable[[str], str]) -> set[str]:
         """Those slides whose file, in the output's folder of such files, is absent."""
         there = self.store.entries(name_of("").partition("/")[0])
         return {slide_id for slide_id in slide_ids if name_of(slide_id) not in there}

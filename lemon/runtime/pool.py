@@ -26,13 +26,13 @@ from tqdm import tqdm
 from lemon.errors import ConfigError, FatalError
 from lemon.runtime.cluster import quiet_ray_data
 from lemon.runtime.console import install_in_worker
-from lemon.runtime.demand import Granted
+from lemon.runtime.demand import Allocation
 from lemon.runtime.ledger import Ledger
 
 logger = logging.getLogger(__name__)
 
 
-class OfSlide(Protocol):
+class SlideItem(Protocol):
     """An item; its attempts are counted by its slide's id."""
 
     @property
@@ -52,7 +52,7 @@ class Outcome(Protocol):
         """Committed of it."""
 
 
-Item = TypeVar("Item", bound=OfSlide)
+Item = TypeVar("Item", bound=SlideItem)
 Row = TypeVar("Row", bound=Outcome)
 
 
@@ -103,7 +103,7 @@ class Worker(ABC, Generic[Item, Row]):
 
 
 @dataclass(frozen=True)
-class Actors:
+class ActorPool:
     """A pool of actors.
 
     Attributes:
@@ -112,7 +112,7 @@ class Actors:
         ahead: items that an actor gets ready while it works on another.
     """
 
-    granted: Granted
+    allocation: Allocation
     most: int | None = None
     ahead: int = 0
 
@@ -121,7 +121,7 @@ def run_all(
     items: Sequence[Item],
     make: Callable[[], Worker[Item, Row]],
     *,
-    actors: Actors | None,
+    actors: ActorPool | None,
     max_attempts: int,
     name: str,
     unit: str = "slide",
@@ -141,7 +141,7 @@ def run(
     items: Sequence[Item],
     make: Callable[[], Worker[Item, Row]],
     *,
-    actors: Actors | None,
+    actors: ActorPool | None,
     max_attempts: int,
     progress: Callable[[int], object] | None = None,
 ) -> Iterator[Row | None]:
@@ -161,14 +161,14 @@ def run(
     if progress is not None:
         worker.progress = progress
     for item in items:
-        yield _settle(item, worker, run_id=run_id, max_attempts=max_attempts, turn=turn)
+        yield _work_on_item(item, worker, run_id=run_id, max_attempts=max_attempts, turn=turn)
 
 
 def _new_run() -> str:
     return uuid.uuid4().hex[:12]
 
 
-def _settle(
+def _work_on_item(
     item: Item, worker: Worker[Item, Row], *, run_id: str, max_attempts: int, turn: threading.Lock
 ) -> Row | None:
     """An item's row, whatever happens; None for one that is absent. Raises FatalError."""
@@ -218,7 +218,7 @@ class ItemActor(Generic[Item, Row]):
             if self.worker is None:
                 raise FatalError(self.fault)
             item: Item = pickle.loads(batch["item"][0])  # of this job's own  # noqa: S301
-            row = _settle(item, self.worker, run_id=self.run_id, max_attempts=self.max_attempts, turn=self.turn)
+            row = _work_on_item(item, self.worker, run_id=self.run_id, max_attempts=self.max_attempts, turn=self.turn)
             told: dict[str, Any] = {"row": row}
         except FatalError as error:
             told = {"fatal": str(error)}
@@ -231,12 +231,12 @@ def _in_worker(make: Callable[[], Worker[Item, Row]]) -> Worker[Item, Row]:
 
 
 def _on_ray(
-    items: Sequence[Item], make: Callable[[], Worker[Item, Row]], *, actors: Actors, max_attempts: int
+    items: Sequence[Item], make: Callable[[], Worker[Item, Row]], *, actors: ActorPool, max_attempts: int
 ) -> Iterator[Row | None]:
     import ray.data
 
     quiet_ray_data()
-    granted = actors.granted
+    granted = actors.allocation
     threads: Any = {"max_concurrency": 1 + actors.ahead} if actors.ahead else {}
     rows = ray.data.from_items(
         [{"item": pickle.dumps(item)} for item in items], override_num_blocks=len(items)

@@ -24,12 +24,12 @@ from lemon.errors import ConfigError
 if TYPE_CHECKING:
     from lemon.runtime.store import Store
 
-OWN = ".lemon"
+INTERNAL_FOLDER = ".lemon"
 """Folder in an output of what only LEMON makes: records, the lease, attempts."""
 
-FILES = f"{OWN}/files"
+FILES = f"{INTERNAL_FOLDER}/files"
 
-MOST_REMOTE_BYTES = 16 << 20
+MAX_REMOTE_BYTES = 16 << 20
 """Files of object storage up to here are read to be compared; of larger ones only the size is."""
 
 
@@ -38,7 +38,7 @@ class ForeignFileError(ConfigError):
 
 
 @dataclass(frozen=True)
-class Record:
+class FileRecord:
     """A file as it was written: ``mtime_ns`` is None on object storage, and for a folder."""
 
     size_bytes: int
@@ -46,7 +46,7 @@ class Record:
     mtime_ns: int | None
 
     @classmethod
-    def of(cls, path: Path, *, local: bool = True) -> Record:
+    def of(cls, path: Path, *, local: bool = True) -> FileRecord:
         """The record of a local file, or of a folder with all below it. Raises OSError."""
         if not path.is_dir():
             stat = path.stat()
@@ -65,11 +65,11 @@ class Records:
     def __init__(self, store: Store) -> None:
         self.store = store
 
-    def of(self, name: str) -> list[Record]:
+    def of(self, name: str) -> list[FileRecord]:
         """What is recorded of a file, the newest first; none where nothing is, or it is damaged."""
         try:
             found = json.loads(self.store.read_bytes(_record_name(name)))
-            return [Record(**each) for each in found]
+            return [FileRecord(**each) for each in found]
         except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
             return []
 
@@ -78,15 +78,15 @@ class Records:
         names = self.store.list(f"{FILES}/{folder}" if folder else FILES, suffix=".json")
         return {name.removeprefix(f"{FILES}/").removesuffix(".json") for name in names}
 
-    def note(self, name: str, record: Record, *, replaced: Record | None) -> None:
+    def note(self, name: str, record: FileRecord, *, replaced: FileRecord | None) -> None:
         """Record a file that is about to get its name; what it replaces stays known until the next time."""
         both = [record] if replaced is None else [record, replaced]
-        self.store.write_own(_record_name(name), json.dumps([asdict(each) for each in both]).encode())
+        self.store.write_internal(_record_name(name), json.dumps([asdict(each) for each in both]).encode())
 
     def forget(self, name: str) -> None:
         """Drop the record of a file that is gone."""
-        if not is_own(name):
-            self.store.remove_own(_record_name(name))
+        if not is_internal(name):
+            self.store.remove_internal(_record_name(name))
 
     def agree(self, name: str) -> bool:
         """Whether a file is absent, or one that LEMON wrote, unchanged."""
@@ -96,12 +96,12 @@ class Records:
             return False
         return True
 
-    def require(self, name: str) -> Record | None:
+    def require(self, name: str) -> FileRecord | None:
         """The record of a file that may be replaced or removed; None where no file is there.
 
         Raises ForeignFileError where LEMON did not write it, or somebody changed it.
         """
-        if is_own(name) or (info := self.store.info(name)).type == pafs.FileType.NotFound:
+        if is_internal(name) or (info := self.store.info(name)).type == pafs.FileType.NotFound:
             return None
         known = self.of(name)
         try:
@@ -113,7 +113,7 @@ class Records:
             raise ForeignFileError(f"{self.store.uri}/{name} {why}; move it away, or choose another output")
         return found
 
-    def _matching(self, name: str, info: pafs.FileInfo, known: Sequence[Record]) -> Record | None:
+    def _matching(self, name: str, info: pafs.FileInfo, known: Sequence[FileRecord]) -> FileRecord | None:
         """Which of its records a file agrees with: by size and time, else by its digest."""
         if info.type == pafs.FileType.Directory:
             now = self.digest(name) if known else None
@@ -122,7 +122,7 @@ class Records:
         in_time = [each for each in alike if each.mtime_ns == info.mtime_ns]
         if in_time or not alike:
             return next(iter(in_time), None)
-        if not self.store.is_local and info.size > MOST_REMOTE_BYTES:
+        if not self.store.is_local and info.size > MAX_REMOTE_BYTES:
             return alike[0]
         digest = self.digest(name)
         return next((each for each in alike if each.sha256 == digest), None)
@@ -130,8 +130,8 @@ class Records:
     def digest(self, name: str) -> str:
         """SHA-256 of a file, or of a local folder, as it is now. Raises FileNotFoundError."""
         if self.store.is_local:
-            return Record.of(Path(self.store.path(name))).sha256
-        if self.store.size(name) <= MOST_REMOTE_BYTES:
+            return FileRecord.of(Path(self.store.path(name))).sha256
+        if self.store.size(name) <= MAX_REMOTE_BYTES:
             return hashlib.sha256(self.store.read_bytes(name)).hexdigest()
         with self.store.open_binary(name) as stream:
             digest = hashlib.sha256()
@@ -164,9 +164,9 @@ class Records:
         return [name for name in there if not (_is_hidden(name) or known.intersection(_and_parents(name)))]
 
 
-def is_own(name: str) -> bool:
+def is_internal(name: str) -> bool:
     """Whether a name is one that only LEMON makes."""
-    return name.split("/", 1)[0] == OWN
+    return name.split("/", 1)[0] == INTERNAL_FOLDER
 
 
 def _record_name(name: str) -> str:

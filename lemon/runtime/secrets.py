@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, TextIO
 
-LEAST_CHARACTERS = 6
+MIN_CHARACTERS = 6
 """Shorter values of the environment are left alone: they would be found in ordinary words."""
 
 NO_CHANCE_CHARACTERS = 12
@@ -84,7 +84,7 @@ def _known() -> list[str]:
         if found := _URI_WITH_USER.match(value):  # as MLFLOW_TRACKING_URI; libraries tell the password by itself
             values.add(found["user"].partition(":")[2])
             users.add(f"{found['user']}@")
-    spellings = {each for value in values for each in _spellings(value) if len(each) >= LEAST_CHARACTERS}
+    spellings = {each for value in values for each in _spellings(value) if len(each) >= MIN_CHARACTERS}
     return sorted(users | spellings, key=len, reverse=True)
 
 
@@ -101,11 +101,11 @@ def guarded() -> Iterator[None]:
         try:
             yield
         except Exception:
-            sys.excepthook = _tell  # Python's own would tell the traceback after this block
+            sys.excepthook = _print_redacted_traceback  # Python's own would tell the traceback after this block
             raise
 
 
-def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _print_redacted_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, trace))))
 
 

@@ -9,7 +9,7 @@ from lemon.errors import ConfigError
 from lemon.runtime.store import Store
 
 
-def keep_settings(
+def check_settings(
     store: Store, name: str, settings: Mapping[str, Any], *, is_empty: Callable[[], bool], remedy: str
 ) -> None:
     """Note the settings of an output in its file ``name``, or compare them with those that it was begun with.
@@ -23,7 +23,7 @@ def keep_settings(
     """
     if store.exists(name):
         earlier = store.read_json(name)
-        if changed := difference(earlier, settings):
+        if changed := settings_difference(earlier, settings):
             if not is_empty():
                 raise ConfigError(f"output: {store.uri} was begun with other settings ({changed}); {remedy}")
         else:
@@ -31,13 +31,13 @@ def keep_settings(
     store.write_json(name, dict(settings))
 
 
-def difference(earlier: Mapping[str, Any], now: Mapping[str, Any], *, prefix: str = "") -> str:
+def settings_difference(earlier: Mapping[str, Any], now: Mapping[str, Any], *, prefix: str = "") -> str:
     """The keys in which two settings differ, with both values; empty where they are equal."""
     parts = []
     for key in sorted(earlier.keys() | now.keys()):
         before, after = earlier.get(key), now.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            parts.append(difference(before, after, prefix=f"{prefix}{key}."))
+            parts.append(settings_difference(before, after, prefix=f"{prefix}{key}."))
         elif before != after:
             parts.append(f"{prefix}{key} {before} then, {after} now")
     return ", ".join(part for part in parts if part)

@@ -26,7 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from lemon.errors import ConfigError, DamagedError, StorageError
 from lemon.runtime import s3
-from lemon.runtime.records import OWN, Record, Records, is_own
+from lemon.runtime.records import INTERNAL_FOLDER, FileRecord, Records, is_internal
 from lemon.runtime.scratch import scratch_folder
 from lemon.schema import fault_of
 from lemon.version import __version__
@@ -112,7 +112,7 @@ class Store:
             infos = self.filesystem.get_file_info(selector)
         found = (info.path for info in infos if info.type == pafs.FileType.File)
         names = (path[len(self.root) :].lstrip("/") for path in found)
-        hidden = () if is_own(folder) else (OWN,)
+        hidden = () if is_internal(folder) else (INTERNAL_FOLDER,)
         return sorted(
             name
             for name in names
@@ -126,7 +126,7 @@ class Store:
         selector = pafs.FileSelector(self.path(folder), allow_not_found=True)
         with self._plain_errors(folder):
             infos = self.filesystem.get_file_info(selector)
-        return {info.path[len(self.root) :].strip("/") for info in infos} - {OWN}
+        return {info.path[len(self.root) :].strip("/") for info in infos} - {INTERNAL_FOLDER}
 
     def delete(self, name: str) -> None:
         """Remove a file that LEMON wrote, or all such files of a folder; absent is fine.
@@ -138,7 +138,7 @@ class Store:
             self._remove(name)
             self.records.forget(name)
             return
-        for each in self.list(name) if is_own(name) else self.records.names(name):
+        for each in self.list(name) if is_internal(name) else self.records.names(name):
             if self.records.agree(each):
                 self._remove(each)
                 self.records.forget(each)
@@ -178,7 +178,7 @@ class Store:
         replaced = self.records.require(name)
         with self._unnamed(name) as path:
             yield path
-            self.records.note(name, Record.of(path, local=self.is_local), replaced=replaced)
+            self.records.note(name, FileRecord.of(path, local=self.is_local), replaced=replaced)
             self._give_name(path, name)
 
     @contextlib.contextmanager
@@ -238,9 +238,9 @@ class Store:
         with ThreadPoolExecutor(READERS) as pool:
             list(pool.map(fetch, names))
 
-    def write_own(self, name: str, content: bytes) -> None:
+    def write_internal(self, name: str, content: bytes) -> None:
         """Write a small file below ``.lemon/`` atomically; no record is kept of it."""
-        assert is_own(name)
+        assert is_internal(name)
         if not self.is_local:
             self._upload(io.BytesIO(content), name)
             return
@@ -254,9 +254,9 @@ class Store:
                 if attempt == 2:
                     raise
 
-    def remove_own(self, name: str) -> None:
+    def remove_internal(self, name: str) -> None:
         """Remove a file below ``.lemon/``; absent is fine."""
-        assert is_own(name)
+        assert is_internal(name)
         self._remove(name)
 
     def write_bytes(self, name: str, content: bytes) -> None:
@@ -361,7 +361,7 @@ class Store:
         if self.is_local:
             for folder, inner, files in os.walk(self.root):
                 here = Path(folder)
-                if folder != self.root and (here / OWN).is_dir():
+                if folder != self.root and (here / INTERNAL_FOLDER).is_dir():
                     inner.clear()
                     continue
                 for left in [name for name in (*inner, *files) if name.startswith(TEMPORARY)]:
@@ -370,9 +370,9 @@ class Store:
 
     def check_writable(self) -> None:
         """Raise OSError unless a file can be made here."""
-        probe = f"{OWN}/probe-{uuid.uuid4().hex}"
-        self.write_own(probe, b"lemon")
-        self.remove_own(probe)
+        probe = f"{INTERNAL_FOLDER}/probe-{uuid.uuid4().hex}"
+        self.write_internal(probe, b"lemon")
+        self.remove_internal(probe)
 
     @contextlib.contextmanager
     def _plain_errors(self, name: str) -> Iterator[None]:

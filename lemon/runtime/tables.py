@@ -188,7 +188,7 @@ def _match_columns(header: list[str], form: Form) -> tuple[dict[str, int], list[
             notes.append(f"the column {name!r} is read as {meant}")
     unknown = [name for index, name in enumerate(header) if name and index not in found.values()]
     _check_required(header, unknown, found, form)
-    notes += _told_of(unknown, [name for name in form.names if name not in found], others=form.others)
+    notes += _unused_columns_note(unknown, [name for name in form.names if name not in found], others=form.others)
     return found, notes
 
 
@@ -202,7 +202,7 @@ def _check_required(header: list[str], unknown: list[str], found: dict[str, int]
     raise TableError(f": no column {absent[0]!r}; it has {some(header, shown=12)}; expected {expected}{hint}")
 
 
-def _told_of(unknown: list[str], free: list[str], *, others: bool) -> list[str]:
+def _unused_columns_note(unknown: list[str], free: list[str], *, others: bool) -> list[str]:
     """A line on columns that are not read, with what each may have been meant to be."""
     if not unknown or others:
         return []

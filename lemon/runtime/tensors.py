@@ -50,24 +50,24 @@ def read_weights(
     if with_path and not Path(source).is_file():  # type: ignore[arg-type]
         raise FileNotFoundError(f"{told}: no such file")
     if with_path and str(source).endswith(".safetensors"):
-        return undamaged(lambda: safetensors.torch.load_file(str(source), device=str(device)), told=told)
+        return read_or_damaged_error(lambda: safetensors.torch.load_file(str(source), device=str(device)), told=told)
     opened: Any = io.BytesIO(source) if isinstance(source, bytes) else source
     with torch.serialization.safe_globals([*safe]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of an old or unknown protocol; whether the file opens is what counts
-        return undamaged(lambda: torch.load(opened, map_location=device, weights_only=True), told=told)
+        return read_or_damaged_error(lambda: torch.load(opened, map_location=device, weights_only=True), told=told)
 
 
-def read_notes(path: str | Path, *, told: str) -> dict[str, str]:
+def read_metadata(path: str | Path, *, told: str) -> dict[str, str]:
     """The texts by name at the head of a .safetensors file. Raises as ``read_weights``."""
 
     def read() -> dict[str, str]:
         with safetensors.safe_open(str(path), framework="pt") as stored:
             return dict(stored.metadata() or {})
 
-    return undamaged(read, told=told)
+    return read_or_damaged_error(read, told=told)
 
 
-def undamaged(read: Callable[[], T], *, told: str) -> T:
+def read_or_damaged_error(read: Callable[[], T], *, told: str) -> T:
     """What a reader of weights returns; whatever it ends in is a DamagedError, one line that begins with ``told``."""
     try:
         return read()

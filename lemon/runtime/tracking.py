@@ -41,7 +41,7 @@ _ENCODER = "encoder"  # the artifact of a registered model; lemon/served_encoder
 _MAX_PARAM = 6000  # characters that MLflow keeps of a parameter
 _PARAMS_A_CALL = 100
 _TRIES = 8  # to write to a SQLite database that other runs hold; each waits for up to 20 s by itself
-_KNOCKS = 4  # at a server that may have been started just now, or be busy
+_CONNECT_TRIES = 4  # at a server that may have been started just now, or be busy
 _PAUSE_S = 3.0
 _SERVED = Path(__file__).parents[1] / "served_encoder.py"
 _REQUIREMENTS = ("torch", "timm", "safetensors")  # besides the package: what the vectors depend on
@@ -149,7 +149,7 @@ class Run:
         """
         try:
             client = self._client()
-            earlier = _patiently(lambda: client.search_model_versions(f"run_id='{self.run_id}'"))
+            earlier = _with_retries(lambda: client.search_model_versions(f"run_id='{self.run_id}'"))
             if found := [each.version for each in earlier if each.name == name]:
                 return int(found[0])
             told = {key: redacted(value) for key, value in tags.items()}
@@ -180,7 +180,7 @@ class Run:
         from mlflow.exceptions import MlflowException
 
         try:
-            _patiently(lambda: call(self._client()))
+            _with_retries(lambda: call(self._client()))
         except MlflowException as error:
             logger.warning("MLflow run %s: %s is lost: %s", self.run_id[:8], what, _first_line(error))
 
@@ -191,7 +191,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Record:
+class RunRecord:
     """What MLflow holds of a run: its tags and parameters as text, of each metric the last value."""
 
     run: Run
@@ -205,7 +205,7 @@ class Record:
         return MLFLOW_PARENT in self.tags
 
 
-def find_runs(experiment: str) -> list[Record]:
+def find_runs(experiment: str) -> list[RunRecord]:
     """All runs of an experiment, the oldest first; none where the experiment or the database is absent.
 
     Raises ConfigError where MLflow cannot be read.
@@ -227,7 +227,7 @@ def find_runs(experiment: str) -> list[Record]:
             page = client.search_runs([known.experiment_id], order_by=["attributes.start_time"], page_token=token)
             found += page
     return [
-        Record(Run(uri, run.info.run_id), tags=run.data.tags, params=run.data.params, metrics=run.data.metrics)
+        RunRecord(Run(uri, run.info.run_id), tags=run.data.tags, params=run.data.params, metrics=run.data.metrics)
         for run in found
     ]
 
@@ -249,7 +249,7 @@ def _refused(key: str, uri: str) -> Iterator[None]:
 
 
 def _require(uri: str) -> None:
-    for left in reversed(range(_KNOCKS)):
+    for left in reversed(range(_CONNECT_TRIES)):
         try:
             return reach(uri)
         except requests.HTTPError:
@@ -295,7 +295,7 @@ def start_run(
         _require(uri)
     with _refused("MLFLOW_TRACKING_URI", uri):
         client = mlflow.MlflowClient(uri)
-        told = _told(store, mark)
+        told = _read_mark(store, mark)
         run_id = _find(client, told)
         if run_id is None:
             told = {"experiment": experiment, "key": uuid.uuid4().hex}
@@ -304,7 +304,7 @@ def start_run(
             facts |= {MLFLOW_PARENT: parent.run_id} if parent else {}
             run_id = _create(client, uri, experiment, name, tags=facts)
         else:
-            _patiently(partial(client.update_run, run_id, status="RUNNING"))
+            _with_retries(partial(client.update_run, run_id, status="RUNNING"))
         _complete_params(client, run_id, params)
     if told.get("run_id") != run_id:
         store.write_json(mark, told | {"run_id": run_id})
@@ -316,10 +316,10 @@ def _create(client: Any, uri: str, experiment: str, name: str, *, tags: dict[str
     found = client.get_experiment_by_name(experiment)
     experiment_id = found.experiment_id if found else _make_experiment(client, experiment, uri)
     told = {key: redacted(value) for key, value in tags.items()}
-    return str(_patiently(lambda: client.create_run(experiment_id, run_name=redacted(name), tags=told)).info.run_id)
+    return str(_with_retries(lambda: client.create_run(experiment_id, run_name=redacted(name), tags=told)).info.run_id)
 
 
-def _told(store: Store, mark: str) -> dict[str, str]:
+def _read_mark(store: Store, mark: str) -> dict[str, str]:
     """What a mark holds: experiment and key, then the run's id too; empty where there is no mark."""
     return store.read_json(mark, dict[str, str]) if store.exists(mark) else {}
 
@@ -336,7 +336,7 @@ def _find(client: Any, told: Mapping[str, str]) -> str | None:
 
 def run_id_of(store: Store, mark: str = RUN) -> str | None:
     """The id of an output's run as its mark tells it; None where the run was not begun, or just then."""
-    return _told(store, mark).get("run_id")
+    return _read_mark(store, mark).get("run_id")
 
 
 def run_of(store: Store, mark: str = RUN, *, uri: str) -> Run | None:
@@ -346,7 +346,7 @@ def run_of(store: Store, mark: str = RUN, *, uri: str) -> Run | None:
     """
     import mlflow
 
-    run_id = _find(mlflow.MlflowClient(uri), _told(store, mark))
+    run_id = _find(mlflow.MlflowClient(uri), _read_mark(store, mark))
     return None if run_id is None else Run(uri, run_id)
 
 
@@ -398,7 +398,7 @@ def _complete_params(client: Any, run_id: str, params: Mapping[str, Any]) -> Non
     ]
     for first in range(0, len(entries), _PARAMS_A_CALL):
         some = entries[first : first + _PARAMS_A_CALL]
-        _patiently(partial(client.log_batch, run_id, params=some))
+        _with_retries(partial(client.log_batch, run_id, params=some))
 
 
 def _exists(client: Any, run_id: str) -> bool:
@@ -445,22 +445,22 @@ def _register(client: Any, run_id: str, name: str, encoder: Path, *, width: int,
     run = client.get_run(run_id)
     place = run.info.experiment_id
     left = client.search_logged_models([place], f"source_run_id = '{run_id}' AND name = '{name}'")
-    model = left[0] if left else _patiently(lambda: client.create_logged_model(place, name, run_id, tags))
+    model = left[0] if left else _with_retries(lambda: client.create_logged_model(place, name, run_id, tags))
     model_id = model.model_id
     with scratch_folder() as folder:
         _save(folder / "model", encoder, width=width, run_id=run_id, model_id=model_id)
         client.log_model_artifacts(model_id, f"{folder}/model")
-    _patiently(lambda: client.finalize_logged_model(model_id, "READY"))
+    _with_retries(lambda: client.finalize_logged_model(model_id, "READY"))
     if model_id not in (each.model_id for each in run.outputs.model_outputs):
-        _patiently(lambda: client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)]))
+        _with_retries(lambda: client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)]))
     try:
-        _patiently(lambda: client.create_registered_model(name))
+        _with_retries(lambda: client.create_registered_model(name))
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     source = model.artifact_location  # "models:/<id>" would be looked for where the process logs by default
     facts = {"run_id": run_id, "model_id": model_id, "description": run.info.run_name, "tags": tags}
-    return int(_patiently(lambda: client.create_model_version(name, source, **facts)).version)
+    return int(_with_retries(lambda: client.create_model_version(name, source, **facts)).version)
 
 
 def _save(path: Path, encoder: Path, *, width: int, run_id: str, model_id: str) -> None:
@@ -500,7 +500,7 @@ def _make_experiment(client: Any, name: str, uri: str) -> str:
     return client.create_experiment(name, beside, {"mlflow.experimentKind": "custom_model_development"})
 
 
-def _patiently(call: Callable[[], T]) -> T:
+def _with_retries(call: Callable[[], T]) -> T:
     """What a call returns; it is made again while other runs hold the SQLite database."""
     from mlflow.exceptions import MlflowException
 

@@ -28,7 +28,7 @@ class VerifyConfig(Frozen):
 
 
 @dataclass(frozen=True)
-class Fault:
+class FileFault:
     """What is wrong with a file of an output."""
 
     name: str
@@ -50,8 +50,8 @@ def main(config: VerifyConfig) -> int:
         n_files += len(names)
         above = f"{folder}/".lstrip("/")
         inside = [other.removeprefix(above) for other in outputs if other != folder and other.startswith(above)]
-        found = [*verify_files(own, names), *strangers(own, names, inside=inside), *verify_ledgers(own)]
-        faults += [Fault(above + fault.name, fault.reason) for fault in found]
+        found = [*verify_files(own, names), *unrecorded_files(own, names, inside=inside), *verify_ledgers(own)]
+        faults += [FileFault(above + fault.name, fault.reason) for fault in found]
     for fault in faults:
         print(f"  {fault.name}: {fault.reason}")
     print(f"verify: {n_files:,} files in {store.uri}; {len(faults)} are not as they were written")
@@ -66,7 +66,7 @@ def outputs_in(store: Store) -> set[str]:
     return {name[: name.index(mark)].strip("/") for name in names if mark in name}
 
 
-def verify_files(store: Store, names: list[str]) -> Iterator[Fault]:
+def verify_files(store: Store, names: list[str]) -> Iterator[FileFault]:
     """Compare recorded files with their records, byte by byte."""
 
     def reason(name: str) -> str | None:
@@ -82,18 +82,18 @@ def verify_files(store: Store, names: list[str]) -> Iterator[Fault]:
 
     with ThreadPoolExecutor(READERS) as pool:
         reasons = tqdm(pool.map(reason, names), total=len(names), unit="file", desc="verify", disable=None)
-        yield from (Fault(name, why) for name, why in zip(names, reasons, strict=True) if why is not None)
+        yield from (FileFault(name, why) for name, why in zip(names, reasons, strict=True) if why is not None)
 
 
-def strangers(store: Store, names: list[str], *, inside: list[str]) -> Iterator[Fault]:
+def unrecorded_files(store: Store, names: list[str], *, inside: list[str]) -> Iterator[FileFault]:
     """Files without a record in the folders that LEMON writes, but for outputs ``inside``, which have their own."""
     for top in sorted({name.partition("/")[0] for name in names}):
         for name in store.records.foreign(top):
             if not name.startswith(tuple(f"{folder}/" for folder in inside)):
-                yield Fault(name, "has no record: lemon did not write it, or its record was lost; move it away")
+                yield FileFault(name, "has no record: lemon did not write it, or its record was lost; move it away")
 
 
-def verify_ledgers(store: Store) -> Iterator[Fault]:
+def verify_ledgers(store: Store) -> Iterator[FileFault]:
     """Compare the shards of cells and embeddings with the rows of the slides table that name them."""
     for schema, folder, column in ((SLIDES, "cells", "cells_digest"), (EMBEDDED, "embeddings", "embeddings_digest")):
         if not store.exists(folder):
@@ -101,7 +101,7 @@ def verify_ledgers(store: Store) -> Iterator[Fault]:
         try:
             rows = store.read_tables("slides", schema=schema).to_pylist()
         except ConfigError as error:
-            yield Fault("slides", str(error))
+            yield FileFault("slides", str(error))
             continue
         stated = {row[column]: row["slide_id"] for row in rows if row[column]}
         for name in store.list(folder, suffix=".parquet"):
@@ -111,4 +111,6 @@ def verify_ledgers(store: Store) -> Iterator[Fault]:
             except (OSError, pa.ArrowException):
                 continue  # told of the file itself
         for slide_id in stated.values():
-            yield Fault(folder, f"lacks the rows that the slides table states of {slide_id}; the same job makes them")
+            yield FileFault(
+                folder, f"lacks the rows that the slides table states of {slide_id}; the same job makes them"
+            )

@@ -15,7 +15,7 @@ from lemon.runtime.secrets import holds_secret
 from lemon.runtime.store import Store, is_uri
 from lemon.runtime.tables import Column, Form, is_table, read_user_table
 from lemon.schema import COHORT, Slide
-from lemon.slides.listing import find_slides, identity, tell
+from lemon.slides.listing import describe_skipped, find_slides, identity
 from lemon.slides.paths import as_text
 from lemon.slides.resolution import PLAUSIBLE_MPP
 
@@ -59,7 +59,7 @@ def list_slides(source: str | list[str]) -> list[Slide]:
     slides = _distinct(stated, listed, passed_over)
     _check_ids(slides)
     if passed_over:
-        logger.info(f"slides: passed over {tell(passed_over)}")
+        logger.info(f"slides: passed over {describe_skipped(passed_over)}")
     return sorted((with_barcode(slide) for slide in slides), key=lambda slide: slide.slide_id)
 
 
@@ -95,7 +95,7 @@ def _list(word: str, passed_over: Counter[str]) -> list[Slide]:
     except ValueError as error:
         raise ConfigError(f"slides: {error}") from None
     if not files:
-        found = f"no slide (passed over {tell(here)})" if here else "no file"
+        found = f"no slide (passed over {describe_skipped(here)})" if here else "no file"
         raise ConfigError(
             f"slides: got {word!r}, which matches {found}; expected a glob, folder, slide or cohort table"
         )
@@ -129,11 +129,11 @@ def _read_cohort(path: str) -> list[Slide]:
             raise ConfigError(f"slides: cohort {path}: a path holds a key or an option; expected addresses alone")
         values["path"] = _beside(path, values["path"])
         slides.append(Slide(**{"slide_id": PurePosixPath(values["path"]).stem, **values}))
-    _tell_names(path, slides)
+    _warn_of_names(path, slides)
     return slides
 
 
-def _tell_names(path: str, slides: Sequence[Slide]) -> None:
+def _warn_of_names(path: str, slides: Sequence[Slide]) -> None:
     """Tell where a cohort's patients are not those of TCGA's barcodes, or two names look like one."""
     for column in ("patient_id", "organ", "project", "site"):
         names = {getattr(slide, column) for slide in slides} - {None}

@@ -19,7 +19,7 @@ from lemon.slides.reader import detect_format
 SUFFIXES = frozenset(
     [".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm", ".czi"]
 )
-_TOLD = 8  # reasons in a line
+_MAX_REASONS = 8  # reasons in a line
 _UNFINISHED = (".part", ".partial", ".tmp", ".crdownload", ".download", ".filepart", ".bak", "~")
 
 
@@ -57,10 +57,10 @@ def identity(path: str) -> Hashable:
     return status.st_dev, status.st_ino
 
 
-def tell(passed_over: Counter[str]) -> str:
+def describe_skipped(passed_over: Counter[str]) -> str:
     """``12 files: 9 .txt, 2 hidden, 1 unfinished``."""
     total = sum(passed_over.values())
-    told = passed_over.most_common(_TOLD)
+    told = passed_over.most_common(_MAX_REASONS)
     rest = total - sum(count for _, count in told)
     parts = ", ".join([f"{count} {reason}" for reason, count in told] + [f"{rest} others"] * (rest > 0))
     return f"{total} file{'s' * (total != 1)}: {parts}"

@@ -171,7 +171,7 @@ class SlideReader:
         if self._given_up is not None:
             raise SlideError(self._given_up)
         outcome: Future[T] = Future()
-        threading.Thread(target=_settle, args=(outcome, call), daemon=True, name="lemon-read").start()
+        threading.Thread(target=_resolve_future, args=(outcome, call), daemon=True, name="lemon-read").start()
         try:
             return outcome.result(timeout=self._limit_s)
         except TimeoutError:
@@ -196,7 +196,7 @@ class SlideReader:
 _SLOW = "a damaged or hostile file, or a slow disk; region_limit_s=... allows for more"
 
 
-def _settle(outcome: Future[T], call: Callable[[], T]) -> None:
+def _resolve_future(outcome: Future[T], call: Callable[[], T]) -> None:
     try:
         outcome.set_result(call())
     except BaseException as error:  # noqa: BLE001 - raised again where the outcome is waited for

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lemon.cells.config import OfCells
+from lemon.cells.config import CellsConfig
 from lemon.errors import ConfigError
 from lemon.pretrain.config import Seed
 from lemon.probe.config import ProbeSettings, name_faults
@@ -66,7 +66,7 @@ class AshaConfig(Settings):
     reduction: int = Field(3, ge=2, description="of this many trials at a rung one goes on")
 
 
-class SweepConfig(Settings, OfCells):
+class SweepConfig(Settings, CellsConfig):
     """``lemon sweep``: a study's points x seeds -> pretrained, probed, compared."""
 
     sweep: Annotated[Study, Choice("sweep", "size")] = Field({}, validate_default=True)
@@ -87,17 +87,17 @@ class SweepConfig(Settings, OfCells):
 
     @field_validator("tasks", "seeds", mode="before")
     @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
+    def _wrap_single_value(cls, value: Any) -> Any:
         return [value] if isinstance(value, (str, int)) else value
 
     @field_validator("tasks")
     @classmethod
-    def _each_once(cls, value: list[str]) -> list[str]:
+    def _drop_repeats(cls, value: list[str]) -> list[str]:
         return list(dict.fromkeys(value))
 
     @field_validator("pretrain")
     @classmethod
-    def _not_the_sweeps_own(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def _reject_reserved_keys(cls, value: dict[str, Any]) -> dict[str, Any]:
         for key in RESERVED:
             if key in value:
                 raise ValueError(f"got {key}; give it to the sweep itself: {'seeds' if key == 'seed' else key}=...")

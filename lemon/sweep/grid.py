@@ -17,14 +17,14 @@ from lemon.encoders.device import choose_device
 from lemon.errors import ConfigError
 from lemon.pretrain import job as pretraining
 from lemon.pretrain.assemble import fit_stain
-from lemon.pretrain.check import located
+from lemon.pretrain.check import with_absolute_paths
 from lemon.pretrain.config import FitStainConfig, PretrainConfig
 from lemon.probe.task import Task, TaskError
 from lemon.probe.tasks.catalogue import open_task
 from lemon.runtime.cluster import ray_address
 from lemon.runtime.config import load
 from lemon.runtime.console import stage_logger
-from lemon.runtime.demand import grant
+from lemon.runtime.demand import plan_allocation
 from lemon.runtime.identifiers import file_stem
 from lemon.runtime.store import Store, path_exists
 from lemon.runtime.store import open_output as writable
@@ -41,7 +41,7 @@ TRIALS = "trials"
 
 
 @dataclass(frozen=True)
-class Entry:
+class GridTrial:
     """One point with one seed."""
 
     point: Point
@@ -53,7 +53,7 @@ class Entry:
 class Grid:
     """The trials, seed by seed, and the tasks that all of them are scored on."""
 
-    entries: list[Entry]
+    entries: list[GridTrial]
     tasks: list[Task]
 
 
@@ -62,7 +62,7 @@ def build(config: SweepConfig) -> Grid:
 
     Raises ConfigError with a line for every fault of every point.
     """
-    cells, output = Store(config.cells), open_output(config)
+    cells, output = Store(config.cells), open_sweep_output(config)
     config = config.model_copy(update={"cells": cells.uri})
     organs, select = nested_organs(cells), remembered(cells)
     configs: list[tuple[Point, PretrainConfig]] = []
@@ -76,7 +76,7 @@ def build(config: SweepConfig) -> Grid:
         faults.add(point, *selection_faults(made, select), *settings_faults(made, config))
         configs.append((point, made))
     entries = [
-        Entry(point, seed, trial_of(config, point, made, seed=seed, output=output))
+        GridTrial(point, seed, trial_of(config, point, made, seed=seed, output=output))
         for seed in config.all_seeds
         for point, made in configs
     ]
@@ -114,7 +114,7 @@ class Faults:
         ]
 
 
-def open_output(config: SweepConfig) -> Store:
+def open_sweep_output(config: SweepConfig) -> Store:
     """The output, which can be written and holds no other sweep. Raises ConfigError."""
     output = writable(config.output, owns=(MARK, SWEEP_FILE))
     if not output.exists(MARK) or not any(
@@ -191,13 +191,13 @@ def settings_faults(config: PretrainConfig, sweep: SweepConfig) -> list[str]:
     if config.probe is not None and not path_exists(config.probe.labels):
         faults.append(f"probe.labels: {config.probe.labels} not found; expected a CSV or Parquet file")
     if config.views.stain.statistics is not None:
-        faults += _told(located, config)
+        faults += _fault_lines(with_absolute_paths, config)
     if not sweep.on_ray:
-        faults += _told(choose_device, config.device)
+        faults += _fault_lines(choose_device, config.device)
     elif ray_address() is None:
         here = {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
-        faults += _told(
-            functools.partial(grant, nodes=[here], coming=(), place="this machine"),
+        faults += _fault_lines(
+            functools.partial(plan_allocation, nodes=[here], coming=(), place="this machine"),
             pretraining.demand_of(config.workers),
         )
     return faults
@@ -224,7 +224,7 @@ def begun_faults(trial: Trial, select: Callable[..., Selection]) -> list[str]:
     if not pretraining.is_begun(trial.store):
         return []
     try:
-        config = located(trial.pretrain)
+        config = with_absolute_paths(trial.pretrain)
         changed = pretraining.settings_changed(config, select(**config.select.model_dump()), trial.store)
     except ConfigError:
         return []  # stain statistics that are to be fitted
@@ -238,7 +238,7 @@ def _absolute(config: PretrainConfig) -> dict[str, str]:
     return {"cells": Store(config.probe.cells).uri, "labels": Store(config.probe.labels).uri}
 
 
-def _told(check: Callable[..., Any], argument: Any) -> list[str]:
+def _fault_lines(check: Callable[..., Any], argument: Any) -> list[str]:
     try:
         check(argument)
     except ConfigError as error:

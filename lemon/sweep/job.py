@@ -18,7 +18,7 @@ from lemon.sweep import table
 from lemon.sweep import trial as trials
 from lemon.sweep.attempt import attempt
 from lemon.sweep.config import SweepConfig
-from lemon.sweep.grid import EXPERIMENT, MARK, Entry, Grid, build
+from lemon.sweep.grid import EXPERIMENT, MARK, Grid, GridTrial, build
 
 logger = stage_logger(__name__, "sweep")
 
@@ -30,7 +30,7 @@ def main(config: SweepConfig) -> int:
     if pending and config.on_ray:
         from lemon.sweep import tune
 
-        tune.prepare(pending, config)
+        tune.check_cluster(pending, config)
     with hold(config.output, stage="scaling_sweep") as output:
         return _run_all(grid, config, output)
 
@@ -55,15 +55,15 @@ def _run_all(grid: Grid, config: SweepConfig, output: Store) -> int:
     return EXIT_FAILURES if statuses["failed"] else EXIT_OK
 
 
-def is_over(entry: Entry, config: SweepConfig) -> bool:
+def is_over(entry: GridTrial, config: SweepConfig) -> bool:
     """Whether a trial is done, or was stopped by ASHA in a sweep that still wants that; a failed one is tried again."""
     if trials.finished(entry.trial) is not None:
         return True
-    why = table.lost(entry)
+    why = table.read_no_result(entry)
     return why is not None and why.status == "stopped" and config.asha
 
 
-def _run_pending(pending: list[Entry], grid: Grid, config: SweepConfig, output: Store) -> None:
+def _run_pending(pending: list[GridTrial], grid: Grid, config: SweepConfig, output: Store) -> None:
     parent = _open_parent(config, output)
     with parent.ending():
         try:
@@ -78,11 +78,11 @@ def _run_pending(pending: list[Entry], grid: Grid, config: SweepConfig, output: 
                 close_killed(entry.trial.store, uri=parent.uri)
 
 
-def _run_here(pending: list[Entry], tasks: list[Task], *, parent: Run, tries: int) -> None:
+def _run_here(pending: list[GridTrial], tasks: list[Task], *, parent: Run, tries: int) -> None:
     """One trial after another, in this process."""
     for number, entry in enumerate(pending, 1):
         logger.info(f"{entry.trial.name}, {number} of {len(pending)}")
-        if not attempt(entry, tasks=tasks, parent=parent, tries=tries) and (why := table.lost(entry)):
+        if not attempt(entry, tasks=tasks, parent=parent, tries=tries) and (why := table.read_no_result(entry)):
             logger.info(f"{entry.trial.name} failed: {why.error}")
 
 

@@ -57,7 +57,7 @@ class Value:
         return self.task, self.protocol
 
 
-class LostTrial(NamedTuple):
+class MissingResult(NamedTuple):
     """A trial, or a score of a trial, that is not there, and why."""
 
     trial: str
@@ -65,7 +65,7 @@ class LostTrial(NamedTuple):
     reason: str
 
 
-class Difference(NamedTuple):
+class PointDifference(NamedTuple):
     """A point less another over the seeds that both have."""
 
     point: str
@@ -109,31 +109,31 @@ def study_values(rows: Sequence[SweepRow]) -> list[Value]:
     ]
 
 
-def lost_trials(rows: Iterable[SweepRow]) -> list[LostTrial]:
+def missing_results(rows: Iterable[SweepRow]) -> list[MissingResult]:
     """Every trial, or score of a trial, that is not there."""
     found = []
     for row in rows:
         if row.status != "done":
-            found.append(LostTrial(row.trial, row.status, row.error or ""))
+            found.append(MissingResult(row.trial, row.status, row.error or ""))
         elif row.metric in MAIN_METRICS and not is_number(row.mean):
             reason = f"{row.metric} on {row.task} ({row.protocol}) is not a number"
-            found.append(LostTrial(row.trial, "no score", reason))
+            found.append(MissingResult(row.trial, "no score", reason))
     return found
 
 
-def difference(value: Value, against: Value) -> Difference | None:
+def point_difference(value: Value, against: Value) -> PointDifference | None:
     """``value`` less ``against``, paired by seed; None where they share no seed."""
     seeds = sorted(value.by_seed.keys() & against.by_seed.keys())
     if not seeds:
         return None
     over = over_seeds([value.by_seed[seed] - against.by_seed[seed] for seed in seeds])
-    return Difference(value.point, against.point, value.task, value.protocol, over)
+    return PointDifference(value.point, against.point, value.task, value.protocol, over)
 
 
-def differences(values: Sequence[Value]) -> list[Difference]:
+def differences_to_first(values: Sequence[Value]) -> list[PointDifference]:
     """Every point against the study's first one that has a result, on each task by each protocol."""
     first: dict[tuple[str, str], Value] = {}
-    found = [difference(value, first.setdefault(value.column, value)) for value in values]
+    found = [point_difference(value, first.setdefault(value.column, value)) for value in values]
     return [each for each in found if each is not None and each.point != each.against]
 
 
@@ -169,7 +169,7 @@ def value_records(values: Sequence[Value]) -> list[dict[str, Any]]:
     ]
 
 
-def difference_records(found: Sequence[Difference]) -> list[dict[str, Any]]:
+def difference_records(found: Sequence[PointDifference]) -> list[dict[str, Any]]:
     """Rows of a study's CSV of paired differences."""
     names = ("point", "against", "task", "protocol")
     return [{name: getattr(each, name) for name in names} | each.over._asdict() for each in found]

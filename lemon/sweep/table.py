@@ -11,15 +11,15 @@ from lemon.runtime.secrets import redacted
 from lemon.runtime.store import Store
 from lemon.runtime.tracking import run_id_of
 from lemon.schema import SWEEP_FILE, SweepRow
-from lemon.sweep.grid import Entry
+from lemon.sweep.grid import GridTrial
 from lemon.sweep.studies import OverSeeds, point_names, study_values
 from lemon.sweep.trial import finished
 
-LOST = "lost.json"
+NO_RESULT = "lost.json"
 PARQUET, CSV = SWEEP_FILE, "sweep.csv"
 
 
-class Lost(Frozen):
+class NoResult(Frozen):
     """Why a trial has no result: what ``lost.json`` in its folder holds."""
 
     status: str  # failed, stopped
@@ -27,22 +27,22 @@ class Lost(Frozen):
     fingerprint: str
 
 
-def lost(entry: Entry) -> Lost | None:
+def read_no_result(entry: GridTrial) -> NoResult | None:
     """Why a trial has no result, if an attempt with the same settings said so."""
     store = entry.trial.store
-    if not store.exists(LOST):
+    if not store.exists(NO_RESULT):
         return None
-    found: Lost = store.read_json(LOST, Lost)
+    found: NoResult = store.read_json(NO_RESULT, NoResult)
     return found if found.fingerprint == entry.trial.fingerprint else None
 
 
-def write_lost(entry: Entry, *, status: str, error: str) -> None:
+def write_no_result(entry: GridTrial, *, status: str, error: str) -> None:
     """Note why a trial has no result, in one line."""
-    found = Lost(status=status, error=" ".join(redacted(error).split()), fingerprint=entry.trial.fingerprint)
-    entry.trial.store.write_json(LOST, found.model_dump())
+    found = NoResult(status=status, error=" ".join(redacted(error).split()), fingerprint=entry.trial.fingerprint)
+    entry.trial.store.write_json(NO_RESULT, found.model_dump())
 
 
-def rows_of(entry: Entry, *, study: str) -> Iterator[SweepRow]:
+def rows_of(entry: GridTrial, *, study: str) -> Iterator[SweepRow]:
     """The rows of one trial; none while it has not come to an end."""
     trial, point = entry.trial, entry.point
     row = SweepRow(
@@ -59,11 +59,11 @@ def rows_of(entry: Entry, *, study: str) -> Iterator[SweepRow]:
         facts = result.model_dump(exclude={"name", "fingerprint", "code_version", "scores"})
         for score in result.scores:
             yield replace(row, **facts, **score.model_dump())
-    elif (why := lost(entry)) is not None:
+    elif (why := read_no_result(entry)) is not None:
         yield replace(row, status=why.status, error=why.error, run_id=run_id_of(trial.store))
 
 
-def write(entries: Sequence[Entry], output: Store, *, study: str) -> list[SweepRow]:
+def write(entries: Sequence[GridTrial], output: Store, *, study: str) -> list[SweepRow]:
     """Write the table of what the trials found; returns its rows."""
     rows = [row for entry in entries for row in rows_of(entry, study=study)]
     output.write_table(PARQUET, SweepRow.table(rows))
@@ -80,12 +80,12 @@ def summary(rows: Sequence[SweepRow]) -> str:
     lines.append("|" + "---|" * (len(columns) + 2))
     for point in point_names(rows):
         seeds = len({row.seed for row in rows if row.point == point and row.status == "done"})
-        told = [_told(found.get((point, column))) for column in columns]
+        told = [_mean_text(found.get((point, column))) for column in columns]
         lines.append("| " + " | ".join([point, str(seeds), *told]) + " |")
     return "\n".join(lines)
 
 
-def _told(over: OverSeeds | None) -> str:
+def _mean_text(over: OverSeeds | None) -> str:
     if over is None:
         return ""
     return f"{over.mean:.3f} ({over.sd:.3f})" if over.n > 1 else f"{over.mean:.3f}"

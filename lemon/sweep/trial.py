@@ -19,7 +19,7 @@ from lemon.cells.select import Selection, select_cells
 from lemon.encoders.device import choose_device
 from lemon.encoders.open import load_encoder
 from lemon.pretrain import job as pretraining
-from lemon.pretrain.check import located
+from lemon.pretrain.check import with_absolute_paths
 from lemon.pretrain.config import PretrainConfig
 from lemon.pretrain.loop import Log
 from lemon.probe.config import ProbeConfig, ProbeSettings
@@ -79,7 +79,7 @@ class Trial(Frozen):
 
         Raises ConfigError as ``located`` of pretraining and ``select_cells`` do.
         """
-        pretrain = located(self.pretrain)
+        pretrain = with_absolute_paths(self.pretrain)
         choose = select or partial(select_cells, Store(pretrain.cells))
         settings = pretraining.settings_of(pretrain, choose(**pretrain.select.model_dump()))
         data = [(task.name, data_fingerprint(task)) for task in tasks]
@@ -87,7 +87,7 @@ class Trial(Frozen):
         return self.model_copy(update={"pretrain": pretrain, "data": Store(self.data).uri, "made_from": made_from})
 
 
-class Score(Frozen):
+class TrialScore(Frozen):
     """A metric of the trial's encoder on a task: mean and standard deviation over folds (None: a single value)."""
 
     task: str
@@ -110,7 +110,7 @@ class Result(Frozen):
     cells_fingerprint: str
     model_fingerprint: str
     code_version: str
-    scores: list[Score]
+    scores: list[TrialScore]
 
 
 def run(trial: Trial, *, tasks: list[Task] | None = None, parent: Run | None = None, log: Log | None = None) -> Result:
@@ -190,7 +190,7 @@ def _probed(trial: Trial, selection: Selection, run: Run, *, tasks: list[Task]) 
     )
 
 
-def scores_of(rows: list[ScoreRow]) -> list[Score]:
+def scores_of(rows: list[ScoreRow]) -> list[TrialScore]:
     """Mean and spread over folds of every metric in rows of the scores table; robustness as it is."""
     scores = []
     for task in dict.fromkeys(row.task for row in rows):
@@ -199,5 +199,5 @@ def scores_of(rows: list[ScoreRow]) -> list[Score]:
         for protocol, metric, mean, spread in [*fold_means(own), *whole]:
             known = None if spread is None or not np.isfinite(spread) else spread
             facts = {"task": task, "data_fingerprint": own[0].data_fingerprint}
-            scores.append(Score(protocol=protocol, metric=metric, mean=mean, spread=known, **facts))
+            scores.append(TrialScore(protocol=protocol, metric=metric, mean=mean, spread=known, **facts))
     return scores

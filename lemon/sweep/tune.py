@@ -19,27 +19,27 @@ from typing_extensions import TypedDict
 from lemon.pretrain import job as pretraining
 from lemon.runtime.cluster import nodes, start_ray
 from lemon.runtime.console import install_in_worker, stage_logger
-from lemon.runtime.demand import room, settle
+from lemon.runtime.demand import allocate, n_workers_that_fit
 from lemon.runtime.identifiers import file_stem
-from lemon.runtime.records import OWN
+from lemon.runtime.records import INTERNAL_FOLDER
 from lemon.runtime.store import Store, fingerprint
 from lemon.runtime.tracking import Run
 from lemon.sweep import table
 from lemon.sweep import trial as trials
 from lemon.sweep.attempt import attempt
 from lemon.sweep.config import SweepConfig
-from lemon.sweep.grid import Entry, Grid
+from lemon.sweep.grid import Grid, GridTrial
 from lemon.sweep.trial import Trial
 
 logger = stage_logger(__name__, "sweep")
 
-FOLDER = f"{OWN}/ray"
+FOLDER = f"{INTERNAL_FOLDER}/ray"
 """Of Tune's own files."""
 
 CURRENT = f"{FOLDER}/current.json"
 """Which experiment of Tune is going on, for ASHA; absent when none is."""
 
-LOSSES = 3
+MAX_TRIAL_FAILURES = 3
 """Times that a trial is begun again whose process was lost, as with its node: no fault of the trial's."""
 
 PROBED = "probe/balanced_accuracy"  # as pretraining logs it
@@ -55,40 +55,44 @@ class _Current(TypedDict):
     settings: str
 
 
-def prepare(entries: Sequence[Entry], config: SweepConfig) -> None:
+def check_cluster(entries: Sequence[GridTrial], config: SweepConfig) -> None:
     """Join or start Ray for trials. Raises ConfigError, also where the cluster never has room for one."""
     _start_ray()
     for workers in {entry.trial.pretrain.workers for entry in entries}:
         demand = pretraining.demand_of(workers, key="pretrain.workers")
         if workers.in_process:
-            demand = replace(demand, wished=min(config.max_concurrent or 1, len(entries)), count_key="max_concurrent")
-        settle(demand, stage="sweep")
+            demand = replace(
+                demand, wanted_workers=min(config.max_concurrent or 1, len(entries)), count_key="max_concurrent"
+            )
+        allocate(demand, stage="sweep")
 
 
-def run_on_ray(pending: list[Entry], *, grid: Grid, config: SweepConfig, output: Store, parent: Run) -> None:
+def run_on_ray(pending: list[GridTrial], *, grid: Grid, config: SweepConfig, output: Store, parent: Run) -> None:
     """Run trials, going on with an interrupted experiment of Tune; what became of each is in its folder."""
     _start_ray()
     for entry in pending:
-        entry.trial.store.delete(table.LOST)
+        entry.trial.store.delete(table.NO_RESULT)
     trainable = _trainable(grid.entries, config, parent=parent)
     if config.asha:
-        _go_on(pending, grid, config, output, trainable)
+        _resume_tuner(pending, grid, config, output, trainable)
     why = "Ray Tune ended without it"
     if left := list(filter(_is_open, pending)):  # all, unless an interrupted experiment had them
         try:
-            _fresh(left, grid, config, output, trainable).fit()
+            _new_tuner(left, grid, config, output, trainable).fit()
         except Exception as error:  # as where a file of Tune's own was cut short by a full disk
             logger.debug("Ray Tune", exc_info=True)
             why = f"Ray Tune ended: {type(error).__name__}: {error}"
     for entry in filter(_is_open, pending):
-        table.write_lost(entry, status="failed", error=f"{why}; the same command runs it again")
+        table.write_no_result(entry, status="failed", error=f"{why}; the same command runs it again")
     output.delete(CURRENT)
 
 
-def _fresh(pending: list[Entry], grid: Grid, config: SweepConfig, output: Store, trainable: Any) -> tune.Tuner:
+def _new_tuner(pending: list[GridTrial], grid: Grid, config: SweepConfig, output: Store, trainable: Any) -> tune.Tuner:
     """A new experiment of Tune with the trials that are to do."""
     name, names = f"sweep-{int(time.time())}", [entry.trial.name for entry in pending]
-    output.write_own(CURRENT, json.dumps({"name": name, "trials": names, "settings": _settings(grid, config)}).encode())
+    output.write_internal(
+        CURRENT, json.dumps({"name": name, "trials": names, "settings": _settings(grid, config)}).encode()
+    )
     return tune.Tuner(
         trainable,
         param_space={"trial": tune.grid_search(names)},
@@ -102,14 +106,14 @@ def _fresh(pending: list[Entry], grid: Grid, config: SweepConfig, output: Store,
             name=name,
             storage_path=output.path(FOLDER),
             storage_filesystem=None if output.is_local else output.filesystem,
-            failure_config=tune.FailureConfig(max_failures=LOSSES),
-            callbacks=[_Told(pending)],
+            failure_config=tune.FailureConfig(max_failures=MAX_TRIAL_FAILURES),
+            callbacks=[_TrialCallback(pending)],
             verbose=0,
         ),
     )
 
 
-def _go_on(pending: list[Entry], grid: Grid, config: SweepConfig, output: Store, trainable: Any) -> None:
+def _resume_tuner(pending: list[GridTrial], grid: Grid, config: SweepConfig, output: Store, trainable: Any) -> None:
     """Go on with the interrupted experiment of these trials, if there is one: it knows how far ASHA was."""
     if not output.exists(CURRENT):
         return
@@ -132,7 +136,7 @@ def _settings(grid: Grid, config: SweepConfig) -> str:
     return fingerprint([trials, config.asha, config.asha_settings.model_dump(), config.max_concurrent])
 
 
-def _trainable(entries: list[Entry], config: SweepConfig, *, parent: Run) -> Any:
+def _trainable(entries: list[GridTrial], config: SweepConfig, *, parent: Run) -> Any:
     """The function that Tune calls, with what each trial takes of the cluster."""
     by_name = {entry.trial.name: entry for entry in entries}
     settings = {"parent": parent, "tries": 1 + config.max_failures, "reports": config.asha}
@@ -140,7 +144,7 @@ def _trainable(entries: list[Entry], config: SweepConfig, *, parent: Run) -> Any
     return tune.with_resources(whole, lambda settings: _resources(by_name[settings["trial"]].trial))
 
 
-def _trial(settings: dict[str, Any], *, entries: dict[str, Entry], parent: Run, tries: int, reports: bool) -> None:
+def _trial(settings: dict[str, Any], *, entries: dict[str, GridTrial], parent: Run, tries: int, reports: bool) -> None:
     """What Tune calls in a process of its own; to Tune a trial fails only with that process."""
     install_in_worker()
     entry = entries[settings["trial"]]
@@ -162,14 +166,16 @@ def _resources(trial: Trial) -> Any:
     return tune.PlacementGroupFactory([{"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}])
 
 
-def _capacity(pending: list[Entry]) -> int:
+def _capacity(pending: list[GridTrial]) -> int:
     """Trials that the cluster has room for at once: Tune does not count what Ray Train's workers take."""
     demands = {pretraining.demand_of(entry.trial.pretrain.workers) for entry in pending}
-    holds = (room(nodes(), cpus=each.cpus, gpus=each.gpus or 0) // each.wished for each in demands)
+    holds = (
+        n_workers_that_fit(nodes(), cpus=each.cpus, gpus=each.gpus or 0) // each.wanted_workers for each in demands
+    )
     return max(1, min(holds))
 
 
-def _asha(pending: list[Entry], config: SweepConfig) -> Any:
+def _asha(pending: list[GridTrial], config: SweepConfig) -> Any:
     steps = max(entry.trial.pretrain.total_steps for entry in pending)
     grace = max(1, round(config.asha_settings.grace_share * steps))
     return ASHAScheduler(
@@ -186,10 +192,10 @@ def _name_of(trial: Any) -> str:
     return file_stem(trial.config["trial"])
 
 
-class _Told(tune.Callback):
+class _TrialCallback(tune.Callback):
     """A line for every trial that comes to an end, and a note in the folder of one that ASHA ended."""
 
-    def __init__(self, entries: list[Entry]) -> None:
+    def __init__(self, entries: list[GridTrial]) -> None:
         self._entries = {file_stem(entry.trial.name): entry for entry in entries}
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
@@ -204,10 +210,10 @@ class _Told(tune.Callback):
         """A trial failed; one whose process died could not note why."""
         self._end(self._entries[str(trial)], status="failed", error=_reason(trial))
 
-    def _end(self, entry: Entry, *, status: str, error: str) -> None:
+    def _end(self, entry: GridTrial, *, status: str, error: str) -> None:
         with contextlib.suppress(OSError):  # in here it would end Tune with a traceback; what comes after Tune tells it
             if _is_open(entry):
-                table.write_lost(entry, status=status, error=error)
+                table.write_no_result(entry, status=status, error=error)
             left = sum(map(_is_open, self._entries.values()))
             logger.info(f"{entry.trial.name} ended, {left} of {len(self._entries)} to come")
 
@@ -219,8 +225,8 @@ def _reason(trial: Any) -> str:
     return lines[-1].partition(". ")[0] if lines else "its process died"
 
 
-def _is_open(entry: Entry) -> bool:
-    return trials.finished(entry.trial) is None and table.lost(entry) is None
+def _is_open(entry: GridTrial) -> bool:
+    return trials.finished(entry.trial) is None and table.read_no_result(entry) is None
 
 
 def _start_ray() -> None:

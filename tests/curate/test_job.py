@@ -232,7 +232,7 @@ def worker_for(config: CurateConfig) -> curate.Curator:
 
 def curated(worker: curate.Curator, slide: Slide) -> SlideRow | None:
     """The row of a slide, as an actor makes it."""
-    items, attempts = [curate.Located(slide, slide.path)], worker.config.max_attempts
+    items, attempts = [curate.LocatedSlide(slide, slide.path)], worker.config.max_attempts
     (row,) = pool.run(items, lambda: worker, actors=None, max_attempts=attempts)
     return row
 
@@ -281,7 +281,7 @@ def test_a_job_on_a_full_disk_says_so_in_one_line(
         raise pool.FatalError("[Errno 28] No space left on device")
 
     monkeypatch.setattr(curate, "run", run)
-    monkeypatch.setattr(curate, "ask", lambda config: None)  # Ray is left out
+    monkeypatch.setattr(curate, "check_and_allocate", lambda config: None)  # Ray is left out
     assert framed("curate", lambda: curate.main(config_for(slide_file, tmp_path))) == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert "No space left on device" in line

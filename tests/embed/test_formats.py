@@ -18,7 +18,7 @@ from lemon.embed import job as embedding
 from lemon.embed import spatialdata
 from lemon.embed.clusters import fit_clusters, palette
 from lemon.embed.config import EmbedConfig
-from lemon.embed.ledger import Made
+from lemon.embed.ledger import EmbeddingSpec
 from lemon.embed.slide import EmbeddedSlide
 from lemon.errors import ConfigError
 from lemon.runtime import store as storage
@@ -204,7 +204,7 @@ def test_coordinates_count_from_the_scanned_area_where_the_slide_is_at_hand(
 ) -> None:
     def origin(path: Path | str) -> tuple[int, int]:
         return EmbeddedSlide(
-            "a", str(path), cells, Store(output), Made("m", "f", WIDTH, "float16", "fp32"), None
+            "a", str(path), cells, Store(output), EmbeddingSpec("m", "f", WIDTH, "float16", "fp32"), None
         ).origin_px()
 
     write_pyramid(tmp_path / "s.tiff", make_tissue(300, seed=0).image, mpp=0.25)

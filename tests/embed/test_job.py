@@ -20,14 +20,14 @@ from lemon.cells.shard import images_from_arrow
 from lemon.embed import job as embedding
 from lemon.embed import stream
 from lemon.embed.config import ClusterConfig, EmbedConfig, EmbedWorkers
-from lemon.embed.ledger import EmbedLedger, Made
+from lemon.embed.ledger import EmbeddingSpec, EmbedLedger
 from lemon.embed.names import embeddings_name
 from lemon.embed.stream import embed_shard
 from lemon.errors import ConfigError
 from lemon.runtime import pool
 from lemon.runtime import store as storage
 from lemon.runtime.config import load
-from lemon.runtime.demand import Demand, settle
+from lemon.runtime.demand import Demand, allocate
 from lemon.runtime.job import framed
 from lemon.runtime.ledger import Summary
 from lemon.runtime.shards import ShardError
@@ -374,12 +374,14 @@ def test_a_models_path_is_made_absolute_and_a_name_stays(
 ) -> None:
     monkeypatch.chdir(model.parent)
     (tmp_path / "lemon").mkdir()
-    assert embedding.located_model("run") == str(model)
-    assert embedding.located_model("run/encoder/config.json") == str(model / "encoder" / "config.json")
-    assert embedding.located_model("volta:run/encoder/config.json") == f"volta:{model / 'encoder' / 'config.json'}"
+    assert embedding.absolute_model_path("run") == str(model)
+    assert embedding.absolute_model_path("run/encoder/config.json") == str(model / "encoder" / "config.json")
+    assert (
+        embedding.absolute_model_path("volta:run/encoder/config.json") == f"volta:{model / 'encoder' / 'config.json'}"
+    )
     monkeypatch.chdir(tmp_path)
-    assert embedding.located_model("lemon") == "lemon"
-    assert embedding.located_model("hf-hub:owner/name") == "hf-hub:owner/name"
+    assert embedding.absolute_model_path("lemon") == "lemon"
+    assert embedding.absolute_model_path("hf-hub:owner/name") == "hf-hub:owner/name"
 
 
 @pytest.mark.parametrize(
@@ -437,8 +439,8 @@ def test_on_ray_the_tables_are_the_same_and_a_slide_that_kills_its_actor_is_give
     assert len(list((tmp_path / "ray" / "h5ad").glob("*.h5ad"))) == len(SLIDES)
     assert [row.n_cells for row in here.rows] == [row.n_cells for row in there.rows]
 
-    ledger = EmbedLedger(Store(tmp_path / "crash"), Made("m", "f", WIDTH, "float16", "fp32"))
-    make, actors = functools.partial(CrashingWorker, ledger), pool.Actors(settle(Demand(1), stage="embed"))
+    ledger = EmbedLedger(Store(tmp_path / "crash"), EmbeddingSpec("m", "f", WIDTH, "float16", "fp32"))
+    make, actors = functools.partial(CrashingWorker, ledger), pool.ActorPool(allocate(Demand(1), stage="embed"))
     rows = list(pool.run([Slide("bad", ""), Slide("good", "")], make, actors=actors, max_attempts=2))
     told = {row.slide_id: row.error for row in rows if row}
     assert told == {"bad": "given up after 2 crashes of its worker", "good": None}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lemon.encoders.attention import MOST_TOKENS, CellAttention, attend, serves
+from lemon.encoders.attention import MAX_TOKENS, CellAttention, attend, serves
 from tests.encoders.interpreter import interpreted
 
 pytest.importorskip("triton")
@@ -92,4 +92,4 @@ def test_the_kernel_serves_short_sequences_on_a_gpu_only() -> None:
     assert not serves(x, tokens=26, head_dim=32)
     if torch.cuda.is_available():
         assert serves(x.cuda(), tokens=26, head_dim=32)
-        assert not serves(x.cuda(), tokens=MOST_TOKENS + 1, head_dim=32)
+        assert not serves(x.cuda(), tokens=MAX_TOKENS + 1, head_dim=32)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from lemon.encoders.mlp import LEAST_ROWS, CellMlp, gelu_mlp, serves
+from lemon.encoders.mlp import MIN_ROWS, CellMlp, gelu_mlp, serves
 from tests.encoders.interpreter import interpreted
 
 pytest.importorskip("triton")
@@ -65,6 +65,6 @@ def test_without_a_gpu_the_mlp_is_timms_bit_by_bit() -> None:
     torch.manual_seed(0)
     ours, theirs = CellMlp(64, 256), Mlp(64, 256)
     theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(LEAST_ROWS, 64)
+    x = torch.randn(MIN_ROWS, 64)
     assert not serves(x, ours.fc1)
     assert torch.equal(ours(x), theirs(x))

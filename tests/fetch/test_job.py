@@ -22,7 +22,7 @@ from lemon.fetch import download
 from lemon.fetch import job as fetch
 from lemon.fetch.config import FetchConfig
 from lemon.fetch.gdc import GdcFile
-from lemon.fetch.job import choose
+from lemon.fetch.job import lowest_ranks
 from lemon.runtime import pool
 from lemon.runtime.config import load
 from lemon.runtime.job import framed
@@ -71,10 +71,10 @@ def many(count: int, *, per_patient: int = 1) -> list[GdcFile]:
 def test_a_choice_is_that_of_lowest_rank_whatever_the_order_of_the_list_and_nested() -> None:
     files = many(200)
     order = np.random.default_rng(0).permutation(len(files))
-    choices = [choose([files[index] for index in order], n, one_per_patient=True) for n in (5, 50, None)]
+    choices = [lowest_ranks([files[index] for index in order], n, one_per_patient=True) for n in (5, 50, None)]
     assert choices[0] == choices[1][:5]
     assert choices[1] == choices[2][:50]
-    assert choices[1] == choose(files, 50, one_per_patient=True)
+    assert choices[1] == lowest_ranks(files, 50, one_per_patient=True)
     ranks = rank_of(file.slide_id for file in choices[2])
     assert (np.diff(ranks) > 0).all()
     assert len(choices[2]) == 200
@@ -82,14 +82,14 @@ def test_a_choice_is_that_of_lowest_rank_whatever_the_order_of_the_list_and_nest
 
 def test_of_a_patient_there_is_one_slide_unless_all_are_asked_for() -> None:
     files = many(90, per_patient=3)
-    one = choose(files, None, one_per_patient=True)
+    one = lowest_ranks(files, None, one_per_patient=True)
     patients = Counter(file.slide("").patient_id for file in one)
     assert set(patients.values()) == {1}
     assert len(patients) == 30
     for file in one:
         siblings = [other.slide_id for other in files if other.slide_id[:12] == file.slide_id[:12]]
         assert min(rank_of(siblings)) == rank_of([file.slide_id])[0]
-    assert len(choose(files, None, one_per_patient=False)) == 90
+    assert len(lowest_ranks(files, None, one_per_patient=False)) == 90
 
 
 def test_slides_of_every_organ_are_downloaded_and_listed_in_a_cohort_that_curation_reads(tmp_path: Path) -> None:
@@ -248,18 +248,18 @@ def test_an_actor_downloads_the_next_slide_while_it_curates_one_and_commits_no_d
     with serving(*files, lost) as server:
         words = ["stream=true", "curation.region_px=512", "curation.workers.cpus=1", "curation.cells_per_slide=9"]
         config = config_for(server, tmp_path, *words)
-        curation, chosen = config.curate_config(), fetch._chosen(config)
+        curation, chosen = config.curate_config(), fetch._choose_files(config)
         ledger = open_ledger(Store(curation.output), curation)
         opening = functools.partial(
-            fetch.Passing, chosen, tmp_path / fetch.PASSING, config, cells=Store(curation.output)
+            fetch.StreamedSlides, chosen, tmp_path / fetch.STREAM_FOLDER, config, cells=Store(curation.output)
         )
-        source = pickle.loads(pickle.dumps(curate.Source(open=opening, ahead=1)))  # noqa: S301
+        source = pickle.loads(pickle.dumps(curate.SlideAccess(open=opening, ahead=1)))  # noqa: S301
         make = functools.partial(curate.Curator, curation, ledger=ledger, source=source)
         actor = pool.ItemActor(make, "run", 3)
 
         def call(file: Served) -> SlideRow | None:
             slide = chosen[file.slide_id].slide("https://there")
-            item = pickle.dumps(curate.Located(slide, slide.path))
+            item = pickle.dumps(curate.LocatedSlide(slide, slide.path))
             return pickle.loads(actor({"item": np.array([item], object)})["told"][0])["row"]  # noqa: S301
 
         with ThreadPoolExecutor(2) as threads:
@@ -271,7 +271,7 @@ def test_an_actor_downloads_the_next_slide_while_it_curates_one_and_commits_no_d
     assert asked[1] < min(committed)
     assert asked[2] > min(committed) - 1e-2  # the clock of files is coarser; never three slides on disk
     assert [(row.path, row.n_cells) for row in ledger.rows().values()] == [("https://there", 9)] * 3
-    assert list((tmp_path / fetch.PASSING).glob("*.tiff")) == []
+    assert list((tmp_path / fetch.STREAM_FOLDER).glob("*.tiff")) == []
 
 
 def test_a_download_forgets_no_attempt_of_curation_in_the_same_output(tmp_path: Path) -> None:

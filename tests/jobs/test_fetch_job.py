@@ -14,7 +14,7 @@ import pytest
 from lemon.cells.ledger import read_ledger
 from lemon.demo.slide import make_synthetic_slide
 from lemon.fetch.download import PARTS
-from lemon.fetch.job import PASSING, download_ledger
+from lemon.fetch.job import STREAM_FOLDER, download_ledger
 from lemon.runtime.store import Store
 from tests.fetch.gdc_server import GdcServer, Served, serving
 from tests.jobs.test_curate_job import kill_all, wait_for
@@ -96,14 +96,14 @@ def test_slides_become_cells_as_they_come_and_leave_the_disk(slides: list[Served
         job = Job("fetch_tcga", command(server, tmp_path, *STREAM), stdout=PIPE)
         on_disk = [0]
         while job.poll() is None:
-            there = [path for path in (tmp_path / PASSING).rglob("*.tiff*") if size(path)]
+            there = [path for path in (tmp_path / STREAM_FOLDER).rglob("*.tiff*") if size(path)]
             on_disk.append(len({path.name for path in there}))
             time.sleep(0.02)
         told = job.stdout.read()
         assert job.returncode == 3, told
         assert max(on_disk) == 2  # the one that is curated, and the one ahead
-        assert part_bytes(tmp_path / PASSING) == 0
-        assert list((tmp_path / PASSING).glob("*.tiff")) == []
+        assert part_bytes(tmp_path / STREAM_FOLDER) == 0
+        assert list((tmp_path / STREAM_FOLDER).glob("*.tiff")) == []
         rows = {row["slide_id"]: row for row in read_ledger(Store(tmp_path / "cells")).to_pylist()}
         assert [rows[file.slide_id]["status"] for file in (*good, corrupt)] == ["done"] * 3 + ["failed"]
         assert lost.slide_id not in rows
@@ -146,5 +146,5 @@ def test_a_killed_stream_goes_on_and_downloads_no_committed_slide_again(slides: 
     assert kept.items() <= committed(tmp_path).items()
     rows = read_ledger(Store(tmp_path / "cells")).to_pylist()
     assert [(row["status"], row["n_cells"]) for row in rows] == [("done", 40)] * 3
-    assert part_bytes(tmp_path / PASSING) == 0
-    assert list((tmp_path / PASSING).glob("*.tiff")) == []
+    assert part_bytes(tmp_path / STREAM_FOLDER) == 0
+    assert list((tmp_path / STREAM_FOLDER).glob("*.tiff")) == []

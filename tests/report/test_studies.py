@@ -14,7 +14,7 @@ from lemon.errors import ConfigError
 from lemon.report import figures
 from lemon.report.paper import PaperNumbers, read_paper
 from lemon.report.sentences import study_sentences
-from lemon.report.sources import Output, TrackedSettings, read_sweep
+from lemon.report.sources import OutputTable, TrackedSettings, read_sweep
 from lemon.runtime.store import Store
 from lemon.schema import SWEEP_FILE, SweepRow
 from lemon.sweep import studies
@@ -40,10 +40,10 @@ def rows_of(scores: dict[str, list[float]], **more: Any) -> list[SweepRow]:
     ]
 
 
-def as_output(folder: Path, rows: list[SweepRow]) -> Output[SweepRow]:
+def as_output(folder: Path, rows: list[SweepRow]) -> OutputTable[SweepRow]:
     store = Store(folder)
     store.write_table(SWEEP_FILE, SweepRow.table(rows))
-    return Output(store, read_sweep(store))
+    return OutputTable(store, read_sweep(store))
 
 
 def test_means_deviations_and_intervals_are_those_of_students_t() -> None:
@@ -64,14 +64,14 @@ def test_a_single_seed_has_a_mean_and_nothing_else() -> None:
 
 def test_differences_are_paired_by_the_seeds_that_both_points_have() -> None:
     scores = {"a": [0.5, 0.6, 0.7], "b": [0.56, 0.64], "c": [0.9]}
-    found = {each.point: each for each in studies.differences(studies.study_values(rows_of(scores)))}
+    found = {each.point: each for each in studies.differences_to_first(studies.study_values(rows_of(scores)))}
     expected = stats.ttest_rel(scores["b"], scores["a"][:2]).confidence_interval(0.95)
     assert (found["b"].over.n, found["b"].over.mean) == (2, pytest.approx(0.05))
     assert (found["b"].over.low, found["b"].over.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
     assert (found["c"].over.n, found["c"].over.mean) == (1, pytest.approx(0.4))
     assert {each.against for each in found.values()} == {"a"}
     apart = studies.study_values([row("a", 0, 0.5), row("b", 1, 0.6)])
-    assert studies.differences(apart) == []
+    assert studies.differences_to_first(apart) == []
 
 
 def test_the_best_of_a_column_is_the_highest_mean_over_seeds() -> None:
@@ -85,8 +85,8 @@ def test_a_trial_or_a_score_that_is_lost_is_listed_and_counts_nowhere() -> None:
     found = [row("a", 0, 0.5), row("a", 1, math.nan), failed, row("a", 0, 0.9, metric="knn_balanced_accuracy")]
     (value,) = studies.study_values(found)
     assert value.by_seed == {0: 0.5}
-    assert [each.trial for each in studies.lost_trials(found)] == ["size-a-s1", "size-b-s0"]
-    assert "not a number" in studies.lost_trials(found)[0].reason
+    assert [each.trial for each in studies.missing_results(found)] == ["size-a-s1", "size-b-s0"]
+    assert "not a number" in studies.missing_results(found)[0].reason
     assert studies.point_names(found) == ["a", "b"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lemon.errors import ConfigError
-from lemon.runtime.demand import Demand, Node, grant, room
+from lemon.runtime.demand import Demand, Node, n_workers_that_fit, plan_allocation
 
 SMALL: list[Node] = [{"CPU": 1.0}]
 TWO: list[Node] = [{"CPU": 2.0}]
@@ -30,7 +30,7 @@ HEAD_ONLY: list[Node] = [{"memory": 1e9}]
     ],
 )
 def test_workers_fit_on_nodes_and_shares_on_devices(nodes: list[Node], cpus: int, gpus: float, expected: int) -> None:
-    assert room(nodes, cpus=cpus, gpus=gpus) == expected
+    assert n_workers_that_fit(nodes, cpus=cpus, gpus=gpus) == expected
 
 
 @pytest.mark.parametrize(
@@ -43,13 +43,13 @@ def test_workers_fit_on_nodes_and_shares_on_devices(nodes: list[Node], cpus: int
         (Demand(2, gpus=None), GPU_NODE, (2, 1, 2)),
         (Demand(2, gpus=0.5), GPU_NODE, (2, 0.5, 4)),
         (Demand(1, least=2), TWO, (1, 0, 2)),
-        (Demand(1, least=2, wished=8), TWO, (1, 0, 2)),
+        (Demand(1, least=2, wanted_workers=8), TWO, (1, 0, 2)),
     ],
 )
 def test_what_a_fixed_cluster_has_is_granted(
     demand: Demand, nodes: list[Node], expected: tuple[int, float, int]
 ) -> None:
-    granted = grant(demand, nodes=nodes, coming=(), place="this machine")
+    granted = plan_allocation(demand, nodes=nodes, coming=(), place="this machine")
     assert (granted.cpus, granted.gpus, granted.room) == expected
     assert not granted.waits
 
@@ -78,7 +78,7 @@ def test_what_a_fixed_cluster_has_is_granted(
 )
 def test_what_a_fixed_cluster_never_has_is_refused_in_a_line(demand: Demand, nodes: list[Node], line: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        grant(demand, nodes=nodes, coming=(), place="it")
+        plan_allocation(demand, nodes=nodes, coming=(), place="it")
     assert str(caught.value).startswith(line)
     assert "\n" not in str(caught.value)
 
@@ -97,22 +97,25 @@ def test_what_a_fixed_cluster_never_has_is_refused_in_a_line(demand: Demand, nod
 def test_where_nodes_may_come_a_job_waits_for_them(
     demand: Demand, nodes: list[Node], coming: list[Node] | None, waits: bool
 ) -> None:
-    granted = grant(demand, nodes=nodes, coming=coming, place="the cluster")
+    granted = plan_allocation(demand, nodes=nodes, coming=coming, place="the cluster")
     assert (granted.cpus, granted.waits, granted.notes) == (demand.cpus, waits, ())
 
 
 def test_a_cluster_that_grows_only_by_too_small_nodes_refuses() -> None:
     with pytest.raises(ConfigError, match=r"workers.cpus: got 4; no node of the cluster has more than 2"):
-        grant(Demand(4), nodes=SMALL, coming=TWO, place="the cluster")
+        plan_allocation(Demand(4), nodes=SMALL, coming=TWO, place="the cluster")
 
 
 def test_a_default_shrinks_at_once_where_it_is_unknown_what_comes() -> None:
-    assert grant(Demand(2, may_shrink=True), nodes=SMALL, coming=None, place="the cluster").cpus == 1
+    assert plan_allocation(Demand(2, may_shrink=True), nodes=SMALL, coming=None, place="the cluster").cpus == 1
 
 
 def test_what_becomes_smaller_is_told() -> None:
-    granted = grant(
-        Demand(2, wished=8, may_shrink=True, count_key="workers.actors"), nodes=SMALL, coming=(), place="this machine"
+    granted = plan_allocation(
+        Demand(2, wanted_workers=8, may_shrink=True, count_key="workers.actors"),
+        nodes=SMALL,
+        coming=(),
+        place="this machine",
     )
     assert granted.notes == (
         "workers.cpus: 1 instead of 2, as no node of this machine has more",

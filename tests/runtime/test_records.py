@@ -23,7 +23,7 @@ from lemon.errors import ConfigError
 from lemon.runtime.config import load
 from lemon.runtime.lease import hold
 from lemon.runtime.ledger import Ledger
-from lemon.runtime.records import OWN, ForeignFileError, Record
+from lemon.runtime.records import INTERNAL_FOLDER, FileRecord, ForeignFileError
 from lemon.runtime.store import Store
 from lemon.slides.cohort import Slide
 from lemon.slides.synthetic import make_tissue, write_pyramid
@@ -131,7 +131,7 @@ def test_after_any_jobs_with_any_flags_every_foreign_file_is_there_byte_for_byte
     output = Path(tempfile.mkdtemp(prefix="lemon-foreign-"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(curate, "_curate_all", _commit)
-        patch.setattr(curate, "ask", curate.check)  # it would start Ray for each new output
+        patch.setattr(curate, "check_and_allocate", curate.check)  # it would start Ray for each new output
         for tree, job in rounds:
             _plant(output, tree, foreign)
             with contextlib.suppress(ConfigError):  # refused: one line, exit code 2
@@ -155,7 +155,7 @@ def test_an_output_with_foreign_content_under_its_names_is_refused_untouched(
 def test_hidden_files_of_the_system_stand_in_nobodys_way(source: Path, tmp_path: Path) -> None:
     (tmp_path / "slides").mkdir()
     (tmp_path / "slides" / ".DS_Store").write_bytes(b"mine")
-    with hold(str(tmp_path), stage="curate", owns=curate.OWNS) as store:
+    with hold(str(tmp_path), stage="curate", owns=curate.OUTPUT_NAMES) as store:
         store.write_bytes("slides/a.parquet", b"x")
         store.delete("slides")
     assert (tmp_path / "slides" / ".DS_Store").read_bytes() == b"mine"
@@ -169,7 +169,7 @@ def test_slides_that_lie_in_the_outputs_own_folders_are_refused(tmp_path: Path) 
     with pytest.raises(ConfigError, match="lies in the folder of a table of output="):
         curate.main(load("curate", words, CurateConfig))
     assert slide.exists()
-    assert not (tmp_path / "proj" / OWN).exists()
+    assert not (tmp_path / "proj" / INTERNAL_FOLDER).exists()
 
 
 def test_a_file_is_known_again_after_a_copy_that_lost_its_time(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_of_a_writer_killed_between_record_and_name_both_files_are_known(tmp_pat
     store = Store(tmp_path)
     store.write_bytes("x", b"old")
     (tmp_path / "new").write_bytes(b"new")
-    store.records.note("x", Record.of(tmp_path / "new"), replaced=store.records.require("x"))
+    store.records.note("x", FileRecord.of(tmp_path / "new"), replaced=store.records.require("x"))
     store.write_bytes("x", b"newest")
     assert store.read_bytes("x") == b"newest"
 

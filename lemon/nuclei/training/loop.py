@@ -58,7 +58,7 @@ class TrainingStoppedError(RuntimeError):
 
 
 @dataclass
-class Trainer:
+class SegmenterTrainer:
     """One worker's training of one network; ``averaged`` is what comes out.
 
     Args:

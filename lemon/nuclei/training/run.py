@@ -11,14 +11,14 @@ from torch import Tensor
 from lemon.nuclei.hoverfast import Architecture, HoverFastNet, save_half
 from lemon.nuclei.training.blocked import use_blocks
 from lemon.nuclei.training.images import Labelled, split
-from lemon.nuclei.training.loop import Log, Recipe, Trainer
+from lemon.nuclei.training.loop import Log, Recipe, SegmenterTrainer
 from lemon.nuclei.training.loss import HoverFastLoss, class_weights
 from lemon.nuclei.training.targets import make_targets
 from lemon.nuclei.training.windows import Bank, draw
 
 WEIGHTS = "segmenter.safetensors"
 Checks = Callable[[HoverFastNet], dict[str, dict[str, float]]]
-Told = Callable[[int, Mapping[str, Mapping[str, float]]], None]
+OnPause = Callable[[int, Mapping[str, Mapping[str, float]]], None]
 
 
 def train(
@@ -32,7 +32,7 @@ def train(
     held_out_share: float = 0.15,
     pauses: Sequence[float] = (0.5, 0.8, 1.0),
     log: Log | None = None,
-    told: Told | None = None,
+    told: OnPause | None = None,
 ) -> HoverFastNet:
     """Train a network and keep its averaged weights as ``out / WEIGHTS``, anew at each pause.
 
@@ -59,7 +59,7 @@ def train(
     check = held_out_checks(held_out, criterion=criterion, recipe=recipe, device=device)
     torch.manual_seed(recipe.seed)
     net = HoverFastNet(architecture or Architecture()).to(device)
-    trainer = Trainer(net, bank, recipe, criterion, log=log)
+    trainer = SegmenterTrainer(net, bank, recipe, criterion, log=log)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
         use_blocks(net, max_channels=16)

@@ -7,7 +7,7 @@ import torch
 
 from lemon.nuclei.hoverfast import Architecture, HoverFastNet
 from lemon.nuclei.training.blocked import use_blocks
-from lemon.nuclei.training.loop import Recipe, Trainer, TrainingStoppedError
+from lemon.nuclei.training.loop import Recipe, SegmenterTrainer, TrainingStoppedError
 from lemon.nuclei.training.loss import HoverFastLoss
 from lemon.nuclei.training.windows import Bank
 from tests.nuclei.training.made_up import labelled
@@ -17,12 +17,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = Architecture(depth=2, wf=2)
 
 
-def trainer(*, seed: int = 0, log: list[Mapping[str, float]] | None = None, **recipe: float) -> Trainer:
+def trainer(*, seed: int = 0, log: list[Mapping[str, float]] | None = None, **recipe: float) -> SegmenterTrainer:
     torch.manual_seed(seed)
     bank = Bank.of([labelled(size_px=128, seed=s) for s in range(2)], device="cpu")
     settings = Recipe(**{"steps": 30, "batch": 2, "window_px": 64, "warmup_steps": 3, "learning_rate": 1e-2, **recipe})  # type: ignore[arg-type]
     told = None if log is None else lambda metrics, step: log.append({**metrics, "step": step})
-    return Trainer(HoverFastNet(TINY), bank, settings, HoverFastLoss((0.4, 0.6)), log=told, log_every=5)
+    return SegmenterTrainer(HoverFastNet(TINY), bank, settings, HoverFastLoss((0.4, 0.6)), log=told, log_every=5)
 
 
 def test_the_loss_falls() -> None:
