@@ -104,12 +104,12 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'lemon' has no attribute {name!r}")
     module, _, attribute = _PLACES[name].partition(":")
     try:
-        found = import_module(module)
+        loaded = import_module(module)
     except ModuleNotFoundError as error:
         from lemon.extras import missing_package_line
 
         raise ModuleNotFoundError(f"lemon.{name}: {missing_package_line(error) or error}", name=error.name) from None
-    globals()[name] = value = getattr(found, attribute) if attribute else found
+    globals()[name] = value = getattr(loaded, attribute) if attribute else loaded
     return value
 
 

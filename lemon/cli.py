@@ -95,13 +95,13 @@ DOCTOR = "doctor"
 _DOCTOR_PURPOSE = "whether this machine is fit for LEMON, and how to mend it"
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """``lemon COMMAND key=value ...``; returns the exit code."""
-    words = list(sys.argv[1:] if words is None else words)
-    if not {"-h", "--help", "--version"} & {*words}:
-        return _run(words)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not {"-h", "--help", "--version"} & {*arguments}:
+        return _run(arguments)
     try:
-        code = _run(words)
+        code = _run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # who reads has read enough, as in lemon --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tells it when it ends
@@ -109,11 +109,11 @@ def main(words: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run(words: list[str]) -> int:
-    if not words or words[0] in ("-h", "--help", "help"):
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
-        return EXIT_OK if words else EXIT_BAD_CONFIG
-    command, *rest = words
+        return EXIT_OK if arguments else EXIT_BAD_CONFIG
+    command, *rest = arguments
     if command == "--version":
         print(f"lemon {__version__}")
         return EXIT_OK
@@ -129,7 +129,7 @@ def _run(words: list[str]) -> int:
     return run_stage(by_name[command].name, rest)
 
 
-def run_stage(name: str, words: Sequence[str] | None = None) -> int:
+def run_stage(name: str, arguments: Sequence[str] | None = None) -> int:
     """Run the stage of that name with the words of the command line; returns the exit code."""
     from lemon.runtime.job import run_job
 
@@ -138,7 +138,7 @@ def run_stage(name: str, words: Sequence[str] | None = None) -> int:
     def start(config: Any) -> int:
         return int(_find(stage.job)(config))
 
-    return run_job(stage.name, _find(stage.config), start, words, command=stage.command)
+    return run_job(stage.name, _find(stage.config), start, arguments, command=stage.command)
 
 
 def usage() -> str:

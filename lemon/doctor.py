@@ -38,7 +38,7 @@ class Finding:
     """What a check found: ``ok``, ``warn`` or ``fail``, in words, and how to mend it."""
 
     state: str
-    found: str
+    detail: str
     remedy: str = ""
 
 
@@ -47,10 +47,10 @@ Check = Callable[[], Finding]
 
 def check_python(*, least: tuple[int, int] = (3, 11)) -> Finding:
     """The interpreter."""
-    found = f"{sys.version.split()[0]} at {sys.executable}"
+    python = f"{sys.version.split()[0]} at {sys.executable}"
     if sys.version_info[:2] < least:
-        return Finding("fail", found, f"Python {least[0]}.{least[1]} or newer: make PYTHON=python3.11 setup")
-    return Finding("ok", found)
+        return Finding("fail", python, f"Python {least[0]}.{least[1]} or newer: make PYTHON=python3.11 setup")
+    return Finding("ok", python)
 
 
 def check_packages() -> Finding:
@@ -63,7 +63,7 @@ def check_packages() -> Finding:
         return Finding("warn", f"lemon runs from {Path(__file__).parent.parent}, it is not installed", REINSTALL)
     from packaging.requirements import Requirement
 
-    faults, absent, there = [], set(), set()
+    faults, absent, installed = [], set(), set()
     for text in wanted:
         one = Requirement(text)
         extra = _extra_of(one)
@@ -75,13 +75,13 @@ def check_packages() -> Finding:
             absent |= {extra} if extra else set()
             faults += [] if extra else [f"{one.name} is missing"]
             continue
-        there.add(one.name)
+        installed.add(one.name)
         if not one.specifier.contains(got, prereleases=True):
             faults.append(f"{one.name} {got} is not {one.specifier}")
     if faults:
         return Finding("fail", "; ".join(faults), REINSTALL)
     without = f"; without the extras {', '.join(sorted(absent))}" if absent else ""
-    return Finding("ok", f"{len(there)} as they must be{without}")
+    return Finding("ok", f"{len(installed)} as they must be{without}")
 
 
 def _extra_of(requirement: Any) -> str:
@@ -99,9 +99,9 @@ def check_openslide() -> Finding:
         path = folder / "slide.tiff"
         write_pyramid(path, make_tissue(512, seed=0).image, mpp=0.25)
         reader = SlideReader(path)
-        found = f"opened a pyramid of {reader.width_px} px at {reader.mpp:g} um/px"
+        detail = f"opened a pyramid of {reader.width_px} px at {reader.mpp:g} um/px"
         reader.close()
-    return Finding("ok", found)
+    return Finding("ok", detail)
 
 
 def check_torch() -> Finding:
@@ -109,29 +109,29 @@ def check_torch() -> Finding:
     import torch
 
     built = torch.version.cuda
-    found = f"torch {torch.__version__}, built {f'for CUDA {built}' if built else 'without CUDA'}"
+    detail = f"torch {torch.__version__}, built {f'for CUDA {built}' if built else 'without CUDA'}"
     driver = _driver()
     if torch.cuda.is_available():
         names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
-        return Finding("ok", f"{found}; {torch.cuda.device_count()} GPU: {', '.join(sorted(names))}; driver {driver}")
+        return Finding("ok", f"{detail}; {torch.cuda.device_count()} GPU: {', '.join(sorted(names))}; driver {driver}")
     if driver is None:
-        return Finding("ok", f"{found}; no NVIDIA driver, so CPU only")
+        return Finding("ok", f"{detail}; no NVIDIA driver, so CPU only")
     if built is None:
-        return Finding("fail", f"{found}; driver {driver} is there", "a build of torch with CUDA: pip install torch")
-    mend = (
+        return Finding("fail", f"{detail}; driver {driver} is there", "a build of torch with CUDA: pip install torch")
+    remedy = (
         f"a driver for CUDA {built} (13 needs 580 or newer), or an older torch; CUDA_VISIBLE_DEVICES must not be empty"
     )
-    return Finding("fail", f"{found}, but finds no GPU; driver {driver} is there", mend)
+    return Finding("fail", f"{detail}, but finds no GPU; driver {driver} is there", remedy)
 
 
 def _driver() -> str | None:
     """Version of the NVIDIA driver, as nvidia-smi tells it; None where there is none."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.split()
+        versions = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.split()
     except (OSError, subprocess.SubprocessError):
         return None
-    return told[0] if told else None
+    return versions[0] if versions else None
 
 
 def check_encoder() -> Finding:
@@ -161,8 +161,8 @@ def check_ray(*, start: bool) -> Finding:
             check_address(address)
         ran = try_ray() if start else ""
     except ConfigError as error:
-        found, _, mend = str(error).rpartition(": ")
-        return Finding("fail", f"{ray_version()}; {found or mend}", mend)
+        problem, _, remedy = str(error).rpartition(": ")
+        return Finding("fail", f"{ray_version()}; {problem or remedy}", remedy)
     if start:
         return Finding("ok", f"{ray_version()}: {f'joined {address}' if address else 'started here'}, {ran}")
     return Finding("ok", f"{ray_version()} (--ray {f'joins {address}' if address else 'starts one'} and runs a task)")
@@ -176,19 +176,19 @@ def check_mlflow() -> Finding:
     from lemon.runtime.tracking import reach, tracking_uri, version
 
     uri = tracking_uri()
-    found, set_by = f"{version()}; runs go to {uri}", "MLFLOW_TRACKING_URI"
+    detail, set_by = f"{version()}; runs go to {uri}", "MLFLOW_TRACKING_URI"
     try:
         reach(uri)
     except requests.HTTPError as error:
-        mend = f"is {set_by} right? a server may want a login"
-        return Finding("fail", f"{found}, which answers {error.response.status_code}", mend)
+        remedy = f"is {set_by} right? a server may want a login"
+        return Finding("fail", f"{detail}, which answers {error.response.status_code}", remedy)
     except OSError as error:
-        mend = f"start the server (make ui, cluster/mlflow_server.sh) or mend {set_by}"
-        return Finding("fail", f"{found}: {error}", mend)
+        remedy = f"start the server (make ui, cluster/mlflow_server.sh) or mend {set_by}"
+        return Finding("fail", f"{detail}: {error}", remedy)
     if uri.startswith("sqlite:") and ray_address() is not None:
-        mend = f"start a server that all nodes reach and set {set_by}: cluster/README.md"
-        return Finding("warn", f"{found} on this node, which other nodes do not see", mend)
-    return Finding("ok", found)
+        remedy = f"start a server that all nodes reach and set {set_by}: cluster/README.md"
+        return Finding("warn", f"{detail} on this node, which other nodes do not see", remedy)
+    return Finding("ok", detail)
 
 
 def check_configs() -> Finding:
@@ -224,18 +224,18 @@ def check_folders(folders: Sequence[Path]) -> Finding:
                 pass
         except OSError as error:
             faults.append(f"{folder}: {error.strerror}")
-    mend = "chown or chmod them; cache=FOLDER and TMPDIR name other ones"
-    return Finding("fail", "; ".join(faults), mend) if faults else Finding("ok", ", ".join(map(str, folders)))
+    remedy = "chown or chmod them; cache=FOLDER and TMPDIR name other ones"
+    return Finding("fail", "; ".join(faults), remedy) if faults else Finding("ok", ", ".join(map(str, folders)))
 
 
 def check_disk(folder: Path, *, warn_gib: float = 20, fail_gib: float = 2) -> Finding:
     """Free disk; Ray stops making objects on a disk that is 95 % full."""
     usage = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists()))
     free, full = usage.free / GIB, 1 - usage.free / usage.total
-    found = f"{free:,.0f} GiB free at {folder}, {full:.0%} full"
+    detail = f"{free:,.0f} GiB free at {folder}, {full:.0%} full"
     if free < fail_gib or full > 0.95:
-        return Finding("fail", found, "free some, or give another folder (TMPDIR, cache=, output=)")
-    return Finding("warn", found, "ten million cells are 108 GB") if free < warn_gib else Finding("ok", found)
+        return Finding("fail", detail, "free some, or give another folder (TMPDIR, cache=, output=)")
+    return Finding("warn", detail, "ten million cells are 108 GB") if free < warn_gib else Finding("ok", detail)
 
 
 def check_shared_memory(folder: Path = Path("/dev/shm"), *, warn_gib: float = 1) -> Finding:
@@ -250,15 +250,15 @@ def check_shared_memory(folder: Path = Path("/dev/shm"), *, warn_gib: float = 1)
 
 def check_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> Finding:
     """CPUs of the machine against those that this process may use."""
-    there = os.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else there
+    n_cpus = os.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else n_cpus
     quota = _cpu_quota(cgroup)
-    found = f"{there} CPUs, {allowed} allowed" + (f", a limit of {quota:g}" if quota else "")
+    detail = f"{n_cpus} CPUs, {allowed} allowed" + (f", a limit of {quota:g}" if quota else "")
     usable = min(allowed, quota or allowed)
-    if usable < there:
-        mend = f"libraries count {there}: set OMP_NUM_THREADS={max(1, int(usable))} and workers.cpus by hand"
-        return Finding("warn", found, mend)
-    return Finding("ok", found)
+    if usable < n_cpus:
+        remedy = f"libraries count {n_cpus}: set OMP_NUM_THREADS={max(1, int(usable))} and workers.cpus by hand"
+        return Finding("warn", detail, remedy)
+    return Finding("ok", detail)
 
 
 def _cpu_quota(cgroup: Path) -> float | None:
@@ -277,30 +277,34 @@ def _cpu_quota(cgroup: Path) -> float | None:
 
 def examine(check: Check, *, patience_s: float = _PATIENCE_S) -> Finding:
     """A check's finding; what it raises, and that it does not end in time, are findings too."""
-    found: list[Finding] = []
+    findings: list[Finding] = []
 
     def attempt() -> None:
         try:
-            found.append(check())
+            findings.append(check())
         except ModuleNotFoundError as error:
             command = (missing_package_line(error) or REINSTALL).partition("expected ")
-            found.append(Finding("fail", f"the package {error.name} is missing", command[2] or command[0]))
+            findings.append(Finding("fail", f"the package {error.name} is missing", command[2] or command[0]))
         except BaseException as error:  # noqa: BLE001  (whatever is wrong with the machine is a row of the table)
-            told = " ".join(str(error).split()) or "no message"
-            found.append(Finding("fail", f"{type(error).__name__}: {told[:400]}", "see what it names, or reinstall"))
+            message = " ".join(str(error).split()) or "no message"
+            findings.append(
+                Finding("fail", f"{type(error).__name__}: {message[:400]}", "see what it names, or reinstall")
+            )
 
     thread = threading.Thread(target=attempt, daemon=True)
     thread.start()
     thread.join(patience_s)
     return (
-        found[0] if found else Finding("fail", f"no answer in {patience_s:g} s", "is the server or bucket reachable?")
+        findings[0]
+        if findings
+        else Finding("fail", f"no answer in {patience_s:g} s", "is the server or bucket reachable?")
     )
 
 
 def checks(*, start_ray: bool, paths: Sequence[str]) -> dict[str, Check]:
     """All checks by name, in the order of the table."""
     here, scratch, cache = Path.cwd(), Path(tempfile.gettempdir()), Path("~/.cache/lemon").expanduser()
-    found: dict[str, Check] = {
+    by_name: dict[str, Check] = {
         "python": check_python,
         "packages": check_packages,
         "cpus": check_cpus,
@@ -315,7 +319,7 @@ def checks(*, start_ray: bool, paths: Sequence[str]) -> dict[str, Check]:
         "mlflow": check_mlflow,
         "ray": partial(check_ray, start=start_ray),
     }
-    return found | {f"storage {number}": partial(check_storage, path) for number, path in enumerate(paths, 1)}
+    return by_name | {f"storage {number}": partial(check_storage, path) for number, path in enumerate(paths, 1)}
 
 
 def main(words: Sequence[str] | None = None, *, prog: str = "python -m lemon.doctor") -> int:
@@ -333,7 +337,7 @@ def main(words: Sequence[str] | None = None, *, prog: str = "python -m lemon.doc
 def _row(name: str, check: Check) -> bool:
     """Print a row of the table; returns whether the check failed."""
     finding = examine(check, patience_s=120 if name == "ray" else _PATIENCE_S)
-    print(f"{name:<14} {finding.state:<5} {finding.found}")
+    print(f"{name:<14} {finding.state:<5} {finding.detail}")
     if finding.remedy:
         print(f"{'':<20} mend: {finding.remedy}", flush=True)
     return finding.state == "fail"

@@ -24,12 +24,12 @@ class ConfigError(ValueError):
     """Something the user gave is wrong; the message has one line a fault.
 
     Args:
-        told: faults, or lines that say what was wrong, what was expected, how to mend it.
+        faults: faults, or lines that say what was wrong, what was expected, how to mend it.
     """
 
-    def __init__(self, *told: Fault | str) -> None:
-        super().__init__("\n".join(dict.fromkeys(map(str, told))))
-        self.told = told
+    def __init__(self, *faults: Fault | str) -> None:
+        super().__init__("\n".join(dict.fromkeys(map(str, faults))))
+        self.faults = faults
 
 
 class FatalError(Exception):

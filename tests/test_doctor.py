@@ -61,7 +61,7 @@ def test_without_any_package_every_check_still_says_what_is_missing(tmp_path: Pa
 def test_ray_is_started_on_demand_and_runs_a_task() -> None:
     finding = doctor.examine(lambda: doctor.check_ray(start=True), patience_s=200)
     assert finding.state == "ok", finding
-    assert "ran a task; 1 nodes" in finding.found
+    assert "ran a task; 1 nodes" in finding.detail
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9"])
@@ -69,7 +69,7 @@ def test_a_cluster_that_is_not_there_is_a_failure(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("RAY_ADDRESS", address)
     finding = doctor.check_ray(start=True)
     assert finding.state == "fail"
-    assert address in finding.found
+    assert address in finding.detail
 
 
 def test_an_old_python_fails() -> None:
@@ -88,10 +88,10 @@ def test_a_package_of_the_wrong_version_and_a_missing_one_are_named(
     monkeypatch.syspath_prepend(tmp_path)
     finding = doctor.check_packages()
     assert finding.state == "fail"
-    assert "no-such-package is missing" in finding.found
-    assert "is not <1" in finding.found
-    assert "pydantic" not in finding.found
-    assert "extra" not in finding.found
+    assert "no-such-package is missing" in finding.detail
+    assert "is not <1" in finding.detail
+    assert "pydantic" not in finding.detail
+    assert "extra" not in finding.detail
 
 
 def test_a_driver_that_torch_cannot_use_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_a_driver_that_torch_cannot_use_is_a_failure(tmp_path: Path, monkeypatch
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     finding = doctor.check_torch()
     assert finding.state == "fail"
-    assert "driver 470.10 is there" in finding.found
+    assert "driver 470.10 is there" in finding.detail
     program.write_text("#!/bin/sh\nexit 9\n")  # as where the kernel module is not loaded
     assert doctor.check_torch().state == "ok"
 
@@ -145,8 +145,8 @@ def test_folders_that_cannot_be_written_are_named(tmp_path: Path) -> None:
     closed = Path("/proc/1") if os.geteuid() == 0 else Path("/")
     finding = doctor.check_folders([tmp_path / "to be made", closed])
     assert finding.state == "fail"
-    assert str(closed) in finding.found
-    assert "to be made" not in finding.found
+    assert str(closed) in finding.detail
+    assert "to be made" not in finding.detail
 
 
 def test_a_full_disk_fails_and_a_small_one_warns(tmp_path: Path) -> None:
@@ -170,14 +170,14 @@ def test_a_container_with_fewer_cpus_than_the_machine_warns(tmp_path: Path, vers
         (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
     finding = doctor.check_cpus(tmp_path)
     assert finding.state == "warn"
-    assert "a limit of 0.5" in finding.found
+    assert "a limit of 0.5" in finding.detail
     assert "OMP_NUM_THREADS=1" in finding.remedy
 
 
 def test_no_limit_of_cpus_is_no_warning(tmp_path: Path) -> None:
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert "limit" not in doctor.check_cpus(tmp_path).found
-    assert "limit" not in doctor.check_cpus(tmp_path / "absent").found
+    assert "limit" not in doctor.check_cpus(tmp_path).detail
+    assert "limit" not in doctor.check_cpus(tmp_path / "absent").detail
 
 
 def test_a_preset_of_a_preset_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +188,7 @@ def test_a_preset_of_a_preset_that_is_not_there_is_told(tmp_path: Path, monkeypa
     monkeypatch.setattr(config, "conf_dir", lambda: tmp_path)
     finding = doctor.examine(doctor.check_configs)
     assert finding.state == "fail"
-    assert "got 'absent'; expected one of mine" in finding.found
+    assert "got 'absent'; expected one of mine" in finding.detail
 
 
 def test_what_a_check_raises_and_one_that_never_ends_are_failures() -> None:
@@ -196,12 +196,12 @@ def test_what_a_check_raises_and_one_that_never_ends_are_failures() -> None:
         raise SystemExit("two\nlines")
 
     finding = doctor.examine(breaks)
-    assert (finding.state, finding.found) == ("fail", "SystemExit: two lines")
+    assert (finding.state, finding.detail) == ("fail", "SystemExit: two lines")
     import threading
 
     finding = doctor.examine(lambda: threading.Event().wait() and None, patience_s=0.05)  # type: ignore[arg-type, return-value]
     assert finding.state == "fail"
-    assert "no answer" in finding.found
+    assert "no answer" in finding.detail
 
 
 def test_passwords_and_keys_are_never_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -52,7 +52,7 @@ class AtlasCells:
 def read_cells(config: AtlasConfig) -> AtlasCells:
     """Read what a config names. Raises ConfigError where a table is absent, does not fit the others or is too small."""
     cells, embeddings = Store(config.cells), Store(config.embeddings)
-    made = _embedding_spec(embeddings)
+    spec = _embedding_spec(embeddings)
     labels = None if config.labels is None else read_labels(config.labels, key="labels")
     selection = _select(config, cells=cells, embeddings=embeddings)
     parts = [
@@ -66,17 +66,17 @@ def read_cells(config: AtlasConfig) -> AtlasCells:
         table=table.append_column("label", _labels_of(table["cell_id"], labels, path=config.labels)),
         vectors=np.concatenate([vectors for _, vectors, _ in parts])[order],
         thumbnails=np.concatenate([thumbnails for _, _, thumbnails in parts])[order],
-        model=made["model"],
+        model=spec["model"],
         n_slides=len(selection.parts),
-        fingerprint=fingerprint([selection.fingerprint, made]),
+        fingerprint=fingerprint([selection.fingerprint, spec]),
     )
 
 
 def _embedding_spec(embeddings: Store) -> dict[str, Any]:
     if not embeddings.exists(SETTINGS):
         raise ConfigError(f"embeddings: {embeddings.uri} has no {SETTINGS}; expected an output of lemon embed")
-    made: EmbeddingSpec = embeddings.read_json(SETTINGS, EmbeddingSpec)
-    return asdict(made)
+    spec: EmbeddingSpec = embeddings.read_json(SETTINGS, EmbeddingSpec)
+    return asdict(spec)
 
 
 def _select(config: AtlasConfig, *, cells: Store, embeddings: Store) -> Selection:
@@ -156,10 +156,10 @@ def _thumbnails(part: Part, selection: Selection) -> np.ndarray:
 def _labels_of(ids: pa.ChunkedArray, labels: dict[str, str] | None, *, path: str | None) -> pa.Array:
     if labels is None:
         return pa.nulls(len(ids), pa.string())
-    found = [labels.get(cell_id) for cell_id in ids.to_pylist()]
-    if not any(found):
+    cell_labels = [labels.get(cell_id) for cell_id in ids.to_pylist()]
+    if not any(cell_labels):
         raise ConfigError(
             f"labels: none of the {len(labels):,} labelled cells of {path} is among the {len(ids):,} of the atlas; "
             "expected ids of this cells table, or a larger n_cells"
         )
-    return pa.array(found, pa.string())
+    return pa.array(cell_labels, pa.string())

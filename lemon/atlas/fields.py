@@ -52,8 +52,8 @@ class Measure:
 
 def categories_of(table: pa.Table) -> list[Category]:
     """The categories that have a value in the table, in the order in which they are offered."""
-    found = (_category(table, key, title) for key, title in CATEGORIES.items())
-    return [category for category in found if category.names]
+    categories = (_category(table, key, title) for key, title in CATEGORIES.items())
+    return [category for category in categories if category.names]
 
 
 def measures_of(table: pa.Table) -> list[Measure]:

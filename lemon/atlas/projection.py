@@ -44,7 +44,7 @@ def map_tsne(vectors: np.ndarray, *, perplexity: float, seed: int, threads: int)
             bar.set_postfix(KL=f"{divergence:.3f}", refresh=False)
             bar.update(STEPS_A_TICK)
 
-        found = TSNE(
+        positions = TSNE(
             perplexity=perplexity,
             metric="cosine",
             initialization="pca",
@@ -55,7 +55,7 @@ def map_tsne(vectors: np.ndarray, *, perplexity: float, seed: int, threads: int)
             callbacks=tick,
             callbacks_every_iters=STEPS_A_TICK,
         ).fit(directions)
-    return np.asarray(found, np.float32)
+    return np.asarray(positions, np.float32)
 
 
 def map_umap(vectors: np.ndarray, *, perplexity: float, seed: int, threads: int) -> np.ndarray:  # noqa: ARG001

@@ -92,8 +92,8 @@ class Feed:
             thread.join()
 
     def _indices(self, step: int) -> np.ndarray:
-        own = -(-self.batch // self.world)
-        return self.order.indices(step * self.batch + self.rank * own, own)
+        per_worker = -(-self.batch // self.world)
+        return self.order.indices(step * self.batch + self.rank * per_worker, per_worker)
 
     def _gather(self, first: int, last: int, ready: queue.Queue, stop: threading.Event) -> None:
         try:

@@ -43,8 +43,8 @@ def read_images(selection: Selection) -> np.ndarray:
     """The images of a selection in memory, uint8 [N, 60, 60, 3]. Order: by slide, by rank within."""
     images = np.empty((selection.n_cells, CELL_PX, CELL_PX, 3), np.uint8)
 
-    def put(_part: int, place: int, found: np.ndarray) -> None:
-        images[place : place + len(found)] = found
+    def put(_part: int, place: int, block: np.ndarray) -> None:
+        images[place : place + len(block)] = block
 
     _copy(selection, put)
     return images
@@ -145,8 +145,8 @@ def _make(file: int, path: Path, selection: Selection) -> None:
         if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         os.ftruncate(file, 0)  # what it took is free again, before that is told
-        told = _no_room(selection, path.parent, free=shutil.disk_usage(path.parent).free)
-        raise StorageError(f"{told} ({os.strerror(error.errno)})") from None
+        message = _no_room(selection, path.parent, free=shutil.disk_usage(path.parent).free)
+        raise StorageError(f"{message} ({os.strerror(error.errno)})") from None
 
 
 def _fill(file: int, selection: Selection) -> None:
@@ -202,10 +202,10 @@ def _is_whole(path: Path, selection: Selection) -> bool:
 
 def _crc(file: int, start: int, end: int) -> int:
     """CRC-32 of bytes ``start`` to ``end``."""
-    found = 0
+    checksum = 0
     while start < end and (content := os.pread(file, min(_READ_BYTES, end - start), start)):
-        found, start = zlib.crc32(content, found), start + len(content)
-    return found
+        checksum, start = zlib.crc32(content, checksum), start + len(content)
+    return checksum
 
 
 # --- one process fills ------------------------------------------------------------------------------------------------
@@ -255,8 +255,8 @@ def _is_named(file: int, path: Path) -> bool:
 
 def _partial(folder: Path) -> list[Path]:
     """The temporary files of a folder, which may be absent: by names that only this file gives."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return [path for path in found if _LEFT.fullmatch(path.name) and path.is_file() and not path.is_symlink()]
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return [path for path in paths if _LEFT.fullmatch(path.name) and path.is_file() and not path.is_symlink()]
 
 
 def _reclaim(folder: Path) -> None:

@@ -127,25 +127,33 @@ def _prefixes(store: Store, slide_ids: Sequence[str], *, n_cells: int) -> list[i
     with ThreadPoolExecutor(READERS) as pool:
         groups = list(pool.map(lambda slide_id: _groups(store, shard_name(slide_id)), slide_ids))
         low, high = _bounds(np.concatenate(groups), n_cells=n_cells)
-        below = [int(own[own[:, 1] <= low, 2].sum()) for own in groups]
-        astride = [np.flatnonzero((own[:, 1] > low) & (own[:, 0] <= high)) for own in groups]
-        ranks = list(pool.map(lambda name, own: _ranks(store, shard_name(name), own), slide_ids, astride))
+        below = [int(groups_of_slide[groups_of_slide[:, 1] <= low, 2].sum()) for groups_of_slide in groups]
+        astride = [
+            np.flatnonzero((groups_of_slide[:, 1] > low) & (groups_of_slide[:, 0] <= high))
+            for groups_of_slide in groups
+        ]
+        ranks = list(
+            pool.map(lambda name, groups_of_slide: _ranks(store, shard_name(name), groups_of_slide), slide_ids, astride)
+        )
     sought = n_cells - sum(below)
     threshold = np.partition(np.concatenate(ranks), sought - 1)[sought - 1]
-    return [count + int(np.searchsorted(own, threshold, "right")) for count, own in zip(below, ranks, strict=True)]
+    return [
+        count + int(np.searchsorted(groups_of_slide, threshold, "right"))
+        for count, groups_of_slide in zip(below, ranks, strict=True)
+    ]
 
 
 def _groups(store: Store, name: str) -> np.ndarray:
     """Lowest rank, highest rank and rows of each row group of a shard: float64 [G, 3]."""
     with store.open_parquet(name) as file:
         column, footer = file.schema_arrow.get_field_index("rank"), file.metadata
-        found = []
+        groups = []
         for index in range(footer.num_row_groups):
             group = footer.row_group(index)
             known = group.column(column).statistics
             span = (known.min, known.max) if known is not None and known.has_min_max else (-np.inf, np.inf)
-            found.append((*span, group.num_rows))
-    return np.array(found, np.float64).reshape(-1, 3)
+            groups.append((*span, group.num_rows))
+    return np.array(groups, np.float64).reshape(-1, 3)
 
 
 def _bounds(groups: np.ndarray, *, n_cells: int) -> tuple[float, float]:
@@ -171,15 +179,15 @@ def _ranks(store: Store, name: str, groups: np.ndarray) -> np.ndarray:
 def _of_patients(rows: Sequence[SlideRow], patients: Sequence[str]) -> set[str]:
     """Slides of some patients; too many rather than too few, as what is left in is a leak."""
     wanted = {likely_name(name): name for name in patients}
-    found: dict[str, set[str]] = {}
+    named_patients: dict[str, set[str]] = {}
     for row in rows:
         names = row.patient_id, tcga_patient(row.slide_id)
-        found[row.slide_id] = {likely_name(name) for name in names if name} & wanted.keys()
-    absent = wanted.keys() - set().union(*found.values())
+        named_patients[row.slide_id] = {likely_name(name) for name in names if name} & wanted.keys()
+    absent = wanted.keys() - set().union(*named_patients.values())
     if absent:
-        told = some(sorted(wanted[name] for name in absent))
-        logger.warning("select.exclude_patients: %d of %d match no patient (%s)", len(absent), len(wanted), told)
-    return {slide_id for slide_id, names in found.items() if names}
+        examples = some(sorted(wanted[name] for name in absent))
+        logger.warning("select.exclude_patients: %d of %d match no patient (%s)", len(absent), len(wanted), examples)
+    return {slide_id for slide_id, names in named_patients.items() if names}
 
 
 def _check_names(known: set[str], *, wanted: Sequence[str] | None, key: str) -> None:

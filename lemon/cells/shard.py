@@ -37,7 +37,7 @@ class Seams:
         self._held: dict[tuple[int, int], list[tuple[float, float, int]]] = {}
         self._turn = 0
 
-    def settle(self, claims: Claims) -> np.ndarray:
+    def resolve(self, claims: Claims) -> np.ndarray:
         """Which of the claims hold: bool [N]."""
         self._turn += 1
         holds = np.ones(len(claims.contested), bool)
@@ -129,7 +129,7 @@ class SlideShard:
 
     def add(self, claims: Claims) -> pa.Table:
         """Take a region's claims, in the order of the regions; returns the rows of the nuclei that it holds."""
-        holds = self._seams.settle(claims)
+        holds = self._seams.resolve(claims)
         self.n_nuclei += int(holds.sum())
         with_crop = holds[claims.kept]
         kept = claims.kept[with_crop]

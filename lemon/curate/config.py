@@ -78,19 +78,19 @@ class CurateConfig(Frozen):
         return settings
 
 
-def nested_curate_config(curation: dict[str, Any], *, own: dict[str, str], values: dict[str, Any]) -> CurateConfig:
+def nested_curate_config(curation: dict[str, Any], *, reserved: dict[str, str], values: dict[str, Any]) -> CurateConfig:
     """The curation that is a part of another job, from that job's keys ``curation.*``.
 
     Args:
         curation: what was given as ``curation.*``.
-        own: keys of curation that are not to be given so, and the job's own keys in their place.
+        reserved: keys of curation that are not to be given so, and the job's own keys in their place.
         values: those keys' values, and the defaults of others.
 
     Raises:
         ValueError: one line that names the key.
     """
-    for key in sorted(own.keys() & curation.keys()):
-        raise ValueError(f"curation.{key}: expected {own[key]}=... instead")
+    for key in sorted(reserved.keys() & curation.keys()):
+        raise ValueError(f"curation.{key}: expected {reserved[key]}=... instead")
     try:
         return load("curate", [values, curation], CurateConfig)
     except ConfigError as error:

@@ -61,12 +61,12 @@ def run(
     """Curate the slides of a config; tells and returns what became of each.
 
     A slide that its source could not provide gets no row, so that it is tried again by a rerun. ``slides`` is what
-    ``ask`` gave where a larger job asked already.
+    ``check_and_allocate`` returned where a larger job called it already.
 
     Raises ConfigError for what the user must mend first; FatalError when the job cannot go on.
     """
     slides = check_and_allocate(config) if slides is None else slides
-    with hold(config.output, stage="curate", owns=OUTPUT_NAMES) as store:
+    with hold(config.output, stage="curate", names=OUTPUT_NAMES) as store:
         ledger = open_ledger(store, config)
         rows = list(ledger.rows().values())
         pending = _pending(slides, rows, ledger=ledger, config=config)
@@ -80,8 +80,8 @@ def run(
         max_failed_share=config.max_failed_share,
     )
     n_nuclei, n_cells = sum(row.n_nuclei or 0 for row in summary.rows), sum(row.n_cells for row in summary.rows)
-    told = f"{n_nuclei:,} nuclei, {n_cells:,} cells in {config.output}"
-    logger.info(f"{summary.tell(logger)}, {told}")
+    totals = f"{n_nuclei:,} nuclei, {n_cells:,} cells in {config.output}"
+    logger.info(f"{summary.log_and_describe(logger)}, {totals}")
     return summary
 
 
@@ -228,11 +228,11 @@ def _demand(config: CurateConfig, *, n_slides: int, key: str = "workers") -> Dem
 
 
 def _curate_all(slides: list[Slide], *, config: CurateConfig, ledger: Ledger[SlideRow], source: SlideAccess) -> None:
-    granted = allocate(_demand(config, n_slides=len(slides)), stage="curate")
-    workers = config.workers.model_copy(update={"cpus": granted.cpus})
+    allocation = allocate(_demand(config, n_slides=len(slides)), stage="curate")
+    workers = config.workers.model_copy(update={"cpus": allocation.cpus})
     # Paths are made absolute here: actors run elsewhere.
     located = config.model_copy(update={"output": ledger.store.uri, "workers": workers})
     make = functools.partial(Curator, located, ledger=ledger, source=source)
-    actors = pool.ActorPool(granted, most=workers.actors, ahead=source.ahead)
+    actors = pool.ActorPool(allocation, max_actors=workers.actors, ahead=source.ahead)
     items = [LocatedSlide(slide, slide.path) for slide in slides]
     pool.run_all(items, make, actors=actors, max_attempts=config.max_attempts, name="curate")

@@ -26,7 +26,7 @@ def write_h5ad(slide: EmbeddedSlide) -> None:
         annotated = annotate(slide)
         annotated.write_h5ad(path)
         with h5py.File(path, "r+") as file:
-            shape = (annotated.n_obs, slide.made.width)
+            shape = (annotated.n_obs, slide.spec.width)
             # Contiguous and not compressed: backed readers map it. The attributes are anndata's, for a plain array.
             target = file["obsm"].create_dataset(EMBEDDING, shape, np.float32)
             target.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})

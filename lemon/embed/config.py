@@ -90,11 +90,11 @@ class EmbedConfig(CellsConfig):
 
     def curate_config(self) -> CurateConfig:
         """The settings of the curation that ``slides=`` asks for. Raises ValueError."""
-        own = {"slides": "slides", "output": "output", "segmenter": "segmenter"}
+        reserved = {"slides": "slides", "output": "output", "segmenter": "segmenter"}
         values = {
             "slides": self.slides,
             "output": f"{self.output.rstrip('/')}/{CELLS_FOLDER}",
             "segmenter": self.segmenter,
             "cells_per_slide": None,
         }
-        return nested_curate_config(self.curation, own=own, values=values)
+        return nested_curate_config(self.curation, reserved=reserved, values=values)

@@ -53,9 +53,9 @@ class Embedder(Worker[SlideRow, EmbeddedRow]):
         self.config, self.ledger, self.cells = config, ledger, cells
         device = choose_device(config.device)
         self.encoder = (encoder or open_encoder(config.model)).to(device)
-        if self.encoder.fingerprint != ledger.made.model_fingerprint:
+        if self.encoder.fingerprint != ledger.spec.model_fingerprint:
             raise ConfigError(
-                f"model: {config.model} is {self.encoder.fingerprint} here; expected {ledger.made.model_fingerprint}, "
+                f"model: {config.model} is {self.encoder.fingerprint} here; expected {ledger.spec.model_fingerprint}, "
                 "as where the job was started"
             )
 

@@ -46,8 +46,8 @@ def write_geojson(slide: EmbeddedSlide) -> None:
         GeoJsonWriter(stream, origin_px=slide.origin_px()) as writer,
     ):
         for rows in slide.rows("cell_id", "polygon", *MEASUREMENTS.values()):
-            own = None if codes is None else [classes[code] for code in codes[done : done + len(rows)]]
-            writer.write(rows, classifications=own)
+            cluster_names = None if codes is None else [classes[code] for code in codes[done : done + len(rows)]]
+            writer.write(rows, classifications=cluster_names)
             done += len(rows)
 
 
@@ -102,7 +102,7 @@ class Exporter(Worker[Export, EmbeddedRow]):
         """Write what a slide lacks; returns its row of the ledger, ``partial`` where a format could not be made."""
         start = time.perf_counter()
         slide_id = item.row.slide_id
-        slide = EmbeddedSlide(slide_id, item.path, self.cells, self.ledger.store, self.ledger.made, self.clusters)
+        slide = EmbeddedSlide(slide_id, item.path, self.cells, self.ledger.store, self.ledger.spec, self.clusters)
         faults = []
         for kind, name, write in self._wanted():
             if not self.ledger.store.exists(name(slide_id)):
@@ -122,5 +122,5 @@ class Exporter(Worker[Export, EmbeddedRow]):
         return self.ledger.commit(replace(row, status=status, error=" ".join(error.split()) or None))
 
     def _wanted(self) -> list[Format]:
-        own: list[Format] = [("clusters", clusters_name, write_clusters)] if self.clusters is not None else []
-        return own + [(kind, *FORMATS[kind]) for kind in self.formats]
+        always: list[Format] = [("clusters", clusters_name, write_clusters)] if self.clusters is not None else []
+        return always + [(kind, *FORMATS[kind]) for kind in self.formats]

@@ -45,7 +45,7 @@ class EmbedSummary(Summary[EmbeddedRow]):
 
     n_embedded: int
     embed_s: float
-    made: EmbeddingSpec
+    spec: EmbeddingSpec
 
 
 def run(config: EmbedConfig, *, slides: list[Slide] | None = None) -> EmbedSummary:
@@ -55,15 +55,15 @@ def run(config: EmbedConfig, *, slides: list[Slide] | None = None) -> EmbedSumma
 
     Raises ConfigError for what the user must mend first; FatalError when the job cannot go on.
     """
-    with hold(config.output, stage="embed", owns=OUTPUT_NAMES) as output:
+    with hold(config.output, stage="embed", names=OUTPUT_NAMES) as output:
         cells = Store(config.cells or config.curate_config().output)
         summary = _run(_with_absolute_paths(config, output, cells), output, cells, slides=slides)
-    told = summary.tell(logger)
+    counts = summary.log_and_describe(logger)
     n_cells = sum(row.n_cells for row in summary.rows)
     rate = f"{summary.n_embedded / summary.embed_s:,.0f} cells/s" if summary.n_embedded else "none of them now"
     folders = ", ".join(["embeddings/", *(f"{kind}/" for kind in config.format if kind != "parquet")])
     logger.info(
-        f"{told}, {n_cells:,} cells ({rate}), {summary.made.width} values each by {summary.made.model}; "
+        f"{counts}, {n_cells:,} cells ({rate}), {summary.spec.width} values each by {summary.spec.model}; "
         f"{folders} in {output.uri}"
     )
     return summary
@@ -71,9 +71,9 @@ def run(config: EmbedConfig, *, slides: list[Slide] | None = None) -> EmbedSumma
 
 def _run(config: EmbedConfig, output: Store, cells: Store, *, slides: list[Slide] | None) -> EmbedSummary:
     encoder = open_encoder(config.model)
-    made = EmbeddingSpec(encoder.name, encoder.fingerprint, encoder.width, config.dtype, config.precision)
+    spec = EmbeddingSpec(encoder.name, encoder.fingerprint, encoder.width, config.dtype, config.precision)
     jobs = rows_with_cells(cells) if config.cells is not None else []  # before anything is overwritten
-    ledger = open_ledger(output, made, overwrite=config.overwrite)
+    ledger = open_ledger(output, spec, overwrite=config.overwrite)
     curated = [] if config.slides is None else [_curate(config, slides)]
     if curated:
         with contextlib.suppress(ConfigError):  # no cells: curation has told why
@@ -83,16 +83,16 @@ def _run(config: EmbedConfig, output: Store, cells: Store, *, slides: list[Slide
     _embed(pending, config=config, ledger=ledger, cells=cells, encoder=encoder)
     seconds = time.perf_counter() - start
     rows = _export(jobs, config=config, ledger=ledger, cells=cells)
-    fresh = {job.slide_id for job in pending}
+    new_ids = {job.slide_id for job in pending}
     return EmbedSummary(
         rows=rows,
         n_skipped=len(jobs) - len(pending),
         max_failed_share=config.max_failed_share,
         failures=("partial", "failed"),
         before=curated,
-        n_embedded=sum(row.n_cells for row in rows if row.slide_id in fresh),
+        n_embedded=sum(row.n_cells for row in rows if row.slide_id in new_ids),
         embed_s=seconds,
-        made=made,
+        spec=spec,
     )
 
 
@@ -155,7 +155,7 @@ def _export(jobs: Sequence[SlideRow], *, config: EmbedConfig, ledger: EmbedLedge
     if not embedded:
         return rows
     selection = select_cells(cells, slides=[row.slide_id for row in embedded], n_cells=config.clusters.n_cells)
-    parents = [ledger.made.model_fingerprint, *(row.cells_digest for row in embedded)]
+    parents = [ledger.spec.model_fingerprint, *(row.cells_digest for row in embedded)]
     try:
         clusters = open_clusters(
             selection, ledger.store, k=config.clusters.k, seed=config.clusters.seed, parents=parents
@@ -163,10 +163,10 @@ def _export(jobs: Sequence[SlideRow], *, config: EmbedConfig, ledger: EmbedLedge
     except ShardError as error:
         raise FatalError(f"{error}; delete that file to have it made again") from None
     make = functools.partial(Exporter, ledger=ledger, cells=cells, clusters=clusters, formats=config.format)
-    here = make()
-    lacking = here.without_file([row.slide_id for row in embedded])
+    local = make()
+    unfinished = local.without_file([row.slide_id for row in embedded])
     pending = [
-        Export(row, paths[row.slide_id]) for row in embedded if row.status == "partial" or row.slide_id in lacking
+        Export(row, paths[row.slide_id]) for row in embedded if row.status == "partial" or row.slide_id in unfinished
     ]
     actors = _actors(config, n_slides=len(pending), gpus=0)
     pool.run_all(pending, make, actors=actors, max_attempts=config.max_attempts, name="formats")
@@ -196,4 +196,4 @@ def _actors(config: EmbedConfig, *, n_slides: int, gpus: float | None) -> pool.A
         may_shrink="cpus" not in workers.model_fields_set,
         count_key="workers.actors",
     )
-    return pool.ActorPool(allocate(demand, stage="embed"), most=workers.actors)
+    return pool.ActorPool(allocate(demand, stage="embed"), max_actors=workers.actors)

@@ -26,10 +26,10 @@ class EmbeddingSpec:
 class EmbedLedger(Ledger[EmbeddedRow]):
     """The ledger of one output, whose embeddings are all of one model."""
 
-    def __init__(self, store: Store, made: EmbeddingSpec) -> None:
-        facts = {"model": made.model, "model_fingerprint": made.model_fingerprint}
+    def __init__(self, store: Store, spec: EmbeddingSpec) -> None:
+        facts = {"model": spec.model, "model_fingerprint": spec.model_fingerprint}
         super().__init__(store, EmbeddedRow, facts=facts)
-        self.made = made
+        self.spec = spec
 
     def discard(self, slide_id: str) -> None:
         """Forget a slide, its embeddings and what was made from them, because they are about to be replaced."""
@@ -48,21 +48,21 @@ class EmbedLedger(Ledger[EmbeddedRow]):
         return (
             row is not None
             and row.status != "failed"
-            and row.model_fingerprint == self.made.model_fingerprint
+            and row.model_fingerprint == self.spec.model_fingerprint
             and (row.n_cells, row.cells_digest) == (slide.n_cells, slide.cells_digest)
         )
 
 
-def _known_model_name(earlier: dict[str, str], made: EmbeddingSpec) -> str | None:
+def _known_model_name(earlier: dict[str, str], spec: EmbeddingSpec) -> str | None:
     """What the model of an output was called, where it has the same weights."""
-    return earlier["model"] if earlier.get("model_fingerprint") == made.model_fingerprint else None
+    return earlier["model"] if earlier.get("model_fingerprint") == spec.model_fingerprint else None
 
 
-def open_ledger(store: Store, made: EmbeddingSpec, *, overwrite: bool) -> EmbedLedger:
+def open_ledger(store: Store, spec: EmbeddingSpec, *, overwrite: bool) -> EmbedLedger:
     """The ledger of an output; raises ConfigError when the output was begun with another model or other numbers."""
     earlier = {} if overwrite or not store.exists(SETTINGS) else store.read_json(SETTINGS, dict)
-    if called := _known_model_name(earlier, made):
-        made = replace(made, model=called)  # the same weights from another folder
-    ledger = EmbedLedger(store, made)
-    ledger.prepare(SETTINGS, asdict(made), folders=(*FOLDERS, CENTRES), overwrite=overwrite)
+    if known := _known_model_name(earlier, spec):
+        spec = replace(spec, model=known)  # the same weights from another folder
+    ledger = EmbedLedger(store, spec)
+    ledger.prepare(SETTINGS, asdict(spec), folders=(*FOLDERS, CENTRES), overwrite=overwrite)
     return ledger

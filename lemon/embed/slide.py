@@ -29,7 +29,7 @@ class EmbeddedSlide:
     path: str
     cells: Store
     store: Store
-    made: EmbeddingSpec
+    spec: EmbeddingSpec
     clusters: Clusters | None
 
     def rows(self, *columns: str) -> Iterator[pa.Table]:
@@ -66,7 +66,7 @@ class EmbeddedSlide:
 
     def facts(self, *, mpp: float) -> dict[str, Any]:
         """What a file says of its making."""
-        return {"model": self.made.model, "model_fingerprint": self.made.model_fingerprint, "mpp": mpp}
+        return {"model": self.spec.model, "model_fingerprint": self.spec.model_fingerprint, "mpp": mpp}
 
     def _own(self, name: str, column: str, *, schema: pa.Schema) -> pa.ChunkedArray:
         """A small column of a table that this job wrote."""

@@ -92,8 +92,8 @@ def _vectors(column: pa.Array, *, encoder: Encoder, dtype: str, precision: str) 
     with np.errstate(over="ignore"):
         vectors = features.astype(dtype)
     if not np.isfinite(vectors).all():
-        mend = "dtype=float32" if np.isfinite(features).all() else "another model"
-        raise ShardError(f"embeddings do not fit {dtype} (largest {np.abs(features).max():.3g}); try {mend}")
+        remedy = "dtype=float32" if np.isfinite(features).all() else "another model"
+        raise ShardError(f"embeddings do not fit {dtype} (largest {np.abs(features).max():.3g}); try {remedy}")
     return vectors
 
 

@@ -110,15 +110,15 @@ if triton is not None:
         width = HEADS * DIM
         for i in range(GROUP):
             base = qkv_pointer + cell * (TOKENS * 3 * width) + (first + i) * DIM
-            at, there = _tile(base, rows, columns, 3 * width, TOKENS, DIM)
-            q = tl.load(at, mask=there, other=0.0)
-            k = tl.load(at + width, mask=there, other=0.0)
-            v = tl.load(at + 2 * width, mask=there, other=0.0)
+            at, in_bounds = _tile(base, rows, columns, 3 * width, TOKENS, DIM)
+            q = tl.load(at, mask=in_bounds, other=0.0)
+            k = tl.load(at + width, mask=in_bounds, other=0.0)
+            v = tl.load(at + 2 * width, mask=in_bounds, other=0.0)
             p = _softmax(q, k, rows, SCALE * 1.4426950408889634, TOKENS, EXACT)
             out = _dot(p.to(v.dtype), v, EXACT)
             base = out_pointer + cell * (TOKENS * width) + (first + i) * DIM
-            at, there = _tile(base, rows, columns, width, TOKENS, DIM)
-            tl.store(at, out.to(v.dtype), mask=there)
+            at, in_bounds = _tile(base, rows, columns, width, TOKENS, DIM)
+            tl.store(at, out.to(v.dtype), mask=in_bounds)
 
     @triton.jit
     def _backward_kernel(  # type: ignore[no-untyped-def]
@@ -140,24 +140,24 @@ if triton is not None:
         width = HEADS * DIM
         for i in range(GROUP):
             offset = cell * (TOKENS * 3 * width) + (first + i) * DIM
-            at, there = _tile(qkv_pointer + offset, rows, columns, 3 * width, TOKENS, DIM)
-            q = tl.load(at, mask=there, other=0.0)
-            k = tl.load(at + width, mask=there, other=0.0)
-            v = tl.load(at + 2 * width, mask=there, other=0.0)
+            at, in_bounds = _tile(qkv_pointer + offset, rows, columns, 3 * width, TOKENS, DIM)
+            q = tl.load(at, mask=in_bounds, other=0.0)
+            k = tl.load(at + width, mask=in_bounds, other=0.0)
+            v = tl.load(at + 2 * width, mask=in_bounds, other=0.0)
             base = grad_pointer + cell * (TOKENS * width) + (first + i) * DIM
-            at, there = _tile(base, rows, columns, width, TOKENS, DIM)
-            g = tl.load(at, mask=there, other=0.0)  # zero rows beyond the tokens, so that they add nothing below
+            at, in_bounds = _tile(base, rows, columns, width, TOKENS, DIM)
+            g = tl.load(at, mask=in_bounds, other=0.0)  # zero rows beyond the tokens, so that they add nothing below
             p = _softmax(q, k, rows, SCALE * 1.4426950408889634, TOKENS, EXACT)
             grad_p = _dot(g, tl.trans(v), EXACT)
             grad_s = p * (grad_p - tl.sum(p * grad_p, axis=1)[:, None]) * SCALE
             grad_s = grad_s.to(q.dtype)
-            at, there = _tile(grad_qkv_pointer + offset, rows, columns, 3 * width, TOKENS, DIM)
+            at, in_bounds = _tile(grad_qkv_pointer + offset, rows, columns, 3 * width, TOKENS, DIM)
             grad_q = _dot(grad_s, k, EXACT)
-            tl.store(at, grad_q.to(q.dtype), mask=there)
+            tl.store(at, grad_q.to(q.dtype), mask=in_bounds)
             grad_k = _dot(tl.trans(grad_s), q, EXACT)
-            tl.store(at + width, grad_k.to(q.dtype), mask=there)
+            tl.store(at + width, grad_k.to(q.dtype), mask=in_bounds)
             grad_v = _dot(tl.trans(p.to(q.dtype)), g, EXACT)
-            tl.store(at + 2 * width, grad_v.to(q.dtype), mask=there)
+            tl.store(at + 2 * width, grad_v.to(q.dtype), mask=in_bounds)
 
 
 def _launch(kernel: Any, qkv: Tensor, *operands: Tensor, heads: int) -> None:

@@ -19,6 +19,6 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError:
         raise ConfigError(f"device: got {name!r}; expected auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count() or "no"
-        raise ConfigError(f"device: got {name!r}, but torch finds {found} GPU; expected auto or cpu here")
+        n_gpus = torch.cuda.device_count() or "no"
+        raise ConfigError(f"device: got {name!r}, but torch finds {n_gpus} GPU; expected auto or cpu here")
     return device

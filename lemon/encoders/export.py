@@ -91,8 +91,8 @@ def export_encoder(
 def check_finite(weights: Mapping[str, Tensor], *, source: str) -> None:
     """Raise NotFiniteError, with the first names, for NaN or infinity among weights."""
     if wrong := list(not_finite(weights)):
-        told = f"{len(wrong)} of {len(weights)} tensors hold values that are not finite ({', '.join(wrong[:3])})"
-        raise NotFiniteError(f"{source}: {told}; expected finite weights: train again, or use an earlier checkpoint")
+        problem = f"{len(wrong)} of {len(weights)} tensors hold values that are not finite ({', '.join(wrong[:3])})"
+        raise NotFiniteError(f"{source}: {problem}; expected finite weights: train again, or use an earlier checkpoint")
 
 
 @torch.no_grad()
@@ -168,15 +168,15 @@ def load_exported(directory: str | Path) -> tuple[nn.Module, CellInput]:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name}: no such file; expected a folder written by lemon's export")
-    told = f"{folder / CONFIG}"
-    content = parse_json((folder / CONFIG).read_bytes(), dict[str, Any], told=told)
+    label = f"{folder / CONFIG}"
+    content = parse_json((folder / CONFIG).read_bytes(), dict[str, Any], label=label)
     section = content.get("lemon")
     if not isinstance(section, Mapping):
-        raise ConfigError(f"{told}: got no section lemon; expected a folder written by lemon's export")
-    cell_input = parse_json(json.dumps(section).encode(), CellInput, told=f"{told}: lemon")
+        raise ConfigError(f"{label}: got no section lemon; expected a folder written by lemon's export")
+    cell_input = parse_json(json.dumps(section).encode(), CellInput, label=f"{label}: lemon")
     # Not with pretrained=True: the file says of itself which weights timm should take, and from where.
-    model = read_or_damaged_error(lambda: timm.create_model(f"local-dir:{folder}", pretrained=False), told=told)
+    model = read_or_damaged_error(lambda: timm.create_model(f"local-dir:{folder}", pretrained=False), label=label)
     if type(model) is VisionTransformer and content.get("model_args") == model_args(model):
         model = as_cell_transformer(model)
-    load_strictly(model, read_weights(folder / WEIGHTS, told=f"{folder / WEIGHTS}"), source=f"{folder / WEIGHTS}")
+    load_strictly(model, read_weights(folder / WEIGHTS, label=f"{folder / WEIGHTS}"), source=f"{folder / WEIGHTS}")
     return model.eval(), cell_input

@@ -98,7 +98,7 @@ if triton is not None:
         rows = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         columns = (tl.program_id(0) % across) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
         depth = tl.arange(0, BLOCK_DEPTH)
-        there = (rows < n_rows)[:, None]
+        in_bounds = (rows < n_rows)[:, None]
         rows_at = rows_pointer + rows.to(tl.int64)[:, None] * DEPTH + depth[None, :]
         if BACKWARD:
             weight_at = weight_pointer + depth[:, None] * COLUMNS + columns[None, :]
@@ -106,24 +106,24 @@ if triton is not None:
             weight_at = weight_pointer + depth[:, None] + columns[None, :] * DEPTH
         total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
         for start in range(0, DEPTH, BLOCK_DEPTH):
-            a = tl.load(rows_at + start, mask=there, other=0.0)
+            a = tl.load(rows_at + start, mask=in_bounds, other=0.0)
             b = tl.load(weight_at + start * (COLUMNS if BACKWARD else 1))
             total = tl.dot(a, b, total, input_precision="ieee" if EXACT else "tf32")
         at = rows.to(tl.int64)[:, None] * COLUMNS + columns[None, :]
         kind = out_pointer.dtype.element_ty
         if BACKWARD:
-            hidden = tl.load(hidden_pointer + at, mask=there, other=0.0).to(tl.float32)
+            hidden = tl.load(hidden_pointer + at, mask=in_bounds, other=0.0).to(tl.float32)
             below, bell = _normal(hidden)
             out = (total * (below + hidden * bell * 0.3989422804014327)).to(kind)
-            tl.store(out_pointer + at, out, mask=there)
+            tl.store(out_pointer + at, out, mask=in_bounds)
             tl.store(sums_pointer + tile * COLUMNS + columns, tl.sum(out.to(tl.float32), axis=0))
         else:
             hidden = (total + tl.load(bias_pointer + columns).to(tl.float32)[None, :]).to(kind)
             if KEEP:
-                tl.store(hidden_pointer + at, hidden, mask=there)
+                tl.store(hidden_pointer + at, hidden, mask=in_bounds)
             wide = hidden.to(tl.float32)
             below, _ = _normal(wide)
-            tl.store(out_pointer + at, (wide * below).to(kind), mask=there)
+            tl.store(out_pointer + at, (wide * below).to(kind), mask=in_bounds)
 
 
 def _launch(rows: Tensor, *operands: Tensor, columns: int, backward: bool = False, keep: bool = False) -> None:

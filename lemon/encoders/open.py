@@ -228,14 +228,15 @@ def load_transformers(entry: EncoderEntry, folder: Path) -> nn.Module:
     if not (folder / CONFIG).is_file():
         raise MissingWeightsError(f"{folder}: no {CONFIG}; expected the files of {entry.page}")
     library = import_transformers(entry)
-    backbone, told = read_or_damaged_error(
+    backbone, loading_info = read_or_damaged_error(
         lambda: library.AutoModel.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         ),
-        told=f"{entry.name}: {folder}",
+        label=f"{entry.name}: {folder}",
     )
     faults = {
-        kind: [key for key in told[kind] if "mask_token" not in key] for kind in ("missing_keys", "unexpected_keys")
+        kind: [key for key in loading_info[kind] if "mask_token" not in key]
+        for kind in ("missing_keys", "unexpected_keys")
     }
     if any(faults.values()):
         raise ConfigError(f"{entry.name}: {folder}: {faults}; expected exactly the weights that its {CONFIG} describes")

@@ -363,10 +363,10 @@ def find_entry(name: str) -> EncoderEntry:
     """
     if name in ENCODERS:
         try:
-            found: EncoderEntry = ENCODERS.load(name)
+            registered: EncoderEntry = ENCODERS.load(name)
         except ValueError as error:
             raise ConfigError(f"encoder: {error}") from None
-        return found
+        return registered
     for entry in ENCODERS.parts().values():
         if entry.source in ("hub", "transformers") and entry.where.lower() == name.lower():
             return entry

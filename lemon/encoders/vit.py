@@ -219,7 +219,7 @@ def load_lemon_checkpoint(
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; download lemon.pth.tar from the hub (aliceblondel/LEMON)")
-    content = read_weights(path, told=str(path))
+    content = read_weights(path, label=str(path))
     if not isinstance(content, Mapping) or not isinstance(content.get("state_dict"), Mapping):
         got = (
             ", ".join(str(key)[:40] for key in [*content][:5])
@@ -245,25 +245,27 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str)
 
     A model on the ``meta`` device takes the tensors themselves: no time for random weights, no second copy.
     """
-    own = model.state_dict()
+    expected = model.state_dict()
     if foreign := [key for key, value in state.items() if not isinstance(value, Tensor)]:
         raise ConfigError(
-            f"{source}: {foreign[0]} is no tensor; expected exactly the {len(own)} tensors of this encoder"
+            f"{source}: {foreign[0]} is no tensor; expected exactly the {len(expected)} tensors of this encoder"
         )
     shapes = [
-        f"{key} {list(state[key].shape)}, expected {list(own[key].shape)}"
-        for key in own
-        if key in state and own[key].shape != state[key].shape
+        f"{key} {list(state[key].shape)}, expected {list(expected[key].shape)}"
+        for key in expected
+        if key in state and expected[key].shape != state[key].shape
     ]
     faults = {
-        "missing keys": [key for key in own if key not in state],
-        "unexpected keys": [key for key in state if key not in own],
+        "missing keys": [key for key in expected if key not in state],
+        "unexpected keys": [key for key in state if key not in expected],
         "wrong shapes": shapes,
     }
-    told = [f"{len(found)} {kind} ({', '.join(found[:5])})" for kind, found in faults.items() if found]
-    if told:
-        raise ConfigError(f"{source}: {'; '.join(told)}; expected exactly the {len(own)} tensors of this encoder")
-    model.load_state_dict(state, assign=any(value.is_meta for value in own.values()))
+    problems = [f"{len(keys)} {kind} ({', '.join(keys[:5])})" for kind, keys in faults.items() if keys]
+    if problems:
+        raise ConfigError(
+            f"{source}: {'; '.join(problems)}; expected exactly the {len(expected)} tensors of this encoder"
+        )
+    model.load_state_dict(state, assign=any(value.is_meta for value in expected.values()))
 
 
 class _MeanStd(TypedDict):
@@ -275,7 +277,7 @@ def read_mean_std(path: str | Path) -> tuple[tuple[float, ...], tuple[float, ...
     """Mean and std per channel, in [0, 1], from a JSON object with the keys mean and std."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; expected the mean_std.json of the checkpoint")
-    values = parse_json(Path(path).read_bytes(), _MeanStd, told=str(path))
+    values = parse_json(Path(path).read_bytes(), _MeanStd, label=str(path))
     mean, std = values["mean"], values["std"]
     if not (all(map(math.isfinite, (*mean, *std))) and min(std) > 0):
         raise ConfigError(f"{path}: got mean={mean}, std={std}; expected finite values, std above 0")

@@ -99,12 +99,12 @@ def hub_file(entry: EncoderEntry, names: tuple[str, ...]) -> Path:
             get_hf_file_metadata(hf_hub_url(entry.where, name), timeout=HUB_TIMEOUT_S)
             return Path(hf_hub_download(entry.where, name, etag_timeout=HUB_TIMEOUT_S))
         except Exception as error:
-            told = hub_reason(error)
-            if told is None:
+            hub_error = hub_reason(error)
+            if hub_error is None:
                 raise
             if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
                 continue
-            reason = told
+            reason = hub_error
             break
     raise MissingWeightsError(f"{entry.name}: no weights from the hub id {entry.where}, {reason}; {entry.access}")
 
@@ -149,7 +149,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         FileNotFoundError: no such file.
         ConfigError: not such a file, or no tensors in it.
     """
-    content: Any = read_weights(path, told=str(path))
+    content: Any = read_weights(path, label=str(path))
     for key in CONTAINERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

@@ -73,11 +73,11 @@ class FetchConfig(Frozen):
         Failed slides are not tried again unless told so: the same bytes would be downloaded for the same end.
         """
         folder = self.output.rstrip("/")
-        own = {"slides": "organs", "output": "cells", "segmenter": "segmenter"}
+        reserved = {"slides": "organs", "output": "cells", "segmenter": "segmenter"}
         values = {
             "slides": f"{folder}/{COHORT_FILE}",
             "output": self.cells or f"{folder}/{CELLS_FOLDER}",
             "segmenter": self.segmenter,
             "retry": [],
         }
-        return nested_curate_config(self.curation, own=own, values=values)
+        return nested_curate_config(self.curation, reserved=reserved, values=values)

@@ -108,8 +108,8 @@ def studies_of(word: str) -> list[str]:
     code = name.upper().removeprefix("TCGA-")
     if code in STUDIES:
         return [code]
-    if found := [study for study, organ in STUDIES.items() if organ == name.lower()]:
-        return found
+    if studies := [study for study, organ in STUDIES.items() if organ == name.lower()]:
+        return studies
     known = [*STUDIES, *sorted(set(STUDIES.values()))]
     close = difflib.get_close_matches(code if word.isupper() else name.lower(), known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"expected studies or organs of TCGA: {', '.join(known)}"

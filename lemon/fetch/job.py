@@ -53,12 +53,12 @@ def run(config: FetchConfig) -> Summary[DownloadRow]:
         GdcError: the GDC cannot be asked which slides there are.
         FatalError: the ledger cannot be written.
     """
-    with hold(config.output, stage="fetch_tcga", owns=("downloads", COHORT_FILE)) as output:
+    with hold(config.output, stage="fetch_tcga", names=("downloads", COHORT_FILE)) as output:
         files = _choose_files(config)
         summary = _stream(files, output, config) if config.stream else _keep(files, output, config)
     n_bytes = sum(row.size_bytes for row in summary.rows if row.status == "done")
     where = f"curated into {config.curate_config().output}" if config.stream else f"in {config.output}"
-    logger.info(f"{summary.tell(logger, ('done', 'failed'))}, {_gigabytes(n_bytes)} {where}")
+    logger.info(f"{summary.log_and_describe(logger, ('done', 'failed'))}, {_gigabytes(n_bytes)} {where}")
     return summary
 
 
@@ -87,8 +87,8 @@ def _choose_files(config: FetchConfig) -> dict[str, GdcFile]:
     else:
         studies = {word: studies_of(word) for word in config.organs}  # all words are checked before one is asked for
         with open_session(config.download) as session:
-            ask = functools.partial(list_files, session, config.api, timeout_s=config.download.timeout_s)
-            groups = {word: pick(ask(studies=codes)) for word, codes in studies.items()}
+            list_of_studies = functools.partial(list_files, session, config.api, timeout_s=config.download.timeout_s)
+            groups = {word: pick(list_of_studies(studies=codes)) for word, codes in studies.items()}
     for word, group in groups.items():
         if not group:
             raise ConfigError(f"{'manifest' if config.manifest else 'organs'}: {word} has no diagnostic slides")
@@ -135,8 +135,8 @@ class Fetcher:
         try:
             path = self.downloader.get(remote)
         except DownloadError as error:
-            told = replace(row, status="failed", error=redacted(str(error)))
-            self.ledger.commit(replace(told, total_s=round(time.perf_counter() - start, 3)))
+            failed_row = replace(row, status="failed", error=redacted(str(error)))
+            self.ledger.commit(replace(failed_row, total_s=round(time.perf_counter() - start, 3)))
             raise
         self.ledger.commit(replace(row, total_s=round(time.perf_counter() - start, 3)))
         return path
@@ -225,8 +225,8 @@ def _stream(files: dict[str, GdcFile], output: Store, config: FetchConfig) -> Su
     try:
         curated = curate.run(curation, source=curate.SlideAccess(open=opening, ahead=config.ahead))
     except ConfigError as error:
-        told = str(error).replace("output: ", "cells: ", 1).replace("overwrite=true", "curation.overwrite=true")
-        raise ConfigError(told) from None
+        message = str(error).replace("output: ", "cells: ", 1).replace("overwrite=true", "curation.overwrite=true")
+        raise ConfigError(message) from None
     rows = [row for slide_id, row in download_ledger(cells).rows().items() if slide_id in files]
     return Summary(rows=rows, n_skipped=len(committed), before=[curated])
 

@@ -243,14 +243,14 @@ def _filled(mask: np.ndarray, *, hole_px: float) -> np.ndarray:
 
 def _pieces(mask: np.ndarray, *, small_um: float) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Connected pieces of a size that a nucleus may have: labels int32 [h, w] from 1 to k, and their first features."""
-    _, found, stats, centroids = cv2.connectedComponentsWithStats(mask, connectivity=4)
+    _, piece_labels, stats, centroids = cv2.connectedComponentsWithStats(mask, connectivity=4)
     area_um2 = stats[:, cv2.CC_STAT_AREA] * small_um**2
     extent_um = stats[:, [cv2.CC_STAT_WIDTH, cv2.CC_STAT_HEIGHT]].max(1) * small_um
     fits = (area_um2 >= _MIN_PIECE_UM2) & (area_um2 <= _MAX_AREA_UM2) & (extent_um <= _MAX_EXTENT_UM)
     fits[0] = False
     renumbered = np.where(fits, np.cumsum(fits), 0).astype(np.int32)
     x_px, y_px = centroids[fits].T
-    return renumbered[found], {"area_um2": area_um2[fits], "x_px": x_px, "y_px": y_px}
+    return renumbered[piece_labels], {"area_um2": area_um2[fits], "x_px": x_px, "y_px": y_px}
 
 
 def _measure(

@@ -183,10 +183,10 @@ def load_checkpoint(path: str | Path) -> HoverFastNet:
     expected, got = net.state_dict(), checkpoint["model_dict"]
     if not isinstance(got, Mapping) or not all(isinstance(value, torch.Tensor) for value in got.values()):
         raise ValueError(f"checkpoint {path}: model_dict is not tensors by name; expected HoverFast's format")
-    lacking, foreign = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
+    absent, foreign = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
     misfits = [k for k in expected.keys() & got.keys() if expected[k].shape != got[k].shape]
     for what, names in (
-        ("lacks weights", lacking),
+        ("lacks weights", absent),
         ("has unknown weights", foreign),
         ("has misshapen weights", misfits),
     ):
@@ -213,27 +213,27 @@ def _read_checkpoint(file: Path, path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"checkpoint {path}: no such file; {WEIGHTS_SOURCE}")
     if file.suffix == ".safetensors":
-        return _read_safetensors(file, told=f"checkpoint {path}")
+        return _read_safetensors(file, label=f"checkpoint {path}")
     # HoverFast's trainer stores the best loss as a NumPy array of no dimensions, under NumPy 1's module name.
     rebuild = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
     harmless = [rebuild, (rebuild, "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype]
     harmless += [type(np.dtype(kind)) for kind in (np.float32, np.float64)]
-    checkpoint = read_weights(file, told=f"checkpoint {path}", safe=harmless)
+    checkpoint = read_weights(file, label=f"checkpoint {path}", safe=harmless)
     if not isinstance(checkpoint, dict):
         raise ValueError(f"checkpoint {path}: got a {type(checkpoint).__name__}, expected a dict in HoverFast's format")
     return checkpoint
 
 
-def _read_safetensors(file: Path, *, told: str) -> dict[str, Any]:
+def _read_safetensors(file: Path, *, label: str) -> dict[str, Any]:
     """A file of ``save_half`` as the dict that HoverFast's format is."""
-    notes = read_metadata(file, told=told)
+    notes = read_metadata(file, label=label)
     try:
         architecture = json.loads(notes.get("architecture", "{}"))
     except ValueError as error:
-        raise ValueError(f"{told}: its architecture is no JSON ({error})") from None
+        raise ValueError(f"{label}: its architecture is no JSON ({error})") from None
     if not isinstance(architecture, dict):
-        raise ValueError(f"{told}: its architecture is a {type(architecture).__name__}, expected an object")
-    return {**architecture, "model_dict": read_weights(file, told=told)}
+        raise ValueError(f"{label}: its architecture is a {type(architecture).__name__}, expected an object")
+    return {**architecture, "model_dict": read_weights(file, label=label)}
 
 
 def fold_batch_norm(net: HoverFastNet) -> HoverFastNet:

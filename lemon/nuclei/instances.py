@@ -213,13 +213,13 @@ def polygons_from_labels(labels: np.ndarray, *, min_area_px: float, simplify: fl
 
 def _outer_contour(cell: np.ndarray, *, x0_px: int, y0_px: int) -> np.ndarray:
     """Longest outer contour of a non-empty bool [h, w] crop, as int32 [N, 1, 2] in the frame of the region."""
-    found, _ = cv2.findContours(
+    contours, _ = cv2.findContours(
         cell.view(np.uint8) if cell.dtype == bool else cell,
         cv2.RETR_EXTERNAL,
         cv2.CHAIN_APPROX_SIMPLE,
         offset=(x0_px, y0_px),
     )
-    return found[0] if len(found) == 1 else max(found, key=cv2.contourArea)
+    return contours[0] if len(contours) == 1 else max(contours, key=cv2.contourArea)
 
 
 def _simplified(contour: np.ndarray, *, simplify: float) -> np.ndarray:

@@ -39,8 +39,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, rising."""
-        found = (_NAME.match(name) for name in self.store.list(FOLDER, suffix=".pt"))
-        return sorted(int(match[1]) for match in found if match)
+        matches = (_NAME.match(name) for name in self.store.list(FOLDER, suffix=".pt"))
+        return sorted(int(match[1]) for match in matches if match)
 
     def save(self, state: dict[str, Any], *, step: int, score: float | None = None) -> None:
         """Write a checkpoint, then drop those that are neither among the newest nor the best.
@@ -90,7 +90,7 @@ class Checkpoints:
         if known and hashlib.sha256(content).hexdigest() not in known:
             raise DamagedError("its content is not what was written")
         try:
-            state: Any = read_weights(content, told="checkpoint", device=device)
+            state: Any = read_weights(content, label="checkpoint", device=device)
         except DamagedError as error:
             raise DamagedError(f"cut short, or no checkpoint ({len(content):,} bytes)") from error
         if not isinstance(state, dict) or not state.keys() >= HELD:

@@ -43,7 +43,7 @@ def main(config: PretrainConfig) -> int:
     config, selection = check(config)
     if not config.workers.in_process:
         allocate(demand_of(config.workers), stage="pretrain")
-    with hold(config.output, stage="pretrain", owns=OUTPUT_NAMES) as store:
+    with hold(config.output, stage="pretrain", names=OUTPUT_NAMES) as store:
         begin_output(config, selection, store)
         return _pretrain(config, selection, store)
 
@@ -57,9 +57,9 @@ def _pretrain(config: PretrainConfig, selection: Selection, store: Store) -> int
 
 
 def prepare(config: PretrainConfig) -> tuple[PretrainConfig, Selection]:
-    """``check``, then ``keep``, for who holds the output, or a folder above it, already. Raises ConfigError."""
+    """``check``, then ``begin_output``, where the output, or a folder above it, is held already. Raises ConfigError."""
     config, selection = check(config)
-    begin_output(config, selection, open_output(config.output, owns=OUTPUT_NAMES))
+    begin_output(config, selection, open_output(config.output, names=OUTPUT_NAMES))
     return config, selection
 
 

@@ -96,10 +96,10 @@ class Trainer:
             self._optimizer.load_state_dict(state["optimizer"])
             self.step = int(state["step"])
         if faults and self.feed.rank == 0:
-            told = f"training goes on from step {self.step:,}" if self.step else "training begins anew"
+            message = f"training goes on from step {self.step:,}" if self.step else "training begins anew"
             aside = {self.checkpoints.put_aside(self.checkpoints.name(step)): fault for step, fault in faults.items()}
             damaged = [f"{path} ({fault})" for path, fault in aside.items()]
-            logger.warning(f"{told}; put aside as damaged: {'; '.join(damaged)}")
+            logger.warning(f"{message}; put aside as damaged: {'; '.join(damaged)}")
         return self.step
 
     def run(self, *, until: int | None = None, on_checkpoint: Callable[[int], None] | None = None) -> None:
@@ -163,8 +163,8 @@ class Trainer:
             raise TrainingStoppedError(f"the loss became {metrics['loss']} before step {self.step}; {self._good()}")
         values = self.schedules.at(max(0, self.step - 1))
         if self.log is not None and self.feed.rank == 0:
-            told = {"lr": values.lr, "weight_decay": values.weight_decay, "momentum": values.momentum}
-            self.log({**metrics, **told, "epoch": self.step / self.schedules.steps_per_epoch}, self.step)
+            scheduled = {"lr": values.lr, "weight_decay": values.weight_decay, "momentum": values.momentum}
+            self.log({**metrics, **scheduled, "epoch": self.step / self.schedules.steps_per_epoch}, self.step)
 
     def _checkpoint(self) -> None:
         metrics = self._indicators()

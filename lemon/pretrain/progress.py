@@ -28,7 +28,7 @@ class Progress:
     def __init__(self, total: int, *, batch: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._total, self._batch, self._clock = total, batch, clock
         self._bar = tqdm(total=total, unit="step", desc="pretrain", disable=None)
-        self._told_s: float | None = None
+        self._logged_s: float | None = None
         self._reports = 0
 
     def __call__(self, metrics: Mapping[str, float], step: int) -> None:
@@ -45,11 +45,13 @@ class Progress:
                 f"at {speed:,.3g} images/s the {self._total - step:,} steps to come take {left_s / 3600:,.0f} hours"
             )
         now = self._clock()
-        if self._bar.disable and (self._told_s is None or now - self._told_s >= LINE_EVERY_S or step == self._total):
-            self._told_s = now
+        if self._bar.disable and (
+            self._logged_s is None or now - self._logged_s >= LINE_EVERY_S or step == self._total
+        ):
+            self._logged_s = now
             share = f"{100 * step / self._total:.0f} %"
-            told = f"step {step:,} of {self._total:,} ({share}), loss {metrics['loss']:.3f}, {speed:,.0f} images/s"
-            logger.info(f"{told}, {duration(left_s)} left" if step < self._total else told)
+            line = f"step {step:,} of {self._total:,} ({share}), loss {metrics['loss']:.3f}, {speed:,.0f} images/s"
+            logger.info(f"{line}, {duration(left_s)} left" if step < self._total else line)
 
 
 def duration(seconds: float) -> str:

@@ -71,7 +71,7 @@ class Unit:
 
 def main(config: ProbeConfig) -> int:
     """Score every encoder on every task, tell what could not be done; returns the exit code."""
-    with hold(config.output, stage="probe", owns=OUTPUT_NAMES) as store:
+    with hold(config.output, stage="probe", names=OUTPUT_NAMES) as store:
         code = _score_all(config, store)
         draw_cost(store)
         logger.info(write_table1(store))
@@ -197,12 +197,12 @@ def data_fingerprint(task: Task) -> str:
 def flat_metrics(rows: list[ScoreRow]) -> dict[str, float]:
     """Metrics for MLflow: ``probe/<task>/<metric>`` without leaks, ``probe/<task>/<protocol>/<metric>`` otherwise."""
     task = short_name(rows[0].task)
-    found = [(protocol, metric, mean) for protocol, metric, mean, _ in fold_means(rows)]
-    found += [(row.protocol, row.metric, row.value) for row in rows if row.protocol == "robustness"]
+    values = [(protocol, metric, mean) for protocol, metric, mean, _ in fold_means(rows)]
+    values += [(row.protocol, row.metric, row.value) for row in rows if row.protocol == "robustness"]
     plain = ("leak-free", "robustness")
     return {
         f"probe/{task}/{metric}" if protocol in plain else f"probe/{task}/{protocol}/{metric}": value
-        for protocol, metric, value in found
+        for protocol, metric, value in values
         if np.isfinite(value)
     }
 
@@ -215,7 +215,7 @@ def short_name(task: str) -> str:
 
 def main_scores_line(rows: list[ScoreRow]) -> str:
     """The main metric of each protocol in words."""
-    main = [found for found in fold_means(rows) if found[1] in MAIN_METRICS]
+    main = [score for score in fold_means(rows) if score[1] in MAIN_METRICS]
     return "; ".join(
         f"{metric.replace('_', ' ')} {mean:.3f} ({spread:.3f}) {protocol}" for protocol, metric, mean, spread in main
     )

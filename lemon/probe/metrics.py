@@ -51,9 +51,9 @@ def pearson(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 
 def mean_pearson(truth: np.ndarray, predicted: np.ndarray) -> float:
     """Mean of ``pearson`` over the columns that have one; NaN where none has, as in a single row."""
-    found = pearson(truth, predicted)
-    found = found[np.isfinite(found)]
-    return float(found.mean()) if len(found) else float("nan")
+    correlations = pearson(truth, predicted)
+    correlations = correlations[np.isfinite(correlations)]
+    return float(correlations.mean()) if len(correlations) else float("nan")
 
 
 def confusion_by_cluster(truth: np.ndarray, predicted: np.ndarray, cluster: np.ndarray, *, classes: int) -> np.ndarray:

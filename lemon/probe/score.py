@@ -84,8 +84,8 @@ def score_task(task: Task, embedding: np.ndarray, settings: ProbeSettings) -> Sc
     tables = []
     for (name, probe), folds in grouped.items():
         prefix = "" if probe == "linear" else f"{probe.replace('-', '_')}_"
-        found = [*_fold_scores(task, target, folds), *_pooled_scores(task, target, folds, settings)]
-        scores += [Score(name, fold, prefix + metric, value, n) for fold, metric, value, n in found]
+        values = [*_fold_scores(task, target, folds), *_pooled_scores(task, target, folds, settings)]
+        scores += [Score(name, fold, prefix + metric, value, n) for fold, metric, value, n in values]
         tables += [_predictions(task, target, folds, protocol=name, probe=probe)]
     if settings.robustness:
         scores += _robustness_scores(task, embedding, target, seed=settings.seed)
@@ -172,13 +172,13 @@ def _pooled_scores(
         classes = len(task.target_names)
         confusion = metrics.confusion_by_cluster(target[test], output.argmax(axis=1), cluster, classes=classes)
         drawn = draws(len(confusion))
-        found = {name: metrics.interval(confusion, drawn, metric=name) for name in metrics.CONFUSION_METRICS}
+        intervals = {name: metrics.interval(confusion, drawn, metric=name) for name in metrics.CONFUSION_METRICS}
     else:
         names = np.unique(cluster)
         within = [metrics.mean_pearson(target[test][cluster == name], output[cluster == name]) for name in names]
         defined = np.array(within)[np.isfinite(within)]  # a single cell has no correlation
-        found = {"pearson": metrics.mean_interval(defined, draws(len(defined)))} if len(defined) else {}
-    for metric, (value, low, high) in found.items():
+        intervals = {"pearson": metrics.mean_interval(defined, draws(len(defined)))} if len(defined) else {}
+    for metric, (value, low, high) in intervals.items():
         for suffix, number in (("", value), ("_low", low), ("_high", high)):
             yield POOLED, metric + suffix, number, len(test)
 
@@ -212,8 +212,8 @@ def list_column(values: np.ndarray) -> pa.ListArray:
 def _robustness_scores(task: Task, embedding: np.ndarray, target: np.ndarray, *, seed: int) -> list[Score]:
     if task.batch is None or task.kind != "classification":
         return []
-    found = robustness(embedding, target, task.groups[task.batch], slide=task.groups["slide"], seed=seed)
-    if found is None:
+    result = robustness(embedding, target, task.groups[task.batch], slide=task.groups["slide"], seed=seed)
+    if result is None:
         return []
-    values = {"robustness_index": found.index, "performance_drop": found.drop}
-    return [Score("robustness", POOLED, metric, value, found.n) for metric, value in values.items()]
+    values = {"robustness_index": result.index, "performance_drop": result.drop}
+    return [Score("robustness", POOLED, metric, value, result.n) for metric, value in values.items()]

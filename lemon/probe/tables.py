@@ -74,8 +74,8 @@ def table1(rows: Sequence[ScoreRow]) -> str:
     lines.append("|" + "---|" * (len(columns) + 1))
     best = {column: max(cell.mean for key, cell in cells.items() if key[1:] == column) for column in columns}
     for stem in sorted({key[0] for key in cells}):
-        told = [_cell_text(cells.get((stem, *column)), best=best[column]) for column in columns]
-        lines.append(f"| {labels[stem]} | " + " | ".join(told) + " |")
+        texts = [_cell_text(cells.get((stem, *column)), best=best[column]) for column in columns]
+        lines.append(f"| {labels[stem]} | " + " | ".join(texts) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -108,9 +108,9 @@ def main_cells(rows: Iterable[ScoreRow]) -> dict[tuple[str, str, str], ScoreCell
     for row in rows:
         units.setdefault((encoder_stem(row), row.task), []).append(row)
     cells = {}
-    for (stem, task), own in units.items():
-        pooled = {(row.protocol, row.metric): row.value for row in own if row.fold == POOLED}
-        for protocol, metric, mean, spread in fold_means(own):
+    for (stem, task), unit_rows in units.items():
+        pooled = {(row.protocol, row.metric): row.value for row in unit_rows if row.fold == POOLED}
+        for protocol, metric, mean, spread in fold_means(unit_rows):
             if metric in MAIN_METRICS:
                 bounds = (pooled.get((protocol, f"{metric}_{end}"), float("nan")) for end in ("low", "high"))
                 cells[stem, task, protocol] = ScoreCell(mean, spread, *bounds)
@@ -128,9 +128,9 @@ def paired_differences(store: Store, labels: Mapping[str, str]) -> Iterator[Pair
             {protocol for table in tables.values() for protocol in table["protocol"].unique().to_pylist()}
         )
         for protocol, (first, second) in itertools.product(protocols, itertools.combinations(names, 2)):
-            found = _difference(tables[first], tables[second], protocol=protocol)
-            if found is not None:
-                yield PairedDifference(task, protocol, labels[Path(first).stem], labels[Path(second).stem], *found)
+            difference = _encoder_difference(tables[first], tables[second], protocol=protocol)
+            if difference is not None:
+                yield PairedDifference(task, protocol, labels[Path(first).stem], labels[Path(second).stem], *difference)
 
 
 def _linear_predictions(store: Store, name: str) -> pa.Table:
@@ -138,7 +138,7 @@ def _linear_predictions(store: Store, name: str) -> pa.Table:
     return table.filter(pc.equal(table["probe"], "linear"))
 
 
-def _difference(first: pa.Table, second: pa.Table, *, protocol: str) -> Interval | None:
+def _encoder_difference(first: pa.Table, second: pa.Table, *, protocol: str) -> Interval | None:
     """None unless both are classifications of the same crops."""
     parts = [table.filter(pc.equal(table["protocol"], protocol)).sort_by("sample_id") for table in (first, second)]
     a, b = parts

@@ -96,6 +96,6 @@ def span(values: Iterable[int | None]) -> str:
 
 def listed(names: Iterable[str], *, most: int = 8) -> str:
     """Names once each, in their order, the first few of many."""
-    found: Sequence[str] = list(dict.fromkeys(names))
-    more = len(found) - most
-    return ", ".join(found[:most]) + (f" and {more} more" if more > 0 else "")
+    distinct: Sequence[str] = list(dict.fromkeys(names))
+    more = len(distinct) - most
+    return ", ".join(distinct[:most]) + (f" and {more} more" if more > 0 else "")

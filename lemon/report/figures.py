@@ -22,8 +22,8 @@ def scaling_figure(study: str, values: Sequence[Value]) -> Figure:
     title, field = AXES[study]
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
-    for number, (task, own) in enumerate(main_values(values).items()):
-        _line(axis, own, field=field, number=number, label=plain(task))
+    for number, (task, task_values) in enumerate(main_values(values).items()):
+        _line(axis, task_values, field=field, number=number, label=plain(task))
     _finish(axis, title=f"{title} in pretraining", metrics=values)
     return figure
 
@@ -32,12 +32,12 @@ def organs_figure(values: Sequence[Value]) -> Figure:
     """Figure 3, a panel a task, a line a number of slides: against the number of organs."""
     tasks = main_values(values)
     figure = Figure(figsize=(4.2 * len(tasks), 3.8), layout="constrained")
-    for axis, (task, own) in zip(np.atleast_1d(figure.subplots(1, len(tasks))), tasks.items(), strict=True):
-        for number, slides in enumerate(sorted({value.n_slides for value in own})):
-            line = [value for value in own if value.n_slides == slides]
+    for axis, (task, task_values) in zip(np.atleast_1d(figure.subplots(1, len(tasks))), tasks.items(), strict=True):
+        for number, slides in enumerate(sorted({value.n_slides for value in task_values})):
+            line = [value for value in task_values if value.n_slides == slides]
             _line(axis, line, field="n_organs", number=number, label=f"{slides:,} slides")
         axis.set_title(short(task), fontsize=10)
-        _finish(axis, title="organs in pretraining", metrics=own)
+        _finish(axis, title="organs in pretraining", metrics=task_values)
     return figure
 
 

@@ -55,7 +55,7 @@ def main(config: ReportConfig) -> int:
 
     Raises ConfigError where there is nothing to show, or where it cannot be written.
     """
-    with hold(config.output, stage="report", owns=OUTPUT_NAMES) as store:
+    with hold(config.output, stage="report", names=OUTPUT_NAMES) as store:
         return _write(config, store)
 
 
@@ -66,14 +66,14 @@ def _write(config: ReportConfig, store: Store) -> int:
         "figure4": config.atlas and atlas_section(config.atlas, sources, store),
         "figure5": config.views and views_section(config.views, sources, store),
     }
-    made = {key: section for key, section in pasted.items() if section}
-    if not (sources.sweeps or sources.probes or made):
+    ready = {key: section for key, section in pasted.items() if section}
+    if not (sources.sweeps or sources.probes or ready):
         known = ", ".join(config.experiment)
         raise ConfigError(
             f"experiment: no outputs of runs in {known}; run lemon sweep or lemon probe first, set "
             "MLFLOW_TRACKING_URI, or name folders: sweeps=..., probes=..."
         )
-    sections = [*_sections(sources, numbers, store, made=made), provenance_section(sources, store)]
+    sections = [*_sections(sources, numbers, store, ready=ready), provenance_section(sources, store)]
     sentences = [text for probe in sources.probes for text in probe_sentences(probe)]
     sentences += [text for sweep in sources.sweeps for text in study_sentences(sweep)]
     html = render(config, sections, sentences=sentences, missing=sources.missing)
@@ -107,8 +107,8 @@ def render(config: ReportConfig, sections: list[Section], *, sentences: list[str
 
 def _redact(value: Any) -> Any:
     """What the template puts in, without secrets; pictures, which are long, and markup, made of such, pass as are."""
-    made = isinstance(value, Markup) or not isinstance(value, str) or value.startswith("data:")
-    return value if made else redacted(value)
+    is_safe = isinstance(value, Markup) or not isinstance(value, str) or value.startswith("data:")
+    return value if is_safe else redacted(value)
 
 
 def about(config: ReportConfig) -> Iterator[str]:
@@ -133,7 +133,7 @@ def about(config: ReportConfig) -> Iterator[str]:
     )
 
 
-def _sections(sources: Sources, numbers: PaperNumbers, store: Store, *, made: dict[str, Section]) -> Iterator[Section]:
+def _sections(sources: Sources, numbers: PaperNumbers, store: Store, *, ready: dict[str, Section]) -> Iterator[Section]:
     """In the order of the paper, then studies of one's own; what was not made says how to make it."""
     by_study: dict[str, list[OutputTable[SweepRow]]] = {}
     for sweep in sources.sweeps:
@@ -148,8 +148,8 @@ def _sections(sources: Sources, numbers: PaperNumbers, store: Store, *, made: di
                 make = table1_section if key == "table1" else figure2_section
                 section = make(output, numbers, store, stem=stem)
             yield _named(section, output, among=outputs)
-        if key in made:
-            yield made[key]
+        if key in ready:
+            yield ready[key]
         elif not outputs:
             yield Section(key, artefact.name, artefact, notes=[f"Not made yet: {COMMANDS[key]}"])
     for number, outputs in enumerate(by_study.values(), 1):

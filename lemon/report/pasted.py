@@ -25,14 +25,16 @@ def atlas_section(folder: str, sources: Sources, store: Store) -> Section | None
         atlas = Store(folder)
         absent = [name for name in (*copies.values(), MAP_NAME) if not atlas.exists(name)]
         if absent:
-            sources.miss(f"atlas: {folder} holds no {absent[0]}; expected an output of lemon atlas", asked=True)
+            sources.add_missing(
+                f"atlas: {folder} holds no {absent[0]}; expected an output of lemon atlas", requested=True
+            )
             return None
         for target, name in copies.items():
             store.write_bytes(target, atlas.read_bytes(name))
         source = jpeg_data_uri(store.read_bytes("figure4.png"))
         cells = atlas.read_table(MAP_NAME, columns=["slide_id"])
     except (OSError, ValueError) as error:
-        sources.miss(f"atlas: {folder} cannot be read: {error}", asked=True)
+        sources.add_missing(f"atlas: {folder} cannot be read: {error}", requested=True)
         return None
     artefact = ARTEFACTS["figure4"]
     section = Section("figure4", "Figure 4: an atlas of cells", artefact)
@@ -53,7 +55,7 @@ def views_section(path: str, sources: Sources, store: Store) -> Section | None:
     try:
         picture = Image.fromarray(read_image(path))
     except ImageError as error:
-        sources.miss(f"views: {error}", asked=True)
+        sources.add_missing(f"views: {error}", requested=True)
         return None
     with store.write("figure5.png") as stream:
         picture.save(stream, "PNG")

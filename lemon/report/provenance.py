@@ -31,9 +31,9 @@ def trials(sweep: OutputTable[SweepRow], sources: Sources) -> Iterator[dict[str,
     by_trial: dict[str, list[SweepRow]] = {}
     for row in sweep.rows:
         by_trial.setdefault(row.trial, []).append(row)
-    for trial, own in by_trial.items():
-        first = own[0]
-        data = dict.fromkeys(row.data_fingerprint for row in own if row.data_fingerprint)
+    for trial, trial_rows in by_trial.items():
+        first = trial_rows[0]
+        data = dict.fromkeys(row.data_fingerprint for row in trial_rows if row.data_fingerprint)
         yield _record(
             what=trial,
             status=first.status,
@@ -53,8 +53,8 @@ def encoders(probe: OutputTable[ScoreRow], sources: Sources) -> Iterator[dict[st
     by_encoder: dict[str, list[ScoreRow]] = {}
     for row in probe.rows:
         by_encoder.setdefault(encoder_stem(row), []).append(row)
-    for own in by_encoder.values():
-        first = own[0]
+    for encoder_rows in by_encoder.values():
+        first = encoder_rows[0]
         tracked = runs.get(first.model_fingerprint)
         yield _record(
             what=first.model,
@@ -63,12 +63,12 @@ def encoders(probe: OutputTable[ScoreRow], sources: Sources) -> Iterator[dict[st
             tracked=tracked,
             run=tracked.run.run_id if tracked else None,
             encoder=first.model_fingerprint,
-            benchmarks=" ".join(dict.fromkeys(row.data_fingerprint for row in own)),
+            benchmarks=" ".join(dict.fromkeys(row.data_fingerprint for row in encoder_rows)),
         )
 
 
 def _record(*, tracked: TrackedRun | None, run: str | None, **facts: str | None) -> dict[str, str]:
     code, host = (tracked.code_version, tracked.host) if tracked else ("", "")
     names = ("what", "status", "folder", "settings", "cells", "encoder", "benchmarks")
-    found = {name: facts.get(name) or "" for name in names}
-    return found | {"MLflow run": run or "", "code": code, "host": host}
+    record = {name: facts.get(name) or "" for name in names}
+    return record | {"MLflow run": run or "", "code": code, "host": host}

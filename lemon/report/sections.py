@@ -75,9 +75,9 @@ def table1_section(probe: OutputTable[ScoreRow], numbers: PaperNumbers, store: S
                 if _is_papers(protocol, task, columns)
                 else None
             )
-            told = bracketed(cell.mean, cell.spread)
+            text = bracketed(cell.mean, cell.spread)
             is_best = cell.mean == best[task, protocol]
-            line.append(TableCell(told, between(cell.low, cell.high), is_best, printed(paper)))
+            line.append(TableCell(text, between(cell.low, cell.high), is_best, printed(paper)))
         rows.append(line)
     caption = (
         "Mean (s.d.) over folds of the linear probe: balanced accuracy of classes, Pearson correlation of measures. "
@@ -107,10 +107,10 @@ def probe_facts(probe: OutputTable[ScoreRow]) -> dict[str, str]:
 def _encoder_differences(
     probe: OutputTable[ScoreRow], store: Store, labels: Mapping[str, str], *, file: str
 ) -> list[Table]:
-    found = list(paired_differences(probe.store, labels))
-    if not found:
+    differences = list(paired_differences(probe.store, labels))
+    if not differences:
         return []
-    _write_csv(store, file, [each._asdict() for each in found])
+    _write_csv(store, file, [each._asdict() for each in differences])
     caption = (
         "Differences of pooled balanced accuracy between encoders, with 95 % intervals over the same draws of slides."
     )
@@ -120,7 +120,7 @@ def _encoder_differences(
             *map(TableCell, (each.encoder, each.against, each.task, each.protocol)),
             TableCell(signed(each.difference), f"{signed(each.low)} to {signed(each.high)}"),
         ]
-        for each in found
+        for each in differences
     ]
     return [Table(caption, head, rows, file)]
 
@@ -191,20 +191,20 @@ def study_table(
     stem: str,
 ) -> Table:
     """Points x (task, protocol): mean (s.d.) over seeds, the best in bold."""
-    found = {(value.point, value.column): value for value in values}
+    by_cell = {(value.point, value.column): value for value in values}
     columns: Columns = list(dict.fromkeys(value.column for value in values))
     best = studies.best_points(values)
     is_scale = bool(artefact and artefact.key.startswith("figure3"))
     rows = []
     for point in studies.point_names(sweep.rows):
-        own = [value for value in values if value.point == point]
-        line = [TableCell(point, own[0].value if own and own[0].value != point else "")]
-        line += [TableCell(plural(max((value.over.n for value in own), default=0), "seed"))]
+        point_values = [value for value in values if value.point == point]
+        line = [TableCell(point, point_values[0].value if point_values and point_values[0].value != point else "")]
+        line += [TableCell(plural(max((value.over.n for value in point_values), default=0), "seed"))]
         if is_scale:
             counts = ("n_cells", "n_slides", "n_organs")
-            line += [TableCell(span(getattr(value, name) or None for value in own)) for name in counts]
+            line += [TableCell(span(getattr(value, name) or None for value in point_values)) for name in counts]
         for column in columns:
-            value = found.get((point, column))
+            value = by_cell.get((point, column))
             if value is None:
                 line.append(TableCell("", "no result"))
                 continue
@@ -212,7 +212,9 @@ def study_table(
             if artefact and _is_papers(column[1], column[0], columns):
                 paper = numbers.find(artefact.key, row=[point, value.value], column=column[0])
             line.append(
-                _study_cell(value, best=best[column], most=max(each.over.n for each in own), paper=printed(paper))
+                _study_cell(
+                    value, best=best[column], most=max(each.over.n for each in point_values), paper=printed(paper)
+                )
             )
         rows.append(line)
     _write_csv(store, f"{stem}.csv", studies.value_records(values))
@@ -236,14 +238,14 @@ def _study_cell(value: studies.Value, *, best: float, most: int, paper: str) -> 
 
 def difference_tables(values: Sequence[studies.Value], store: Store, *, stem: str) -> list[Table]:
     """Each point less the first one, paired by seed."""
-    found = studies.differences_to_first(values)
-    if not found:
+    differences = studies.differences_to_first(values)
+    if not differences:
         return []
-    _write_csv(store, f"{stem}_differences.csv", studies.difference_records(found))
-    columns: Columns = list(dict.fromkeys((each.task, each.protocol) for each in found))
-    by_place = {(each.point, each.task, each.protocol): each for each in found}
+    _write_csv(store, f"{stem}_differences.csv", studies.difference_records(differences))
+    columns: Columns = list(dict.fromkeys((each.task, each.protocol) for each in differences))
+    by_place = {(each.point, each.task, each.protocol): each for each in differences}
     rows = []
-    for point in dict.fromkeys(each.point for each in found):
+    for point in dict.fromkeys(each.point for each in differences):
         line = [TableCell(point)]
         for task, protocol in columns:
             each = by_place.get((point, task, protocol))
@@ -253,7 +255,7 @@ def difference_tables(values: Sequence[studies.Value], store: Store, *, stem: st
             small = f"{signed_interval(each.over)} ({each.over.n} seeds)" if each.over.n > 1 else "one seed"
             line.append(TableCell(signed(each.over.mean), small))
         rows.append(line)
-    against = listed(each.against for each in found)
+    against = listed(each.against for each in differences)
     caption = (
         f"Differences to {against} over the same seeds: mean, and 95 % t interval of the paired differences. An "
         "interval that holds 0 shows no difference beyond the chance of training. Each is for itself alone."
@@ -283,8 +285,8 @@ def study_figures(study: str, values: Sequence[studies.Value], store: Store, *, 
 
 def sweep_facts(sweep: OutputTable[SweepRow], values: Sequence[studies.Value], runs: Runs) -> dict[str, str]:
     """What a sweep was made with, in the words of ``paper.RECIPE``: from its rows and the runs of its trials."""
-    own = [run for run_id in dict.fromkeys(row.run_id for row in sweep.rows) if (run := runs.get(run_id or ""))]
-    settings = [run.settings for run in own if run.settings is not None]
+    run_ids = [run for run_id in dict.fromkeys(row.run_id for row in sweep.rows) if (run := runs.get(run_id or ""))]
+    settings = [run.settings for run in run_ids if run.settings is not None]
     known = {
         "Cells": span(value.n_cells for value in values),
         "Slides": span(value.n_slides for value in values),

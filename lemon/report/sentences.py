@@ -20,14 +20,14 @@ SCALES = (*AXES, "organs")
 def study_sentences(sweep: OutputTable[SweepRow]) -> Iterator[str]:
     """One sentence or two a task: what a study's best point, or its largest, gains."""
     study = sweep.rows[0].study
-    for task, own in studies.main_values(studies.study_values(sweep.rows)).items():
-        head = f"{study}, {task} ({own[0].protocol}):"
-        if len(own) == 1:
-            yield f"{head} {own[0].point} {fixed(own[0].over.mean)}, the only point with a result."
+    for task, task_values in studies.main_values(studies.study_values(sweep.rows)).items():
+        head = f"{study}, {task} ({task_values[0].protocol}):"
+        if len(task_values) == 1:
+            yield f"{head} {task_values[0].point} {fixed(task_values[0].over.mean)}, the only point with a result."
         elif study in SCALES:
-            yield f"{head} {_scaled(own)}"
+            yield f"{head} {_scaled(task_values)}"
         else:
-            yield f"{head} {_compared(own)}"
+            yield f"{head} {_compared(task_values)}"
     lost = {each.trial for each in studies.missing_results(sweep.rows)}
     if lost:
         yield f"{study}: {plural(len(lost), 'trial')} without a result, listed with the reason below."
@@ -41,8 +41,8 @@ def probe_sentences(probe: OutputTable[ScoreRow]) -> Iterator[str]:
         if protocol == LEAK_FREE:
             by_task.setdefault(task, []).append((cell.mean, cell.spread, labels[stem]))
     pairs = list(paired_differences(probe.store, labels))
-    for task, found in sorted(by_task.items()):
-        ranked = sorted(found, reverse=True)
+    for task, scores in sorted(by_task.items()):
+        ranked = sorted(scores, reverse=True)
         mean, spread, best = ranked[0]
         text = f"encoders, {task} ({LEAK_FREE}): {best} {bracketed(mean, spread)} over folds"
         if len(ranked) == 1:
@@ -73,10 +73,10 @@ def _compared(values: Sequence[Value]) -> str:
 
 
 def _gain(value: Value, against: Value) -> str:
-    found = studies.point_difference(value, against)
-    if found is None:
+    difference = studies.point_difference(value, against)
+    if difference is None:
         return "no seed in common, so no difference is told"
-    over = found.over
+    over = difference.over
     if over.n < 2:
         return f"{signed(over.mean)} with one seed, which says nothing about chance"
     verdict = "no difference beyond seeds" if over.low <= 0 <= over.high else "beyond the chance of seeds"

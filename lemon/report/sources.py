@@ -46,7 +46,7 @@ class TrackedSettings(BaseModel):
     batch: int
     epochs: float
     images_per_epoch: int
-    leaves_out_patients: Annotated[bool, BeforeValidator(lambda told: told != "[]")] = Field(
+    leaves_out_patients: Annotated[bool, BeforeValidator(lambda text: text != "[]")] = Field(
         alias="select.exclude_patients"
     )
 
@@ -84,7 +84,7 @@ class Sources:
     """What was found.
 
     ``runs``: by their id in MLflow, those of trials too. ``missing``: a line for each thing that was not there;
-    ``in_vain``: some of it was asked for by name.
+    ``requested_missing``: some of it was requested by name.
     """
 
     sweeps: list[OutputTable[SweepRow]] = field(default_factory=list)
@@ -93,10 +93,10 @@ class Sources:
     missing: list[str] = field(default_factory=list)
     requested_missing: bool = False
 
-    def miss(self, line: str, *, asked: bool) -> None:
+    def add_missing(self, line: str, *, requested: bool) -> None:
         """Note and tell what is not there."""
         self.missing.append(line)
-        self.requested_missing |= asked
+        self.requested_missing |= requested
         logger.info(f"missing: {line}")
 
 
@@ -126,30 +126,34 @@ def read_sweep(store: Store) -> list[SweepRow]:
 
 def _find_runs(name: str, sources: Sources, *, needed: bool) -> None:
     try:
-        found = find_runs(name)
+        records = find_runs(name)
     except ConfigError as error:
         if needed:
             raise
-        sources.miss(str(error), asked=False)
+        sources.add_missing(str(error), requested=False)
         return
-    if needed and not found:
-        sources.miss(f"MLflow has no runs of the experiment {name!r} (MLFLOW_TRACKING_URI says where)", asked=False)
-    sources.runs |= {record.run.run_id: TrackedRun.of(record) for record in found}
+    if needed and not records:
+        sources.add_missing(
+            f"MLflow has no runs of the experiment {name!r} (MLFLOW_TRACKING_URI says where)", requested=False
+        )
+    sources.runs |= {record.run.run_id: TrackedRun.of(record) for record in records}
 
 
 def _read_all(
     outputs: list[OutputTable[R]],
-    given: Sequence[str] | None,
-    found: Sequence[str],
+    wanted: Sequence[str] | None,
+    tracked: Sequence[str],
     read: Callable[[Store], list[R]],
     sources: Sources,
 ) -> None:
     """Read each folder that was given, else each that was found, once."""
-    for folder in dict.fromkeys(name.rstrip("/") for name in (found if given is None else given)):
+    for folder in dict.fromkeys(name.rstrip("/") for name in (tracked if wanted is None else wanted)):
         try:
             store = Store(folder)
             outputs.append(OutputTable(store, read(store)))
         except ConfigError as error:
-            sources.miss(str(error), asked=given is not None)
+            sources.add_missing(str(error), requested=wanted is not None)
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            sources.miss(f"{folder} cannot be read: {' '.join(str(error).split())}", asked=given is not None)
+            sources.add_missing(
+                f"{folder} cannot be read: {' '.join(str(error).split())}", requested=wanted is not None
+            )

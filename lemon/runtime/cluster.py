@@ -124,17 +124,17 @@ def check_address(address: str) -> None:
     """
     if address == "auto":
         return
-    found = _ADDRESS.fullmatch(address)
-    if found is None:
+    match = _ADDRESS.fullmatch(address)
+    if match is None:
         raise ConfigError(f"RAY_ADDRESS: got {address!r}; expected HOST:6379, ray://HOST:10001 or auto")
-    host, port = found["host"].strip("[]"), int(found["port"])
+    host, port = match["host"].strip("[]"), int(match["port"])
     try:
         socket.create_connection((host, port), timeout=_ASK_S).close()
     except (OSError, OverflowError) as error:
         why = getattr(error, "strerror", None) or error
         raise ConfigError(f"RAY_ADDRESS: got {address!r}; nothing answers there ({why}): {_REMEDY}") from None
-    if not found["client"]:
-        _check_gcs(address, place=f"{found['host']}:{port}")
+    if not match["client"]:
+        _check_gcs(address, place=f"{match['host']}:{port}")
 
 
 def _check_gcs(address: str, *, place: str) -> None:
@@ -146,12 +146,12 @@ def _check_gcs(address: str, *, place: str) -> None:
     question = gcs_service_pb2.CheckAliveRequest()  # type: ignore[attr-defined]
     with grpc.insecure_channel(place, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
-            ask = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).CheckAlive
-            reply = ask(question, timeout=2 * _ASK_S, metadata=_credentials())
+            check_alive = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).CheckAlive
+            reply = check_alive(question, timeout=2 * _ASK_S, metadata=_credentials())
         except grpc.RpcError as error:
             code = error.code()
             if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
-                raise ConfigError(_refused(address)) from None
+                raise ConfigError(_refusal_line(address)) from None
             raise ConfigError(
                 f"RAY_ADDRESS: got {address!r}; what answers there is no Ray head ({code.name.lower()}): {_REMEDY}"
             ) from None
@@ -179,14 +179,14 @@ def _token() -> str | None:
     return None
 
 
-def _refused(address: str) -> str:
+def _refusal_line(address: str) -> str:
     """What to say of a cluster that wants another token; never the token itself."""
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
-        got, mend = f"RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']}", "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+        got, remedy = f"RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']}", "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
     else:
         got = "the token here is another one" if _token() else "there is none here"
-        mend = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's"
-    return f"RAY_ADDRESS: Ray at {address} wants its token and {got}: {mend}"
+        remedy = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's"
+    return f"RAY_ADDRESS: Ray at {address} wants its token and {got}: {remedy}"
 
 
 def temporary_folder() -> str | None:
@@ -281,14 +281,14 @@ def _init(*, limit_s: float, **options: Any) -> None:
 
 def explain(error: Exception) -> str:
     """An error of ``ray.init`` in one line, with how to mend it where that is known."""
-    told = " ".join(str(error).split())
+    message = " ".join(str(error).split())
     if type(error).__name__ == "AuthenticationError":
         return "RAY_AUTH_MODE wants a token and there is none: set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-    if isinstance(error, ConnectionError) and "any running Ray" in told:
+    if isinstance(error, ConnectionError) and "any running Ray" in message:
         return "no Ray runs on this machine: ray start --head, or unset RAY_ADDRESS to have one for this job"
-    if told.startswith("Version mismatch"):
-        return f"{told[:300]}: install the cluster's versions"
-    return f"{type(error).__name__}: {told[:300]}"
+    if message.startswith("Version mismatch"):
+        return f"{message[:300]}: install the cluster's versions"
+    return f"{type(error).__name__}: {message[:300]}"
 
 
 def _children() -> set[psutil.Process]:
@@ -322,9 +322,9 @@ def nodes() -> list[dict[str, float]]:
 
 def describe_nodes() -> str:
     """What the cluster has, in words."""
-    there = nodes()
-    total = {name: sum(node.get(name, 0) for node in there) for name in ("CPU", "GPU")}
-    return f"{len(there)} nodes with {total['CPU']:g} CPUs and {total['GPU']:g} GPUs"
+    alive = nodes()
+    total = {name: sum(node.get(name, 0) for node in alive) for name in ("CPU", "GPU")}
+    return f"{len(alive)} nodes with {total['CPU']:g} CPUs and {total['GPU']:g} GPUs"
 
 
 def autoscaler_nodes() -> list[dict[str, float]] | None:

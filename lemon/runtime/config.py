@@ -122,17 +122,17 @@ def _is_utf8(text: str) -> bool:
 
 def _check_kind(path: str) -> None:
     """Refuse what is there but no file or folder: a pipe would be waited for without end. Raises ValueError."""
-    told = repr(path) if len(path) <= _MAX_PATH_CHARACTERS else f"{path[:_MAX_PATH_CHARACTERS]!r}..."
+    shown = repr(path) if len(path) <= _MAX_PATH_CHARACTERS else f"{path[:_MAX_PATH_CHARACTERS]!r}..."
     try:
         mode = os.stat(os.path.expanduser(path)).st_mode  # noqa: PTH111, PTH116  (Path would make "a//b" another text)
     except ValueError:
-        raise ValueError(f"got {told}; expected a path without a zero byte") from None
+        raise ValueError(f"got {shown}; expected a path without a zero byte") from None
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-            raise ValueError(f"got {told}; expected a path that can be opened: {error.strerror}") from None
+            raise ValueError(f"got {shown}; expected a path that can be opened: {error.strerror}") from None
         return  # absent, or not to be seen from here: whoever reads it tells
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise ValueError(f"got {told}, which is a pipe or a device; expected a file or folder")
+        raise ValueError(f"got {shown}, which is a pipe or a device; expected a file or folder")
 
 
 _MAX_PATH_CHARACTERS = 80
@@ -511,8 +511,8 @@ def _model_in(kind: Any) -> type[BaseModel] | None:
     """The config that an annotation is, or holds beside None."""
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return kind
-    found = [each for each in map(_model_in, get_args(kind)) if each is not None] if get_args(kind) else []
-    return found[0] if found else None
+    models = [each for each in map(_model_in, get_args(kind)) if each is not None] if get_args(kind) else []
+    return models[0] if models else None
 
 
 def _field_names(model: type[BaseModel]) -> Iterator[str]:

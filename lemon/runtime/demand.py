@@ -38,7 +38,7 @@ class Demand:
         cpus: of a worker.
         gpus: of a worker, a share or a whole number; None: one, where the cluster has any.
         least: workers that have to be there at the same time.
-        wished: workers that were asked for; fewer is told and goes on.
+        wanted_workers: workers that were requested; fewer is logged, and the job goes on.
         may_shrink: fewer CPUs a worker will do, as for a default that nobody asked for.
         key: of the settings that say what a worker takes.
         count_key: of the setting that says how many.
@@ -85,13 +85,13 @@ def _n_on_node(node: Node, *, cpus: int, gpus: float) -> int:
     return min(held, int(devices // gpus) if gpus >= 1 else devices * math.floor(1 / gpus + 1e-9))
 
 
-def plan_allocation(demand: Demand, *, nodes: Sequence[Node], coming: Sequence[Node] | None, place: str) -> Allocation:
+def plan_allocation(demand: Demand, *, nodes: Sequence[Node], addable: Sequence[Node] | None, place: str) -> Allocation:
     """What a cluster of these nodes has for a job.
 
     Args:
         demand: what is asked.
         nodes: those that are there.
-        coming: nodes that an autoscaler may add; None: it may add some, of a size that it does not tell.
+        addable: nodes that an autoscaler may add; None: it may add some, of unknown size.
         place: the cluster, in words.
 
     Raises:
@@ -99,25 +99,25 @@ def plan_allocation(demand: Demand, *, nodes: Sequence[Node], coming: Sequence[N
     """
     gpus = demand.gpus
     if gpus is None:
-        gpus = 1.0 if any(node.get("GPU", 0) >= 1 for node in (*nodes, *(coming or ()))) else 0.0
+        gpus = 1.0 if any(node.get("GPU", 0) >= 1 for node in (*nodes, *(addable or ()))) else 0.0
     if gpus > 1 and gpus != int(gpus):
         raise ConfigError(f"{demand.key}.gpus: got {gpus:g}; expected a share of one GPU or a whole number")
     holds = n_workers_that_fit(nodes, cpus=demand.cpus, gpus=gpus)
     if holds >= demand.least:
         return Allocation(
-            demand.cpus, gpus, holds, notes=_fewer_workers_note(demand, holds, place=place, final=coming == ())
+            demand.cpus, gpus, holds, notes=_fewer_workers_note(demand, holds, place=place, final=addable == ())
         )
-    if coming and holds + n_workers_that_fit(coming, cpus=demand.cpus, gpus=gpus) >= demand.least:
+    if addable and holds + n_workers_that_fit(addable, cpus=demand.cpus, gpus=gpus) >= demand.least:
         return Allocation(demand.cpus, gpus, max(1, holds), waits=True)
     for cpus in range(demand.cpus - 1, 0, -1) if demand.may_shrink else ():
         if (holds := n_workers_that_fit(nodes, cpus=cpus, gpus=gpus)) >= demand.least:
             note = f"{demand.key}.cpus: {cpus} instead of {demand.cpus}, as no node of {place} has more"
             return Allocation(
-                cpus, gpus, holds, notes=(note, *_fewer_workers_note(demand, holds, place=place, final=coming == ()))
+                cpus, gpus, holds, notes=(note, *_fewer_workers_note(demand, holds, place=place, final=addable == ()))
             )
-    if coming is None:
+    if addable is None:
         return Allocation(demand.cpus, gpus, max(1, holds), waits=True)
-    raise ConfigError(_refusal(demand, gpus=gpus, nodes=[*nodes, *coming], place=place))
+    raise ConfigError(_refusal(demand, gpus=gpus, nodes=[*nodes, *addable], place=place))
 
 
 def _fewer_workers_note(demand: Demand, holds: int, *, place: str, final: bool) -> tuple[str, ...]:
@@ -129,16 +129,16 @@ def _fewer_workers_note(demand: Demand, holds: int, *, place: str, final: bool) 
 def _refusal(demand: Demand, *, gpus: float, nodes: Sequence[Node], place: str) -> str:
     """The key that asks for too much, what was got, what there is, how to mend it."""
     most = {name: max((node.get(name, 0) for node in nodes), default=0) for name in ("CPU", "GPU")}
-    mend = "ask for less, or set RAY_ADDRESS to a cluster that has it"
+    remedy = "ask for less, or set RAY_ADDRESS to a cluster that has it"
     if gpus and not most["GPU"]:
-        return f"{demand.key}.gpus: got {gpus:g}; {place} has no GPU: {demand.key}.gpus=0, or {mend}"
+        return f"{demand.key}.gpus: got {gpus:g}; {place} has no GPU: {demand.key}.gpus=0, or {remedy}"
     if gpus > most["GPU"]:
-        return f"{demand.key}.gpus: got {gpus:g}; no node of {place} has more than {most['GPU']:g}: {mend}"
+        return f"{demand.key}.gpus: got {gpus:g}; no node of {place} has more than {most['GPU']:g}: {remedy}"
     if demand.cpus > most["CPU"]:
-        return f"{demand.key}.cpus: got {demand.cpus}; no node of {place} has more than {most['CPU']:g}: {mend}"
+        return f"{demand.key}.cpus: got {demand.cpus}; no node of {place} has more than {most['CPU']:g}: {remedy}"
     each = f"{demand.cpus} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
     holds = n_workers_that_fit(nodes, cpus=demand.cpus, gpus=gpus)
-    return f"{demand.count_key}: got {demand.least}, of {each} each; {place} has room for {holds}: {mend}"
+    return f"{demand.count_key}: got {demand.least}, of {each} each; {place} has room for {holds}: {remedy}"
 
 
 def is_new_output(output: str, *, table: str) -> bool:
@@ -165,35 +165,37 @@ def allocate(demand: Demand, *, stage: str) -> Allocation:
     cluster.start_ray()
     here = cluster.ray_address() is None
     place = "this machine" if here else "the cluster"
-    granted = plan_allocation(
-        demand, nodes=cluster.nodes(), coming=() if here else cluster.autoscaler_nodes(), place=place
+    allocation = plan_allocation(
+        demand, nodes=cluster.nodes(), addable=() if here else cluster.autoscaler_nodes(), place=place
     )
-    for note in granted.notes:
+    for note in allocation.notes:
         if note not in _logged_notes:
             logger.warning(note, extra={"stage": stage})
             _logged_notes.add(note)
     if here:
-        return granted
-    _wait(demand, granted, stage=stage)
+        return allocation
+    _wait(demand, allocation, stage=stage)
     return replace(
-        granted, room=max(1, n_workers_that_fit(cluster.nodes(), cpus=granted.cpus, gpus=granted.gpus)), waits=False
+        allocation,
+        room=max(1, n_workers_that_fit(cluster.nodes(), cpus=allocation.cpus, gpus=allocation.gpus)),
+        waits=False,
     )
 
 
-def _wait(demand: Demand, granted: Allocation, *, stage: str) -> None:
+def _wait(demand: Demand, allocation: Allocation, *, stage: str) -> None:
     """Wait until the cluster has the workers free. A placement group of theirs also tells an autoscaler what to add."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    each = {"CPU": float(granted.cpus)} | ({"GPU": granted.gpus} if granted.gpus else {})
+    each = {"CPU": float(allocation.cpus)} | ({"GPU": allocation.gpus} if allocation.gpus else {})
     held = placement_group([each] * demand.least)
-    start = told = time.monotonic()
+    start = last_notice = time.monotonic()
     try:
         while not held.wait(_POLL_S):  # short, because no signal interrupts it
-            if time.monotonic() - told > NOTICE_S:
-                told = time.monotonic()
+            if time.monotonic() - last_notice > NOTICE_S:
+                last_notice = time.monotonic()
                 what = ", ".join(f"{value:g} {name}" for name, value in each.items())
                 logger.warning(
-                    f"waits for {demand.least} x {what} of the cluster, for {told - start:.0f} s now; "
+                    f"waits for {demand.least} x {what} of the cluster, for {last_notice - start:.0f} s now; "
                     f"{cluster.describe_nodes()}; Ctrl-C ends it",
                     extra={"stage": stage},
                 )

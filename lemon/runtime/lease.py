@@ -61,16 +61,16 @@ class _Content(TypedDict):
 
 
 @contextlib.contextmanager
-def hold(output: str, *, stage: str, owns: Sequence[str] = ()) -> Iterator[Store]:
+def hold(output: str, *, stage: str, names: Sequence[str] = ()) -> Iterator[Store]:
     """Hold an output while the block runs: its store, rid of what killed jobs left half written.
 
     Raises ConfigError, one line that names the other job, where it is being written, and as ``open_output`` does.
     A job that finds its claim taken over, as after a long sleep of its machine, is ended by SIGTERM.
     """
-    claim = _Claim(open_output(output, owns=owns), stage)
+    claim = _Claim(open_output(output, names=names), stage)
     claim.write()
     with claim.beating():
-        claim.settle()
+        claim.acquire()
         claim.store.remove_temporaries()
         yield claim.store
 
@@ -97,7 +97,7 @@ class _Claim:
         # Of one length: a reader at S3 asks for the length and then for so many bytes, of what may be a newer beat.
         self.store.write_internal(self.name, json.dumps(self.content).encode().ljust(CLAIM_BYTES))
 
-    def settle(self) -> None:
+    def acquire(self) -> None:
         """Return when no other job writes the output; raises ConfigError when one does."""
         first: dict[str, tuple[dict[str, Any], float]] = {}
         while others := self._others():
@@ -124,12 +124,12 @@ class _Claim:
         logger.warning(line, extra={"stage": self.content["stage"]})
 
     def _others(self) -> dict[str, dict[str, Any]]:
-        found = {}
+        claims = {}
         for name in self.store.list(FOLDER, suffix=".json"):
             if name != self.name:
                 with contextlib.suppress(FileNotFoundError):  # withdrawn since it was listed
-                    found[name] = _read(self.store.read_bytes(name))
-        return found
+                    claims[name] = _read(self.store.read_bytes(name))
+        return claims
 
     @contextlib.contextmanager
     def beating(self) -> Iterator[None]:
@@ -166,7 +166,7 @@ class _Claim:
 def _read(content: bytes) -> dict[str, Any]:
     """A claim. One that cannot be read is a claim of another machine: it lives while its bytes change."""
     try:
-        return dict(parse_json(content, _Content, told="claim"))
+        return dict(parse_json(content, _Content, label="claim"))
     except DamagedError:
         unknown = {"stage": "a job whose claim is damaged", "job": None, "host": "unknown", "machine": "", "pid": 0}
         digest = hashlib.sha256(content).hexdigest()
@@ -182,7 +182,7 @@ def _ray_job() -> str | None:
     """The submission id of the Ray job that this process is the driver of."""
     given = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}"
     with contextlib.suppress(DamagedError):
-        metadata = parse_json(given.encode(errors="replace"), dict[str, Any], told="Ray's settings").get("metadata")
+        metadata = parse_json(given.encode(errors="replace"), dict[str, Any], label="Ray's settings").get("metadata")
         if isinstance(metadata, dict) and metadata.get("job_submission_id"):
             return redacted(str(metadata["job_submission_id"]))
     return None

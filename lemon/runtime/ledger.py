@@ -93,8 +93,8 @@ class Ledger(Generic[R]):
 
     def without_file(self, slide_ids: Iterable[str], name_of: Callable[[str], str]) -> set[str]:
         """Those slides whose file, in the output's folder of such files, is absent."""
-        there = self.store.entries(name_of("").partition("/")[0])
-        return {slide_id for slide_id in slide_ids if name_of(slide_id) not in there}
+        files = self.store.entries(name_of("").partition("/")[0])
+        return {slide_id for slide_id in slide_ids if name_of(slide_id) not in files}
 
     def _name(self, slide_id: str) -> str:
         return f"{self.folder}/{file_stem(slide_id)}.parquet"
@@ -126,11 +126,13 @@ class Summary(Generic[R]):
             return EXIT_FAILURES
         return max((each.exit_code for each in self.before), default=EXIT_OK)
 
-    def tell(self, logger: logging.LoggerAdapter[logging.Logger], statuses: Sequence[str] = SLIDE_STATUSES) -> str:
+    def log_and_describe(
+        self, logger: logging.LoggerAdapter[logging.Logger], statuses: Sequence[str] = SLIDE_STATUSES
+    ) -> str:
         """Log the reason of each row that has one; returns in words how many slides have which status."""
         for row in self.rows:
             if row.error:
                 logger.info(f"  {row.slide_id}: {row.status}: {row.error}")
         counts = Counter(row.status for row in self.rows)
-        told = ", ".join(f"{counts[status]} {status}" for status in statuses)
-        return f"{len(self.rows)} slides ({told}; {self.n_skipped} of an earlier run)"
+        by_status = ", ".join(f"{counts[status]} {status}" for status in statuses)
+        return f"{len(self.rows)} slides ({by_status}; {self.n_skipped} of an earlier run)"

@@ -107,13 +107,13 @@ class ActorPool:
     """A pool of actors.
 
     Attributes:
-        granted: what an actor takes of the cluster, and how many there is room for.
-        most: actors at most; None: as many as there is room for.
+        allocation: what an actor takes of the cluster, and how many there is room for.
+        max_actors: actors at most; None: as many as there is room for.
         ahead: items that an actor gets ready while it works on another.
     """
 
     allocation: Allocation
-    most: int | None = None
+    max_actors: int | None = None
     ahead: int = 0
 
 
@@ -157,14 +157,14 @@ def run(
     if actors is not None:
         yield from _on_ray(items, make, actors=actors, max_attempts=max_attempts)
         return
-    worker, run_id, turn = make(), _new_run(), threading.Lock()
+    worker, run_id, turn = make(), _new_run_id(), threading.Lock()
     if progress is not None:
         worker.progress = progress
     for item in items:
         yield _work_on_item(item, worker, run_id=run_id, max_attempts=max_attempts, turn=turn)
 
 
-def _new_run() -> str:
+def _new_run_id() -> str:
     return uuid.uuid4().hex[:12]
 
 
@@ -219,10 +219,10 @@ class ItemActor(Generic[Item, Row]):
                 raise FatalError(self.fault)
             item: Item = pickle.loads(batch["item"][0])  # of this job's own  # noqa: S301
             row = _work_on_item(item, self.worker, run_id=self.run_id, max_attempts=self.max_attempts, turn=self.turn)
-            told: dict[str, Any] = {"row": row}
+            result: dict[str, Any] = {"row": row}
         except FatalError as error:
-            told = {"fatal": str(error)}
-        return {"told": np.array([pickle.dumps(told)], object)}
+            result = {"fatal": str(error)}
+        return {"result": np.array([pickle.dumps(result)], object)}
 
 
 def _in_worker(make: Callable[[], Worker[Item, Row]]) -> Worker[Item, Row]:
@@ -236,25 +236,25 @@ def _on_ray(
     import ray.data
 
     quiet_ray_data()
-    granted = actors.allocation
+    allocation = actors.allocation
     threads: Any = {"max_concurrency": 1 + actors.ahead} if actors.ahead else {}
     rows = ray.data.from_items(
         [{"item": pickle.dumps(item)} for item in items], override_num_blocks=len(items)
     ).map_batches(
         ItemActor,
-        fn_constructor_args=(functools.partial(_in_worker, make), _new_run(), max_attempts),
+        fn_constructor_args=(functools.partial(_in_worker, make), _new_run_id(), max_attempts),
         batch_size=1,
-        num_cpus=granted.cpus,
-        num_gpus=granted.gpus,
+        num_cpus=allocation.cpus,
+        num_gpus=allocation.gpus,
         compute=ray.data.ActorPoolStrategy(
             min_size=1,
-            max_size=min(actors.most or granted.room, len(items)),
+            max_size=min(actors.max_actors or allocation.room, len(items)),
             enable_true_multi_threading=actors.ahead > 0,
         ),
         **threads,
     )
-    for found in rows.iter_rows():
-        told = pickle.loads(found["told"])  # noqa: S301
-        if "fatal" in told:
-            raise FatalError(told["fatal"])
-        yield told["row"]
+    for batch_row in rows.iter_rows():
+        result = pickle.loads(batch_row["result"])  # noqa: S301
+        if "fatal" in result:
+            raise FatalError(result["fatal"])
+        yield result["row"]

@@ -136,17 +136,17 @@ def _decoded(content: bytes) -> tuple[str, tuple[str, ...]]:
         except UnicodeDecodeError:
             continue
         _check_signs(text)
-        told = "not UTF-8, read as Windows-1252; save it as UTF-8 if names look wrong"
-        return text, (told,) if name == "cp1252" else ()
+        note = "not UTF-8, read as Windows-1252; save it as UTF-8 if names look wrong"
+        return text, (note,) if name == "cp1252" else ()
     tried = f"not {marked.upper().removesuffix('-SIG')}" if marked else "neither UTF-8 nor Windows-1252"
     raise TableError(f": {tried} text; expected a CSV table: save it as UTF-8")
 
 
 def _check_signs(text: str) -> None:
-    found = _CONTROL.search(text)
-    if found:
-        line = 1 + len(re.findall(r"\r\n|\r|\n", text[: found.start()]))
-        sign = "a NUL byte" if found[0] == "\x00" else f"the control character U+{ord(found[0]):04X}"
+    match = _CONTROL.search(text)
+    if match:
+        line = 1 + len(re.findall(r"\r\n|\r|\n", text[: match.start()]))
+        sign = "a NUL byte" if match[0] == "\x00" else f"the control character U+{ord(match[0]):04X}"
         raise TableError(
             f", line {line}: holds {sign}; expected text: is it a binary file, or UTF-16? save it as UTF-8"
         )
@@ -172,7 +172,7 @@ def _separated(text: str, known: Sequence[str], notes: tuple[str, ...]) -> RawTa
 
 def _header_of(text: str, separators: Sequence[str], known: Sequence[str]) -> tuple[str, list[str]]:
     """The separator whose header has the most known columns, then the most columns; and that header."""
-    wanted, found = {loose(name) for name in known}, []
+    wanted, candidates = {loose(name) for name in known}, []
     for separator in separators:
         try:
             header = next(_records(text, separator))[1]
@@ -181,10 +181,10 @@ def _header_of(text: str, separators: Sequence[str], known: Sequence[str]) -> tu
             continue
         except StopIteration:
             raise TableError(": no header; expected the names of its columns in the first line") from None
-        found.append((sum(loose(name) in wanted for name in header), len(header), separator, header))
-    if not found:
+        candidates.append((sum(loose(name) in wanted for name in header), len(header), separator, header))
+    if not candidates:
         raise why
-    _, _, separator, header = max(found, key=lambda each: each[:2])
+    _, _, separator, header = max(candidates, key=lambda each: each[:2])
     return separator, header
 
 

@@ -68,8 +68,8 @@ class Records:
     def of(self, name: str) -> list[FileRecord]:
         """What is recorded of a file, the newest first; none where nothing is, or it is damaged."""
         try:
-            found = json.loads(self.store.read_bytes(_record_name(name)))
-            return [FileRecord(**each) for each in found]
+            entries = json.loads(self.store.read_bytes(_record_name(name)))
+            return [FileRecord(**each) for each in entries]
         except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
             return []
 
@@ -105,13 +105,13 @@ class Records:
             return None
         known = self.of(name)
         try:
-            found = self._matching(name, info, known)
+            record = self._matching(name, info, known)
         except FileNotFoundError:  # another process is removing it
             return None
-        if found is None:
+        if record is None:
             why = "was changed since lemon wrote it" if known else "was not written by lemon"
             raise ForeignFileError(f"{self.store.uri}/{name} {why}; move it away, or choose another output")
-        return found
+        return record
 
     def _matching(self, name: str, info: pafs.FileInfo, known: Sequence[FileRecord]) -> FileRecord | None:
         """Which of its records a file agrees with: by size and time, else by its digest."""
@@ -157,11 +157,11 @@ class Records:
         """Files below a name, or the file of that name, of which there is no record; hidden ones are left out."""
         if self.store.info(top).type == pafs.FileType.File:
             return [] if self.of(top) else [top]
-        there = self.store.list(top)
-        if not there:
+        names = self.store.list(top)
+        if not names:
             return []
         known = self.names(top)
-        return [name for name in there if not (_is_hidden(name) or known.intersection(_and_parents(name)))]
+        return [name for name in names if not (_is_hidden(name) or known.intersection(_with_parents(name)))]
 
 
 def is_internal(name: str) -> bool:
@@ -177,6 +177,6 @@ def _is_hidden(name: str) -> bool:
     return name.rpartition("/")[2].startswith(".")
 
 
-def _and_parents(name: str) -> list[str]:
+def _with_parents(name: str) -> list[str]:
     parts = name.split("/")
     return ["/".join(parts[:count]) for count in range(len(parts), 0, -1)]

@@ -18,24 +18,24 @@ class Registry:
         group: of the entry points, as ``lemon.segmenters``; another package registers with
             ``[project.entry-points."lemon.segmenters"]`` and ``NAME = "package.module:Class"`` in its pyproject.toml.
         kind: what each part is: an instance or a subclass of it.
-        own: name -> this package's part, or its ``module:attribute``, which is imported when it is asked for.
+        builtin: name -> this package's part, or its ``module:attribute``, which is imported when it is asked for.
     """
 
-    def __init__(self, group: str, own: Mapping[str, Any], *, kind: type) -> None:
-        self.group, self.own, self.kind = group, dict(own), kind
+    def __init__(self, group: str, builtin: Mapping[str, Any], *, kind: type) -> None:
+        self.group, self.builtin, self.kind = group, dict(builtin), kind
 
     def names(self) -> list[str]:
         """All names, this package's first."""
-        return [*self.own | _registered(self.group)]
+        return [*self.builtin | _registered(self.group)]
 
     def __contains__(self, name: str) -> bool:
-        return name in self.own or name in _registered(self.group)
+        return name in self.builtin or name in _registered(self.group)
 
     def load(self, name: str) -> Any:
         """Import a part. Raises ValueError, one line, for an unknown name and for what is no such part."""
         if name not in self:
             raise ValueError(unknown(name, self.names()))
-        where = self.own[name] if name in self.own else _registered(self.group)[name]
+        where = self.builtin[name] if name in self.builtin else _registered(self.group)[name]
         try:
             part = pkgutil.resolve_name(where) if isinstance(where, str) else where
         except (ImportError, AttributeError, ValueError) as error:
@@ -46,11 +46,11 @@ class Registry:
 
     def parts(self) -> dict[str, Any]:
         """All parts by name; those that cannot be imported are left out."""
-        found = {}
+        parts = {}
         for name in self.names():
             with contextlib.suppress(ValueError):
-                found[name] = self.load(name)
-        return found
+                parts[name] = self.load(name)
+        return parts
 
 
 def unknown(name: str, names: Sequence[str]) -> str:

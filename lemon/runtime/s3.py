@@ -79,11 +79,11 @@ def client(bucket: str, endpoint_url: str | None, region: str | None) -> pafs.S3
 
 def reason_of(text: str) -> str | None:
     """The reason in an error of pyarrow's S3 client: HTTP status and words; None for another error."""
-    found = _AWS_ERROR.search(" ".join(text.split()))
-    if found is None:
+    match = _AWS_ERROR.search(" ".join(text.split()))
+    if match is None:
         return None
-    name, status, operation, words = found.groups()
+    name, status, operation, words = match.groups()
     status = status or _STATUSES.get(name)
     words = re.split(r"; Details| \(Request ID", words)[0].strip().rstrip(".")
-    told = f"{f'HTTP {status}, ' if status else ''}{name} in {operation} after {ATTEMPTS} attempts at most"
-    return f"{told}: {words}" if words else told
+    reason = f"{f'HTTP {status}, ' if status else ''}{name} in {operation} after {ATTEMPTS} attempts at most"
+    return f"{reason}: {words}" if words else reason

@@ -48,7 +48,7 @@ _IN_TEXTS = (
 def redacted(text: str) -> str:
     """The text with ``***`` in the place of whatever is, or looks like, a secret."""
     if known := _known():
-        text = re.sub("|".join(map(re.escape, known)), lambda found: f"***{'@' * found[0].endswith('@')}", text)
+        text = re.sub("|".join(map(re.escape, known)), lambda match: f"***{'@' * match[0].endswith('@')}", text)
     for shape, instead in (*_IN_URIS, *_IN_TEXTS):
         text = shape.sub(instead, text)
     return text
@@ -56,8 +56,8 @@ def redacted(text: str) -> str:
 
 def holds_secret(uri: str) -> bool:
     """Whether a URI has a user, a password, a query of options or a port that is none; no part of it must be told."""
-    _, found, rest = uri.partition("://")
-    if not found:
+    _, separator, rest = uri.partition("://")
+    if not separator:
         return False
     place, _, path = rest.partition("/")
     port = place.partition(":")[2]
@@ -81,9 +81,9 @@ def _known() -> list[str]:
     for name, value in os.environ.items():
         if is_secret_name(name):
             values.add(value)
-        if found := _URI_WITH_USER.match(value):  # as MLFLOW_TRACKING_URI; libraries tell the password by itself
-            values.add(found["user"].partition(":")[2])
-            users.add(f"{found['user']}@")
+        if match := _URI_WITH_USER.match(value):  # as MLFLOW_TRACKING_URI; libraries tell the password by itself
+            values.add(match["user"].partition(":")[2])
+            users.add(f"{match['user']}@")
     spellings = {each for value in values for each in _spellings(value) if len(each) >= MIN_CHARACTERS}
     return sorted(users | spellings, key=len, reverse=True)
 

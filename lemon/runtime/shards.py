@@ -122,5 +122,5 @@ def read_shard(
 
 def digest_in(file: pq.ParquetFile) -> str | None:
     """The digest that a shard's metadata states; None where it states none."""
-    found = (file.metadata.metadata or {}).get(DIGEST)
-    return None if found is None else found.decode()
+    digest = (file.metadata.metadata or {}).get(DIGEST)
+    return None if digest is None else digest.decode()

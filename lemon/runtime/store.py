@@ -110,8 +110,8 @@ class Store:
         selector = pafs.FileSelector(self.path(folder), allow_not_found=True, recursive=True)
         with self._plain_errors(folder):
             infos = self.filesystem.get_file_info(selector)
-        found = (info.path for info in infos if info.type == pafs.FileType.File)
-        names = (path[len(self.root) :].lstrip("/") for path in found)
+        paths = (info.path for info in infos if info.type == pafs.FileType.File)
+        names = (path[len(self.root) :].lstrip("/") for path in paths)
         hidden = () if is_internal(folder) else (INTERNAL_FOLDER,)
         return sorted(
             name
@@ -232,8 +232,8 @@ class Store:
         if not names:
             raise FileNotFoundError(f"{self.uri}/{name}: no such file or folder")
 
-        def fetch(found: str) -> None:
-            self.download(found, Path(target) / found[len(name) :].lstrip("/"))
+        def fetch(file_name: str) -> None:
+            self.download(file_name, Path(target) / file_name[len(name) :].lstrip("/"))
 
         with ThreadPoolExecutor(READERS) as pool:
             list(pool.map(fetch, names))
@@ -297,7 +297,7 @@ class Store:
 
         Raises FileNotFoundError; DamagedError where the file is cut short, is no JSON, or holds another kind of value.
         """
-        return parse_json(self.read_bytes(name), kind, told=f"{self.uri}/{name}")
+        return parse_json(self.read_bytes(name), kind, label=f"{self.uri}/{name}")
 
     def read_table(self, name: str, **options: Any) -> pa.Table:
         """One Parquet file. Raises FileNotFoundError."""
@@ -323,8 +323,8 @@ class Store:
             except (pa.ArrowException, OSError) as error:
                 if isinstance(error, StorageError):
                     raise
-                told = " ".join(str(error).split())
-                fault = f"is damaged ({told}); delete it, and the job that wrote it makes it again"
+                message = " ".join(str(error).split())
+                fault = f"is damaged ({message}); delete it, and the job that wrote it makes it again"
             raise ConfigError(f"{self.uri}/{name} {fault}")
 
         with ThreadPoolExecutor(READERS) as pool:
@@ -341,10 +341,10 @@ class Store:
         """What a Parquet file says that it was made from; None where it is absent or does not say."""
         try:
             with self.open_parquet(name) as file:
-                found = (file.schema_arrow.metadata or {}).get(CIRCUMSTANCES.encode())
+                value = (file.schema_arrow.metadata or {}).get(CIRCUMSTANCES.encode())
         except FileNotFoundError:
             return None
-        return None if found is None else found.decode()
+        return None if value is None else value.decode()
 
     def iter_batches(self, name: str, *, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """One Parquet file, ``BATCH_ROWS`` rows or fewer at a time, in order. Raises FileNotFoundError."""
@@ -382,16 +382,16 @@ class Store:
         except StorageError:
             raise
         except OSError as error:
-            told = s3.reason_of(str(error))
-            if told is None:
+            reason = s3.reason_of(str(error))
+            if reason is None:
                 raise
             if s3.GONE.search(str(error)):
                 raise FileNotFoundError(f"{self.uri}/{name}: no such file") from None
-            raise StorageError(f"{self.uri}/{name}: {told}") from None
+            raise StorageError(f"{self.uri}/{name}: {reason}") from None
 
 
-def parse_json(content: bytes, kind: Any, *, told: str) -> Any:
-    """The value of JSON as the type that pydantic makes of it; raises DamagedError, one line that begins with ``told``.
+def parse_json(content: bytes, kind: Any, *, label: str) -> Any:
+    """The value of JSON as the type that pydantic makes of it; raises DamagedError, a line that begins with ``label``.
 
     Python's own reader would end in six ways, from RecursionError to a list where a dictionary was meant.
     """
@@ -402,7 +402,7 @@ def parse_json(content: bytes, kind: Any, *, told: str) -> Any:
         where = ".".join(map(str, fault["loc"]))
         reason = f"{where}: {fault['msg']}" if where else fault["msg"]
         raise DamagedError(
-            f"{told}: is damaged or of another program ({reason}); restore it, or move it away and run again"
+            f"{label}: is damaged or of another program ({reason}); restore it, or move it away and run again"
         ) from None
 
 
@@ -441,16 +441,16 @@ def local_copy(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield copy
 
 
-def open_output(uri: str, *, owns: Sequence[str] = ()) -> Store:
+def open_output(uri: str, *, names: Sequence[str] = ()) -> Store:
     """The store of ``output=``, after a file was made there.
 
-    Raises ConfigError where it cannot be written, or where what LEMON did not write has a name that the stage ``owns``:
+    Raises ConfigError where it cannot be written, or where what LEMON did not write has a name that the stage ``names``:
     files and folders, by their names in the output.
     """
     try:
         store = Store(uri)
         with _noticed(f"output: {store.uri} does not answer yet; it is asked for a minute"):
-            store.records.require_all(owns)  # first: nothing is written into somebody else's folder
+            store.records.require_all(names)  # first: nothing is written into somebody else's folder
             store.check_writable()
     except ConfigError:
         raise

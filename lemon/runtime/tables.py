@@ -144,13 +144,13 @@ def read_user_table(path: str | Path, *, form: Form) -> UserTable:
     place = f"{form.what} {path}".strip()
     try:
         raw = read_raw(path, known=form.names)
-        found, notes = _match_columns(raw.header, form)
+        positions, notes = _match_columns(raw.header, form)
         if not raw.lines and not form.may_be_empty:
-            raise TableError(f": no rows behind its header; expected rows of {', '.join(found)}")
+            raise TableError(f": no rows behind its header; expected rows of {', '.join(positions)}")
         columns = {}
-        for column in (each for each in form.columns if each.name in found):
-            columns[column.name], told = _values(raw, found[column.name], column)
-            notes += told
+        for column in (each for each in form.columns if each.name in positions):
+            columns[column.name], column_notes = _values(raw, positions[column.name], column)
+            notes += column_notes
     except TableError as refused:
         raise form.error(_one_line(f"{place}{refused}")) from None
     lines = tuple(_one_line(f"{place}: {note}") for note in (*raw.notes, *notes))
@@ -174,26 +174,26 @@ def _match_columns(header: list[str], form: Form) -> tuple[dict[str, int], list[
     if twice:
         raise TableError(f": {named[twice[0]]} columns {twice[0]!r}; expected one: rename or delete the other")
     known = {loose(name): name for name in form.names}
-    found: dict[str, int] = {}
+    positions: dict[str, int] = {}
     notes: list[str] = []
     for index, name in enumerate(header):
         meant = name if name in form.names else known.get(loose(name)) if name else None
         if meant is None:
             continue
-        if meant in found:
-            pair = f"{header[found[meant]]} and {name}"
+        if meant in positions:
+            pair = f"{header[positions[meant]]} and {name}"
             raise TableError(f": the columns {pair} are both {meant}; expected one: rename or delete the other")
-        found[meant] = index
+        positions[meant] = index
         if meant != name:
             notes.append(f"the column {name!r} is read as {meant}")
-    unknown = [name for index, name in enumerate(header) if name and index not in found.values()]
-    _check_required(header, unknown, found, form)
-    notes += _unused_columns_note(unknown, [name for name in form.names if name not in found], others=form.others)
-    return found, notes
+    unknown = [name for index, name in enumerate(header) if name and index not in positions.values()]
+    _check_required(header, unknown, positions, form)
+    notes += _unused_columns_note(unknown, [name for name in form.names if name not in positions], others=form.others)
+    return positions, notes
 
 
-def _check_required(header: list[str], unknown: list[str], found: dict[str, int], form: Form) -> None:
-    absent = [column.name for column in form.columns if column.required and column.name not in found]
+def _check_required(header: list[str], unknown: list[str], positions: dict[str, int], form: Form) -> None:
+    absent = [column.name for column in form.columns if column.required and column.name not in positions]
     if not absent:
         return
     near = difflib.get_close_matches(absent[0], unknown, n=1, cutoff=0.6)
@@ -212,8 +212,8 @@ def _unused_columns_note(unknown: list[str], free: list[str], *, others: bool) -
         near = near or [column for column in free if column.split("_")[0] == loose(name)]
         hints += [f"{name!r}: did you mean {near[0]}?"] if near else []
     plural = "columns are" if len(unknown) > 1 else "column is"
-    told = f"{len(unknown)} {plural} not used ({some(unknown)})"
-    return [f"{told}; {some(hints)}" if hints else told]
+    line = f"{len(unknown)} {plural} not used ({some(unknown)})"
+    return [f"{line}; {some(hints)}" if hints else line]
 
 
 # --- values -----------------------------------------------------------------------------------------------------------

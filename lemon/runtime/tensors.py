@@ -32,13 +32,13 @@ _REMEDY = "expected a file of plain tensors: download or copy it again"
 
 
 def read_weights(
-    source: str | Path | bytes, *, told: str, device: torch.device | str = "cpu", safe: Sequence[Any] = ()
+    source: str | Path | bytes, *, label: str, device: torch.device | str = "cpu", safe: Sequence[Any] = ()
 ) -> Any:
     """What a .safetensors or a torch file holds: tensors, numbers, texts and containers of them.
 
     Args:
         source: a path, or the content of a torch file.
-        told: what the file is called in an error.
+        label: what the file is called in an error.
         device: where the tensors are put.
         safe: further types that the file may hold, as ``torch.serialization.safe_globals`` takes them.
 
@@ -48,31 +48,31 @@ def read_weights(
     """
     with_path = isinstance(source, str | Path)
     if with_path and not Path(source).is_file():  # type: ignore[arg-type]
-        raise FileNotFoundError(f"{told}: no such file")
+        raise FileNotFoundError(f"{label}: no such file")
     if with_path and str(source).endswith(".safetensors"):
-        return read_or_damaged_error(lambda: safetensors.torch.load_file(str(source), device=str(device)), told=told)
+        return read_or_damaged_error(lambda: safetensors.torch.load_file(str(source), device=str(device)), label=label)
     opened: Any = io.BytesIO(source) if isinstance(source, bytes) else source
     with torch.serialization.safe_globals([*safe]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of an old or unknown protocol; whether the file opens is what counts
-        return read_or_damaged_error(lambda: torch.load(opened, map_location=device, weights_only=True), told=told)
+        return read_or_damaged_error(lambda: torch.load(opened, map_location=device, weights_only=True), label=label)
 
 
-def read_metadata(path: str | Path, *, told: str) -> dict[str, str]:
+def read_metadata(path: str | Path, *, label: str) -> dict[str, str]:
     """The texts by name at the head of a .safetensors file. Raises as ``read_weights``."""
 
     def read() -> dict[str, str]:
         with safetensors.safe_open(str(path), framework="pt") as stored:
             return dict(stored.metadata() or {})
 
-    return read_or_damaged_error(read, told=told)
+    return read_or_damaged_error(read, label=label)
 
 
-def read_or_damaged_error(read: Callable[[], T], *, told: str) -> T:
-    """What a reader of weights returns; whatever it ends in is a DamagedError, one line that begins with ``told``."""
+def read_or_damaged_error(read: Callable[[], T], *, label: str) -> T:
+    """What a reader of weights returns; whatever it ends in is a DamagedError, one line that begins with ``label``."""
     try:
         return read()
     except FAULTS as error:
-        raise DamagedError(f"{told}: {_reason(error)}; {_REMEDY}") from None
+        raise DamagedError(f"{label}: {_reason(error)}; {_REMEDY}") from None
 
 
 def _reason(error: BaseException) -> str:

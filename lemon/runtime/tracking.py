@@ -104,7 +104,7 @@ class Run:
 
         now = int(time.time() * 1000)
         values = [Metric(name, float(value), now, step) for name, value in metrics.items()]
-        self._tell(f"metrics of step {step}", lambda client: client.log_batch(self.run_id, metrics=values))
+        self._send(f"metrics of step {step}", lambda client: client.log_batch(self.run_id, metrics=values))
 
     def log_file(self, path: str | Path, folder: str = "") -> None:
         """Attach a file."""
@@ -112,7 +112,7 @@ class Run:
 
     def set_tag(self, key: str, value: str) -> None:
         """Set a tag."""
-        self._tell(f"tag {key}", lambda client: client.set_tag(self.run_id, key, redacted(value)))
+        self._send(f"tag {key}", lambda client: client.set_tag(self.run_id, key, redacted(value)))
 
     def log_dataset(self, name: str, *, digest: str, source: str, context: str) -> None:
         """Note which data the run used: shown as the run's datasets, and found by their digest.
@@ -129,7 +129,7 @@ class Run:
         dataset = Dataset(name=name, digest=digest, source_type=kind, source=json.dumps({"uri": redacted(source)}))
         tags = [InputTag("mlflow.data.context", context)]
         given = [DatasetInput(dataset, tags)]
-        self._tell(f"dataset {name}", lambda client: client.log_inputs(self.run_id, given))
+        self._send(f"dataset {name}", lambda client: client.log_inputs(self.run_id, given))
 
     def register(self, name: str, encoder: Path, *, width: int, tags: Mapping[str, str]) -> int | None:
         """Log an exported encoder as a pyfunc model and register it; a run has one version under a name.
@@ -150,10 +150,10 @@ class Run:
         try:
             client = self._client()
             earlier = _with_retries(lambda: client.search_model_versions(f"run_id='{self.run_id}'"))
-            if found := [each.version for each in earlier if each.name == name]:
-                return int(found[0])
-            told = {key: redacted(value) for key, value in tags.items()}
-            return _register(client, self.run_id, name, encoder, width=width, tags=told)
+            if versions := [each.version for each in earlier if each.name == name]:
+                return int(versions[0])
+            redacted_tags = {key: redacted(value) for key, value in tags.items()}
+            return _register(client, self.run_id, name, encoder, width=width, tags=redacted_tags)
         except Exception as error:  # an artifact store raises what its own library does
             logger.debug("registration", exc_info=True)
             logger.warning("the encoder is not registered as %s: %s", name, _first_line(error))
@@ -161,7 +161,7 @@ class Run:
 
     def close(self, status: str = "FINISHED") -> None:
         """End the run: FINISHED, FAILED or KILLED."""
-        self._tell(f"status {status}", lambda client: client.set_terminated(self.run_id, status))
+        self._send(f"status {status}", lambda client: client.set_terminated(self.run_id, status))
 
     @contextmanager
     def ending(self) -> Iterator[None]:
@@ -176,7 +176,7 @@ class Run:
             raise
         self.close()
 
-    def _tell(self, what: str, call: Callable[[Any], object]) -> None:
+    def _send(self, what: str, call: Callable[[Any], object]) -> None:
         from mlflow.exceptions import MlflowException
 
         try:
@@ -216,7 +216,7 @@ def find_runs(experiment: str) -> list[RunRecord]:
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         return []  # the client would make an empty one
     _require(uri)
-    found: list[Any] = []
+    runs: list[Any] = []
     page: Any = None
     with _refused("experiment", uri):
         client = mlflow.MlflowClient(uri)
@@ -225,10 +225,10 @@ def find_runs(experiment: str) -> list[RunRecord]:
         while page is None or page.token:
             token = page and page.token
             page = client.search_runs([known.experiment_id], order_by=["attributes.start_time"], page_token=token)
-            found += page
+            runs += page
     return [
         RunRecord(Run(uri, run.info.run_id), tags=run.data.tags, params=run.data.params, metrics=run.data.metrics)
-        for run in found
+        for run in runs
     ]
 
 
@@ -295,28 +295,32 @@ def start_run(
         _require(uri)
     with _refused("MLFLOW_TRACKING_URI", uri):
         client = mlflow.MlflowClient(uri)
-        told = _read_mark(store, mark)
-        run_id = _find(client, told)
+        mark_content = _read_mark(store, mark)
+        run_id = _find(client, mark_content)
         if run_id is None:
-            told = {"experiment": experiment, "key": uuid.uuid4().hex}
-            store.write_json(mark, told)
-            facts = {"code_version": code_version(), "host": os.uname().nodename, _KEY: told["key"]} | dict(tags or {})
+            mark_content = {"experiment": experiment, "key": uuid.uuid4().hex}
+            store.write_json(mark, mark_content)
+            facts = {"code_version": code_version(), "host": os.uname().nodename, _KEY: mark_content["key"]} | dict(
+                tags or {}
+            )
             facts |= {MLFLOW_PARENT: parent.run_id} if parent else {}
             run_id = _create(client, uri, experiment, name, tags=facts)
         else:
             _with_retries(partial(client.update_run, run_id, status="RUNNING"))
         _complete_params(client, run_id, params)
-    if told.get("run_id") != run_id:
-        store.write_json(mark, told | {"run_id": run_id})
+    if mark_content.get("run_id") != run_id:
+        store.write_json(mark, mark_content | {"run_id": run_id})
     return Run(uri, run_id)
 
 
 def _create(client: Any, uri: str, experiment: str, name: str, *, tags: dict[str, str]) -> str:
     """A new run; returns its id."""
-    found = client.get_experiment_by_name(experiment)
-    experiment_id = found.experiment_id if found else _make_experiment(client, experiment, uri)
-    told = {key: redacted(value) for key, value in tags.items()}
-    return str(_with_retries(lambda: client.create_run(experiment_id, run_name=redacted(name), tags=told)).info.run_id)
+    known = client.get_experiment_by_name(experiment)
+    experiment_id = known.experiment_id if known else _make_experiment(client, experiment, uri)
+    redacted_tags = {key: redacted(value) for key, value in tags.items()}
+    return str(
+        _with_retries(lambda: client.create_run(experiment_id, run_name=redacted(name), tags=redacted_tags)).info.run_id
+    )
 
 
 def _read_mark(store: Store, mark: str) -> dict[str, str]:
@@ -324,14 +328,14 @@ def _read_mark(store: Store, mark: str) -> dict[str, str]:
     return store.read_json(mark, dict[str, str]) if store.exists(mark) else {}
 
 
-def _find(client: Any, told: Mapping[str, str]) -> str | None:
+def _find(client: Any, mark_content: Mapping[str, str]) -> str | None:
     """The id of the run that a mark tells of; None where MLflow has none."""
-    if (run_id := told.get("run_id")) is not None:
+    if (run_id := mark_content.get("run_id")) is not None:
         return run_id if _exists(client, run_id) else None
-    if not told or (experiment := client.get_experiment_by_name(told["experiment"])) is None:
+    if not mark_content or (experiment := client.get_experiment_by_name(mark_content["experiment"])) is None:
         return None
-    found = client.search_runs([experiment.experiment_id], f"tags.`{_KEY}` = '{told['key']}'", max_results=1)
-    return str(found[0].info.run_id) if found else None
+    runs = client.search_runs([experiment.experiment_id], f"tags.`{_KEY}` = '{mark_content['key']}'", max_results=1)
+    return str(runs[0].info.run_id) if runs else None
 
 
 def run_id_of(store: Store, mark: str = RUN) -> str | None:

@@ -45,13 +45,17 @@ def main(config: VerifyConfig) -> int:
         raise ConfigError(f"output: {store.uri} holds nothing that this version of lemon wrote")
     n_files, faults = 0, []
     for folder in outputs:
-        own = Store(f"{store.uri}/{folder}".rstrip("/"))
-        names = sorted(own.records.names(""))
+        inner = Store(f"{store.uri}/{folder}".rstrip("/"))
+        names = sorted(inner.records.names(""))
         n_files += len(names)
         above = f"{folder}/".lstrip("/")
         inside = [other.removeprefix(above) for other in outputs if other != folder and other.startswith(above)]
-        found = [*verify_files(own, names), *unrecorded_files(own, names, inside=inside), *verify_ledgers(own)]
-        faults += [FileFault(above + fault.name, fault.reason) for fault in found]
+        new_faults = [
+            *verify_files(inner, names),
+            *unrecorded_files(inner, names, inside=inside),
+            *verify_ledgers(inner),
+        ]
+        faults += [FileFault(above + fault.name, fault.reason) for fault in new_faults]
     for fault in faults:
         print(f"  {fault.name}: {fault.reason}")
     print(f"verify: {n_files:,} files in {store.uri}; {len(faults)} are not as they were written")

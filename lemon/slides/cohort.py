@@ -52,14 +52,14 @@ def list_slides(source: str | list[str]) -> list[Slide]:
     Raises:
         ConfigError: nothing is found, a cohort lacks a column, two slides have the same id, or two rows the same file.
     """
-    words, passed_over = [source] if isinstance(source, str) else source, Counter[str]()
+    words, skipped = [source] if isinstance(source, str) else source, Counter[str]()
     # Of a slide that a cohort has too, its row counts: it knows more.
     stated = [slide for word in words if _is_cohort(word) for slide in _read_cohort(word)]
-    listed = [slide for word in words if not _is_cohort(word) for slide in _list(word, passed_over)]
-    slides = _distinct(stated, listed, passed_over)
+    listed = [slide for word in words if not _is_cohort(word) for slide in _list(word, skipped)]
+    slides = _distinct(stated, listed, skipped)
     _check_ids(slides)
-    if passed_over:
-        logger.info(f"slides: passed over {describe_skipped(passed_over)}")
+    if skipped:
+        logger.info(f"slides: passed over {describe_skipped(skipped)}")
     return sorted((with_barcode(slide) for slide in slides), key=lambda slide: slide.slide_id)
 
 
@@ -88,22 +88,20 @@ def _is_cohort(word: str) -> bool:
     return is_table(word) and (is_uri(word) or not Path(word).expanduser().is_dir())
 
 
-def _list(word: str, passed_over: Counter[str]) -> list[Slide]:
+def _list(word: str, skipped: Counter[str]) -> list[Slide]:
     here = Counter[str]()
     try:
         files = find_slides(word, here)
     except ValueError as error:
         raise ConfigError(f"slides: {error}") from None
     if not files:
-        found = f"no slide (passed over {describe_skipped(here)})" if here else "no file"
-        raise ConfigError(
-            f"slides: got {word!r}, which matches {found}; expected a glob, folder, slide or cohort table"
-        )
-    passed_over.update(here)
+        got = f"no slide (passed over {describe_skipped(here)})" if here else "no file"
+        raise ConfigError(f"slides: got {word!r}, which matches {got}; expected a glob, folder, slide or cohort table")
+    skipped.update(here)
     return [Slide(slide_id=as_text(PurePosixPath(file).stem), path=as_text(file)) for file in files]
 
 
-def _distinct(stated: list[Slide], listed: list[Slide], passed_over: Counter[str]) -> list[Slide]:
+def _distinct(stated: list[Slide], listed: list[Slide], skipped: Counter[str]) -> list[Slide]:
     """Each file once, under one id. Raises ConfigError where a cohort has it under two."""
     kept: dict[Hashable, Slide] = {}
     for slide in stated:
@@ -117,7 +115,7 @@ def _distinct(stated: list[Slide], listed: list[Slide], passed_over: Counter[str
             raise ConfigError(f"slides: the rows of slide_id {slide.slide_id!r} differ; expected one row a slide")
     for slide in listed:
         if kept.setdefault(identity(slide.path), slide).path != slide.path:
-            passed_over["listed already under another name"] += 1
+            skipped["listed already under another name"] += 1
     return list(kept.values())
 
 

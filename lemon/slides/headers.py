@@ -190,15 +190,15 @@ def read_instance(path: str) -> Instance | None:
     try:
         with Path(path).open("rb") as file, warnings.catch_warnings(action="ignore"):
             # Up to the width of the whole slide: the positions of its tiles, which may be many, come later.
-            found = read_partial(file, stop_when=lambda tag, *_: int(tag) > 0x00480006)
-            if str(found.get("SOPClassUID", "")) != _WHOLE_SLIDE:
+            dataset = read_partial(file, stop_when=lambda tag, *_: int(tag) > 0x00480006)
+            if str(dataset.get("SOPClassUID", "")) != _WHOLE_SLIDE:
                 return None
-            kind = found.get("ImageType", [])
+            kind = dataset.get("ImageType", [])
             # THUMBNAIL is a level of the pyramid, LABEL and OVERVIEW are photographs of the glass.
             return Instance(
-                series=str(found.get("SeriesInstanceUID", path)),
+                series=str(dataset.get("SeriesInstanceUID", path)),
                 is_volume=len(kind) < 3 or kind[2] in ("VOLUME", "THUMBNAIL"),
-                width_px=int(found.get("TotalPixelMatrixColumns", 0)),
+                width_px=int(dataset.get("TotalPixelMatrixColumns", 0)),
             )
     except PARSER_ERRORS:
         return None

@@ -23,10 +23,10 @@ _MAX_REASONS = 8  # reasons in a line
 _UNFINISHED = (".part", ".partial", ".tmp", ".crdownload", ".download", ".filepart", ".bak", "~")
 
 
-def find_slides(word: str, passed_over: Counter[str]) -> list[str]:
+def find_slides(word: str, skipped: Counter[str]) -> list[str]:
     """Paths of the slides that a glob, a folder, a prefix or a name matches, sorted, one path a slide.
 
-    A file that is named as such is taken whatever it is. ``passed_over`` counts the others by their reason.
+    A file that is named as such is taken whatever it is. ``skipped`` counts the others by their reason.
 
     Raises ValueError for a URI or a pattern that cannot be read, or an empty word.
     """
@@ -34,13 +34,13 @@ def find_slides(word: str, passed_over: Counter[str]) -> list[str]:
         raise ValueError("got an empty path; expected a glob, folder, slide or cohort table")
     if is_uri(word):
         names = _remote_names(word)
-        return [word.rstrip("/")] if names is None else _sort_out(names, passed_over)
+        return [word.rstrip("/")] if names is None else _sort_out(names, skipped)
     path = Path(on_disk(word)).expanduser()
     if path.is_dir():
-        return _sort_out(_walk(path.absolute(), passed_over), passed_over)
+        return _sort_out(_walk(path.absolute(), skipped), skipped)
     if path.exists():
         return [str(path.absolute())]
-    return _sort_out(_matches(str(path.absolute()), passed_over), passed_over)
+    return _sort_out(_matches(str(path.absolute()), skipped), skipped)
 
 
 def identity(path: str) -> Hashable:
@@ -57,22 +57,22 @@ def identity(path: str) -> Hashable:
     return status.st_dev, status.st_ino
 
 
-def describe_skipped(passed_over: Counter[str]) -> str:
+def describe_skipped(skipped: Counter[str]) -> str:
     """``12 files: 9 .txt, 2 hidden, 1 unfinished``."""
-    total = sum(passed_over.values())
-    told = passed_over.most_common(_MAX_REASONS)
-    rest = total - sum(count for _, count in told)
-    parts = ", ".join([f"{count} {reason}" for reason, count in told] + [f"{rest} others"] * (rest > 0))
+    total = sum(skipped.values())
+    commonest = skipped.most_common(_MAX_REASONS)
+    rest = total - sum(count for _, count in commonest)
+    parts = ", ".join([f"{count} {reason}" for reason, count in commonest] + [f"{rest} others"] * (rest > 0))
     return f"{total} file{'s' * (total != 1)}: {parts}"
 
 
-def _walk(root: Path, passed_over: Counter[str]) -> Iterator[str]:
+def _walk(root: Path, skipped: Counter[str]) -> Iterator[str]:
     """All files below a folder, links followed; each folder once, under its own path rather than a link's."""
     seen: set[tuple[int, int]] = set()
     starts = [str(root)]
 
     def unreadable(_: OSError) -> None:
-        passed_over["in folders that cannot be read"] += 1
+        skipped["in folders that cannot be read"] += 1
 
     for start in starts:  # grows: links are followed last
         for folder, folders, files in os.walk(start, onerror=unreadable):
@@ -87,19 +87,19 @@ def _walk(root: Path, passed_over: Counter[str]) -> Iterator[str]:
             seen.add((status.st_dev, status.st_ino))
             visible = sorted(name for name in folders if not name.startswith("."))
             if len(visible) < len(folders):
-                passed_over["hidden"] += len(folders) - len(visible)
+                skipped["hidden"] += len(folders) - len(visible)
             folders[:] = visible
             starts += [path for name in visible if Path(path := f"{folder}/{name}").is_symlink()]
             yield from (f"{folder}/{name}" for name in files)
 
 
-def _matches(pattern: str, passed_over: Counter[str]) -> Iterable[str]:
+def _matches(pattern: str, skipped: Counter[str]) -> Iterable[str]:
     """The files that a glob matches; ``**`` looks into each folder once: links may go in rings."""
     if "**" not in PurePath(pattern).parts:
         return [name for name in glob.glob(pattern) if not Path(name).is_dir()]  # noqa: PTH207
     wanted = re.compile(glob_translate(pattern))
     root = Path(*_above_magic(PurePath(pattern).parts))
-    return (name for name in _walk(root, passed_over) if wanted.match(name)) if root.is_dir() else ()
+    return (name for name in _walk(root, skipped) if wanted.match(name)) if root.is_dir() else ()
 
 
 def _above_magic(parts: Sequence[str]) -> Sequence[str]:
@@ -120,7 +120,7 @@ def _remote_names(word: str) -> list[str] | None:
     return None if not names and path_exists(word) else names
 
 
-def _sort_out(names: Iterable[str], passed_over: Counter[str]) -> list[str]:
+def _sort_out(names: Iterable[str], skipped: Counter[str]) -> list[str]:
     """The slides among files: the one rule for folders, globs and s3://."""
     names = sorted(names)
     # A MIRAX slide is a file and the folder of the same name.
@@ -132,19 +132,19 @@ def _sort_out(names: Iterable[str], passed_over: Counter[str]) -> list[str]:
             # Objects at s3:// are not looked into: those of one folder are taken for one slide.
             series[instance.series if instance else is_uri(name) and name.rpartition("/")[0]].append((name, instance))
         elif (reason := _reason_against(name)) is not None:
-            passed_over[reason] += 1
+            skipped[reason] += 1
         else:
             slides.append(name)
-    return sorted(slides + [name for files in series.values() for name in _of_series(files, passed_over)])
+    return sorted(slides + [name for files in series.values() for name in _of_series(files, skipped)])
 
 
-def _of_series(files: list[tuple[str, Instance | None]], passed_over: Counter[str]) -> list[str]:
+def _of_series(files: list[tuple[str, Instance | None]], skipped: Counter[str]) -> list[str]:
     """The file that stands for a slide of DICOM: that of its finest level; OpenSlide finds the others beside it."""
     known = [(name, instance) for name, instance in files if instance is not None]
     volumes = sorted((-instance.width_px, name) for name, instance in known if instance.is_volume)
     slides = [volumes[0][1]] if volumes else [name for name, _ in files[:1] if is_uri(name)]
     reason = ".dcm of a slide already listed" if slides else ".dcm without pixels of a slide"
-    passed_over.update({reason: len(files) - len(slides)} if len(files) > len(slides) else {})
+    skipped.update({reason: len(files) - len(slides)} if len(files) > len(slides) else {})
     return slides
 
 

@@ -64,21 +64,21 @@ def build(config: SweepConfig) -> Grid:
     """
     cells, output = Store(config.cells), open_sweep_output(config)
     config = config.model_copy(update={"cells": cells.uri})
-    organs, select = nested_organs(cells), remembered(cells)
+    organs, select = nested_organs(cells), cached_select(cells)
     configs: list[tuple[Point, PretrainConfig]] = []
-    faults = Faults([point.name for point in config.sweep.points])
+    faults = PointFaults([point.name for point in config.sweep.points])
     for point in config.sweep.points:
         try:
-            made = point_config(config, point, organs=organs)
+            pretrain = point_config(config, point, organs=organs)
         except ConfigError as error:
             faults.add(point, *str(error).splitlines())
             continue
-        faults.add(point, *selection_faults(made, select), *settings_faults(made, config))
-        configs.append((point, made))
+        faults.add(point, *selection_faults(pretrain, select), *settings_faults(pretrain, config))
+        configs.append((point, pretrain))
     entries = [
-        GridTrial(point, seed, trial_of(config, point, made, seed=seed, output=output))
+        GridTrial(point, seed, trial_of(config, point, pretrain, seed=seed, output=output))
         for seed in config.all_seeds
-        for point, made in configs
+        for point, pretrain in configs
     ]
     for entry in entries:
         faults.add(entry.point, *begun_faults(entry.trial, select))
@@ -86,12 +86,12 @@ def build(config: SweepConfig) -> Grid:
     tasks, untold = _open_tasks(config) if not lines else ([], [])  # reading them may take a while
     if lines or untold:
         raise ConfigError("\n".join(lines + untold))
-    for _, made in configs:
-        _fit_stain(made, cells)
+    for _, pretrain in configs:
+        _fit_stain(pretrain, cells)
     return Grid([replace(entry, trial=entry.trial.located(tasks, select=select)) for entry in entries], tasks)
 
 
-class Faults:
+class PointFaults:
     """Faults by point; one that all points share is told once."""
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -116,7 +116,7 @@ class Faults:
 
 def open_sweep_output(config: SweepConfig) -> Store:
     """The output, which can be written and holds no other sweep. Raises ConfigError."""
-    output = writable(config.output, owns=(MARK, SWEEP_FILE))
+    output = writable(config.output, names=(MARK, SWEEP_FILE))
     if not output.exists(MARK) or not any(
         pretraining.is_begun(Store(f"{output.uri}/{name}")) for name in output.entries(TRIALS)
     ):
@@ -140,21 +140,21 @@ def point_config(config: SweepConfig, point: Point, *, organs: Sequence[str]) ->
 
     Later ones win: the variant's, the study's, the sweep's ``pretrain.*``, then the point's own.
     """
-    own = {"cells": config.cells, "output": "unset"}
-    layers = (config.sweep.overrides, config.pretrain, point.overrides, own)
+    fixed = {"cells": config.cells, "output": "unset"}
+    layers = (config.sweep.overrides, config.pretrain, point.overrides, fixed)
     given = [part for layer in layers for part in (layer if isinstance(layer, list) else [layer])]
-    made = load("pretrain", given, PretrainConfig)
+    pretrain = load("pretrain", given, PretrainConfig)
     if point.n_organs is None:
-        return made
-    among = [organ for organ in organs if made.select.organs is None or organ in made.select.organs]
+        return pretrain
+    among = [organ for organ in organs if pretrain.select.organs is None or organ in pretrain.select.organs]
     if len(among) < point.n_organs:
         got = f"got {point.n_organs} organs; the table has {len(among)} ({', '.join(among) or 'none at all'})"
         raise ConfigError(f"select.organs: {got}")
-    chosen = made.select.model_copy(update={"organs": among[: point.n_organs]})
-    return made.model_copy(update={"select": chosen})
+    chosen = pretrain.select.model_copy(update={"organs": among[: point.n_organs]})
+    return pretrain.model_copy(update={"select": chosen})
 
 
-def remembered(cells: Store) -> Callable[..., Selection]:
+def cached_select(cells: Store) -> Callable[..., Selection]:
     """``select_cells`` of a table that does a selection once: many points have the same one."""
     known: dict[str, Selection] = {}
 
@@ -197,20 +197,24 @@ def settings_faults(config: PretrainConfig, sweep: SweepConfig) -> list[str]:
     elif ray_address() is None:
         here = {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
         faults += _fault_lines(
-            functools.partial(plan_allocation, nodes=[here], coming=(), place="this machine"),
+            functools.partial(plan_allocation, nodes=[here], addable=(), place="this machine"),
             pretraining.demand_of(config.workers),
         )
     return faults
 
 
-def trial_of(config: SweepConfig, point: Point, made: PretrainConfig, *, seed: int, output: Store) -> Trial:
+def trial_of(config: SweepConfig, point: Point, pretrain: PretrainConfig, *, seed: int, output: Store) -> Trial:
     """A point's trial with one seed: of training; selections and folds do not depend on it."""
     name = f"{config.sweep.name}-{point.name}-s{seed}"
     folder = f"{output.uri}/{TRIALS}/{file_stem(name)}"
-    update = {"output": folder, "seed": seed, "probe": made.probe and made.probe.model_copy(update=_absolute(made))}
+    update = {
+        "output": folder,
+        "seed": seed,
+        "probe": pretrain.probe and pretrain.probe.model_copy(update=_absolute(pretrain)),
+    }
     return Trial(
         name=name,
-        pretrain=made.model_copy(update=update),
+        pretrain=pretrain.model_copy(update=update),
         tasks=config.tasks,
         data=config.data,
         probe=config.probe,

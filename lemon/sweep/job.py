@@ -50,8 +50,8 @@ def _run_all(grid: Grid, config: SweepConfig, output: Store) -> int:
         if row.status != "done":
             logger.info(f"  {row.trial}: {row.status}: {row.error}")
     logger.info(table.summary(rows))
-    told = ", ".join(f"{statuses[status]} {status}" for status in ("done", "stopped", "failed"))
-    logger.info(f"{len(grid.entries)} trials ({told}); {table.PARQUET} and {table.CSV} in {output.uri}")
+    counts = ", ".join(f"{statuses[status]} {status}" for status in ("done", "stopped", "failed"))
+    logger.info(f"{len(grid.entries)} trials ({counts}); {table.PARQUET} and {table.CSV} in {output.uri}")
     return EXIT_FAILURES if statuses["failed"] else EXIT_OK
 
 

@@ -101,24 +101,24 @@ def study_values(rows: Sequence[SweepRow]) -> list[Value]:
     facts = ("point", "value", "task", "protocol", "metric", "n_cells", "n_slides", "n_organs")
     return [
         Value(
-            **{name: getattr(own[0], name) for name in facts},
-            by_seed={row.seed: row.mean for row in own if row.mean is not None},
-            fold_spread=float(np.mean([math.nan if row.spread is None else row.spread for row in own])),
+            **{name: getattr(group_rows[0], name) for name in facts},
+            by_seed={row.seed: row.mean for row in group_rows if row.mean is not None},
+            fold_spread=float(np.mean([math.nan if row.spread is None else row.spread for row in group_rows])),
         )
-        for _, own in sorted(groups.items(), key=lambda item: order[item[0][0]])
+        for _, group_rows in sorted(groups.items(), key=lambda item: order[item[0][0]])
     ]
 
 
 def missing_results(rows: Iterable[SweepRow]) -> list[MissingResult]:
     """Every trial, or score of a trial, that is not there."""
-    found = []
+    missing = []
     for row in rows:
         if row.status != "done":
-            found.append(MissingResult(row.trial, row.status, row.error or ""))
+            missing.append(MissingResult(row.trial, row.status, row.error or ""))
         elif row.metric in MAIN_METRICS and not is_number(row.mean):
             reason = f"{row.metric} on {row.task} ({row.protocol}) is not a number"
-            found.append(MissingResult(row.trial, "no score", reason))
-    return found
+            missing.append(MissingResult(row.trial, "no score", reason))
+    return missing
 
 
 def point_difference(value: Value, against: Value) -> PointDifference | None:
@@ -133,8 +133,8 @@ def point_difference(value: Value, against: Value) -> PointDifference | None:
 def differences_to_first(values: Sequence[Value]) -> list[PointDifference]:
     """Every point against the study's first one that has a result, on each task by each protocol."""
     first: dict[tuple[str, str], Value] = {}
-    found = [point_difference(value, first.setdefault(value.column, value)) for value in values]
-    return [each for each in found if each is not None and each.point != each.against]
+    all_differences = [point_difference(value, first.setdefault(value.column, value)) for value in values]
+    return [each for each in all_differences if each is not None and each.point != each.against]
 
 
 def best_points(values: Iterable[Value]) -> dict[tuple[str, str], float]:
@@ -151,9 +151,9 @@ def main_values(values: Sequence[Value]) -> dict[str, list[Value]]:
     for value in values:
         by_task.setdefault(value.task, []).append(value)
     chosen = {}
-    for task, own in by_task.items():
-        protocol = LEAK_FREE if any(value.protocol == LEAK_FREE for value in own) else own[0].protocol
-        chosen[task] = [value for value in own if value.protocol == protocol]
+    for task, task_values in by_task.items():
+        protocol = LEAK_FREE if any(value.protocol == LEAK_FREE for value in task_values) else task_values[0].protocol
+        chosen[task] = [value for value in task_values if value.protocol == protocol]
     return chosen
 
 
@@ -169,10 +169,10 @@ def value_records(values: Sequence[Value]) -> list[dict[str, Any]]:
     ]
 
 
-def difference_records(found: Sequence[PointDifference]) -> list[dict[str, Any]]:
+def difference_records(differences: Sequence[PointDifference]) -> list[dict[str, Any]]:
     """Rows of a study's CSV of paired differences."""
     names = ("point", "against", "task", "protocol")
-    return [{name: getattr(each, name) for name in names} | each.over._asdict() for each in found]
+    return [{name: getattr(each, name) for name in names} | each.over._asdict() for each in differences]
 
 
 def is_number(value: float | None) -> bool:

@@ -32,14 +32,14 @@ def read_no_result(entry: GridTrial) -> NoResult | None:
     store = entry.trial.store
     if not store.exists(NO_RESULT):
         return None
-    found: NoResult = store.read_json(NO_RESULT, NoResult)
-    return found if found.fingerprint == entry.trial.fingerprint else None
+    note: NoResult = store.read_json(NO_RESULT, NoResult)
+    return note if note.fingerprint == entry.trial.fingerprint else None
 
 
 def write_no_result(entry: GridTrial, *, status: str, error: str) -> None:
     """Note why a trial has no result, in one line."""
-    found = NoResult(status=status, error=" ".join(redacted(error).split()), fingerprint=entry.trial.fingerprint)
-    entry.trial.store.write_json(NO_RESULT, found.model_dump())
+    note = NoResult(status=status, error=" ".join(redacted(error).split()), fingerprint=entry.trial.fingerprint)
+    entry.trial.store.write_json(NO_RESULT, note.model_dump())
 
 
 def rows_of(entry: GridTrial, *, study: str) -> Iterator[SweepRow]:
@@ -74,14 +74,14 @@ def write(entries: Sequence[GridTrial], output: Store, *, study: str) -> list[Sw
 
 def summary(rows: Sequence[SweepRow]) -> str:
     """Points x (task, protocol) as Markdown: mean (s.d.) over seeds of the main metric of the linear probe."""
-    found = {(value.point, value.column): value.over for value in study_values(rows)}
-    columns = list(dict.fromkeys(column for _, column in found))
+    by_cell = {(value.point, value.column): value.over for value in study_values(rows)}
+    columns = list(dict.fromkeys(column for _, column in by_cell))
     lines = ["| " + " | ".join([rows[0].study, "seeds", *(f"{task}, {kind}" for task, kind in columns)]) + " |"]
     lines.append("|" + "---|" * (len(columns) + 2))
     for point in point_names(rows):
         seeds = len({row.seed for row in rows if row.point == point and row.status == "done"})
-        told = [_mean_text(found.get((point, column))) for column in columns]
-        lines.append("| " + " | ".join([point, str(seeds), *told]) + " |")
+        texts = [_mean_text(by_cell.get((point, column))) for column in columns]
+        lines.append("| " + " | ".join([point, str(seeds), *texts]) + " |")
     return "\n".join(lines)
 
 

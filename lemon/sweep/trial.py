@@ -77,7 +77,7 @@ class Trial(Frozen):
             tasks: the trial's own, open.
             select: ``select_cells`` of its table, where it is remembered.
 
-        Raises ConfigError as ``located`` of pretraining and ``select_cells`` do.
+        Raises ConfigError as ``with_absolute_paths`` of pretraining and ``select_cells`` do.
         """
         pretrain = with_absolute_paths(self.pretrain)
         choose = select or partial(select_cells, Store(pretrain.cells))
@@ -194,10 +194,10 @@ def scores_of(rows: list[ScoreRow]) -> list[TrialScore]:
     """Mean and spread over folds of every metric in rows of the scores table; robustness as it is."""
     scores = []
     for task in dict.fromkeys(row.task for row in rows):
-        own = [row for row in rows if row.task == task]
-        whole = [(row.protocol, row.metric, row.value, None) for row in own if row.protocol == "robustness"]
-        for protocol, metric, mean, spread in [*fold_means(own), *whole]:
+        task_rows = [row for row in rows if row.task == task]
+        whole = [(row.protocol, row.metric, row.value, None) for row in task_rows if row.protocol == "robustness"]
+        for protocol, metric, mean, spread in [*fold_means(task_rows), *whole]:
             known = None if spread is None or not np.isfinite(spread) else spread
-            facts = {"task": task, "data_fingerprint": own[0].data_fingerprint}
+            facts = {"task": task, "data_fingerprint": task_rows[0].data_fingerprint}
             scores.append(TrialScore(protocol=protocol, metric=metric, mean=mean, spread=known, **facts))
     return scores

@@ -236,7 +236,7 @@ def _start_ray() -> None:
     """
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # else Tune draws boxes, also with verbose=0
-    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # a traceback; ``_Told`` has a line
+    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # a traceback; ``_TrialCallback`` logs a line
     logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)  # the same
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # else Tune returns after Ctrl-C as if all were done
     start_ray(dashboard=True)

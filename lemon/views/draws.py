@@ -144,9 +144,9 @@ def _draw_crop(crop: Crop, uniform: _Uniforms) -> torch.Tensor:
     width, height = _first(widths, fits, whole_width), _first(heights, fits, whole_height)
     top = _place(uniform.one(), length=height, side_px=side)
     left = _place(uniform.one(), length=width, side_px=side)
-    found = fits.any(dim=1)
-    top = torch.where(found, top, (side - whole_height) // 2)
-    left = torch.where(found, left, (side - whole_width) // 2)
+    has_fit = fits.any(dim=1)
+    top = torch.where(has_fit, top, (side - whole_height) // 2)
+    left = torch.where(has_fit, left, (side - whole_width) // 2)
     return torch.stack([top, left, height, width], dim=1)
 
 

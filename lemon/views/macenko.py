@@ -30,7 +30,7 @@ class StainMatrix(NamedTuple):
     """Unit vectors of optical density of the two stains of each image."""
 
     vectors: torch.Tensor  # [B, 3, 2] float32: RGB by (hematoxylin, eosin)
-    found: torch.Tensor  # [B] bool: False for white, constant or single-stained images, whose vectors mean nothing
+    is_valid: torch.Tensor  # [B] bool: False for white, constant or single-stained images, whose vectors mean nothing
 
 
 def stain_matrix(images_u8: torch.Tensor) -> StainMatrix:
@@ -67,8 +67,8 @@ def stain_matrix(images_u8: torch.Tensor) -> StainMatrix:
     first, second = (directions @ torch.stack([a.cos(), a.sin()], dim=1)[:, :, None] for a in (low, high))
     red_first = (first[:, :1] > second[:, :1]).expand_as(first)
     vectors = torch.cat([torch.where(red_first, first, second), torch.where(red_first, second, first)], dim=2)
-    found = (count >= _FEWEST_PIXELS) & ((high - low).sin() > _SMALLEST_SINE)
-    return StainMatrix(vectors.float(), found)
+    is_valid = (count >= _FEWEST_PIXELS) & ((high - low).sin() > _SMALLEST_SINE)
+    return StainMatrix(vectors.float(), is_valid)
 
 
 def perturb_stains(images_u8: torch.Tensor, draws: Sequence[StainDraw]) -> list[torch.Tensor]:
@@ -77,7 +77,7 @@ def perturb_stains(images_u8: torch.Tensor, draws: Sequence[StainDraw]) -> list[
     The part of the optical density outside the stains' plane is kept, so scale 1 and shift 0 give the image back.
     Images [B, H, W, 3] uint8 -> one such tensor a draw; where no stains are found or ``apply`` is False, unchanged.
     """
-    vectors, found = stain_matrix(images_u8)
+    vectors, is_valid = stain_matrix(images_u8)
     density = _density(images_u8)  # [B, P, 3]
     concentration = density @ _pseudo_inverse(vectors).transpose(1, 2)  # [B, P, 2]
     perturbed = []
@@ -85,7 +85,7 @@ def perturb_stains(images_u8: torch.Tensor, draws: Sequence[StainDraw]) -> list[
         change = concentration * (draw.scale - 1)[:, None] + draw.shift[:, None]
         moved = density + change @ vectors.transpose(1, 2)
         rgb = (LIGHT * (-moved).exp() - 1).round().clamp(0, 255).to(torch.uint8).view(images_u8.shape)
-        perturbed.append(torch.where((draw.apply & found)[:, None, None, None], rgb, images_u8))
+        perturbed.append(torch.where((draw.apply & is_valid)[:, None, None, None], rgb, images_u8))
     return perturbed
 
 
@@ -116,7 +116,7 @@ def _percentiles(angle: torch.Tensor, stained: torch.Tensor, count: torch.Tensor
     last = (count - 1).clamp_min(0).double()
     ranks = [(0.01 * q * last).round().long() for q in (PERCENTILE, 100.0 - PERCENTILE)]
     low, high = (ordered.gather(1, rank[:, None]).squeeze(1) for rank in ranks)
-    # Without a stained pixel both are infinite; 0 keeps the arithmetic finite, and `found` is False.
+    # Without a stained pixel both are infinite; 0 keeps the arithmetic finite, and `is_valid` is False.
     return low.nan_to_num(posinf=0.0), high.nan_to_num(posinf=0.0)
 
 

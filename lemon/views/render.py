@@ -65,10 +65,10 @@ def constants_of(policy: Policy, *, kernel_px: int, size_px: int, device: torch.
     """The constants of a policy on a device, made once."""
     mean, std = torch.tensor(policy.mean), torch.tensor(policy.std)
     scale, offset = (1 / std)[:, None, None], (-mean / std)[:, None, None]
-    made = (scale, offset, blur_basis(kernel_px=kernel_px, side_px=size_px), lattice(LATTICE))
+    tensors = (scale, offset, blur_basis(kernel_px=kernel_px, side_px=size_px), lattice(LATTICE))
     if device.type == "cuda":  # from pageable memory a copy makes the host wait for all that the device has to do
-        return Constants(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in made))
-    return Constants(*(tensor.to(device) for tensor in made))
+        return Constants(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors))
+    return Constants(*(tensor.to(device) for tensor in tensors))
 
 
 def render_views(

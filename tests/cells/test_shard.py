@@ -43,18 +43,18 @@ def claims_at(points: list[tuple[float, float]], *, contested: bool = True) -> C
 
 def test_the_first_of_two_claims_at_a_seam_holds() -> None:
     seams = Seams()
-    assert seams.settle(claims_at([(100, 100), (200, 100)])).tolist() == [True, True]
-    assert seams.settle(claims_at([(102, 101), (300, 100), (200, 106)])).tolist() == [False, True, True]
+    assert seams.resolve(claims_at([(100, 100), (200, 100)])).tolist() == [True, True]
+    assert seams.resolve(claims_at([(102, 101), (300, 100), (200, 106)])).tolist() == [False, True, True]
 
 
 def test_two_nuclei_of_one_region_never_contest_each_other() -> None:
-    assert Seams().settle(claims_at([(100, 100), (101, 100)])).all()
+    assert Seams().resolve(claims_at([(100, 100), (101, 100)])).all()
 
 
 def test_claims_away_from_seams_always_hold() -> None:
     seams = Seams()
-    assert seams.settle(claims_at([(5, 5)], contested=False)).all()
-    assert seams.settle(claims_at([(5, 5)], contested=False)).all()
+    assert seams.resolve(claims_at([(5, 5)], contested=False)).all()
+    assert seams.resolve(claims_at([(5, 5)], contested=False)).all()
 
 
 @pytest.mark.parametrize("keep", [None, 1, 50, 120, 5000])

@@ -297,7 +297,7 @@ def test_a_slide_is_curated_first_where_no_table_is_given(
         write_cells(Store(config.output), "s", 20)  # type: ignore[attr-defined]
         return Summary(rows=[], n_skipped=0)
 
-    monkeypatch.setattr(embedding.curate, "ask", lambda config, key: [None])
+    monkeypatch.setattr(embedding.curate, "check_and_allocate", lambda config, key: [None])
     monkeypatch.setattr(embedding.curate, "run", curated)
     words = [f"model={model}", f"output={tmp_path / 'out'}", f"slides={tmp_path / 's.svs'}", "device=cpu"]
     config = load("embed", [*words, "segmenter.min_area_um2=7", "curation.region_px=512"], EmbedConfig)
@@ -323,7 +323,7 @@ def test_cells_of_other_settings_are_refused_with_the_key_that_discards_them(
 def test_slides_without_any_cell_end_with_the_exit_code_of_curation(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedding.curate, "ask", lambda config, key: [None])
+    monkeypatch.setattr(embedding.curate, "check_and_allocate", lambda config, key: [None])
     lost = [{"slide_id": "bad", "status": "failed", "error": "no slide"}]
     monkeypatch.setattr(embedding.curate, "run", lambda config, *, slides: Summary(rows=lost, n_skipped=0))
     words = [f"model={model}", f"output={tmp_path / 'out'}", "slides=bad.svs", "device=cpu"]

@@ -260,7 +260,7 @@ def test_an_actor_downloads_the_next_slide_while_it_curates_one_and_commits_no_d
         def call(file: Served) -> SlideRow | None:
             slide = chosen[file.slide_id].slide("https://there")
             item = pickle.dumps(curate.LocatedSlide(slide, slide.path))
-            return pickle.loads(actor({"item": np.array([item], object)})["told"][0])["row"]  # noqa: S301
+            return pickle.loads(actor({"item": np.array([item], object)})["result"][0])["row"]  # noqa: S301
 
         with ThreadPoolExecutor(2) as threads:
             rows = list(threads.map(call, [*files, lost]))

@@ -297,7 +297,7 @@ def test_an_interpolation_is_refused(word: str) -> None:
 def test_a_fault_has_its_key_value_and_expectation_as_fields() -> None:
     with pytest.raises(ConfigError) as caught:
         load("pretrain", [*PRETRAIN, "ssl=dinov2", "ssl.prototypes=1", "batch=many"], PretrainConfig)
-    assert caught.value.told == (
+    assert caught.value.faults == (
         Fault("ssl.prototypes", 1, "greater than or equal to 2"),
         Fault("batch", "many", "integer, unable to parse string as an integer"),
     )
@@ -311,11 +311,11 @@ class Mine(SegmenterConfig):
 
 
 def test_a_segmenter_of_another_package_is_chosen_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SEGMENTERS.own, "mine", f"{__name__}:Mine")
+    monkeypatch.setitem(SEGMENTERS.builtin, "mine", f"{__name__}:Mine")
     config = load("curate", [*GOOD, "segmenter.name=mine", "segmenter.threshold=0.7"], CurateConfig)
     assert config.segmenter == Mine(threshold=0.7)
     assert load("curate", [*GOOD, "segmenter=mine"], CurateConfig).segmenter == Mine()
-    monkeypatch.setitem(SEGMENTERS.own, "gone", "no_such_package:Gone")  # one that cannot be imported hides no fault
+    monkeypatch.setitem(SEGMENTERS.builtin, "gone", "no_such_package:Gone")  # one not importable hides no fault
     with pytest.raises(ConfigError, match=r"^segmenter: got 'foo'; expected one of hematoxylin, hoverfast, mine, gone"):
         load("curate", [*GOOD, "segmenter=foo"], CurateConfig)
     with pytest.raises(ConfigError, match=r"^segmenter: gone is registered as no_such_package:Gone, which cannot be"):

@@ -49,7 +49,7 @@ def test_workers_fit_on_nodes_and_shares_on_devices(nodes: list[Node], cpus: int
 def test_what_a_fixed_cluster_has_is_granted(
     demand: Demand, nodes: list[Node], expected: tuple[int, float, int]
 ) -> None:
-    granted = plan_allocation(demand, nodes=nodes, coming=(), place="this machine")
+    granted = plan_allocation(demand, nodes=nodes, addable=(), place="this machine")
     assert (granted.cpus, granted.gpus, granted.room) == expected
     assert not granted.waits
 
@@ -78,7 +78,7 @@ def test_what_a_fixed_cluster_has_is_granted(
 )
 def test_what_a_fixed_cluster_never_has_is_refused_in_a_line(demand: Demand, nodes: list[Node], line: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        plan_allocation(demand, nodes=nodes, coming=(), place="it")
+        plan_allocation(demand, nodes=nodes, addable=(), place="it")
     assert str(caught.value).startswith(line)
     assert "\n" not in str(caught.value)
 
@@ -97,24 +97,24 @@ def test_what_a_fixed_cluster_never_has_is_refused_in_a_line(demand: Demand, nod
 def test_where_nodes_may_come_a_job_waits_for_them(
     demand: Demand, nodes: list[Node], coming: list[Node] | None, waits: bool
 ) -> None:
-    granted = plan_allocation(demand, nodes=nodes, coming=coming, place="the cluster")
+    granted = plan_allocation(demand, nodes=nodes, addable=coming, place="the cluster")
     assert (granted.cpus, granted.waits, granted.notes) == (demand.cpus, waits, ())
 
 
 def test_a_cluster_that_grows_only_by_too_small_nodes_refuses() -> None:
     with pytest.raises(ConfigError, match=r"workers.cpus: got 4; no node of the cluster has more than 2"):
-        plan_allocation(Demand(4), nodes=SMALL, coming=TWO, place="the cluster")
+        plan_allocation(Demand(4), nodes=SMALL, addable=TWO, place="the cluster")
 
 
 def test_a_default_shrinks_at_once_where_it_is_unknown_what_comes() -> None:
-    assert plan_allocation(Demand(2, may_shrink=True), nodes=SMALL, coming=None, place="the cluster").cpus == 1
+    assert plan_allocation(Demand(2, may_shrink=True), nodes=SMALL, addable=None, place="the cluster").cpus == 1
 
 
 def test_what_becomes_smaller_is_told() -> None:
     granted = plan_allocation(
         Demand(2, wanted_workers=8, may_shrink=True, count_key="workers.actors"),
         nodes=SMALL,
-        coming=(),
+        addable=(),
         place="this machine",
     )
     assert granted.notes == (

@@ -40,7 +40,7 @@ def test_more_failed_rows_than_may_be_or_a_failed_stage_before_are_exit_code_3(f
 
 def test_reasons_are_told_before_the_counts(capsys: pytest.CaptureFixture[str]) -> None:
     with installed():
-        told = summary("done", "failed", "partial").tell(stage_logger("lemon.curate.x", "curate"))
+        told = summary("done", "failed", "partial").log_and_describe(stage_logger("lemon.curate.x", "curate"))
     assert capsys.readouterr().out == "  s1: failed: it is bad\n  s2: partial: it is bad\n"
     assert told == "3 slides (1 done, 1 partial, 1 failed; 1 of an earlier run)"
 

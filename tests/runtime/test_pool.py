@@ -92,7 +92,7 @@ def in_actor(worker: Doer, *items: str) -> list[Row | None]:
     rows = []
     for number, do in enumerate(items):
         batch = {"item": np.array([pickle.dumps(Item(str(number), do))], object)}
-        told: dict[str, Any] = pickle.loads(actor(batch)["told"][0])  # noqa: S301
+        told: dict[str, Any] = pickle.loads(actor(batch)["result"][0])  # noqa: S301
         if "fatal" in told:
             raise pool.FatalError(told["fatal"])
         rows.append(told["row"])
@@ -151,7 +151,7 @@ def test_a_worker_that_cannot_start_stops_the_job_and_is_not_started_for_ever(er
         raise error
 
     actor = pool.ItemActor(make, "run", 2)
-    told = pickle.loads(actor({"item": np.array([pickle.dumps(None)], object)})["told"][0])  # noqa: S301
+    told = pickle.loads(actor({"item": np.array([pickle.dumps(None)], object)})["result"][0])  # noqa: S301
     assert " ".join(str(error).split()) in told["fatal"]
 
 

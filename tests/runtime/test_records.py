@@ -155,7 +155,7 @@ def test_an_output_with_foreign_content_under_its_names_is_refused_untouched(
 def test_hidden_files_of_the_system_stand_in_nobodys_way(source: Path, tmp_path: Path) -> None:
     (tmp_path / "slides").mkdir()
     (tmp_path / "slides" / ".DS_Store").write_bytes(b"mine")
-    with hold(str(tmp_path), stage="curate", owns=curate.OUTPUT_NAMES) as store:
+    with hold(str(tmp_path), stage="curate", names=curate.OUTPUT_NAMES) as store:
         store.write_bytes("slides/a.parquet", b"x")
         store.delete("slides")
     assert (tmp_path / "slides" / ".DS_Store").read_bytes() == b"mine"

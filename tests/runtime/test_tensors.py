@@ -56,7 +56,7 @@ def test_whatever_bytes_are_wrong_it_is_one_line(kind: str, data: st.DataObject)
     content = content[: data.draw(st.integers(0, len(content)))]
     fault: DamagedError | None = None
     try:
-        read_weights(bytes(content), told="x.pth")
+        read_weights(bytes(content), label="x.pth")
     except DamagedError as error:
         fault = error
     assert fault is None or told(fault).startswith("x.pth: ")
@@ -66,7 +66,7 @@ def test_whatever_bytes_are_wrong_it_is_one_line(kind: str, data: st.DataObject)
 @given(st.binary(max_size=200))
 def test_a_pickle_of_any_bytes_is_one_line(content: bytes) -> None:
     with pytest.raises(DamagedError) as caught:
-        read_weights(b"\x80\x02" + content, told="x.pth")
+        read_weights(b"\x80\x02" + content, label="x.pth")
     told(caught.value)
 
 

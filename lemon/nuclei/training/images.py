@@ -91,8 +91,10 @@ def split(images: Sequence[Labelled], *, held_out_share: float) -> tuple[list[La
     """
     kept, held_out = [], []
     for source in dict.fromkeys(image.source for image in images):
-        own = sorted((i for i in images if i.source == source), key=lambda i: hashlib.sha256(i.name.encode()).digest())
-        count = max(1, round(held_out_share * len(own))) if held_out_share > 0 and len(own) > 1 else 0
-        held_out += own[:count]
-        kept += own[count:]
+        of_source = sorted(
+            (i for i in images if i.source == source), key=lambda i: hashlib.sha256(i.name.encode()).digest()
+        )
+        count = max(1, round(held_out_share * len(of_source))) if held_out_share > 0 and len(of_source) > 1 else 0
+        held_out += of_source[:count]
+        kept += of_source[count:]
     return kept, held_out

@@ -32,7 +32,7 @@ def train(
     held_out_share: float = 0.15,
     pauses: Sequence[float] = (0.5, 0.8, 1.0),
     log: Log | None = None,
-    told: OnPause | None = None,
+    on_pause: OnPause | None = None,
 ) -> HoverFastNet:
     """Train a network and keep its averaged weights as ``out / WEIGHTS``, anew at each pause.
 
@@ -48,7 +48,7 @@ def train(
         held_out_share: see ``split``; images held out are never learned from.
         pauses: shares of the run after which weights are kept and the held-out images looked at, ascending to 1.
         log: of the training loss.
-        told: (step, terms of the loss and dice by source of held-out images), called at each pause.
+        on_pause: (step, terms of the loss and dice by source of held-out images), called at each pause.
 
     Raises ValueError for no images, or none with nuclei and background; TrainingStoppedError as ``Trainer.run``.
     """
@@ -67,8 +67,8 @@ def train(
     for pause in pauses:
         trainer.run(pause=pause)
         _keep(trainer.averaged, out / WEIGHTS)
-        if told is not None:
-            told(trainer.step, check(trainer.averaged))
+        if on_pause is not None:
+            on_pause(trainer.step, check(trainer.averaged))
     return trainer.averaged.eval()
 
 

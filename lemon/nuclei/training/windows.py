@@ -57,8 +57,8 @@ class Bank:
         weights = np.sqrt(areas.astype(np.float64))
         sources = np.array([image.source for image in images])
         for source in set(sources.tolist()):
-            own = sources == source
-            weights[own] *= (odds or {}).get(source, 1.0) / weights[own].sum()
+            of_source = sources == source
+            weights[of_source] *= (odds or {}).get(source, 1.0) / weights[of_source].sum()
         return cls(
             pixels=torch.from_numpy(np.concatenate([i.image.reshape(-1, 3) for i in images])).to(device),
             labels=torch.from_numpy(np.concatenate([m.ravel() for m in maps])).to(device),

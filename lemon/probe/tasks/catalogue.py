@@ -91,7 +91,7 @@ def _entry(name: str) -> TaskEntry:
 
         return TaskEntry(place, morphometry.load, morphometry.OBTAIN)
     try:
-        found: TaskEntry = TASKS.load(name)
+        entry: TaskEntry = TASKS.load(name)
     except ValueError as error:
         raise TaskError(f"tasks: {error}") from None
-    return found
+    return entry

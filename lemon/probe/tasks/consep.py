@@ -71,21 +71,21 @@ def _picture_of(path: Path) -> Path:
     """The image that a map is of."""
     name, beside = path.stem.removesuffix("_inst"), path.parent
     folder = beside.parent / "Images" if path.suffix == ".mat" else beside
-    found = [folder / f"{name}{suffix}" for suffix in (".png", ".jpg") if (folder / f"{name}{suffix}").is_file()]
-    if not found:
+    paths = [folder / f"{name}{suffix}" for suffix in (".png", ".jpg") if (folder / f"{name}{suffix}").is_file()]
+    if not paths:
         raise TaskError(
             f"{path}: no image {folder / name}.png or .jpg; expected one beside each map: download it again"
         )
-    return found[0]
+    return paths[0]
 
 
 def _read_nuclei(path: Path) -> pd.DataFrame:
     """Nuclei of one map: slide (the image), sample_id, label ("" for none), x, y: the centroid in px."""
-    found = loadmat(path) if path.suffix == ".mat" else np.load(path)
-    absent = [name for name in ("inst_map", "type_map") if name not in found]
+    arrays = loadmat(path) if path.suffix == ".mat" else np.load(path)
+    absent = [name for name in ("inst_map", "type_map") if name not in arrays]
     if absent:
-        raise TaskError(f"{path}: no {absent[0]}; it has {', '.join(found)}; expected inst_map and type_map")
-    inst, types = (np.asarray(found[name]).astype(int) for name in ("inst_map", "type_map"))
+        raise TaskError(f"{path}: no {absent[0]}; it has {', '.join(arrays)}; expected inst_map and type_map")
+    inst, types = (np.asarray(arrays[name]).astype(int) for name in ("inst_map", "type_map"))
     types = _four_types(types, path=path)
     name = path.stem.removesuffix("_inst")
     ids = np.unique(inst[inst > 0])

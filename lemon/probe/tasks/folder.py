@@ -101,7 +101,7 @@ def _fill_patients(table: pd.DataFrame, *, where: str) -> list[str]:
     if not given.all():
         how = "they take their slide's, or their slide is a patient of its own"
         notes.append(f"{int((~given).sum())} crops have no patient: {how}")
-    if shared := [slide for slide, found in of_slide.items() if len(found) > 1]:
+    if shared := [slide for slide, slide_patients in of_slide.items() if len(slide_patients) > 1]:
         notes.append(f"slides with several patients: {some(shared)}; crops of such a slide are on both sides of folds")
     table["patient"] = patients
     return notes

@@ -227,13 +227,13 @@ def read_crops(folder: Path, samples: Sequence[Sample], *, desc: str) -> tuple[n
         blocks, owner = np.unique(sample.corner_px // BLOCK_PX, axis=0, return_inverse=True)
         side = BLOCK_PX + CELL_PX
         for number, (x_px, y_px) in enumerate((blocks * BLOCK_PX).tolist()):
-            own = np.flatnonzero(owner.ravel() == number)
+            indices = np.flatnonzero(owner.ravel() == number)
             try:
                 block = reader.region(x_px, y_px, width_px=side, height_px=side)
             except (RegionError, SlideError):
-                readable[start + own] = False
+                readable[start + indices] = False
                 continue
-            images[start + own] = cut_crops(block, sample.corner_px[own] - (x_px, y_px))
+            images[start + indices] = cut_crops(block, sample.corner_px[indices] - (x_px, y_px))
         reader.close()
         start += len(sample.sample_ids)
     return (images if readable.all() else images[readable]), readable

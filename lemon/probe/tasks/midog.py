@@ -120,10 +120,10 @@ def read_boxes(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
     ``path`` may be gzipped. Raises TaskError where it is absent, or not in this form, or a category is unknown.
     """
-    found = _read_json(path)
+    content = _read_json(path)
     try:
-        images = pd.DataFrame(found["images"])[["id", "file_name", "width", "height", "tumor_type"]]
-        boxes = pd.DataFrame(found["annotations"])[["id", "image_id", "bbox", "category_id"]]
+        images = pd.DataFrame(content["images"])[["id", "file_name", "width", "height", "tumor_type"]]
+        boxes = pd.DataFrame(content["annotations"])[["id", "image_id", "bbox", "category_id"]]
     except KeyError as error:
         raise TaskError(
             f"{path}: no {error}; expected images and annotations as of {OBTAIN['midogpp-mitosis']}"

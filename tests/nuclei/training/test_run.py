@@ -28,7 +28,7 @@ def test_held_out_images_are_met_better_after_training_and_the_weights_are_on_di
         architecture=TINY,
         held_out_share=0.25,
         pauses=(0.05, 1.0),
-        told=lambda step, rows: told.append((step, rows)),
+        on_pause=lambda step, rows: told.append((step, rows)),
     )
     assert [step for step, _ in told] == [3, 60]
     before, after = (rows for _, rows in told)
