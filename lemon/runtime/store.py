@@ -444,8 +444,8 @@ def local_copy(path: str | os.PathLike[str]) -> Iterator[Path]:
 def open_output(uri: str, *, names: Sequence[str] = ()) -> Store:
     """The store of ``output=``, after a file was made there.
 
-    Raises ConfigError where it cannot be written, or where what LEMON did not write has a name that the stage ``names``:
-    files and folders, by their names in the output.
+    Raises ConfigError where it cannot be written, or where what LEMON did not write has one of the ``names`` (files
+    and folders, by their names in the output) that the stage writes.
     """
     try:
         store = Store(uri)
