@@ -35,7 +35,7 @@ _PATIENCE_S = 60  # for a check; a server or bucket that does not answer is a fa
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found: ``ok``, ``warn`` or ``fail``, in words, and how to mend it."""
+    """What a check found: ``ok``, ``warn`` or ``fail``, in words, and how to repair it."""
 
     state: str
     detail: str
@@ -58,26 +58,26 @@ def check_packages() -> Finding:
     from importlib.metadata import PackageNotFoundError, requires, version
 
     try:
-        wanted = requires(DISTRIBUTION) or []
+        requirements = requires(DISTRIBUTION) or []
     except PackageNotFoundError:
         return Finding("warn", f"lemon runs from {Path(__file__).parent.parent}, it is not installed", REINSTALL)
     from packaging.requirements import Requirement
 
     faults, absent, installed = [], set(), set()
-    for text in wanted:
+    for text in requirements:
         one = Requirement(text)
         extra = _extra_of(one)
         if extra in ("all", "dev", "docs"):  # the others again, and tools
             continue
         try:
-            got = version(one.name)
+            installed_version = version(one.name)
         except PackageNotFoundError:
             absent |= {extra} if extra else set()
             faults += [] if extra else [f"{one.name} is missing"]
             continue
         installed.add(one.name)
-        if not one.specifier.contains(got, prereleases=True):
-            faults.append(f"{one.name} {got} is not {one.specifier}")
+        if not one.specifier.contains(installed_version, prereleases=True):
+            faults.append(f"{one.name} {installed_version} is not {one.specifier}")
     if faults:
         return Finding("fail", "; ".join(faults), REINSTALL)
     without = f"; without the extras {', '.join(sorted(absent))}" if absent else ""

@@ -24,7 +24,7 @@ class ConfigError(ValueError):
     """Something the user gave is wrong; the message has one line a fault.
 
     Args:
-        faults: faults, or lines that say what was wrong, what was expected, how to mend it.
+        faults: faults, or lines that say what was wrong, what was expected, how to repair it.
     """
 
     def __init__(self, *faults: Fault | str) -> None:
@@ -57,7 +57,7 @@ NO_SUCH_FILE = {
 
 
 class DamagedError(ConfigError):
-    """A file is not what it was written as; one line: the file, what is wrong with it, how to mend it."""
+    """A file is not what it was written as; one line: the file, what is wrong with it, how to repair it."""
 
 
 class StorageError(OSError):

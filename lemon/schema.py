@@ -90,13 +90,13 @@ _MADE_BY = {
 
 def fault_of(got_schema: pa.Schema, expected: pa.Schema) -> str | None:
     """Why a file's schema is not that of the expected table; None where it is."""
-    wanted, _, _ = expected.metadata[TABLE].decode().partition("/")
+    expected_table, _, _ = expected.metadata[TABLE].decode().partition("/")
     got, _, version = (got_schema.metadata or {}).get(TABLE, b"").decode().partition("/")
-    job = f"the output of lemon {_MADE_BY.get(wanted, wanted)}"
+    job = f"the output of lemon {_MADE_BY.get(expected_table, expected_table)}"
     if not got:
-        return f"is no table of lemon's, or of a version before {VERSION}; expected {job} (table {wanted})"
-    if got != wanted:
-        return f"is the table {got}; expected {job} (table {wanted})"
+        return f"is no table of lemon's, or of a version before {VERSION}; expected {job} (table {expected_table})"
+    if got != expected_table:
+        return f"is the table {got}; expected {job} (table {expected_table})"
     if version != str(VERSION):
         remedy = "install the lemon that wrote it" if version > str(VERSION) else "make it again in another output"
         return f"is the table {got} of version {version}; this lemon reads version {VERSION}: {remedy}"

@@ -26,7 +26,7 @@ OUTPUT_NAMES = ("atlas.html", "atlas.png", "atlas.svg", MAP_NAME)
 
 
 def main(config: AtlasConfig) -> int:
-    """Make the atlas and tell what it is; returns the exit code. Raises ConfigError."""
+    """Make the atlas and log what it is; returns the exit code. Raises ConfigError."""
     with hold(config.output, stage="atlas", names=OUTPUT_NAMES) as store:
         return _make(config, store)
 

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 IMAGE_BYTES = CELL_PX * CELL_PX * 3
 THREADS = 8
 _READ_BYTES = 16 << 20
-_LEFT = re.compile(r"cells-[0-9a-f]{16}(\.[0-9a-f]{8})?\.tmp")  # with a second part: of earlier versions
+_PARTIAL_NAME = re.compile(r"cells-[0-9a-f]{16}(\.[0-9a-f]{8})?\.tmp")  # with a second part: of earlier versions
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
 Put = Callable[[int, int, np.ndarray], None]
@@ -68,7 +68,7 @@ def open_images(selection: Selection, *, cache: str | Path) -> np.ndarray:
     while not _is_whole(path, selection):
         with _locked(path.with_suffix(".tmp")) as file:
             if file is not None:
-                _make(file, path, selection)
+                _build_cache(file, path, selection)
                 break
     return np.memmap(path, np.uint8, "r", shape=shape)
 
@@ -87,7 +87,7 @@ def check_cache(selection: Selection, *, cache: str | Path) -> None:
     needed, free = _size(selection), shutil.disk_usage(place).free
     free += sum(left.stat().st_blocks * 512 for left in _partial(path.parent))  # reserved by now, or left
     if free < needed:
-        raise StorageError(_no_room(selection, place, free=free))
+        raise StorageError(_no_space_message(selection, place, free=free))
 
 
 def _path(selection: Selection, cache: str | Path) -> Path:
@@ -98,7 +98,7 @@ def _size(selection: Selection) -> int:
     return selection.n_cells * IMAGE_BYTES + 4 * (len(selection.parts) + 1)
 
 
-def _no_room(selection: Selection, place: Path, *, free: int) -> str:
+def _no_space_message(selection: Selection, place: Path, *, free: int) -> str:
     return (
         f"cache: {place}: the images of {selection.n_cells:,} cells take {_size(selection) / 1e9:.3f} GB, and "
         f"{free / 1e9:.3f} GB are free there; free some, choose fewer cells, or put them elsewhere with cache=..."
@@ -130,7 +130,7 @@ def _copy(selection: Selection, put: Put) -> None:
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
-def _make(file: int, path: Path, selection: Selection) -> None:
+def _build_cache(file: int, path: Path, selection: Selection) -> None:
     """Fill the locked temporary file and give it its name; nothing of it stays where that fails."""
     temporary = path.with_suffix(".tmp")
     try:
@@ -144,8 +144,8 @@ def _make(file: int, path: Path, selection: Selection) -> None:
         temporary.unlink(missing_ok=True)
         if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        os.ftruncate(file, 0)  # what it took is free again, before that is told
-        message = _no_room(selection, path.parent, free=shutil.disk_usage(path.parent).free)
+        os.ftruncate(file, 0)  # frees what it took, before the error is raised
+        message = _no_space_message(selection, path.parent, free=shutil.disk_usage(path.parent).free)
         raise StorageError(f"{message} ({os.strerror(error.errno)})") from None
 
 
@@ -166,12 +166,12 @@ def _fill(file: int, selection: Selection) -> None:
 def _reserve(file: int, size: int) -> None:
     """Take the room first. Through a map, or in a sparse file, a full disk is a SIGBUS and no error."""
     os.ftruncate(file, 0)
-    if not hasattr(os, "posix_fallocate"):  # as on macOS; plain writes then tell
+    if not hasattr(os, "posix_fallocate"):  # as on macOS; plain writes then raise
         return
     try:
         os.posix_fallocate(file, 0, size)
     except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot; plain writes then tell
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot; plain writes then raise
             raise
 
 
@@ -256,7 +256,7 @@ def _is_named(file: int, path: Path) -> bool:
 def _partial(folder: Path) -> list[Path]:
     """The temporary files of a folder, which may be absent: by names that only this file gives."""
     paths = folder.iterdir() if folder.is_dir() else ()
-    return [path for path in paths if _LEFT.fullmatch(path.name) and path.is_file() and not path.is_symlink()]
+    return [path for path in paths if _PARTIAL_NAME.fullmatch(path.name) and path.is_file() and not path.is_symlink()]
 
 
 def _reclaim(folder: Path) -> None:

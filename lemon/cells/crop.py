@@ -115,8 +115,10 @@ def crop_nuclei(image: np.ndarray, nuclei: Sequence[Nucleus] | np.ndarray) -> np
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image: got {image.dtype} {list(image.shape)}; expected RGB at 0.25 um/px, uint8 [H, W, 3]")
-    given = nuclei if isinstance(nuclei, np.ndarray) else [nucleus.centroid_px for nucleus in nuclei]
-    centroid = np.asarray(given, np.float64).reshape(-1, 2) if len(given) == 0 else np.asarray(given, np.float64)
+    centroids = nuclei if isinstance(nuclei, np.ndarray) else [nucleus.centroid_px for nucleus in nuclei]
+    centroid = (
+        np.asarray(centroids, np.float64).reshape(-1, 2) if len(centroids) == 0 else np.asarray(centroids, np.float64)
+    )
     if centroid.ndim != 2 or centroid.shape[1] != 2:
         raise ValueError(f"nuclei: got an array {list(centroid.shape)}; expected centroids [N, 2], (x, y)")
     high, wide = image.shape[:2]
@@ -195,8 +197,8 @@ def _rows(
 
 def _cell_ids(frame: Frame, centroid_px: np.ndarray) -> np.ndarray:
     """``<slide_id>_<x>_<y>``: the base px of the centroid, so that an id says where to look."""
-    whole = np.floor(centroid_px).astype(int)
-    return np.array([f"{frame.slide.slide_id}_{x}_{y}" for x, y in whole], dtype=object)
+    floored = np.floor(centroid_px).astype(int)
+    return np.array([f"{frame.slide.slide_id}_{x}_{y}" for x, y in floored], dtype=object)
 
 
 def _wkb(contours: Sequence[np.ndarray]) -> np.ndarray:

@@ -48,22 +48,22 @@ class SlideAccess:
     ahead: int
 
 
-def _in_place() -> Locate:
+def _locate_in_place() -> Locate:
     return lambda slide: contextlib.nullcontext(slide.path)
 
 
-IN_PLACE = SlideAccess(open=_in_place, ahead=0)
+IN_PLACE = SlideAccess(open=_locate_in_place, ahead=0)
 
 
 def run(
     config: CurateConfig, *, source: SlideAccess = IN_PLACE, slides: list[Slide] | None = None
 ) -> Summary[SlideRow]:
-    """Curate the slides of a config; tells and returns what became of each.
+    """Curate the slides of a config; logs and returns what became of each.
 
     A slide that its source could not provide gets no row, so that it is tried again by a rerun. ``slides`` is what
     ``check_and_allocate`` returned where a larger job called it already.
 
-    Raises ConfigError for what the user must mend first; FatalError when the job cannot go on.
+    Raises ConfigError for what the user must correct first; FatalError when the job cannot go on.
     """
     slides = check_and_allocate(config) if slides is None else slides
     with hold(config.output, stage="curate", names=OUTPUT_NAMES) as store:
@@ -178,7 +178,7 @@ def open_ledger(store: Store, config: CurateConfig) -> Ledger[SlideRow]:
     """The ledger of an output; raises ConfigError when the output was made with other settings."""
     settings = config.result_settings()
     ledger = cells_ledger(store, config_fingerprint=fingerprint(settings))
-    ledger.prepare(SETTINGS, settings, folders=FOLDERS, overwrite=config.overwrite)
+    ledger.prepare_output(SETTINGS, settings, folders=FOLDERS, overwrite=config.overwrite)
     return ledger
 
 

@@ -46,7 +46,7 @@ SHARES = (16, 4, 1)  # points of the sweep: a sixteenth of the cells, a quarter,
 
 
 def main(config: DemoConfig) -> int:
-    """Run the demo and tell where its page is; returns the exit code."""
+    """Run the demo and log where its page is; returns the exit code."""
     logger.info(f"the report is {run(Path(config.output), synthetic=config.synthetic)}")
     return EXIT_OK
 

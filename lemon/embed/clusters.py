@@ -1,4 +1,4 @@
-"""Clusters of nuclei by their embeddings: fitted on a uniform sample of all slides, then told of every cell."""
+"""Clusters of nuclei by their embeddings: fitted on a uniform sample of all slides, then assigned to every cell."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lemon.embed.stream import read_ahead, vectors_of
 from lemon.runtime.store import Store, fingerprint
 from lemon.schema import CLUSTERS, EMBEDDINGS
 
-# matplotlib's tab10: ten colours that are told apart on H&E as well.
+# matplotlib's tab10: ten colours that can be distinguished on H&E as well.
 _PALETTE = ("1f77b4", "ff7f0e", "2ca02c", "d62728", "9467bd", "8c564b", "e377c2", "7f7f7f", "bcbd22", "17becf")
 
 

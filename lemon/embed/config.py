@@ -1,4 +1,4 @@
-"""Settings of embedding. Imports no torch, so that a mistake is told at once."""
+"""Settings of embedding. Imports no torch, so that a mistake is reported at once."""
 
 from __future__ import annotations
 

@@ -49,11 +49,11 @@ class EmbedSummary(Summary[EmbeddedRow]):
 
 
 def run(config: EmbedConfig, *, slides: list[Slide] | None = None) -> EmbedSummary:
-    """Embed the cells of a config and write the formats; tells and returns what became of each slide.
+    """Embed the cells of a config and write the formats; logs and returns what became of each slide.
 
     ``slides`` are those that curation was asked about already.
 
-    Raises ConfigError for what the user must mend first; FatalError when the job cannot go on.
+    Raises ConfigError for what the user must correct first; FatalError when the job cannot go on.
     """
     with hold(config.output, stage="embed", names=OUTPUT_NAMES) as output:
         cells = Store(config.cells or config.curate_config().output)
@@ -76,7 +76,7 @@ def _run(config: EmbedConfig, output: Store, cells: Store, *, slides: list[Slide
     ledger = open_ledger(output, spec, overwrite=config.overwrite)
     curated = [] if config.slides is None else [_curate(config, slides)]
     if curated:
-        with contextlib.suppress(ConfigError):  # no cells: curation has told why
+        with contextlib.suppress(ConfigError):  # no cells: curation has logged why
             jobs = rows_with_cells(cells)
     pending = ledger.without_embeddings(jobs)
     start = time.perf_counter()

@@ -64,5 +64,5 @@ def open_ledger(store: Store, spec: EmbeddingSpec, *, overwrite: bool) -> EmbedL
     if known := _known_model_name(earlier, spec):
         spec = replace(spec, model=known)  # the same weights from another folder
     ledger = EmbedLedger(store, spec)
-    ledger.prepare(SETTINGS, asdict(spec), folders=(*FOLDERS, CENTRES), overwrite=overwrite)
+    ledger.prepare_output(SETTINGS, asdict(spec), folders=(*FOLDERS, CENTRES), overwrite=overwrite)
     return ledger

@@ -40,7 +40,7 @@ class EmbeddedSlide:
     def table(self, *columns: str) -> pa.Table:
         """``cell_id`` and other columns of the cells table (not images: they may not fit). Raises ShardError."""
         rows = pa.concat_tables(list(self.rows("cell_id", *columns)))
-        embedded = self._own(embeddings_name(self.slide_id), "cell_id", schema=EMBEDDINGS)
+        embedded = self._read_column(embeddings_name(self.slide_id), "cell_id", schema=EMBEDDINGS)
         if not embedded.equals(rows["cell_id"]):
             raise ShardError(f"{self.slide_id}: cells and embeddings differ; the same command again embeds anew")
         return rows
@@ -54,7 +54,7 @@ class EmbeddedSlide:
         """The cluster of each cell, int16 [N]; None where there are none. Raises ShardError."""
         if self.clusters is None:
             return None
-        return self._own(clusters_name(self.slide_id), "cluster", schema=CLUSTERS).to_numpy()
+        return self._read_column(clusters_name(self.slide_id), "cluster", schema=CLUSTERS).to_numpy()
 
     def origin_px(self) -> tuple[int, int]:
         """The corner of the scanned area, which QuPath counts from; (0, 0) where the slide's file is not at hand."""
@@ -68,7 +68,7 @@ class EmbeddedSlide:
         """What a file says of its making."""
         return {"model": self.spec.model, "model_fingerprint": self.spec.model_fingerprint, "mpp": mpp}
 
-    def _own(self, name: str, column: str, *, schema: pa.Schema) -> pa.ChunkedArray:
+    def _read_column(self, name: str, column: str, *, schema: pa.Schema) -> pa.ChunkedArray:
         """A small column of a table that this job wrote."""
         batches = read_ahead(self.store, name, schema=schema, columns=[column])
         return pa.chunked_array([batch[column] for batch in batches], schema.field(column).type)

@@ -61,7 +61,7 @@ def embed_shard(
         dtype: float16 or float32, of the stored vectors.
         precision: fp32 or bf16, of the arithmetic.
         digest: of the rows that the shard must hold; None takes any.
-        progress: told the number of cells of each batch.
+        progress: called with the number of cells of each batch.
 
     Raises:
         ShardError: the shard cannot be read, is damaged or has other rows, or a vector does not fit dtype.

@@ -74,9 +74,9 @@ def export_encoder(
         NotFiniteError: a weight, or a feature of a test image, is not finite; nothing was written then.
     """
     if encoder.patch_embed.img_size != (cell_input.px, cell_input.px):
-        given = "input_px" if cell_input.input_px else "crop_px"
+        size_key = "input_px" if cell_input.input_px else "crop_px"
         raise ValueError(
-            f"{given}={cell_input.px}: expected the encoder's input size, {encoder.patch_embed.img_size[0]}"
+            f"{size_key}={cell_input.px}: expected the encoder's input size, {encoder.patch_embed.img_size[0]}"
         )
     weights = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
     check_finite(weights, source="the encoder")

@@ -46,8 +46,8 @@ def serves(x: Tensor, first: nn.Linear) -> bool:
     if not x.is_cuda or x.numel() < MIN_ROWS * x.shape[-1] or not triton_runs():
         return False
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    whole = first.in_features % 64 == 0 and first.out_features % 256 == 0
-    return whole and dtype in (torch.bfloat16, torch.float16)
+    is_aligned = first.in_features % 64 == 0 and first.out_features % 256 == 0
+    return is_aligned and dtype in (torch.bfloat16, torch.float16)
 
 
 class CellMlp(Mlp):

@@ -47,7 +47,7 @@ class Encoder(nn.Module):
     def __repr__(self) -> str:
         """Two lines: what it is, and what ``embed`` takes and gives."""
         count = sum(each.numel() for each in self.parameters())
-        # One cell tells the width; of a network that takes seconds for it, it is told once it is known.
+        # One cell shows the width; for a network that takes seconds for it, it is shown once it is known.
         width = self.width if count < _SMALL or "width" in vars(self) else "D"
         place = next((each.device for each in self.parameters()), "cpu")
         return (
@@ -201,7 +201,7 @@ def load_entry(entry: EncoderEntry, weights: str | Path | None = None) -> Encode
     if entry.source == "bundled" and weights is None:
         return Encoder(*load_exported(RELEASED / entry.name), name=entry.name)
     if entry.source == "transformers":
-        import_transformers(entry)  # absent, it is told before gigabytes are downloaded
+        import_transformers(entry)  # its absence is reported before gigabytes are downloaded
     if weights is not None and is_uri(weights):
         with local_copy(weights) as copy:
             return load_entry(entry, copy)

@@ -70,7 +70,8 @@ class FetchConfig(Frozen):
     def curate_config(self) -> CurateConfig:
         """The settings of the curation that ``stream`` asks for. Raises ValueError.
 
-        Failed slides are not tried again unless told so: the same bytes would be downloaded for the same end.
+        Failed slides are not tried again unless ``curation.retry`` says so: the same bytes would fail
+        again.
         """
         folder = self.output.rstrip("/")
         reserved = {"slides": "organs", "output": "cells", "segmenter": "segmenter"}

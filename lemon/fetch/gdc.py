@@ -151,14 +151,14 @@ def read_manifest(path: str | Path, *, organ: str | None) -> list[GdcFile]:
 
 def _hits(session: requests.Session, api: str, *, studies: Sequence[str], timeout_s: float) -> Iterator[dict[str, Any]]:
     """What the API finds, page after page."""
-    wanted = {
+    filters = {
         "cases.project.project_id": [f"TCGA-{study}" for study in studies],
         "data_type": ["Slide Image"],
         "data_format": ["SVS"],
         "experimental_strategy": ["Diagnostic Slide"],
         "access": ["open"],
     }
-    terms = [{"op": "in", "content": {"field": field, "value": value}} for field, value in wanted.items()]
+    terms = [{"op": "in", "content": {"field": field, "value": value}} for field, value in filters.items()]
     query = {"filters": {"op": "and", "content": terms}, "fields": ",".join(FIELDS), "sort": "file_id:asc"}
     n_seen, total = 0, 1
     while n_seen < total:

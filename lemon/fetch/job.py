@@ -44,18 +44,22 @@ def main(config: FetchConfig) -> int:
 
 
 def run(config: FetchConfig) -> Summary[DownloadRow]:
-    """Download the slides of a config, and curate them where it says so; tells and returns what became of downloads.
+    """Download the slides of a config, and curate them where it says so; logs and returns what became of downloads.
 
     The summary has a row of the ledger of downloads for each slide that was tried, now or earlier.
 
     Raises:
-        ConfigError: the user must mend something first.
+        ConfigError: the user must correct something first.
         GdcError: the GDC cannot be asked which slides there are.
         FatalError: the ledger cannot be written.
     """
     with hold(config.output, stage="fetch_tcga", names=("downloads", COHORT_FILE)) as output:
         files = _choose_files(config)
-        summary = _stream(files, output, config) if config.stream else _keep(files, output, config)
+        summary = (
+            _curate_while_downloading(files, output, config)
+            if config.stream
+            else _download_to_folder(files, output, config)
+        )
     n_bytes = sum(row.size_bytes for row in summary.rows if row.status == "done")
     where = f"curated into {config.curate_config().output}" if config.stream else f"in {config.output}"
     logger.info(f"{summary.log_and_describe(logger, ('done', 'failed'))}, {_gigabytes(n_bytes)} {where}")
@@ -142,11 +146,11 @@ class Fetcher:
         return path
 
 
-def _keep(files: dict[str, GdcFile], output: Store, config: FetchConfig) -> Summary[DownloadRow]:
+def _download_to_folder(files: dict[str, GdcFile], output: Store, config: FetchConfig) -> Summary[DownloadRow]:
     """Download the slides that are not there yet; list those that are there in the cohort."""
     folder, ledger = Path(output.root), download_ledger(output)
     known = ledger.rows()
-    pending = [file for slide_id, file in files.items() if not _is_here(file, known.get(slide_id), folder=folder)]
+    pending = [file for slide_id, file in files.items() if not _is_downloaded(file, known.get(slide_id), folder=folder)]
     n_bytes = sum(file.size_bytes for file in pending)
     logger.info(f"{len(files)} slides, of which {len(pending)} ({_gigabytes(n_bytes)}) to download")
     with tqdm(total=n_bytes, unit="B", unit_scale=True, desc="fetch_tcga", disable=None) as bar:
@@ -162,7 +166,7 @@ def _keep(files: dict[str, GdcFile], output: Store, config: FetchConfig) -> Summ
     return Summary(rows=list(rows.values()), n_skipped=len(files) - len(pending))
 
 
-def _is_here(file: GdcFile, row: DownloadRow | None, *, folder: Path) -> bool:
+def _is_downloaded(file: GdcFile, row: DownloadRow | None, *, folder: Path) -> bool:
     """Whether a row says that a file is done, and the file is still there."""
     path = folder / file.file_name
     done = row is not None and row.status == "done" and row.md5 == file.md5
@@ -211,7 +215,7 @@ class StreamedSlides:
             path.unlink(missing_ok=True)
 
 
-def _stream(files: dict[str, GdcFile], output: Store, config: FetchConfig) -> Summary[DownloadRow]:
+def _curate_while_downloading(files: dict[str, GdcFile], output: Store, config: FetchConfig) -> Summary[DownloadRow]:
     """Curate the slides as they come. Downloads are noted beside the cells, because actors may be on other machines."""
     curation, folder = config.curate_config(), Path(output.root) / STREAM_FOLDER
     try:
@@ -220,7 +224,9 @@ def _stream(files: dict[str, GdcFile], output: Store, config: FetchConfig) -> Su
         raise ConfigError(f"cells: {error}") from None
     write_cohort(output, COHORT_FILE, [file.slide(file.remote(config.api).url) for file in files.values()])
     committed = files.keys() & set(read_ledger(cells)["slide_id"].to_pylist())
-    _tidy(folder, keep=[file.file_name for slide_id, file in files.items() if slide_id not in committed])
+    _remove_unwanted_files(
+        folder, keep=[file.file_name for slide_id, file in files.items() if slide_id not in committed]
+    )
     opening = functools.partial(StreamedSlides, files, folder, config, cells=cells)
     try:
         curated = curate.run(curation, source=curate.SlideAccess(open=opening, ahead=config.ahead))
@@ -231,7 +237,7 @@ def _stream(files: dict[str, GdcFile], output: Store, config: FetchConfig) -> Su
     return Summary(rows=rows, n_skipped=len(committed), before=[curated])
 
 
-def _tidy(folder: Path, *, keep: Sequence[str]) -> None:
+def _remove_unwanted_files(folder: Path, *, keep: Sequence[str]) -> None:
     """Delete what a killed job left of slides that are no longer wanted; what is wanted is gone on with."""
     for path in (*folder.glob("*"), *(folder / PARTS).glob("*")):
         if path.is_file() and path.name not in keep:

@@ -360,10 +360,10 @@ def _paint(pieces: dict[str, np.ndarray], *, chosen: np.ndarray, levels: list[np
 
 def _sharpen(labels: np.ndarray, *, relief: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     """Labels int32 [H, W] from half resolution: the outline is where the full relief crosses the label's own level."""
-    whole = cv2.resize(labels.astype(np.float32), relief.shape[::-1], interpolation=cv2.INTER_NEAREST)
-    core = cv2.erode(whole, _DISC)
-    core[core != cv2.dilate(whole, _DISC)] = 0  # pixels near a border, of the label or between two, are open
-    near = np.where(whole > 0, whole, cv2.dilate(whole, _CROSS)).astype(np.int32)
+    upsampled = cv2.resize(labels.astype(np.float32), relief.shape[::-1], interpolation=cv2.INTER_NEAREST)
+    core = cv2.erode(upsampled, _DISC)
+    core[core != cv2.dilate(upsampled, _DISC)] = 0  # pixels near a border, of the label or between two, are open
+    near = np.where(upsampled > 0, upsampled, cv2.dilate(upsampled, _CROSS)).astype(np.int32)
     return np.where((core > 0) | (relief > thresholds[near]), near, 0)
 
 

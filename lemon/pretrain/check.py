@@ -31,7 +31,7 @@ def check(config: PretrainConfig) -> tuple[PretrainConfig, Selection]:
         raise ConfigError(f"cells: got {selection.n_cells}; expected {MIN_CELLS} at least, and better thousands")
     if config.probe is not None:
         OnlineProbe.open(config.probe, policy=config.views)
-    if config.workers.in_process:  # others are on other machines, and tell it themselves
+    if config.workers.in_process:  # others are on other machines, and report it themselves
         choose_device(config.device)
         check_cache(selection, cache=config.cache)
     return config, selection

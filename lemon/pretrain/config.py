@@ -1,4 +1,4 @@
-"""Settings of pretraining. Imports no torch, so that a mistake is told at once."""
+"""Settings of pretraining. Imports no torch, so that a mistake is reported at once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LOCAL_STEP_PX = 8
 """Sides of local views are multiples of this: patches of 8 px."""
 
 MIN_CELLS = 4
-"""The features of fewer cells lie on a line or in a plane: every run would be told to have collapsed."""
+"""The features of fewer cells lie on a line or in a plane: every run would be reported as collapsed."""
 
 
 class MethodConfig(Settings):
@@ -159,8 +159,10 @@ class DINOv2Config(MethodConfig):
     def faults(self, encoder: EncoderConfig, policy: Policy) -> Iterator[Fault]:
         """What does not fit to an encoder and to views, and terms that leave nothing to learn."""
         if encoder.dim % (heads := self.heads(encoder)):
-            given = ("encoder.heads", heads) if self.head_dim is None else ("ssl.head_dim", self.head_dim)
-            yield Fault(*given, f"one that divides encoder.dim={encoder.dim} into equal heads, and not into {heads}")
+            key_and_value = ("encoder.heads", heads) if self.head_dim is None else ("ssl.head_dim", self.head_dim)
+            yield Fault(
+                *key_and_value, f"one that divides encoder.dim={encoder.dim} into equal heads, and not into {heads}"
+            )
         weights = (self.global_weight, self.local_weight, self.ibot_weight, self._regulariser_weight)
         if not any(weight is None or weight for weight in weights):
             yield Fault(
@@ -172,8 +174,8 @@ class DINOv2Config(MethodConfig):
             yield Fault("ssl.local_crops", 0, "1 at least; without local views set ssl.local_to_global=false")
         px = self.local_crop_px
         if px % encoder.patch_px or px % LOCAL_STEP_PX or px > VIEW_PX:
-            whole = f"a multiple of encoder.patch_px={encoder.patch_px} and of {LOCAL_STEP_PX}, {VIEW_PX} at most"
-            yield Fault("ssl.local_crop_px", px, whole)
+            expected = f"a multiple of encoder.patch_px={encoder.patch_px} and of {LOCAL_STEP_PX}, {VIEW_PX} at most"
+            yield Fault("ssl.local_crop_px", px, expected)
         if policy.view_a.blur.kernel_px >= 2 * px:
             yield Fault(
                 "views.view_a.blur.kernel_px", policy.view_a.blur.kernel_px, f"less than twice the view of {px} px"

@@ -39,7 +39,7 @@ _STOPPED = re.compile(rf"^(?:\w+\.)*{TrainingStoppedError.__name__}: (.*)$", re.
 
 
 def main(config: PretrainConfig) -> int:
-    """Pretrain and tell the outcome; returns the exit code. Nothing is written before all is checked."""
+    """Pretrain and log the outcome; returns the exit code. Nothing is written before all is checked."""
     config, selection = check(config)
     if not config.workers.in_process:
         allocate(demand_of(config.workers), stage="pretrain")
@@ -56,7 +56,7 @@ def _pretrain(config: PretrainConfig, selection: Selection, store: Store) -> int
     return EXIT_OK
 
 
-def prepare(config: PretrainConfig) -> tuple[PretrainConfig, Selection]:
+def check_and_begin(config: PretrainConfig) -> tuple[PretrainConfig, Selection]:
     """``check``, then ``begin_output``, where the output, or a folder above it, is held already. Raises ConfigError."""
     config, selection = check(config)
     begin_output(config, selection, open_output(config.output, names=OUTPUT_NAMES))
@@ -64,7 +64,7 @@ def prepare(config: PretrainConfig) -> tuple[PretrainConfig, Selection]:
 
 
 def begin_output(config: PretrainConfig, selection: Selection, store: Store) -> None:
-    """Note in the output with which settings it begins, and tell what will be done.
+    """Write the settings into the output, and log what will be done.
 
     Raises ConfigError for an output in which something was made with other settings. One in which nothing was takes
     new ones, and a run of its own in MLflow.
@@ -176,7 +176,7 @@ def _train_on_ray(config: PretrainConfig, run: Run) -> None:
 def demand_of(workers: TrainWorkers, *, key: str = "workers") -> Demand:
     """What a run asks of a cluster: of an elastic one the least number of workers has to be there."""
     least, most = (workers.count, workers.count) if isinstance(workers.count, int) else workers.count
-    return Demand(workers.cpus, workers.gpus, least=least, wanted_workers=most, key=key, count_key=f"{key}.count")
+    return Demand(workers.cpus, workers.gpus, min_workers=least, wanted_workers=most, key=key, count_key=f"{key}.count")
 
 
 def _ray_worker(settings: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ logger = stage_logger(__name__, "pretrain")
 
 LINE_EVERY_S = 60.0
 LONG_H = 24.0
-"""Runs that will take longer are told of."""
+"""Runs that will take longer get a warning."""
 
 
 class Progress:

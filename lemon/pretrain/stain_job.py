@@ -11,7 +11,7 @@ logger = stage_logger(__name__, "fit_stain")
 
 
 def main(config: FitStainConfig) -> int:
-    """Fit, and tell where the statistics are. Raises ConfigError."""
+    """Fit, and log where the statistics are. Raises ConfigError."""
     path, count = fit_stain(config)
     logger.info(f"{config.components} components in {config.space} of {count:,} cells in {path}")
     return EXIT_OK

@@ -1,4 +1,4 @@
-"""Settings of probing. Imports no torch, so that a mistake is told at once."""
+"""Settings of probing. Imports no torch, so that a mistake is reported at once."""
 
 from __future__ import annotations
 
@@ -38,8 +38,10 @@ class ProbeSettings(Frozen):
     @classmethod
     def _require_linear(cls, value: list[str]) -> list[str]:
         if "linear" not in value:
-            given = ",".join(["linear", *value])
-            raise ValueError(f"got {value}; expected linear among them, which tables and figures show: probes={given}")
+            corrected = ",".join(["linear", *value])
+            raise ValueError(
+                f"got {value}; expected linear among them, which tables and figures show: probes={corrected}"
+            )
         return value
 
 

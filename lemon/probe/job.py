@@ -70,7 +70,7 @@ class Unit:
 
 
 def main(config: ProbeConfig) -> int:
-    """Score every encoder on every task, tell what could not be done; returns the exit code."""
+    """Score every encoder on every task, log what could not be done; returns the exit code."""
     with hold(config.output, stage="probe", names=OUTPUT_NAMES) as store:
         code = _score_all(config, store)
         draw_cost(store)
@@ -97,7 +97,7 @@ def _score_all(config: ProbeConfig, store: Store) -> int:
 
 
 def _left_out(check: Callable[[str], None], name: str, faults: list[str]) -> bool:
-    """Whether a check refuses a name, which is told then: before the hours that the others take."""
+    """Whether a check refuses a name; the reason is logged before the hours that the others take."""
     try:
         check(name)
     except ConfigError as error:
@@ -108,7 +108,7 @@ def _left_out(check: Callable[[str], None], name: str, faults: list[str]) -> boo
 
 
 def open_tasks(config: ProbeConfig) -> tuple[list[Task], list[str]]:
-    """The tasks that can be read, with their counts told, and a line for each that cannot."""
+    """The tasks that can be read, with their counts logged, and a line for each that cannot."""
     tasks, faults = [], []
     for name in dict.fromkeys(config.tasks):
         try:

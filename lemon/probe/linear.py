@@ -185,7 +185,7 @@ def _logistic(c: float, class_weight: ClassWeight, *, warm_start: bool = False) 
 
 
 def _quietly(fit: Any, *data: np.ndarray) -> Any:
-    """A fit that stops at MAX_ITER is scored as it stands, and need not be told for each of hundreds."""
+    """A fit that stops at MAX_ITER is scored as it stands, without a warning for each of hundreds."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         return fit(*data)

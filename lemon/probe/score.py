@@ -55,10 +55,10 @@ def score_task(task: Task, embedding: np.ndarray, settings: ProbeSettings) -> Sc
     and ``_high`` the bounds of its interval over whole slides.
     """
     target = _target(task)
-    wanted = [protocol for protocol in task.protocols if protocol.name in settings.protocols] or list(task.protocols)
+    protocols = [protocol for protocol in task.protocols if protocol.name in settings.protocols] or list(task.protocols)
     jobs = [
         (protocol, features, probe, number)
-        for protocol in wanted
+        for protocol in protocols
         for features in settings.features
         for probe in _probes(task, settings)
         for number in range(len(protocol.folds))

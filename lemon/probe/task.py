@@ -12,7 +12,7 @@ from lemon.schema import CELL_PX
 
 
 class TaskError(ValueError):
-    """A benchmark cannot be read or scored; one line: what was found, what was expected, how to mend it."""
+    """A benchmark cannot be read or scored; one line: what was found, what was expected, how to repair it."""
 
 
 @dataclass(frozen=True)

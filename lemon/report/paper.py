@@ -141,7 +141,7 @@ def read_paper(path: str) -> list[Printed]:
 
 
 class PaperNumbers:
-    """The paper's numbers, found by artefact, row and column; those that fitted nothing here are told, too."""
+    """The paper's numbers, found by artefact, row and column; those that fitted nothing here are listed, too."""
 
     def __init__(self, printed: Iterable[Printed] = ()) -> None:
         self._printed = list(printed)

@@ -32,19 +32,19 @@ def draw_curation(
         cells: rows of the cells table.
         height_px: of the picture.
     """
-    whole = _whole_slide(slide, polygons, height_px=height_px)
+    overview = _whole_slide(slide, polygons, height_px=height_px)
     # Nuclei of ordinary size: folds and keratin are full of slivers and blots.
     typical = [polygon for polygon in polygons if 20 <= polygon.area * slide.mpp**2 <= 80]
     box = _densest_box(typical, side_px=360 * slide.scale, bounds_px=slide.bounds_px)
     part = _enlarged(slide, polygons, box=box, side_px=height_px)
-    factor = whole.shape[1] / slide.bounds_px[2]
+    factor = overview.shape[1] / slide.bounds_px[2]
     corner = (np.array(box) - slide.bounds_px[:2]) * factor
     side = 360 * slide.scale * factor
-    cv2.rectangle(whole, _point(corner), _point(corner + side), _INSET, 2, cv2.LINE_AA)
+    cv2.rectangle(overview, _point(corner), _point(corner + side), _INSET, 2, cv2.LINE_AA)
     sheet = cell_sheet(cells, columns=8, rows=height_px // 75)[:height_px]
     sheet = cv2.copyMakeBorder(sheet, 0, height_px - len(sheet), 0, 0, cv2.BORDER_CONSTANT, value=(255,) * 3)
     gap = np.full((height_px, 12, 3), 255, np.uint8)
-    picture = np.hstack([whole, gap, part, gap, sheet])
+    picture = np.hstack([overview, gap, part, gap, sheet])
     path.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(path), picture[..., ::-1])
 

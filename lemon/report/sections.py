@@ -291,16 +291,14 @@ def sweep_facts(sweep: OutputTable[SweepRow], values: Sequence[studies.Value], r
         "Cells": span(value.n_cells for value in values),
         "Slides": span(value.n_slides for value in values),
         "Organs": span(value.n_organs or None for value in values),  # 0: none is known
-        "Encoder": listed(
-            f"{given.encoder} (width {given.width}, {plural(given.blocks, 'block')})" for given in settings
-        ),
-        "Method": listed(given.method for given in settings),
-        "Images seen": span(given.images_seen for given in settings),
-        "Batch": span(given.batch for given in settings),
+        "Encoder": listed(f"{each.encoder} (width {each.width}, {plural(each.blocks, 'block')})" for each in settings),
+        "Method": listed(each.method for each in settings),
+        "Images seen": span(each.images_seen for each in settings),
+        "Batch": span(each.batch for each in settings),
         "Seeds": listed(str(row.seed) for row in sweep.rows),
         "Score": listed(f"{value.task} ({value.metric.replace('_', ' ')})" for value in values),
         "Patients left out": listed(
-            "as select.exclude_patients says" if given.leaves_out_patients else "none" for given in settings
+            "as select.exclude_patients says" if each.leaves_out_patients else "none" for each in settings
         ),
     }
     return {name: text for name, text in known.items() if text}

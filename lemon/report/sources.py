@@ -37,7 +37,7 @@ class OutputTable(Generic[R]):
 
 
 class TrackedSettings(BaseModel):
-    """What a report tells of a run's pretraining, from the text that MLflow holds of it."""
+    """What a report says of a run's pretraining, from the text that MLflow holds of it."""
 
     encoder: str = Field(alias="encoder.name")
     width: int = Field(alias="encoder.dim")
@@ -57,7 +57,7 @@ class TrackedSettings(BaseModel):
 
 
 class TrackedRun(BaseModel):
-    """A run of MLflow; None and empty are what it does not tell."""
+    """A run of MLflow; None and empty stand for what it does not record."""
 
     run: Run
     is_child: bool
@@ -73,7 +73,7 @@ class TrackedRun(BaseModel):
         """A run as MLflow holds it. The only place that reads its tags and parameters."""
         try:
             settings = TrackedSettings.model_validate(record.params)
-        except ValidationError:  # a probe's, or of a process that was killed before it had told all
+        except ValidationError:  # a probe's, or of a process that was killed before it had logged all
             settings = None
         facts = {"run": record.run, "is_child": record.is_child, "is_sweep": "sweep.name" in record.params}
         return cls.model_validate({**record.tags, **facts, "settings": settings})
@@ -94,7 +94,7 @@ class Sources:
     requested_missing: bool = False
 
     def add_missing(self, line: str, *, requested: bool) -> None:
-        """Note and tell what is not there."""
+        """Note and log what is not there."""
         self.missing.append(line)
         self.requested_missing |= requested
         logger.info(f"missing: {line}")

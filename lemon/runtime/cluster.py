@@ -252,7 +252,7 @@ def _init(*, limit_s: float, **options: Any) -> None:
     def initialise() -> None:
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-        except Exception as error:  # handed over, to be told in a line  # noqa: BLE001
+        except Exception as error:  # handed over, to be reported in a line  # noqa: BLE001
             raised.append(error)
         done.set()
         never.wait()
@@ -280,7 +280,7 @@ def _init(*, limit_s: float, **options: Any) -> None:
 
 
 def explain(error: Exception) -> str:
-    """An error of ``ray.init`` in one line, with how to mend it where that is known."""
+    """An error of ``ray.init`` in one line, with how to repair it where that is known."""
     message = " ".join(str(error).split())
     if type(error).__name__ == "AuthenticationError":
         return "RAY_AUTH_MODE wants a token and there is none: set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
@@ -299,14 +299,14 @@ def _children() -> set[psutil.Process]:
 def _silenced() -> Iterator[None]:
     """Standard error goes nowhere: Ray's C++ writes there, whatever its level of logging is, while it connects."""
     sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
         yield
     finally:
         sys.stderr.flush()
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(saved, 2)
+        os.close(saved)
         os.close(nowhere)
 
 
@@ -328,7 +328,7 @@ def describe_nodes() -> str:
 
 
 def autoscaler_nodes() -> list[dict[str, float]] | None:
-    """Nodes that an autoscaler may add: none where there is none, None where it does not tell which."""
+    """Nodes that an autoscaler may add: none where there is none, None where it does not report which."""
     from ray._private.state import state  # as Ray Data: there is no public way to it (2.60)
 
     groups = getattr(state.get_cluster_config(), "node_group_configs", ())

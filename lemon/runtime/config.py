@@ -1,7 +1,7 @@
 """Typed configuration: pydantic's fields hold every default; YAML presets and ``key=value`` words change them.
 
 ``conf/stages/<stage>/<variant>.yaml`` are the variants of a stage, ``conf/presets/<group>/<name>.yaml`` what a choice
-(``ssl=NAME``) stands for. Nothing here imports torch or Ray, so a wrong key, type or value is told within a second.
+(``ssl=NAME``) stands for. Nothing here imports torch or Ray, so a wrong key, type or value is reported within a second.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def raise_faults(faults: Iterable[Fault]) -> None:
 # --- paths ------------------------------------------------------------------------------------------------------------
 
 
-def _named(text: str) -> str:
+def _validate_name_or_path(text: str) -> str:
     """A path or URI that can be asked for. Raises ValueError, which never tells a URI that holds a secret."""
     if not text.removeprefix("file://").strip():
         raise ValueError(f"got {text!r}, which names nothing; expected a path (is a variable of the shell not set?)")
@@ -139,36 +139,36 @@ _MAX_PATH_CHARACTERS = 80
 """Of a path that cannot be opened."""
 
 
-def _place(text: str) -> str:
-    if "://" in _named(text) and not re.match(r"file://|s3://[A-Za-z0-9][\w.-]*(?:/|$)", text):
+def _validate_path(text: str) -> str:
+    if "://" in _validate_name_or_path(text) and not re.match(r"file://|s3://[A-Za-z0-9][\w.-]*(?:/|$)", text):
         raise ValueError(f"got {text!r}; expected a local path or s3://bucket/prefix")
     return text
 
 
-def _local(text: str) -> str:
-    if "://" in _named(text):
+def _validate_local_path(text: str) -> str:
+    if "://" in _validate_name_or_path(text):
         raise ValueError(f"got {text!r}; expected a path on a local disk")
     return text
 
 
-def _places(text: str | list[str]) -> str | list[str]:
+def _validate_paths(text: str | list[str]) -> str | list[str]:
     if not text:
         raise ValueError(f"got {text!r}, which names nothing; expected a path (is a variable of the shell not set?)")
     for one in [text] if isinstance(text, str) else text:
-        _place(one)
+        _validate_path(one)
     return text
 
 
-AnyPath = Annotated[str, AfterValidator(_place)]
+AnyPath = Annotated[str, AfterValidator(_validate_path)]
 """A file or folder, also at s3://."""
 
-AnyPaths = Annotated[str | list[str], AfterValidator(_places)]
+AnyPaths = Annotated[str | list[str], AfterValidator(_validate_paths)]
 """One or several of them."""
 
-LocalPath = Annotated[str, AfterValidator(_local)]
+LocalPath = Annotated[str, AfterValidator(_validate_local_path)]
 """One that cannot be at s3://: files that are mapped into memory, or that libraries open by their path."""
 
-NameOrPath = Annotated[str, AfterValidator(_named)]
+NameOrPath = Annotated[str, AfterValidator(_validate_name_or_path)]
 """A path or a name that is looked up, as of an encoder (``uni:weights.bin``)."""
 
 
@@ -286,7 +286,7 @@ def conf_dir() -> Path:
     raise ConfigError(f"conf/ not found beside {package}: reinstall the package or run from a checkout")
 
 
-def load(stage: str, given: Sequence[str | Mapping[str, Any]], model: type[C]) -> C:
+def load(stage: str, overrides: Sequence[str | Mapping[str, Any]], model: type[C]) -> C:
     """The config of a stage: its variant's values, changed by what is given.
 
     Args:
@@ -297,7 +297,7 @@ def load(stage: str, given: Sequence[str | Mapping[str, Any]], model: type[C]) -
 
     Raises ConfigError, one line a fault.
     """
-    changes = list(_leaves(given))
+    changes = list(_leaves(overrides))
     variants = [str(value) for path, value in changes if path == ("variant",)]
     values = read_variant(stage, variants[-1] if variants else "default")
     for path, value in sorted(changes, key=lambda change: not _is_choice(change[0], change[1], changes)):
@@ -346,9 +346,9 @@ def validate(values: Any, model: type[C]) -> C:
 Keys = tuple[str, ...]
 
 
-def _leaves(given: Iterable[str | Mapping[str, Any]], prefix: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+def _leaves(overrides: Iterable[str | Mapping[str, Any]], prefix: Keys = ()) -> Iterator[tuple[Keys, Any]]:
     """(path of keys, value) of words and nested values, in their order; a preset comes before what changes it."""
-    for each in given:
+    for each in overrides:
         for key, value in [_parse_word(each)] if isinstance(each, str) else each.items():
             path = (*prefix, *str(key).split("."))
             if not isinstance(value, Mapping) or not value:
@@ -435,7 +435,7 @@ def _names_a_file(text: str) -> bool:
         return False
 
 
-# --- what is told -----------------------------------------------------------------------------------------------------
+# --- reporting -------------------------------------------------------------------------------------------------------
 
 
 def describe(stage: str, model: type[Frozen], *, command: str | None = None) -> str:
@@ -457,8 +457,8 @@ def _describe_fields(model: type[BaseModel], *, of: BaseModel | None = None, pre
         elif inner is not None and isinstance(value, inner):
             yield from _describe_fields(inner, of=value, prefix=f"{prefix}{name}.")
         else:
-            given = "required" if of is None and field.is_required() else f"default {value!r}"
-            yield _line(prefix + name, given, field.description or "")
+            state = "required" if of is None and field.is_required() else f"default {value!r}"
+            yield _line(prefix + name, state, field.description or "")
 
 
 def _line(key: str, default: str, meaning: str) -> str:

@@ -1,7 +1,7 @@
 """What a job tells on the console. Library code logs; without ``installed`` nothing of it is printed by LEMON.
 
 Information goes to standard output, warnings and worse to standard error. A line of a stage begins with the stage's
-name, whichever job it is a part of; its rows and tables, and the lines of libraries, are told as they are.
+name, whichever job it is a part of; its rows and tables, and the lines of libraries, are printed as they are.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Console(logging.Handler):
 
 @contextlib.contextmanager
 def installed() -> Iterator[None]:
-    """While the block runs, what LEMON logs is told on the console; handlers of others get it too."""
+    """While the block runs, what LEMON logs is printed on the console; other handlers get it too."""
     level, console = _LEMON.level, _install()
     try:
         yield
@@ -54,7 +54,7 @@ def installed() -> Iterator[None]:
 def install_in_worker() -> None:
     """The same for the rest of a process of Ray's, whose streams are Ray's log of it.
 
-    Nothing is handed on: Ray Train's own handler would tell every line again.
+    Nothing is propagated: Ray Train's own handler would print every line again.
     """
     _install()
     _LEMON.propagate = False

@@ -27,7 +27,7 @@ _POLL_S = 1
 _logged_notes: set[str] = set()
 
 Node = Mapping[str, float]
-"""Resources of a node by name, as Ray tells them: ``CPU``, ``GPU`` and others."""
+"""Resources of a node by name, as Ray reports them: ``CPU``, ``GPU`` and others."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Demand:
     Attributes:
         cpus: of a worker.
         gpus: of a worker, a share or a whole number; None: one, where the cluster has any.
-        least: workers that have to be there at the same time.
+        min_workers: workers that have to be there at the same time.
         wanted_workers: workers that were requested; fewer is logged, and the job goes on.
         may_shrink: fewer CPUs a worker will do, as for a default that nobody asked for.
         key: of the settings that say what a worker takes.
@@ -46,7 +46,7 @@ class Demand:
 
     cpus: int
     gpus: float | None = 0.0
-    least: int = 1
+    min_workers: int = 1
     wanted_workers: int = 1
     may_shrink: bool = False
     key: str = "workers"
@@ -60,14 +60,14 @@ class Allocation:
     Attributes:
         cpus: of a worker.
         gpus: of a worker.
-        room: workers that the nodes of now hold at the same time, at least one.
-        waits: the nodes of now do not hold them; others may come.
+        max_workers: workers that the present nodes hold at the same time, at least one.
+        waits: the present nodes do not hold them; others may come.
         notes: lines for the user.
     """
 
     cpus: int
     gpus: float
-    room: int
+    max_workers: int
     waits: bool = False
     notes: tuple[str, ...] = ()
 
@@ -103,14 +103,14 @@ def plan_allocation(demand: Demand, *, nodes: Sequence[Node], addable: Sequence[
     if gpus > 1 and gpus != int(gpus):
         raise ConfigError(f"{demand.key}.gpus: got {gpus:g}; expected a share of one GPU or a whole number")
     holds = n_workers_that_fit(nodes, cpus=demand.cpus, gpus=gpus)
-    if holds >= demand.least:
+    if holds >= demand.min_workers:
         return Allocation(
             demand.cpus, gpus, holds, notes=_fewer_workers_note(demand, holds, place=place, final=addable == ())
         )
-    if addable and holds + n_workers_that_fit(addable, cpus=demand.cpus, gpus=gpus) >= demand.least:
+    if addable and holds + n_workers_that_fit(addable, cpus=demand.cpus, gpus=gpus) >= demand.min_workers:
         return Allocation(demand.cpus, gpus, max(1, holds), waits=True)
     for cpus in range(demand.cpus - 1, 0, -1) if demand.may_shrink else ():
-        if (holds := n_workers_that_fit(nodes, cpus=cpus, gpus=gpus)) >= demand.least:
+        if (holds := n_workers_that_fit(nodes, cpus=cpus, gpus=gpus)) >= demand.min_workers:
             note = f"{demand.key}.cpus: {cpus} instead of {demand.cpus}, as no node of {place} has more"
             return Allocation(
                 cpus, gpus, holds, notes=(note, *_fewer_workers_note(demand, holds, place=place, final=addable == ()))
@@ -127,7 +127,7 @@ def _fewer_workers_note(demand: Demand, holds: int, *, place: str, final: bool) 
 
 
 def _refusal(demand: Demand, *, gpus: float, nodes: Sequence[Node], place: str) -> str:
-    """The key that asks for too much, what was got, what there is, how to mend it."""
+    """The key that asks for too much, what was got, what there is, how to repair it."""
     most = {name: max((node.get(name, 0) for node in nodes), default=0) for name in ("CPU", "GPU")}
     remedy = "ask for less, or set RAY_ADDRESS to a cluster that has it"
     if gpus and not most["GPU"]:
@@ -138,11 +138,11 @@ def _refusal(demand: Demand, *, gpus: float, nodes: Sequence[Node], place: str) 
         return f"{demand.key}.cpus: got {demand.cpus}; no node of {place} has more than {most['CPU']:g}: {remedy}"
     each = f"{demand.cpus} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
     holds = n_workers_that_fit(nodes, cpus=demand.cpus, gpus=gpus)
-    return f"{demand.count_key}: got {demand.least}, of {each} each; {place} has room for {holds}: {remedy}"
+    return f"{demand.count_key}: got {demand.min_workers}, of {each} each; {place} has room for {holds}: {remedy}"
 
 
 def is_new_output(output: str, *, table: str) -> bool:
-    """Whether an output that can be written has no rows in a table yet; where it cannot, what opens it tells so.
+    """Whether an output that can be written has no rows in a table yet; where it cannot, opening it raises the error.
 
     A job with a new output has work to do, so it asks for the cluster before it writes anything.
     """
@@ -177,17 +177,17 @@ def allocate(demand: Demand, *, stage: str) -> Allocation:
     _wait(demand, allocation, stage=stage)
     return replace(
         allocation,
-        room=max(1, n_workers_that_fit(cluster.nodes(), cpus=allocation.cpus, gpus=allocation.gpus)),
+        max_workers=max(1, n_workers_that_fit(cluster.nodes(), cpus=allocation.cpus, gpus=allocation.gpus)),
         waits=False,
     )
 
 
 def _wait(demand: Demand, allocation: Allocation, *, stage: str) -> None:
-    """Wait until the cluster has the workers free. A placement group of theirs also tells an autoscaler what to add."""
+    """Wait until the cluster has the workers free. A placement group of theirs also shows an autoscaler what to add."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
     each = {"CPU": float(allocation.cpus)} | ({"GPU": allocation.gpus} if allocation.gpus else {})
-    held = placement_group([each] * demand.least)
+    held = placement_group([each] * demand.min_workers)
     start = last_notice = time.monotonic()
     try:
         while not held.wait(_POLL_S):  # short, because no signal interrupts it
@@ -195,7 +195,7 @@ def _wait(demand: Demand, allocation: Allocation, *, stage: str) -> None:
                 last_notice = time.monotonic()
                 what = ", ".join(f"{value:g} {name}" for name, value in each.items())
                 logger.warning(
-                    f"waits for {demand.least} x {what} of the cluster, for {last_notice - start:.0f} s now; "
+                    f"waits for {demand.min_workers} x {what} of the cluster, for {last_notice - start:.0f} s now; "
                     f"{cluster.describe_nodes()}; Ctrl-C ends it",
                     extra={"stage": stage},
                 )

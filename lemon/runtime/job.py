@@ -1,4 +1,4 @@
-"""The frame of every job: its config is read, its ``main`` called, and what stops it told in a line."""
+"""The frame of every job: its config is read, its ``main`` called, and what stops it reported in a line."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run_job(
     *,
     command: str | None = None,
 ) -> int:
-    """The frame of every job: read the config, call ``main(config)``, tell what stops it in a line; the exit code.
+    """Read the config, call ``main(config)``, report what stops it in a line; returns the exit code.
 
     ``command`` is what the stage is called in ``lemon COMMAND``. Nothing that is printed meanwhile holds a secret. What
     is no fault of the user's, disk's or network's is raised.
@@ -59,7 +59,7 @@ def run_job(
 
 
 def framed(stage: str, work: Callable[[], int]) -> int:
-    """``work`` with its log on the console and what stops it told in a line; returns the exit code."""
+    """Call ``work`` with its log on the console; what stops it is reported in a line; returns the exit code."""
     with guarded(), installed(), _ended_by_sigterm():
         try:
             return work()

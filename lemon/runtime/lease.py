@@ -154,7 +154,7 @@ class _Claim:
                 self.content["beat"] += 1
                 self.write()
             except OSError:
-                continue  # the output is out of reach for now; whoever writes there will tell
+                continue  # the output is out of reach for now; the job that writes there will report it
         else:
             return
         self._warn(f"{self.store.uri} was taken over by another job")
@@ -180,9 +180,11 @@ def _describe_holder(content: dict[str, Any]) -> str:
 
 def _ray_job() -> str | None:
     """The submission id of the Ray job that this process is the driver of."""
-    given = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}"
+    job_config = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}"
     with contextlib.suppress(DamagedError):
-        metadata = parse_json(given.encode(errors="replace"), dict[str, Any], label="Ray's settings").get("metadata")
+        metadata = parse_json(job_config.encode(errors="replace"), dict[str, Any], label="Ray's settings").get(
+            "metadata"
+        )
         if isinstance(metadata, dict) and metadata.get("job_submission_id"):
             return redacted(str(metadata["job_submission_id"]))
     return None

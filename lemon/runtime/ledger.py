@@ -51,7 +51,9 @@ class Ledger(Generic[R]):
         table = self.store.read_tables(self.folder, schema=self.row.schema).sort_by("slide_id")
         return {row.slide_id: row for row in self.row.read(table)}
 
-    def prepare(self, name: str, settings: Mapping[str, Any], *, folders: Sequence[str], overwrite: bool) -> None:
+    def prepare_output(
+        self, name: str, settings: Mapping[str, Any], *, folders: Sequence[str], overwrite: bool
+    ) -> None:
         """Make the output ready for items: noted settings, no marks of a run that was killed; emptied by ``overwrite``.
 
         Args:
@@ -81,11 +83,11 @@ class Ledger(Generic[R]):
 
     def commit(self, row: R) -> R:
         """Write a slide's row and forget its attempts; returns the row with what all have in common."""
-        whole = replace(row, **self.facts, code_version=code_version())
-        self.store.write_table(self._name(row.slide_id), self.row.table([whole]))
+        full_row = replace(row, **self.facts, code_version=code_version())
+        self.store.write_table(self._name(row.slide_id), self.row.table([full_row]))
         if self.counts_attempts:
             self.store.delete(f"{ATTEMPTS}/{file_stem(row.slide_id)}")
-        return whole
+        return full_row
 
     def forget(self, slide_id: str) -> None:
         """Delete a slide's row, so that the slide is new."""
@@ -102,7 +104,7 @@ class Ledger(Generic[R]):
 
 @dataclass(frozen=True, kw_only=True)
 class Summary(Generic[R]):
-    """What became of the slides that a job was asked for; a stage adds what it alone has to tell.
+    """What became of the slides that a job was asked for; a stage adds fields of its own.
 
     Attributes:
         rows: of the ledger.

@@ -52,8 +52,8 @@ class Outcome(Protocol):
         """Committed of it."""
 
 
-Item = TypeVar("Item", bound=SlideItem)
-Row = TypeVar("Row", bound=Outcome)
+ItemT = TypeVar("ItemT", bound=SlideItem)
+RowT = TypeVar("RowT", bound=Outcome)
 
 
 class CrashError(Exception):
@@ -64,7 +64,7 @@ class AbsentError(Exception):
     """An item is not there now: nothing is committed, so that a rerun tries it again."""
 
 
-class Worker(ABC, Generic[Item, Row]):
+class Worker(ABC, Generic[ItemT, RowT]):
     """Works on one item at a time and commits what became of it; lives in this process or in an actor.
 
     Attributes:
@@ -77,7 +77,7 @@ class Worker(ABC, Generic[Item, Row]):
     fatal: tuple[type[Exception], ...] = ()
     progress: Callable[[int], object] = staticmethod(lambda _: None)
 
-    def ready(self, item: Item) -> contextlib.AbstractContextManager[Item]:
+    def ready(self, item: ItemT) -> contextlib.AbstractContextManager[ItemT]:
         """The item with all that ``work`` needs, for the length of a block; may take long while another is worked on.
 
         Raises AbsentError.
@@ -89,16 +89,16 @@ class Worker(ABC, Generic[Item, Row]):
         """Where it commits, in words."""
         return self.ledger.store.uri
 
-    def begin(self, item: Item, *, run_id: str) -> int:
+    def begin(self, item: ItemT, *, run_id: str) -> int:
         """Note that work begins; returns how often it began before in this run without coming to an end."""
         return self.ledger.begin(item.slide_id, run_id=run_id)
 
     @abstractmethod
-    def work(self, item: Item) -> Row:
+    def work(self, item: ItemT) -> RowT:
         """The item's row, committed. Raises CrashError, FatalError and ``fatal``; all else becomes the item's row."""
 
     @abstractmethod
-    def fail(self, item: Item, reason: str) -> Row:
+    def fail(self, item: ItemT, reason: str) -> RowT:
         """The row of an item that is given up, committed."""
 
 
@@ -118,14 +118,14 @@ class ActorPool:
 
 
 def run_all(
-    items: Sequence[Item],
-    make: Callable[[], Worker[Item, Row]],
+    items: Sequence[ItemT],
+    make: Callable[[], Worker[ItemT, RowT]],
     *,
     actors: ActorPool | None,
     max_attempts: int,
     name: str,
     unit: str = "slide",
-    size: Callable[[Item | Row], int] = lambda _: 1,
+    size: Callable[[ItemT | RowT], int] = lambda _: 1,
 ) -> None:
     """``run`` all items, with a bar of that name where there is a terminal; ``size`` is of an item, or its row."""
     total, disable, done, tally = sum(map(size, items)), None if items else True, 0, Counter(cells=0, failed=0)
@@ -134,17 +134,17 @@ def run_all(
             done += 1 if row is None else size(row)
             tally.update(cells=row.n_cells if row else 0, failed=row is None or row.status == "failed")
             bar.set_postfix(tally, refresh=False)
-            bar.update(done - bar.n)  # what the worker has not told of yet
+            bar.update(done - bar.n)  # what the worker has not reported yet
 
 
 def run(
-    items: Sequence[Item],
-    make: Callable[[], Worker[Item, Row]],
+    items: Sequence[ItemT],
+    make: Callable[[], Worker[ItemT, RowT]],
     *,
     actors: ActorPool | None,
     max_attempts: int,
     progress: Callable[[int], object] | None = None,
-) -> Iterator[Row | None]:
+) -> Iterator[RowT | None]:
     """Rows of the items as they are finished, None for one that is absent.
 
     In this process without ``actors``, and ``progress`` is its worker's.
@@ -169,8 +169,8 @@ def _new_run_id() -> str:
 
 
 def _work_on_item(
-    item: Item, worker: Worker[Item, Row], *, run_id: str, max_attempts: int, turn: threading.Lock
-) -> Row | None:
+    item: ItemT, worker: Worker[ItemT, RowT], *, run_id: str, max_attempts: int, turn: threading.Lock
+) -> RowT | None:
     """An item's row, whatever happens; None for one that is absent. Raises FatalError."""
     try:
         with worker.ready(item) as prepared, turn:
@@ -181,7 +181,7 @@ def _work_on_item(
         raise FatalError(f"cannot write to {worker.output}: {error}") from error
 
 
-def _attempt(item: Item, worker: Worker[Item, Row], *, run_id: str, max_attempts: int) -> Row:
+def _attempt(item: ItemT, worker: Worker[ItemT, RowT], *, run_id: str, max_attempts: int) -> RowT:
     while (crashes := worker.begin(item, run_id=run_id)) < max_attempts:
         try:
             return worker.work(item)
@@ -199,12 +199,12 @@ def _attempt(item: Item, worker: Worker[Item, Row], *, run_id: str, max_attempts
     return worker.fail(item, f"given up after {crashes} crashes of its worker")
 
 
-class ItemActor(Generic[Item, Row]):
+class ItemActor(Generic[ItemT, RowT]):
     """A worker in a process of Ray's. Called from several threads, it works in one while others get items ready."""
 
-    def __init__(self, make: Callable[[], Worker[Item, Row]], run_id: str, max_attempts: int) -> None:
+    def __init__(self, make: Callable[[], Worker[ItemT, RowT]], run_id: str, max_attempts: int) -> None:
         self.run_id, self.max_attempts, self.turn = run_id, max_attempts, threading.Lock()
-        self.worker: Worker[Item, Row] | None = None
+        self.worker: Worker[ItemT, RowT] | None = None
         try:
             self.worker = make()
         except ConfigError as error:
@@ -217,7 +217,7 @@ class ItemActor(Generic[Item, Row]):
         try:
             if self.worker is None:
                 raise FatalError(self.fault)
-            item: Item = pickle.loads(batch["item"][0])  # of this job's own  # noqa: S301
+            item: ItemT = pickle.loads(batch["item"][0])  # of this job's own  # noqa: S301
             row = _work_on_item(item, self.worker, run_id=self.run_id, max_attempts=self.max_attempts, turn=self.turn)
             result: dict[str, Any] = {"row": row}
         except FatalError as error:
@@ -225,14 +225,14 @@ class ItemActor(Generic[Item, Row]):
         return {"result": np.array([pickle.dumps(result)], object)}
 
 
-def _in_worker(make: Callable[[], Worker[Item, Row]]) -> Worker[Item, Row]:
+def _in_worker(make: Callable[[], Worker[ItemT, RowT]]) -> Worker[ItemT, RowT]:
     install_in_worker()
     return make()
 
 
 def _on_ray(
-    items: Sequence[Item], make: Callable[[], Worker[Item, Row]], *, actors: ActorPool, max_attempts: int
-) -> Iterator[Row | None]:
+    items: Sequence[ItemT], make: Callable[[], Worker[ItemT, RowT]], *, actors: ActorPool, max_attempts: int
+) -> Iterator[RowT | None]:
     import ray.data
 
     quiet_ray_data()
@@ -248,7 +248,7 @@ def _on_ray(
         num_gpus=allocation.gpus,
         compute=ray.data.ActorPoolStrategy(
             min_size=1,
-            max_size=min(actors.max_actors or allocation.room, len(items)),
+            max_size=min(actors.max_actors or allocation.max_workers, len(items)),
             enable_true_multi_threading=actors.ahead > 0,
         ),
         **threads,

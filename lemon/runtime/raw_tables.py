@@ -65,7 +65,7 @@ class RawTable:
 
 
 def read_raw(path: str | Path, *, known: Sequence[str]) -> RawTable:
-    """The table of a file, local or at s3://; ``known`` columns tell which sign separates. Raises TableError."""
+    """The table of a file, local or at s3://; the separator is chosen by the ``known`` columns. Raises TableError."""
     expected = f"expected a CSV or Parquet file with {', '.join(known)}"
     content = _content(path, expected)
     if content.startswith(_PARQUET_MARK) or str(path).lower().endswith(PARQUET_SUFFIXES):
@@ -172,7 +172,7 @@ def _separated(text: str, known: Sequence[str], notes: tuple[str, ...]) -> RawTa
 
 def _header_of(text: str, separators: Sequence[str], known: Sequence[str]) -> tuple[str, list[str]]:
     """The separator whose header has the most known columns, then the most columns; and that header."""
-    wanted, candidates = {loose(name) for name in known}, []
+    known_names, candidates = {loose(name) for name in known}, []
     for separator in separators:
         try:
             header = next(_records(text, separator))[1]
@@ -181,7 +181,7 @@ def _header_of(text: str, separators: Sequence[str], known: Sequence[str]) -> tu
             continue
         except StopIteration:
             raise TableError(": no header; expected the names of its columns in the first line") from None
-        candidates.append((sum(loose(name) in wanted for name in header), len(header), separator, header))
+        candidates.append((sum(loose(name) in known_names for name in header), len(header), separator, header))
     if not candidates:
         raise why
     _, _, separator, header = max(candidates, key=lambda each: each[:2])

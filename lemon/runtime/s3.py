@@ -40,7 +40,7 @@ _STATUSES = {
 
 
 def bucket_and_prefix(uri: str) -> str:
-    """bucket/prefix of a URI, which is told in errors only where it holds no secret."""
+    """bucket/prefix of a URI, which is shown in errors only where it holds no secret."""
     parts = urllib.parse.urlsplit(uri)
     if parts.query or holds_secret(uri):
         raise ValueError(

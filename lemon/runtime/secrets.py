@@ -1,4 +1,4 @@
-"""Keys and passwords stay where they are: URIs that hold one are refused, and all that is told is redacted.
+"""Keys and passwords stay where they are: URIs that hold one are refused, and all output is redacted.
 
 A secret is recognised by what the environment calls it (``*_TOKEN``, ``*_PASSWORD``, ``AWS_SECRET_ACCESS_KEY`` ...) and
 by its shape: the user and password of a URI, a signed query, a header, the tokens of known services.
@@ -55,7 +55,7 @@ def redacted(text: str) -> str:
 
 
 def holds_secret(uri: str) -> bool:
-    """Whether a URI has a user, a password, a query of options or a port that is none; no part of it must be told."""
+    """Whether a URI has a user, a password, a query of options or a port that is none; no part of it may be shown."""
     _, separator, rest = uri.partition("://")
     if not separator:
         return False
@@ -71,7 +71,7 @@ def names_secret(text: str) -> bool:
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a variable of the environment is called like something that must not be told."""
+    """Whether a variable of the environment is named like a secret."""
     return bool(_SECRET_NAME.search(name)) and not _HARMLESS_NAME.search(name)
 
 
@@ -81,7 +81,7 @@ def _known() -> list[str]:
     for name, value in os.environ.items():
         if is_secret_name(name):
             values.add(value)
-        if match := _URI_WITH_USER.match(value):  # as MLFLOW_TRACKING_URI; libraries tell the password by itself
+        if match := _URI_WITH_USER.match(value):  # as MLFLOW_TRACKING_URI; libraries show the password by itself
             values.add(match["user"].partition(":")[2])
             users.add(f"{match['user']}@")
     spellings = {each for value in values for each in _spellings(value) if len(each) >= MIN_CHARACTERS}
@@ -101,7 +101,7 @@ def guarded() -> Iterator[None]:
         try:
             yield
         except Exception:
-            sys.excepthook = _print_redacted_traceback  # Python's own would tell the traceback after this block
+            sys.excepthook = _print_redacted_traceback  # Python's own would print the traceback after this block
             raise
 
 

@@ -33,10 +33,10 @@ class RowsDigest:
 
     def hexdigest(self) -> str:
         """32 hexadecimal digits of the rows so far."""
-        whole = hashlib.sha256()
+        digest = hashlib.sha256()
         for name, streams in self._columns.items():
-            whole.update(name.encode() + b"\0" + b"".join(stream.digest() for stream in streams))
-        return whole.hexdigest()[:32]
+            digest.update(name.encode() + b"\0" + b"".join(stream.digest() for stream in streams))
+        return digest.hexdigest()[:32]
 
 
 def _parts(values: pa.Array) -> tuple[Any, Any, Any]:

@@ -40,7 +40,7 @@ CIRCUMSTANCES = "lemon.circumstances"
 """Key in a Parquet file's metadata: a fingerprint of all that the file was made from."""
 
 NOTICE_S = 10.0
-"""Seconds without an answer after which a user is told what a job waits for."""
+"""Seconds without an answer after which a user is informed what a job waits for."""
 
 READERS = 16
 """Requests under way at once."""

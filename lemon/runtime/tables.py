@@ -2,13 +2,13 @@
 
 What it takes, for every table alike:
 
-- UTF-8 with or without a byte order mark, UTF-16 and UTF-32 with one, else Windows-1252, which is told;
+- UTF-8 with or without a byte order mark, UTF-16 and UTF-32 with one, else Windows-1252, with a note;
 - comma, semicolon or tab, whichever finds the most known columns in the header; Excel's first line ``sep=;``;
 - lines that end in ``\\n``, ``\\r\\n`` or ``\\r``; quoted values with separators and line ends inside; blank lines;
 - headers and values without the blanks around them. A header that differs from a known one only in case, blanks,
-  ``_``, ``-`` or ``.`` is that column, which is told; two headers for one column are refused, and so is any other name
-  that occurs twice; columns that are not known are told with the nearest known name;
-- the words of ``MISSING`` (in any case) as no value, which is told where a word stood there;
+  ``_``, ``-`` or ``.`` is that column, with a note; two headers for one column are refused, and so is any other name
+  that occurs twice; unknown columns are noted with the nearest known name;
+- the words of ``MISSING`` (in any case) as no value, with a note where a word stood there;
 - everything else as text, as it is written: ``007``, ``1e5``, ``True`` and dates are ids. Parquet's numbers become the
   text that a person would write: 7 and 7.0 are ``7``;
 - numbers only in columns that are declared as such: finite, within bounds, with a point, or with a decimal comma where
@@ -121,7 +121,7 @@ class UserTable:
     """Where each row is: its first line in the file, or its number in a Parquet file."""
     counted: str = "line"
     notes: tuple[str, ...] = field(default=())
-    """What was told of it, a line each."""
+    """Notes on how it was read, a line each."""
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -168,7 +168,7 @@ def _one_line(text: str) -> str:
 
 
 def _match_columns(header: list[str], form: Form) -> tuple[dict[str, int], list[str]]:
-    """Where each known column is, and what is told. Headers without a name are passed over."""
+    """Positions of the known columns, and notes. Headers without a name are skipped."""
     named = Counter(name for name in header if name)
     twice = [name for name, count in named.items() if count > 1]
     if twice:

@@ -99,7 +99,7 @@ class Run:
     run_id: str
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Log metrics of a step. Here and below a server that cannot be reached costs what it is told, not the run."""
+        """Log metrics of a step. Here and below a server that cannot be reached costs the values, not the run."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -128,8 +128,8 @@ class Run:
         kind = "s3" if source.startswith("s3://") else "local"
         dataset = Dataset(name=name, digest=digest, source_type=kind, source=json.dumps({"uri": redacted(source)}))
         tags = [InputTag("mlflow.data.context", context)]
-        given = [DatasetInput(dataset, tags)]
-        self._send(f"dataset {name}", lambda client: client.log_inputs(self.run_id, given))
+        inputs = [DatasetInput(dataset, tags)]
+        self._send(f"dataset {name}", lambda client: client.log_inputs(self.run_id, inputs))
 
     def register(self, name: str, encoder: Path, *, width: int, tags: Mapping[str, str]) -> int | None:
         """Log an exported encoder as a pyfunc model and register it; a run has one version under a name.
@@ -329,7 +329,7 @@ def _read_mark(store: Store, mark: str) -> dict[str, str]:
 
 
 def _find(client: Any, mark_content: Mapping[str, str]) -> str | None:
-    """The id of the run that a mark tells of; None where MLflow has none."""
+    """The id of the run that a mark names; None where MLflow has none."""
     if (run_id := mark_content.get("run_id")) is not None:
         return run_id if _exists(client, run_id) else None
     if not mark_content or (experiment := client.get_experiment_by_name(mark_content["experiment"])) is None:
@@ -339,7 +339,7 @@ def _find(client: Any, mark_content: Mapping[str, str]) -> str | None:
 
 
 def run_id_of(store: Store, mark: str = RUN) -> str | None:
-    """The id of an output's run as its mark tells it; None where the run was not begun, or just then."""
+    """The id of an output's run from its mark; None where the run was not begun, or just then."""
     return _read_mark(store, mark).get("run_id")
 
 

@@ -113,7 +113,7 @@ def verify_ledgers(store: Store) -> Iterator[FileFault]:
                 with store.open_parquet(name) as file:
                     stated.pop(digest_in(file), None)
             except (OSError, pa.ArrowException):
-                continue  # told of the file itself
+                continue  # reported for the file itself
         for slide_id in stated.values():
             yield FileFault(
                 folder, f"lacks the rows that the slides table states of {slide_id}; the same job makes them"

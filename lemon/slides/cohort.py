@@ -43,7 +43,7 @@ _COHORT_FORM = Form(
 
 
 def list_slides(source: str | list[str]) -> list[Slide]:
-    """The slides that ``source`` names, sorted by id; what was passed over is told in a line.
+    """The slides that ``source`` names, sorted by id; what was skipped is logged in a line.
 
     Args:
         source: one or several of: a glob, a folder (searched in depth), a slide file, a .csv or .parquet cohort with
@@ -132,16 +132,16 @@ def _read_cohort(path: str) -> list[Slide]:
 
 
 def _warn_of_names(path: str, slides: Sequence[Slide]) -> None:
-    """Tell where a cohort's patients are not those of TCGA's barcodes, or two names look like one."""
+    """Warn where a cohort's patients are not those of TCGA's barcodes, or two names look like one."""
     for column in ("patient_id", "organ", "project", "site"):
         names = {getattr(slide, column) for slide in slides} - {None}
         if line := look_alikes_line(f"slides: cohort {path}: {column}", names):
             logger.warning("%s", line)
     others = []
     for slide in slides:
-        barcode, given = tcga_patient(slide.slide_id), slide.patient_id
-        if barcode and given and barcode not in (given.upper(), tcga_patient(given)):
-            others.append(f"{slide.slide_id}: {given}")
+        barcode, patient = tcga_patient(slide.slide_id), slide.patient_id
+        if barcode and patient and barcode not in (patient.upper(), tcga_patient(patient)):
+            others.append(f"{slide.slide_id}: {patient}")
     if others:
         logger.warning("slides: cohort %s: patient_id is not the barcode's (%s); it is kept", path, some(others))
 

@@ -1,6 +1,6 @@
 """What a file's own header says before OpenSlide decodes a pixel: what it is, and whether it is safe to decode.
 
-Nothing here reads pixels, so a file of any size is told in milliseconds.
+Nothing here reads pixels, so a file of any size is checked in milliseconds.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ _SEVERAL = {
 }
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
-# Told by us, in the row of the slide; a handler that does nothing keeps Python from printing them besides.
+# Reported by LEMON, in the row of the slide; a handler that does nothing keeps Python from printing them besides.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 logging.getLogger("pydicom").addHandler(logging.NullHandler())
 
@@ -157,7 +157,7 @@ def _bits(page: tifffile.TiffPage) -> int:
 
 
 def explain_refusal(path: str) -> str:
-    """Why OpenSlide cannot open a file, and how to mend it."""
+    """Why OpenSlide cannot open a file, and how to repair it."""
     if words := _SEVERAL.get(Path(path).suffix.lower()):
         return words
     start = _begins(path)

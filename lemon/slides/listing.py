@@ -97,9 +97,9 @@ def _matches(pattern: str, skipped: Counter[str]) -> Iterable[str]:
     """The files that a glob matches; ``**`` looks into each folder once: links may go in rings."""
     if "**" not in PurePath(pattern).parts:
         return [name for name in glob.glob(pattern) if not Path(name).is_dir()]  # noqa: PTH207
-    wanted = re.compile(glob_translate(pattern))
+    regex = re.compile(glob_translate(pattern))
     root = Path(*_above_magic(PurePath(pattern).parts))
-    return (name for name in _walk(root, skipped) if wanted.match(name)) if root.is_dir() else ()
+    return (name for name in _walk(root, skipped) if regex.match(name)) if root.is_dir() else ()
 
 
 def _above_magic(parts: Sequence[str]) -> Sequence[str]:
@@ -110,11 +110,11 @@ def _above_magic(parts: Sequence[str]) -> Sequence[str]:
 
 def _remote_names(word: str) -> list[str] | None:
     """The objects that a glob or a prefix at s3:// matches; None for the name of one."""
-    whole = not glob.has_magic(word)
-    folder = word if whole else word[: re.search(r"[*?[]", word).start()].rpartition("/")[0]  # type: ignore[union-attr]
+    is_plain = not glob.has_magic(word)
+    folder = word if is_plain else word[: re.search(r"[*?[]", word).start()].rpartition("/")[0]  # type: ignore[union-attr]
     store = Store(folder)
     names = [f"{store.uri}/{name}" for name in store.list("")]
-    if not whole:
+    if not is_plain:
         pattern = re.compile(glob_translate(word))
         return [name for name in names if pattern.match(name)]
     return None if not names and path_exists(word) else names

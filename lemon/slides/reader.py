@@ -126,11 +126,11 @@ class SlideReader:
         Raises RegionError when it cannot be read, SlideError when that takes too long.
         """
         end = time.monotonic() + OVERVIEW_LIMITS * self._limit_s
-        wanted = max(mpp / self.mpp, max(self.bounds_px[2:]) / max_px)
-        level = _best_level(self.level_downsamples, wanted)
+        min_downsample = max(mpp / self.mpp, max(self.bounds_px[2:]) / max_px)
+        level = _best_level(self.level_downsamples, min_downsample)
         downsample = self.level_downsamples[level]
         x, y, width, height = (value / downsample for value in self.bounds_px)
-        size = max(1, round(self.bounds_px[2] / wanted)), max(1, round(self.bounds_px[3] / wanted))
+        size = max(1, round(self.bounds_px[2] / min_downsample)), max(1, round(self.bounds_px[3] / min_downsample))
         rows = []  # strip by strip: a slide with a single level would not fit memory at once
         strip_px = max(1, (32 << 20) // max(1, int(width)))
         for top in range(0, int(height), strip_px):
@@ -251,9 +251,9 @@ def _bounds(properties: Mapping[str, str], *, width_px: int, height_px: int) -> 
     return (left, top, wide, high) if wide > 0 and high > 0 else (0, 0, width_px, height_px)
 
 
-def _best_level(downsamples: tuple[float, ...], wanted: float) -> int:
+def _best_level(downsamples: tuple[float, ...], max_downsample: float) -> int:
     """The coarsest level that is not coarser than wanted (within 1 %), else level 0."""
-    fine = [level for level, downsample in enumerate(downsamples) if downsample <= wanted * 1.01]
+    fine = [level for level, downsample in enumerate(downsamples) if downsample <= max_downsample * 1.01]
     return max(fine, key=lambda level: downsamples[level]) if fine else 0
 
 

@@ -59,8 +59,8 @@ def digest_of(path: Path) -> str:
     for file in files_of(path):
         with file.open("rb") as stream:
             parts.append(hashlib.file_digest(stream, "sha256"))
-    whole = parts[0] if len(parts) == 1 else hashlib.sha256(b"".join(part.digest() for part in parts))
-    return whole.hexdigest()[:32]
+    digest = parts[0] if len(parts) == 1 else hashlib.sha256(b"".join(part.digest() for part in parts))
+    return digest.hexdigest()[:32]
 
 
 def size_and_time(path: str) -> tuple[int, int] | None:

@@ -34,9 +34,9 @@ def make_tissue(side_px: int, *, seed: int, mpp: float = 0.25, border_px: int = 
     radii = rng.uniform(3.0, 5.0, (len(centers), 2)) / mpp
     nuclear: np.ndarray = np.zeros((side_px, side_px), np.float32)
     for center, radius in zip(centers, radii, strict=True):
-        whole = tuple(np.round(center * 16).astype(int).tolist()), tuple(np.round(radius * 16).astype(int).tolist())
+        ellipse = tuple(np.round(center * 16).astype(int).tolist()), tuple(np.round(radius * 16).astype(int).tolist())
         strength = float(rng.uniform(0.75, 1.0))
-        cv2.ellipse(nuclear, whole[0], whole[1], float(rng.uniform(0, 180)), 0, 360, strength, -1, cv2.LINE_AA, 4)
+        cv2.ellipse(nuclear, ellipse[0], ellipse[1], float(rng.uniform(0, 180)), 0, 360, strength, -1, cv2.LINE_AA, 4)
     nuclear = cv2.GaussianBlur(nuclear, (0, 0), 0.4 / mpp)
     ground = np.zeros((side_px, side_px), np.float32)
     inside = slice(border_px, side_px - border_px)

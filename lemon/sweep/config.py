@@ -1,4 +1,4 @@
-"""Settings of a sweep. Imports no torch, so that a mistake is told at once."""
+"""Settings of a sweep. Imports no torch, so that a mistake is reported at once."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Study(Frozen):
     def _plain_points(cls, values: Any) -> Any:
         if not isinstance(values, Mapping) or "points" not in values:
             return values
-        given = values["points"] if isinstance(values["points"], list) else [values["points"]]
-        return {**values, "points": [_as_point(point, axis=values.get("axis")) for point in given]}
+        points = values["points"] if isinstance(values["points"], list) else [values["points"]]
+        return {**values, "points": [_as_point(point, axis=values.get("axis")) for point in points]}
 
     @model_validator(mode="after")
     def _names_differ(self) -> Study:

@@ -1,4 +1,4 @@
-"""From a sweep's settings to its trials. Everything that can be wrong is told before the first one starts."""
+"""From a sweep's settings to its trials. Everything that can be wrong is reported before the first one starts."""
 
 from __future__ import annotations
 
@@ -92,16 +92,16 @@ def build(config: SweepConfig) -> Grid:
 
 
 class PointFaults:
-    """Faults by point; one that all points share is told once."""
+    """Faults by point; one that all points share is listed once."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
-        self._found: dict[str, list[str]] = {}
+        self._points_by_line: dict[str, list[str]] = {}
 
     def add(self, point: Point, *lines: str) -> None:
         """Note faults of a point, each once."""
         for line in lines:
-            points = self._found.setdefault(line, [])
+            points = self._points_by_line.setdefault(line, [])
             if point.name not in points:
                 points.append(point.name)
 
@@ -110,7 +110,7 @@ class PointFaults:
         everywhere = len(self._names)
         return [
             f"pretrain.{line}" if len(points) == everywhere else f"point {', '.join(points)}: pretrain.{line}"
-            for line, points in self._found.items()
+            for line, points in self._points_by_line.items()
         ]
 
 
@@ -142,8 +142,8 @@ def point_config(config: SweepConfig, point: Point, *, organs: Sequence[str]) ->
     """
     fixed = {"cells": config.cells, "output": "unset"}
     layers = (config.sweep.overrides, config.pretrain, point.overrides, fixed)
-    given = [part for layer in layers for part in (layer if isinstance(layer, list) else [layer])]
-    pretrain = load("pretrain", given, PretrainConfig)
+    overrides = [part for layer in layers for part in (layer if isinstance(layer, list) else [layer])]
+    pretrain = load("pretrain", overrides, PretrainConfig)
     if point.n_organs is None:
         return pretrain
     among = [organ for organ in organs if pretrain.select.organs is None or organ in pretrain.select.organs]
@@ -169,17 +169,18 @@ def cached_select(cells: Store) -> Callable[..., Selection]:
 
 def selection_faults(config: PretrainConfig, select: Callable[..., Selection]) -> list[str]:
     """What the table lacks for a point to be what its name says. Reads the ledger, no shard."""
-    wanted = config.select
+    select_config = config.select
     try:
-        whole = select(**wanted.model_dump() | {"n_cells": None})
+        all_cells = select(**select_config.model_dump() | {"n_cells": None})
     except ConfigError as error:
         return [str(error)]
-    n_slides = len(whole.parts)
-    if wanted.n_slides is not None and n_slides < wanted.n_slides:
-        return [f"select.n_slides: got {wanted.n_slides:,}; the table has {n_slides:,} slides to choose from"]
-    if wanted.n_cells is not None and whole.n_cells < wanted.n_cells:
+    n_slides = len(all_cells.parts)
+    if select_config.n_slides is not None and n_slides < select_config.n_slides:
+        return [f"select.n_slides: got {select_config.n_slides:,}; the table has {n_slides:,} slides to choose from"]
+    if select_config.n_cells is not None and all_cells.n_cells < select_config.n_cells:
         remedy = "choose fewer, or curate with more cells_per_slide"
-        return [f"select.n_cells: got {wanted.n_cells:,}; the {n_slides:,} slides hold {whole.n_cells:,}: {remedy}"]
+        got, available = select_config.n_cells, all_cells.n_cells
+        return [f"select.n_cells: got {got:,}; the {n_slides:,} slides hold {available:,}: {remedy}"]
     return []
 
 

@@ -24,7 +24,7 @@ logger = stage_logger(__name__, "sweep")
 
 
 def main(config: SweepConfig) -> int:
-    """Run a sweep and tell the outcome; returns the exit code. Raises ConfigError before any trial starts."""
+    """Run a sweep and log the outcome; returns the exit code. Raises ConfigError before any trial starts."""
     grid = build(config)
     pending = [entry for entry in grid.entries if not is_over(entry, config)]
     if pending and config.on_ray:

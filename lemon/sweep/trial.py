@@ -59,7 +59,7 @@ class Trial(Frozen):
 
     @property
     def probe_config(self) -> ProbeConfig:
-        """What ``lemon probe`` would be told."""
+        """The settings that ``lemon probe`` would get."""
         folder = self.store.uri
         return ProbeConfig(
             models=[folder],
@@ -120,7 +120,7 @@ def run(trial: Trial, *, tasks: list[Task] | None = None, parent: Run | None = N
         trial: what to do; ``trial.pretrain.output`` is its folder.
         tasks: the trial's tasks where they are open already.
         parent: the MLflow run of a sweep that this one belongs to.
-        log: told of the metrics of pretraining too, (metrics, step), where this process trains.
+        log: called with the metrics of pretraining too, (metrics, step), where this process trains.
 
     Raises:
         ConfigError, TaskError: the cells, the tasks or the folder are not as they must be.
@@ -130,7 +130,7 @@ def run(trial: Trial, *, tasks: list[Task] | None = None, parent: Run | None = N
     trial = trial.located(tasks)
     if (done := finished(trial)) is not None:
         return done
-    config, selection = pretraining.prepare(trial.pretrain)
+    config, selection = pretraining.check_and_begin(trial.pretrain)
     tracked = _open_run(trial, selection, parent=parent)
     with tracked.ending():
         pretraining.fit(config, tracked, log=log)
@@ -195,8 +195,8 @@ def scores_of(rows: list[ScoreRow]) -> list[TrialScore]:
     scores = []
     for task in dict.fromkeys(row.task for row in rows):
         task_rows = [row for row in rows if row.task == task]
-        whole = [(row.protocol, row.metric, row.value, None) for row in task_rows if row.protocol == "robustness"]
-        for protocol, metric, mean, spread in [*fold_means(task_rows), *whole]:
+        robustness = [(row.protocol, row.metric, row.value, None) for row in task_rows if row.protocol == "robustness"]
+        for protocol, metric, mean, spread in [*fold_means(task_rows), *robustness]:
             known = None if spread is None or not np.isfinite(spread) else spread
             facts = {"task": task, "data_fingerprint": task_rows[0].data_fingerprint}
             scores.append(TrialScore(protocol=protocol, metric=metric, mean=mean, spread=known, **facts))

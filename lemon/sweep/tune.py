@@ -43,7 +43,10 @@ MAX_TRIAL_FAILURES = 3
 """Times that a trial is begun again whose process was lost, as with its node: no fault of the trial's."""
 
 PROBED = "probe/balanced_accuracy"  # as pretraining logs it
-METRIC, STEP = "online_probe", "step"  # as Tune is told: its own training_iteration begins anew after an interruption
+METRIC, STEP = (
+    "online_probe",
+    "step",
+)  # as reported to Tune: its own training_iteration begins anew after an interruption
 _PLACE: dict[str, float] = {"memory": 1 << 20}  # of a trial whose workers Ray Train places; nothing at all is refused
 
 
@@ -140,8 +143,8 @@ def _trainable(entries: list[GridTrial], config: SweepConfig, *, parent: Run) ->
     """The function that Tune calls, with what each trial takes of the cluster."""
     by_name = {entry.trial.name: entry for entry in entries}
     settings = {"parent": parent, "tries": 1 + config.max_failures, "reports": config.asha}
-    whole = tune.with_parameters(_trial, entries=by_name, **settings)
-    return tune.with_resources(whole, lambda settings: _resources(by_name[settings["trial"]].trial))
+    with_entries = tune.with_parameters(_trial, entries=by_name, **settings)
+    return tune.with_resources(with_entries, lambda settings: _resources(by_name[settings["trial"]].trial))
 
 
 def _trial(settings: dict[str, Any], *, entries: dict[str, GridTrial], parent: Run, tries: int, reports: bool) -> None:
@@ -211,7 +214,7 @@ class _TrialCallback(tune.Callback):
         self._end(self._entries[str(trial)], status="failed", error=_reason(trial))
 
     def _end(self, entry: GridTrial, *, status: str, error: str) -> None:
-        with contextlib.suppress(OSError):  # in here it would end Tune with a traceback; what comes after Tune tells it
+        with contextlib.suppress(OSError):  # in here it would end Tune with a traceback; it is reported after Tune
             if _is_open(entry):
                 table.write_no_result(entry, status=status, error=error)
             left = sum(map(_is_open, self._entries.values()))

@@ -23,7 +23,7 @@ PERCENTILE = 1.0
 _FEWEST_PIXELS = 36
 """Stained pixels (1 % of a cell) below which no plane is fitted."""
 _SMALLEST_SINE = 1e-2
-"""Sine of the angle of the two stains below which they are one stain and cannot be told apart."""
+"""Sine of the angle of the two stains below which they are one stain and cannot be distinguished."""
 
 
 class StainMatrix(NamedTuple):

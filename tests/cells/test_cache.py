@@ -194,7 +194,7 @@ def test_who_comes_second_waits_with_a_line(selection: Selection, tmp_path: Path
         second = filler(tmp_path / "cells", folder)
         assert second.stderr is not None
         assert "another process makes" in second.stderr.readline()
-        caching._make(file, folder / f"cells-{selection.fingerprint}.u8", selection)
+        caching._build_cache(file, folder / f"cells-{selection.fingerprint}.u8", selection)
         made = (folder / f"cells-{selection.fingerprint}.u8").stat()
     assert second.wait(100) == 0
     assert (folder / f"cells-{selection.fingerprint}.u8").stat().st_ino == made.st_ino

@@ -42,15 +42,15 @@ def test_workers_fit_on_nodes_and_shares_on_devices(nodes: list[Node], cpus: int
         (Demand(2, gpus=None), TWO, (2, 0, 1)),
         (Demand(2, gpus=None), GPU_NODE, (2, 1, 2)),
         (Demand(2, gpus=0.5), GPU_NODE, (2, 0.5, 4)),
-        (Demand(1, least=2), TWO, (1, 0, 2)),
-        (Demand(1, least=2, wanted_workers=8), TWO, (1, 0, 2)),
+        (Demand(1, min_workers=2), TWO, (1, 0, 2)),
+        (Demand(1, min_workers=2, wanted_workers=8), TWO, (1, 0, 2)),
     ],
 )
 def test_what_a_fixed_cluster_has_is_granted(
     demand: Demand, nodes: list[Node], expected: tuple[int, float, int]
 ) -> None:
     granted = plan_allocation(demand, nodes=nodes, addable=(), place="this machine")
-    assert (granted.cpus, granted.gpus, granted.room) == expected
+    assert (granted.cpus, granted.gpus, granted.max_workers) == expected
     assert not granted.waits
 
 
@@ -66,8 +66,12 @@ def test_what_a_fixed_cluster_has_is_granted(
         (Demand(2, gpus=1, may_shrink=True), TWO, "workers.gpus: got 1; it has no GPU: "),
         (Demand(2, gpus=4), GPU_NODE, "workers.gpus: got 4; no node of it has more than 2: "),
         (Demand(2, gpus=1.5), GPU_NODE, "workers.gpus: got 1.5; expected a share of one GPU or a whole number"),
-        (Demand(1, least=8), TWO, "workers.count: got 8, of 1 CPUs each; it has room for 2: "),
-        (Demand(1, gpus=1, least=4), GPU_NODE, "workers.count: got 4, of 1 CPUs and 1 GPUs each; it has room for 2: "),
+        (Demand(1, min_workers=8), TWO, "workers.count: got 8, of 1 CPUs each; it has room for 2: "),
+        (
+            Demand(1, gpus=1, min_workers=4),
+            GPU_NODE,
+            "workers.count: got 4, of 1 CPUs and 1 GPUs each; it has room for 2: ",
+        ),
         (
             Demand(4, gpus=1),
             [{"CPU": 2.0, "GPU": 1.0}, {"CPU": 8.0}],
@@ -88,7 +92,7 @@ def test_what_a_fixed_cluster_never_has_is_refused_in_a_line(demand: Demand, nod
     [
         (Demand(4), SMALL, [{"CPU": 4.0}], True),
         (Demand(4), SMALL, None, True),  # an autoscaler that does not tell
-        (Demand(1, least=8), TWO, [{"CPU": 2.0}] * 3, True),
+        (Demand(1, min_workers=8), TWO, [{"CPU": 2.0}] * 3, True),
         (Demand(1), TWO, None, False),
         (Demand(2, gpus=1), HEAD_ONLY, [{"CPU": 8.0, "GPU": 1.0}], True),
         (Demand(4, may_shrink=True), SMALL, [{"CPU": 4.0}], True),  # what comes is enough: nothing shrinks

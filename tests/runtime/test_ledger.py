@@ -47,13 +47,15 @@ def test_reasons_are_told_before_the_counts(capsys: pytest.CaptureFixture[str]) 
 
 def test_an_output_with_rows_in_the_ledger_s_own_folder_takes_no_other_settings(tmp_path: Path) -> None:
     ledger = Ledger(Store(tmp_path), schema=DOWNLOADS, folder="downloads")
-    ledger.prepare("settings.json", {"a": 1}, folders=["downloads"], overwrite=False)
-    ledger.prepare("settings.json", {"a": 2}, folders=["downloads"], overwrite=False)  # in which nothing was made
+    ledger.prepare_output("settings.json", {"a": 1}, folders=["downloads"], overwrite=False)
+    ledger.prepare_output(
+        "settings.json", {"a": 2}, folders=["downloads"], overwrite=False
+    )  # in which nothing was made
     file = {"file_id": "f", "file_name": "s.svs", "url": "u", "size_bytes": 1, "md5": "0"}
     ledger.commit({"slide_id": "s", "status": "done", "total_s": 0.0, **file})
     with pytest.raises(ConfigError, match=r"begun with other settings \(a 2 then, 3 now\)"):
-        ledger.prepare("settings.json", {"a": 3}, folders=["downloads"], overwrite=False)
+        ledger.prepare_output("settings.json", {"a": 3}, folders=["downloads"], overwrite=False)
     assert ledger.begin("s", run_id="r") == 0
     assert ledger.begin("s", run_id="r") == 1
-    ledger.prepare("settings.json", {"a": 3}, folders=["downloads"], overwrite=True)
+    ledger.prepare_output("settings.json", {"a": 3}, folders=["downloads"], overwrite=True)
     assert (ledger.rows(), ledger.begin("s", run_id="r")) == ({}, 0)

@@ -89,7 +89,8 @@ def classification_task(
     kept, dropped = supported(rows["label"].to_numpy(), rows[group].to_numpy(), min_support=min_support)
     present = tuple(label for label in classes if label in set(rows["label"][kept]))
     if len(present) < 2:
-        raise TaskError(f"{name}: {_found(present)} left of {len(rows)} crops; expected two or more: {_why(dropped)}")
+        got = f"{_remaining_classes(present)} left of {len(rows)} crops"
+        raise TaskError(f"{name}: {got}; expected two or more: {_drop_reasons(dropped)}")
     counts = [
         *counts,
         *(Count(f"class {label}", int((rows["label"] == label).sum()), classes[label]) for label in classes),
@@ -161,9 +162,9 @@ def _text(column: pd.Series) -> np.ndarray:
     return column.to_numpy(dtype=str)
 
 
-def _found(present: Sequence[str]) -> str:
+def _remaining_classes(present: Sequence[str]) -> str:
     return f"only the class {present[0]} is" if present else "no class is"
 
 
-def _why(dropped: Sequence[str]) -> str:
+def _drop_reasons(dropped: Sequence[str]) -> str:
     return "; ".join(dropped) or "add labelled crops"

@@ -65,8 +65,8 @@ def cut_by_image(
     for number, name in enumerate(tqdm(unique, unit="image", desc=desc, disable=None)):
         indices = np.flatnonzero(owner == number)
         image, mpp = read(str(name))
-        crops, whole = cut_cells(image, centre_px[indices], mpp=mpp)
-        images[indices[whole]], kept[indices] = crops, whole
+        crops, fits = cut_cells(image, centre_px[indices], mpp=mpp)
+        images[indices[fits]], kept[indices] = crops, fits
     return images[kept], kept
 
 

@@ -86,21 +86,21 @@ def load(folder: Path, *, name: str, seed: int = 0, min_support: int = MIN_SUPPO
 def _fill_patients(table: pd.DataFrame, *, where: str) -> list[str]:
     """Give every crop of ``table`` a patient, by the rule of the module's head; returns notes."""
     slides = one_name_each(table["slide"].to_numpy(str))
-    given = table["patient"].notna().to_numpy()
+    has_patient = table["patient"].notna().to_numpy()
     patients = one_name_each(table["patient"].fillna("").to_numpy(str)).astype(object)
     of_slide: dict[str, set[str]] = {}
-    for slide, patient in zip(slides[given].tolist(), patients[given].tolist(), strict=True):
+    for slide, patient in zip(slides[has_patient].tolist(), patients[has_patient].tolist(), strict=True):
         of_slide.setdefault(slide, set()).add(patient)
-    for index in np.flatnonzero(~given).tolist():
+    for index in np.flatnonzero(~has_patient).tolist():
         known = sorted(of_slide.get(slides[index], {f"slide {slides[index]}"}))
         if len(known) > 1:
             got = f"{slides[index]} has crops of {some(known)} and crops without a patient"
             raise TaskError(f"{where}: {got}; expected the patient of each: fill the column patient")
         patients[index] = known[0]
     notes = []
-    if not given.all():
+    if not has_patient.all():
         how = "they take their slide's, or their slide is a patient of its own"
-        notes.append(f"{int((~given).sum())} crops have no patient: {how}")
+        notes.append(f"{int((~has_patient).sum())} crops have no patient: {how}")
     if shared := [slide for slide, slide_patients in of_slide.items() if len(slide_patients) > 1]:
         notes.append(f"slides with several patients: {some(shared)}; crops of such a slide are on both sides of folds")
     table["patient"] = patients
