@@ -17,7 +17,7 @@ import psutil
 from benchmarks.drills.cluster import ROOT, Cluster
 from lemon.cells.ledger import read_ledger
 from lemon.pretrain.checkpoint import Checkpoints
-from lemon.runtime.ledger import ATTEMPTS
+from lemon.runtime.ledger import ATTEMPTS_FOLDER
 from lemon.runtime.store import Store
 from lemon.runtime.tracking import Run, metric_history
 from lemon.slides.synthetic import make_tissue, write_pyramid
@@ -120,7 +120,7 @@ class Curate(Stage):
 
     def in_hand(self, output: Store) -> set[str]:
         """Slides with a mark of an attempt."""
-        return {name.split("/")[2] for name in output.list(ATTEMPTS)} - self.committed(output)
+        return {name.split("/")[2] for name in output.list(ATTEMPTS_FOLDER)} - self.committed(output)
 
     def difference(self, reference: Output, output: Output) -> Difference:
         """Cells whole, rows of the ledger but for times and the version of the code."""

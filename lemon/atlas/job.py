@@ -28,10 +28,10 @@ OUTPUT_NAMES = ("atlas.html", "atlas.png", "atlas.svg", MAP_NAME)
 def main(config: AtlasConfig) -> int:
     """Make the atlas and log what it is; returns the exit code. Raises ConfigError."""
     with hold(config.output, stage="atlas", names=OUTPUT_NAMES) as store:
-        return _make(config, store)
+        return _make_atlas(config, store)
 
 
-def _make(config: AtlasConfig, store: Store) -> int:
+def _make_atlas(config: AtlasConfig, store: Store) -> int:
     place = open_method(config.method)  # before minutes are spent on reading
     cells = read_cells(config)
     circumstances = fingerprint([cells.fingerprint, config.map_settings()])

@@ -176,7 +176,7 @@ def encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return kept
 
 
-STAGES = (1, 2, 2, 3, 3, 4, 1)
+EFFICIENTNET_STAGES = (1, 2, 2, 3, 3, 4, 1)
 """Blocks of each stage of EfficientNet-Lite0."""
 
 STEM_AND_HEAD = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
@@ -199,7 +199,7 @@ def efficientnet_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     names = dict(STEM_AND_HEAD)
     block = 0
-    for stage, blocks in enumerate(STAGES):
+    for stage, blocks in enumerate(EFFICIENTNET_STAGES):
         for i in range(blocks):
             layers = FIRST_BLOCK if stage == 0 else OTHER_BLOCKS
             names |= {f"_blocks.{block}.{old}": f"blocks.{stage}.{i}.{new}" for old, new in layers.items()}

@@ -22,7 +22,7 @@ PAGE = 500
 """Files that one answer of the API lists."""
 
 # The studies of TCGA that have slides, with the organ of each: https://gdc.cancer.gov/resources-tcga-users/tcga-code-tables
-STUDIES = {
+ORGAN_BY_STUDY = {
     "ACC": "adrenal gland",
     "BLCA": "bladder",
     "BRCA": "breast",
@@ -106,11 +106,11 @@ def studies_of(word: str) -> list[str]:
     """The studies that a word of the user's means: "BRCA", "TCGA-BRCA" or an organ. Raises ConfigError."""
     name = " ".join(word.replace("_", " ").split())
     code = name.upper().removeprefix("TCGA-")
-    if code in STUDIES:
+    if code in ORGAN_BY_STUDY:
         return [code]
-    if studies := [study for study, organ in STUDIES.items() if organ == name.lower()]:
+    if studies := [study for study, organ in ORGAN_BY_STUDY.items() if organ == name.lower()]:
         return studies
-    known = [*STUDIES, *sorted(set(STUDIES.values()))]
+    known = [*ORGAN_BY_STUDY, *sorted(set(ORGAN_BY_STUDY.values()))]
     close = difflib.get_close_matches(code if word.isupper() else name.lower(), known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"expected studies or organs of TCGA: {', '.join(known)}"
     raise ConfigError(f"organs: got {word!r}; {hint}")
@@ -118,7 +118,7 @@ def studies_of(word: str) -> list[str]:
 
 def organ_of(word: str) -> str:
     """The organ of a word of the user's. Raises ConfigError."""
-    return STUDIES[studies_of(word)[0]]
+    return ORGAN_BY_STUDY[studies_of(word)[0]]
 
 
 def list_files(session: requests.Session, api: str, *, studies: Sequence[str], timeout_s: float) -> list[GdcFile]:
@@ -189,7 +189,7 @@ def _file_of(hit: dict[str, Any]) -> GdcFile:
             "size_bytes": hit["file_size"],
             "patient_id": case["submitter_id"],
             "project": project,
-            "organ": STUDIES[project.removeprefix("TCGA-")],
+            "organ": ORGAN_BY_STUDY[project.removeprefix("TCGA-")],
         }
         return validate(values, GdcFile)
     except (ConfigError, KeyError, IndexError, TypeError, AttributeError) as error:

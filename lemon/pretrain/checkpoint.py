@@ -20,9 +20,9 @@ from lemon.errors import DamagedError
 from lemon.runtime.store import Store
 from lemon.runtime.tensors import read_weights
 
-FOLDER, DAMAGED = "checkpoints", "damaged"
-_NAME = re.compile(rf"{FOLDER}/step-(\d+)\.pt$")
-BEST = f"{FOLDER}/best.json"
+CHECKPOINT_FOLDER, DAMAGED = "checkpoints", "damaged"
+_NAME = re.compile(rf"{CHECKPOINT_FOLDER}/step-(\d+)\.pt$")
+BEST = f"{CHECKPOINT_FOLDER}/best.json"
 HELD = {"method", "optimizer", "step"}
 
 
@@ -39,7 +39,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, rising."""
-        matches = (_NAME.match(name) for name in self.store.list(FOLDER, suffix=".pt"))
+        matches = (_NAME.match(name) for name in self.store.list(CHECKPOINT_FOLDER, suffix=".pt"))
         return sorted(int(match[1]) for match in matches if match)
 
     def save(self, state: dict[str, Any], *, step: int, score: float | None = None) -> None:
@@ -112,7 +112,7 @@ class Checkpoints:
 
     def name(self, step: int) -> str:
         """The file of a step, in the output."""
-        return f"{FOLDER}/step-{step:08d}.pt"
+        return f"{CHECKPOINT_FOLDER}/step-{step:08d}.pt"
 
 
 def _save(state: dict[str, Any], stream: IO[bytes]) -> None:

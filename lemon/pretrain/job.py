@@ -14,8 +14,7 @@ from lemon.encoders.export import CONFIG, CellInput
 from lemon.errors import EXIT_OK
 from lemon.pretrain.assemble import EXPORT, train
 from lemon.pretrain.check import check
-from lemon.pretrain.checkpoint import FOLDER as CHECKPOINTS
-from lemon.pretrain.checkpoint import Checkpoints
+from lemon.pretrain.checkpoint import CHECKPOINT_FOLDER, Checkpoints
 from lemon.pretrain.config import PretrainConfig, TrainWorkers
 from lemon.pretrain.loop import Log, TrainingStoppedError
 from lemon.pretrain.progress import Progress
@@ -30,7 +29,7 @@ from lemon.runtime.tracking import RUN, Run, start_run
 from lemon.views.make import statistics_of
 
 SETTINGS = "pretrain.json"
-OUTPUT_NAMES = (CHECKPOINTS, EXPORT, SETTINGS, RUN)
+OUTPUT_NAMES = (CHECKPOINT_FOLDER, EXPORT, SETTINGS, RUN)
 """What in an output may only be LEMON's."""
 
 logger = stage_logger(__name__, "pretrain")

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-Run = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+FunctionWrapper = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 """Makes of a function the one that is called, such as the compiled one."""
 
 SPLIT_ELEMENTS = 2**26
@@ -87,7 +87,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def as_it_is(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function itself: ``Run`` without compilation."""
+    """The function itself: ``FunctionWrapper`` without compilation."""
     return function
 
 
@@ -179,7 +179,7 @@ def chunked_cross_entropy(
     student_temperature: float,
     weights: Tensor | None = None,
     chunk_rows: int = 2048,
-    run: Run = as_it_is,
+    run: FunctionWrapper = as_it_is,
 ) -> Tensor:
     """Weighted sum over rows of the cross-entropy of softmax(features @ prototypes.T / temperature), in chunks of rows.
 
@@ -221,7 +221,7 @@ def chunked_cross_entropy(
 
 @torch.no_grad()
 def softmax_center(
-    teacher_logits: Tensor, center: Tensor, *, teacher_temperature: float | Tensor, run: Run = as_it_is
+    teacher_logits: Tensor, center: Tensor, *, teacher_temperature: float | Tensor, run: FunctionWrapper = as_it_is
 ) -> Tensor:
     """Teacher probabilities: softmax of the centred logits. [..., K], center [K] -> [..., K].
 

@@ -147,14 +147,16 @@ def _sections(sources: Sources, numbers: PaperNumbers, store: Store, *, ready: d
             else:
                 make = table1_section if key == "table1" else figure2_section
                 section = make(output, numbers, store, stem=stem)
-            yield _named(section, output, among=outputs)
+            yield _with_output_name(section, output, among=outputs)
         if key in ready:
             yield ready[key]
         elif not outputs:
             yield Section(key, artefact.name, artefact, notes=[f"Not made yet: {COMMANDS[key]}"])
     for number, outputs in enumerate(by_study.values(), 1):
         for stem, output in _stems(f"study{number}", outputs):
-            yield _named(study_section(output, numbers, sources.runs, store, stem=stem), output, among=outputs)
+            yield _with_output_name(
+                study_section(output, numbers, sources.runs, store, stem=stem), output, among=outputs
+            )
 
 
 def _stems(key: str, outputs: list[OutputTable]) -> Iterator[tuple[str, OutputTable]]:
@@ -163,7 +165,7 @@ def _stems(key: str, outputs: list[OutputTable]) -> Iterator[tuple[str, OutputTa
         yield (key if number == 1 else f"{key}_{number}"), output
 
 
-def _named(section: Section, output: OutputTable, *, among: list[OutputTable]) -> Section:
+def _with_output_name(section: Section, output: OutputTable, *, among: list[OutputTable]) -> Section:
     if len(among) > 1:
         section.title += f" ({output.name})"
     return section

@@ -35,7 +35,7 @@ from lemon.runtime.store import Store, open_output, parse_json
 
 logger = logging.getLogger(__name__)
 
-FOLDER = f"{INTERNAL_FOLDER}/lease"
+LEASE_FOLDER = f"{INTERNAL_FOLDER}/lease"
 CLAIM_BYTES = 1024
 BEAT_S = 5.0
 STALE_S = 30.0
@@ -46,7 +46,7 @@ _DYING_S = 2.0  # a process that was killed may be there for so long
 _POLL_S = 0.5
 
 
-class _Content(TypedDict):
+class _ClaimContent(TypedDict):
     """What a claim says."""
 
     stage: str
@@ -80,7 +80,7 @@ class _Claim:
 
     def __init__(self, store: Store, stage: str) -> None:
         self.store = store
-        self.name = f"{FOLDER}/{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.json"
+        self.name = f"{LEASE_FOLDER}/{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.json"
         self.content: dict[str, Any] = {
             "stage": stage,
             "job": _ray_job(),
@@ -125,7 +125,7 @@ class _Claim:
 
     def _others(self) -> dict[str, dict[str, Any]]:
         claims = {}
-        for name in self.store.list(FOLDER, suffix=".json"):
+        for name in self.store.list(LEASE_FOLDER, suffix=".json"):
             if name != self.name:
                 with contextlib.suppress(FileNotFoundError):  # withdrawn since it was listed
                     claims[name] = _read(self.store.read_bytes(name))
@@ -166,7 +166,7 @@ class _Claim:
 def _read(content: bytes) -> dict[str, Any]:
     """A claim. One that cannot be read is a claim of another machine: it lives while its bytes change."""
     try:
-        return dict(parse_json(content, _Content, label="claim"))
+        return dict(parse_json(content, _ClaimContent, label="claim"))
     except DamagedError:
         unknown = {"stage": "a job whose claim is damaged", "job": None, "host": "unknown", "machine": "", "pid": 0}
         digest = hashlib.sha256(content).hexdigest()

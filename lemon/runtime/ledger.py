@@ -15,7 +15,7 @@ from lemon.runtime.settings import check_settings
 from lemon.runtime.store import Store, code_version
 from lemon.schema import SLIDE_STATUSES, DownloadRow, EmbeddedRow, SlideRow
 
-ATTEMPTS = f"{INTERNAL_FOLDER}/attempts"
+ATTEMPTS_FOLDER = f"{INTERNAL_FOLDER}/attempts"
 """Marks of work on a slide that has begun and not come to an end, as when it kills its worker each time."""
 
 R = TypeVar("R", SlideRow, EmbeddedRow, DownloadRow)
@@ -67,7 +67,7 @@ class Ledger(Generic[R]):
         if overwrite:
             for each in (*folders, name):
                 self.store.delete(each)
-        self.store.delete(ATTEMPTS)  # only those of this run count
+        self.store.delete(ATTEMPTS_FOLDER)  # only those of this run count
         remedy = "choose another output or overwrite=true"
         check_settings(self.store, name, settings, is_empty=lambda: not self.store.list(self.folder), remedy=remedy)
 
@@ -76,7 +76,7 @@ class Ledger(Generic[R]):
 
         Attempts of other runs do not count: that a whole job was killed says nothing against the slide.
         """
-        folder = f"{ATTEMPTS}/{file_stem(slide_id)}"
+        folder = f"{ATTEMPTS_FOLDER}/{file_stem(slide_id)}"
         earlier = sum(f"/{run_id}-" in name for name in self.store.list(folder))
         self.store.write_internal(f"{folder}/{run_id}-{earlier}", b"")
         return earlier
@@ -86,7 +86,7 @@ class Ledger(Generic[R]):
         full_row = replace(row, **self.facts, code_version=code_version())
         self.store.write_table(self._name(row.slide_id), self.row.table([full_row]))
         if self.counts_attempts:
-            self.store.delete(f"{ATTEMPTS}/{file_stem(row.slide_id)}")
+            self.store.delete(f"{ATTEMPTS_FOLDER}/{file_stem(row.slide_id)}")
         return full_row
 
     def forget(self, slide_id: str) -> None:

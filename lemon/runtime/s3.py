@@ -12,7 +12,7 @@ import pyarrow.fs as pafs
 
 from lemon.runtime.secrets import holds_secret
 
-ATTEMPTS = 8
+MAX_ATTEMPTS = 8
 """Tries of a request that S3 answers with 500, 503 or not at all; they wait for longer each time, a minute in all."""
 
 TIMEOUT_S = 20.0
@@ -72,7 +72,7 @@ def client(bucket: str, endpoint_url: str | None, region: str | None) -> pafs.S3
         scheme="http" if host in ("localhost", "127.0.0.1", "::1") else "https",  # of an endpoint that names none
         connect_timeout=TIMEOUT_S,
         request_timeout=TIMEOUT_S,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=MAX_ATTEMPTS),
         allow_delayed_open=True,  # a small file is one request and not three
     )
 
@@ -85,5 +85,5 @@ def reason_of(text: str) -> str | None:
     name, status, operation, words = match.groups()
     status = status or _STATUSES.get(name)
     words = re.split(r"; Details| \(Request ID", words)[0].strip().rstrip(".")
-    reason = f"{f'HTTP {status}, ' if status else ''}{name} in {operation} after {ATTEMPTS} attempts at most"
+    reason = f"{f'HTTP {status}, ' if status else ''}{name} in {operation} after {MAX_ATTEMPTS} attempts at most"
     return f"{reason}: {words}" if words else reason

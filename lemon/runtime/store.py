@@ -281,13 +281,13 @@ class Store:
 
     def read_bytes(self, name: str) -> bytes:
         """The whole of a file. Raises FileNotFoundError."""
-        for attempt in range(1, s3.ATTEMPTS + 1):
+        for attempt in range(1, s3.MAX_ATTEMPTS + 1):
             try:
                 # Not a stream: that asks S3 for 256 KB at a time.
                 with self._plain_errors(name), self.filesystem.open_input_file(self.path(name)) as file:
                     return bytes(file.read(file.size()))
             except StorageError as error:
-                if s3.NO_ROOM not in str(error) or attempt == s3.ATTEMPTS:
+                if s3.NO_ROOM not in str(error) or attempt == s3.MAX_ATTEMPTS:
                     raise
                 time.sleep(min(10.0, 0.2 * 2**attempt))
         raise AssertionError

@@ -26,8 +26,7 @@ from lemon.runtime.config import load
 from lemon.runtime.console import stage_logger
 from lemon.runtime.demand import plan_allocation
 from lemon.runtime.identifiers import file_stem
-from lemon.runtime.store import Store, path_exists
-from lemon.runtime.store import open_output as writable
+from lemon.runtime.store import Store, open_output, path_exists
 from lemon.schema import SWEEP_FILE
 from lemon.sweep.config import Point, SweepConfig
 from lemon.sweep.trial import Trial
@@ -36,7 +35,7 @@ from lemon.views.stain import statistics_name
 logger = stage_logger(__name__, "sweep")
 
 EXPERIMENT = "scaling_sweep"
-MARK = "sweep.json"
+SWEEP_MARK = "sweep.json"
 TRIALS = "trials"
 
 
@@ -57,7 +56,7 @@ class Grid:
     tasks: list[Task]
 
 
-def build(config: SweepConfig) -> Grid:
+def build_grid(config: SweepConfig) -> Grid:
     """The trials of a sweep, with stain statistics fitted where they are missing.
 
     Raises ConfigError with a line for every fault of every point.
@@ -116,12 +115,12 @@ class PointFaults:
 
 def open_sweep_output(config: SweepConfig) -> Store:
     """The output, which can be written and holds no other sweep. Raises ConfigError."""
-    output = writable(config.output, names=(MARK, SWEEP_FILE))
-    if not output.exists(MARK) or not any(
+    output = open_output(config.output, names=(SWEEP_MARK, SWEEP_FILE))
+    if not output.exists(SWEEP_MARK) or not any(
         pretraining.is_begun(Store(f"{output.uri}/{name}")) for name in output.entries(TRIALS)
     ):
         return output
-    if (study := output.read_json(MARK, dict[str, str]).get("study")) != config.sweep.name:
+    if (study := output.read_json(SWEEP_MARK, dict[str, str]).get("study")) != config.sweep.name:
         raise ConfigError(f"output: {output.uri} holds the sweep {study!r}; choose another output")
     return output
 

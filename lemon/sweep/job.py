@@ -18,14 +18,14 @@ from lemon.sweep import table
 from lemon.sweep import trial as trials
 from lemon.sweep.attempt import attempt
 from lemon.sweep.config import SweepConfig
-from lemon.sweep.grid import EXPERIMENT, MARK, Grid, GridTrial, build
+from lemon.sweep.grid import EXPERIMENT, SWEEP_MARK, Grid, GridTrial, build_grid
 
 logger = stage_logger(__name__, "sweep")
 
 
 def main(config: SweepConfig) -> int:
     """Run a sweep and log the outcome; returns the exit code. Raises ConfigError before any trial starts."""
-    grid = build(config)
+    grid = build_grid(config)
     pending = [entry for entry in grid.entries if not is_over(entry, config)]
     if pending and config.on_ray:
         from lemon.sweep import tune
@@ -57,7 +57,7 @@ def _run_all(grid: Grid, config: SweepConfig, output: Store) -> int:
 
 def is_over(entry: GridTrial, config: SweepConfig) -> bool:
     """Whether a trial is done, or was stopped by ASHA in a sweep that still wants that; a failed one is tried again."""
-    if trials.finished(entry.trial) is not None:
+    if trials.read_result(entry.trial) is not None:
         return True
     why = table.read_no_result(entry)
     return why is not None and why.status == "stopped" and config.asha
@@ -88,7 +88,7 @@ def _run_here(pending: list[GridTrial], tasks: list[Task], *, parent: Run, tries
 
 def _open_parent(config: SweepConfig, output: Store) -> Run:
     """The sweep's own MLflow run, which a rerun goes on with. It makes the database before trials open it at once."""
-    output.write_json(MARK, {"study": config.sweep.name})
+    output.write_json(SWEEP_MARK, {"study": config.sweep.name})
     settings = config.model_dump(mode="json")
     tags = {"output": output.uri, "config_fingerprint": fingerprint(settings)}
     return start_run(EXPERIMENT, config.sweep.name, store=output, params=settings, tags=tags)

@@ -13,7 +13,7 @@ from lemon.runtime.tracking import run_id_of
 from lemon.schema import SWEEP_FILE, SweepRow
 from lemon.sweep.grid import GridTrial
 from lemon.sweep.studies import OverSeeds, point_names, study_values
-from lemon.sweep.trial import finished
+from lemon.sweep.trial import read_result
 
 NO_RESULT = "lost.json"
 PARQUET, CSV = SWEEP_FILE, "sweep.csv"
@@ -54,7 +54,7 @@ def rows_of(entry: GridTrial, *, study: str) -> Iterator[SweepRow]:
         status="done",
         config_fingerprint=trial.fingerprint,
     )
-    result = finished(trial)
+    result = read_result(trial)
     if result is not None:
         facts = result.model_dump(exclude={"name", "fingerprint", "code_version", "scores"})
         for score in result.scores:

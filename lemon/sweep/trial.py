@@ -128,7 +128,7 @@ def run(trial: Trial, *, tasks: list[Task] | None = None, parent: Run | None = N
     """
     tasks = _open(trial) if tasks is None else tasks
     trial = trial.located(tasks)
-    if (done := finished(trial)) is not None:
+    if (done := read_result(trial)) is not None:
         return done
     config, selection = pretraining.check_and_begin(trial.pretrain)
     tracked = _open_run(trial, selection, parent=parent)
@@ -139,7 +139,7 @@ def run(trial: Trial, *, tasks: list[Task] | None = None, parent: Run | None = N
     return result
 
 
-def finished(trial: Trial) -> Result | None:
+def read_result(trial: Trial) -> Result | None:
     """The result of a located trial that is done with the same settings."""
     if not trial.store.exists(RESULT):
         return None

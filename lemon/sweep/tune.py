@@ -33,10 +33,10 @@ from lemon.sweep.trial import Trial
 
 logger = stage_logger(__name__, "sweep")
 
-FOLDER = f"{INTERNAL_FOLDER}/ray"
+TUNE_FOLDER = f"{INTERNAL_FOLDER}/ray"
 """Of Tune's own files."""
 
-CURRENT = f"{FOLDER}/current.json"
+CURRENT = f"{TUNE_FOLDER}/current.json"
 """Which experiment of Tune is going on, for ASHA; absent when none is."""
 
 MAX_TRIAL_FAILURES = 3
@@ -107,7 +107,7 @@ def _new_tuner(pending: list[GridTrial], grid: Grid, config: SweepConfig, output
         ),
         run_config=tune.RunConfig(
             name=name,
-            storage_path=output.path(FOLDER),
+            storage_path=output.path(TUNE_FOLDER),
             storage_filesystem=None if output.is_local else output.filesystem,
             failure_config=tune.FailureConfig(max_failures=MAX_TRIAL_FAILURES),
             callbacks=[_TrialCallback(pending)],
@@ -121,10 +121,10 @@ def _resume_tuner(pending: list[GridTrial], grid: Grid, config: SweepConfig, out
     if not output.exists(CURRENT):
         return
     current: _Current = output.read_json(CURRENT, _Current)
-    path, where = output.path(f"{FOLDER}/{current['name']}"), None if output.is_local else output.filesystem
+    path, where = output.path(f"{TUNE_FOLDER}/{current['name']}"), None if output.is_local else output.filesystem
     known = {entry.trial.name for entry in pending} <= set(current["trials"])
     same = known and current["settings"] == _settings(grid, config)
-    states = [name for name in output.entries(f"{FOLDER}/{current['name']}") if "/experiment_state-" in name]
+    states = [name for name in output.entries(f"{TUNE_FOLDER}/{current['name']}") if "/experiment_state-" in name]
     if not same or not states or not tune.Tuner.can_restore(path, storage_filesystem=where):
         return
     try:
@@ -151,7 +151,7 @@ def _trial(settings: dict[str, Any], *, entries: dict[str, GridTrial], parent: R
     """What Tune calls in a process of its own; to Tune a trial fails only with that process."""
     install_in_worker()
     entry = entries[settings["trial"]]
-    if trials.finished(entry.trial) is not None:
+    if trials.read_result(entry.trial) is not None:
         return  # before an interruption; Tune had not noted it
     os.environ["LOKY_MAX_CPU_COUNT"] = str(entry.trial.pretrain.workers.cpus)  # of the probes; else all of the machine
     attempt(entry, tasks=None, parent=parent, tries=tries, log=_report if reports else None)
@@ -229,7 +229,7 @@ def _reason(trial: Any) -> str:
 
 
 def _is_open(entry: GridTrial) -> bool:
-    return trials.finished(entry.trial) is None and table.read_no_result(entry) is None
+    return trials.read_result(entry.trial) is None and table.read_no_result(entry) is None
 
 
 def _start_ray() -> None:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lemon.cells.ledger import read_ledger
-from lemon.runtime.ledger import ATTEMPTS
+from lemon.runtime.ledger import ATTEMPTS_FOLDER
 from lemon.runtime.store import Store
 from lemon.slides.synthetic import make_tissue, write_pyramid
 from tests.jobs.warm import Job, run_job
@@ -97,7 +97,7 @@ def test_a_job_that_was_killed_goes_on_and_ends_with_the_table_of_an_undisturbed
 ) -> None:
     output = tmp_path / "out"
     job = Job("curate", command(slides, output))
-    wait_for(lambda: committed(output) >= after_commits and any((output / ATTEMPTS).glob("*/*")), job=job)
+    wait_for(lambda: committed(output) >= after_commits and any((output / ATTEMPTS_FOLDER).glob("*/*")), job=job)
     kill_all(job)
     before = committed(output)
     assert before < N_SLIDES

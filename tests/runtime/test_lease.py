@@ -68,7 +68,7 @@ def start_holder(output: Path) -> subprocess.Popen[str]:
 
 def write_claim(output: Path, **changes: Any) -> str:
     """The claim of a job on another machine."""
-    name = f"{lease.FOLDER}/{time.time_ns():020d}-other.json"
+    name = f"{lease.LEASE_FOLDER}/{time.time_ns():020d}-other.json"
     content = {"stage": "curate", "job": "raysubmit_1", "host": "node7", "machine": "elsewhere", "pid": 1}
     content |= {"started": 0.0, "since": "2026-11-25T10:00:00+00:00", "holds": True, "beat": 0}
     Store(output).write_json(name, content | changes)
@@ -191,7 +191,7 @@ def test_of_many_that_start_at_once_exactly_one_holds(tmp_path: Path) -> None:
 def test_a_claim_that_cannot_be_read_holds_while_it_changes_and_is_succeeded_when_it_stands_still(
     content: bytes, tmp_path: Path, quick: None
 ) -> None:
-    store, name = Store(tmp_path), f"{lease.FOLDER}/{0:020d}-damaged.json"
+    store, name = Store(tmp_path), f"{lease.LEASE_FOLDER}/{0:020d}-damaged.json"
     store.write_bytes(name, content)
     with hold(str(tmp_path), stage="second"):
         assert not store.exists(name)

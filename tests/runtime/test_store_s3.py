@@ -128,7 +128,7 @@ def test_a_writer_that_is_killed_in_the_middle_of_an_upload_leaves_no_object(buc
 def test_an_upload_of_which_a_part_is_refused_leaves_no_object(
     bucket: s3.Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_client, "ATTEMPTS", 2)
+    monkeypatch.setattr(s3_client, "MAX_ATTEMPTS", 2)
     store = Store(bucket.uri)
     bucket.faults.of, bucket.faults.slow_down = "partNumber=2", 100
     with pytest.raises(StorageError, match="HTTP 503"):
@@ -141,7 +141,7 @@ def test_an_upload_of_which_a_part_is_refused_leaves_no_object(
 def test_a_copy_that_the_server_refuses_is_no_copy(
     bucket: s3.Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    monkeypatch.setattr(s3_client, "ATTEMPTS", 2)
+    monkeypatch.setattr(s3_client, "MAX_ATTEMPTS", 2)
     store = Store(bucket.uri)
     store.write_bytes("x", bytes(17 << 20))
     bucket.faults.of = "GET"
@@ -202,7 +202,7 @@ def test_an_error_that_stays_is_one_line_with_path_and_status_and_no_secret(
     bucket: s3.Bucket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    monkeypatch.setattr(s3_client, "ATTEMPTS", 2)
+    monkeypatch.setattr(s3_client, "MAX_ATTEMPTS", 2)
     store = Store(bucket.uri)
     bucket.faults.slow_down = 1000
     told = []

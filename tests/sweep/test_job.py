@@ -60,7 +60,7 @@ def config_of(home: Path, *more: str) -> SweepConfig:
 
 def faults(home: Path, *more: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        grid.build(config_of(home, *more))
+        grid.build_grid(config_of(home, *more))
     return str(caught.value).splitlines()
 
 
@@ -164,7 +164,7 @@ def test_selections_are_nested_and_copy_nothing(home: Path) -> None:
     config = config_of(home, "sweep=size", "sweep.points=[10,40,100]")
     cells = Store(home / "cells")
     chosen = []
-    for entry in grid.build(config).entries:
+    for entry in grid.build_grid(config).entries:
         selection = select_cells(cells, **entry.trial.pretrain.select.model_dump())
         assert selection.n_cells == int(entry.point.value)
         chosen.append({part.slide_id: part.n_rows for part in selection.parts})
@@ -178,7 +178,7 @@ def test_organs_are_nested_in_the_order_of_their_hash_and_the_number_of_cells_is
     config = config_of(home, "sweep=organs", f"sweep.points=[{points}]", "pretrain.select.n_cells=30")
     order = grid.nested_organs(Store(home / "cells"))
     assert sorted(order) == list(ORGANS)
-    for number, entry in enumerate(grid.build(config).entries, 1):
+    for number, entry in enumerate(grid.build_grid(config).entries, 1):
         select = entry.trial.pretrain.select
         assert select.organs == order[:number]
         selection = select_cells(Store(home / "cells"), **select.model_dump())
@@ -186,7 +186,7 @@ def test_organs_are_nested_in_the_order_of_their_hash_and_the_number_of_cells_is
 
 
 def test_seeds_change_training_and_nothing_else(home: Path) -> None:
-    entries = grid.build(config_of(home, "seeds=[0,7]")).entries
+    entries = grid.build_grid(config_of(home, "seeds=[0,7]")).entries
     assert [(entry.point.name, entry.seed) for entry in entries] == [("a0", 0), ("a1", 0), ("a0", 7), ("a1", 7)]
     first, _, same, _ = (entry.trial for entry in entries)
     assert same.pretrain.seed == 7
@@ -196,7 +196,7 @@ def test_seeds_change_training_and_nothing_else(home: Path) -> None:
 @pytest.mark.slow
 def test_missing_stain_statistics_are_fitted_beside_the_cells(tmp_path: Path) -> None:
     write_cells(tmp_path / "cells")
-    (entry,) = grid.build(config_of(tmp_path, "sweep.points=a1_gmm1")).entries
+    (entry,) = grid.build_grid(config_of(tmp_path, "sweep.points=a1_gmm1")).entries
     statistics = entry.trial.pretrain.views.stain.statistics
     assert statistics is not None
     assert Path(statistics).is_file()
@@ -208,13 +208,13 @@ def test_missing_stain_statistics_are_fitted_beside_the_cells(tmp_path: Path) ->
 def test_stain_statistics_of_cells_that_the_table_had_before_are_fitted_again(tmp_path: Path) -> None:
     write_cells(tmp_path / "cells")
     config = config_of(tmp_path, "sweep.points=a1_gmm1")
-    grid.build(config)
+    grid.build_grid(config)
     (path,) = (tmp_path / "cells").glob("stain_*.json")
     first = path.read_bytes()
-    grid.build(config)
+    grid.build_grid(config)
     assert path.read_bytes() == first
     write_slide(Store(tmp_path / "cells"), "another", synthetic_crops(40, seed=9), organ=ORGANS[0])
-    grid.build(config)
+    grid.build_grid(config)
     assert path.read_bytes() != first
 
 
@@ -225,13 +225,13 @@ def test_other_cells_or_other_labelled_nuclei_are_another_trial(
     config = config_of(tmp_path)
 
     def names() -> set[str]:
-        return {entry.trial.fingerprint for entry in grid.build(config).entries}
+        return {entry.trial.fingerprint for entry in grid.build_grid(config).entries}
 
     first = names()
     assert names() == first
     shutil.copytree(tmp_path / "cells", tmp_path / "moved")
     moved = config.model_copy(update={"cells": str(tmp_path / "moved")})
-    assert {entry.trial.fingerprint for entry in grid.build(moved).entries} == first
+    assert {entry.trial.fingerprint for entry in grid.build_grid(moved).entries} == first
     task = light_task()
     changed = replace(task, images=task.images ^ 1)
     with monkeypatch.context() as patch:

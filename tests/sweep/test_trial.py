@@ -100,7 +100,7 @@ def test_a_trial_that_diverges_leaves_no_result_and_a_failed_run(home: Path, uri
     trial = trial_in(home, "c", "ssl.base_lr=1e30", "epochs=4", "checkpoint_every=100")
     with pytest.raises(TrainingStoppedError):
         trials.run(trial, tasks=[light_task()])
-    assert trials.finished(trial.located([light_task()])) is None
+    assert trials.read_result(trial.located([light_task()])) is None
     run = run_of(trial.store, uri=uri)
     assert run is not None
     assert mlflow.MlflowClient(uri).get_run(run.run_id).info.status == "FAILED"
