@@ -20,8 +20,8 @@ from lemon.schema import ScoreRow
 POOLED = -1
 """The fold of a row that is of all folds together."""
 
-MAIN_METRICS = ("balanced_accuracy", "pearson")
-"""What tables show: of classification, of regression."""
+MAIN_METRICS = ("balanced_accuracy", "pearson", "recall_at_1")
+"""What tables show: of classification, of regression, of retrieval."""
 
 
 class Score(NamedTuple):
@@ -114,9 +114,14 @@ def predict_fold(
     features: linear.Features,
     settings: ProbeSettings,
 ) -> np.ndarray:
-    """Fit on a fold's training part and predict its test part: probabilities [n, K], or targets [n, G]; float32."""
+    """Fit on a fold's training part and predict its test part, float32.
+
+    Probabilities [n, K], targets [n, G], or of retrieval the target [n, 1] of the nearest crop.
+    """
     train, test = embedding[fold.train], embedding[fold.test]
     known = target[fold.train]
+    if kind == "retrieval":
+        return known[nearest(test, train)][:, None].astype(np.float32)
     groups = None if inner_groups is None else inner_groups[fold.train]
     if kind == "regression":
         if probe == "hest-bench":
@@ -133,16 +138,25 @@ def predict_fold(
     return linear.class_probabilities(fitted.model, test, classes=int(target.max()) + 1)
 
 
+def nearest(queries: np.ndarray, searched: np.ndarray, *, chunk: int = 1024) -> np.ndarray:
+    """Row of ``searched`` float32 [M, D] that is nearest to each query [N, D] by cosine: int64 [N]."""
+    unit = [each / np.maximum(np.linalg.norm(each, axis=1, keepdims=True), 1e-12) for each in (queries, searched)]
+    rows = [(part @ unit[1].T).argmax(axis=1) for part in np.array_split(unit[0], max(1, len(queries) // chunk))]
+    return np.concatenate(rows)
+
+
 def _target(task: Task) -> np.ndarray:
-    """Indices of classes int64 [N], or targets float32 [N, G]."""
+    """Indices of classes or of crops int64 [N], or targets float32 [N, G]."""
     if task.kind == "regression":
         return task.target
+    if task.kind == "retrieval":
+        return np.unique(task.target, return_inverse=True)[1]
     order = {name: index for index, name in enumerate(task.target_names)}
     return np.array([order[name] for name in task.target], np.int64)
 
 
 def _probes(task: Task, settings: ProbeSettings) -> list[str]:
-    fitting = {"classification": ("linear", "knn"), "regression": ("linear", "hest-bench")}[task.kind]
+    fitting = {"classification": ("linear", "knn"), "regression": ("linear", "hest-bench"), "retrieval": ()}[task.kind]
     return [probe for probe in settings.probes if probe in fitting] or ["linear"]
 
 
@@ -154,6 +168,8 @@ def _fold_scores(
         truth = target[fold.test]
         if task.kind == "classification":
             scores = metrics.classification_scores(truth, output)
+        elif task.kind == "retrieval":
+            scores = {"recall_at_1": float((output[:, 0] == truth).mean())}
         else:
             scores = {"pearson": metrics.mean_pearson(truth, output)}
         for metric, value in scores.items():
@@ -173,6 +189,10 @@ def _pooled_scores(
         confusion = metrics.confusion_by_cluster(target[test], output.argmax(axis=1), cluster, classes=classes)
         drawn = draws(len(confusion))
         intervals = {name: metrics.interval(confusion, drawn, metric=name) for name in metrics.CONFUSION_METRICS}
+    elif task.kind == "retrieval":
+        hits = (output[:, 0] == target[test]).astype(np.int64)
+        share = metrics.confusion_by_cluster(np.ones_like(hits), hits, cluster, classes=2)  # recall of the one class
+        intervals = {"recall_at_1": metrics.interval(share, draws(len(share)), metric="balanced_accuracy")}
     else:
         names = np.unique(cluster)
         within = [metrics.mean_pearson(target[test][cluster == name], output[cluster == name]) for name in names]

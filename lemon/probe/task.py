@@ -17,7 +17,7 @@ class TaskError(ValueError):
 
 @dataclass(frozen=True)
 class Fold:
-    """Indices of the crops that a probe is fitted on and scored on: int64 each, disjoint."""
+    """Indices of the crops that a probe is fitted on (or searches) and scored on: int64 each, disjoint."""
 
     train: np.ndarray
     test: np.ndarray
@@ -44,13 +44,13 @@ class Count:
 
 @dataclass(frozen=True)
 class Task:
-    """Crops with labels (classification) or targets (regression).
+    """Crops with labels (classification), targets (regression) or copies among which they are searched (retrieval).
 
     Args:
         name: as on the command line.
         kind: which probe fits.
         images: uint8 [N, 60, 60, 3] RGB at 0.25 um/px, centred on the nucleus.
-        target: classification: class names, str [N]; regression: float32 [N, G].
+        target: classification: class names, str [N]; regression: float32 [N, G]; retrieval: of which crop it is one.
         target_names: the classes, or the genes [G].
         sample_ids: str [N], unique: what a prediction is stored under.
         groups: str [N] by name; ``slide`` always, ``patient``, ``hospital``, ``scanner`` where known.
@@ -62,7 +62,7 @@ class Task:
     """
 
     name: str
-    kind: Literal["classification", "regression"]
+    kind: Literal["classification", "regression", "retrieval"]
     images: np.ndarray
     target: np.ndarray
     target_names: tuple[str, ...]

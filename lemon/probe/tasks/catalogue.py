@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,21 +31,25 @@ TASKS = Registry(
     kind=TaskEntry,
 )
 
-FOLDER, MORPHOMETRY = "folder:", "morphometry:"
-"""Begin the names of labelled crops, ``folder:NAME``, and of curated cells, ``morphometry:PATH``."""
+FOLDER = "folder:"
+"""Begins the name of a task of labelled crops, ``folder:NAME``."""
+
+CURATED = {"morphometry:": f"{_HERE}.morphometry", "restained:": f"{_HERE}.restained"}
+"""What begins the name of a task of curated cells, ``morphometry:PATH``, and the module that reads it."""
 
 
 def check_name(name: str) -> None:
     """Raise TaskError for a name that ``open_task`` does not know; imports no loader."""
-    if name not in TASKS and not (name.startswith((FOLDER, MORPHOMETRY)) and name.partition(":")[2]):
-        raise TaskError(f"tasks: {unknown(name, [*TASKS.names(), 'folder:NAME', 'morphometry:PATH'])}")
+    if name not in TASKS and not (name.startswith((FOLDER, *CURATED)) and name.partition(":")[2]):
+        paths = [f"{kind}PATH" for kind in CURATED]
+        raise TaskError(f"tasks: {unknown(name, [*TASKS.names(), 'folder:NAME', *paths])}")
 
 
 def open_task(name: str, data: str | Path, *, seed: int = 0, **options: Any) -> Task:
     """Read a benchmark.
 
     Args:
-        name: one of ``TASKS.names()``, ``folder:NAME`` or ``morphometry:PATH``.
+        name: one of ``TASKS.names()``, ``folder:NAME``, ``morphometry:PATH`` or ``restained:PATH``.
         data: the folder that holds those of the data sets; of one at s3:// the task's own is copied here to be read.
         seed: of folds and samples.
         options: of the loader, such as ``target="counts"`` of HEST.
@@ -53,7 +58,7 @@ def open_task(name: str, data: str | Path, *, seed: int = 0, **options: Any) -> 
         TaskError: the name is unknown, the folder is absent, or its files are not as expected.
     """
     entry = _entry(name)
-    if name.startswith(MORPHOMETRY):
+    if name.startswith(tuple(CURATED)):
         if not path_exists(entry.folder):
             raise TaskError(f"{name}: no folder {entry.folder}; expected {entry.obtain}")
         return entry.load(entry.folder, seed=seed, **options)
@@ -81,15 +86,13 @@ def counts_table(task: Task) -> str:
 
 def _entry(name: str) -> TaskEntry:
     check_name(name)
-    place = name.partition(":")[2]
+    kind, colon, place = name.partition(":")
     if name.startswith(FOLDER):
         from lemon.probe.tasks import folder
 
         return TaskEntry(place, partial(folder.load, name=place), folder.OBTAIN)
-    if name.startswith(MORPHOMETRY):
-        from lemon.probe.tasks import morphometry
-
-        return TaskEntry(place, morphometry.load, morphometry.OBTAIN)
+    if module := CURATED.get(kind + colon):
+        return TaskEntry(place, importlib.import_module(module).load, "the output of lemon curate")
     try:
         entry: TaskEntry = TASKS.load(name)
     except ValueError as error:
