@@ -9,7 +9,8 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from lemon.cells.config import CellsConfig
 from lemon.encoders.config import EncoderConfig
-from lemon.errors import Fault
+from lemon.errors import ConfigError, Fault
+from lemon.probe.config import name_faults
 from lemon.runtime.config import AnyPath, Choice, LocalPath, Settings, raise_faults
 from lemon.runtime.registry import Registry
 from lemon.schema import VIEW_PX
@@ -293,6 +294,12 @@ class PretrainConfig(Settings, CellsConfig):
     compile: bool | None = Field(None, description="null: on a GPU")
     workers: TrainWorkers = TrainWorkers()
     probe: OnlineProbeConfig | None = None
+    tasks: list[str] | Literal["auto"] | None = Field(
+        "auto",
+        description="what the encoder is scored on at the end, as of lemon probe; auto: morphometry and restained of "
+        "these cells, which need no labels; null: nothing",
+    )
+    data: AnyPath = Field("benchmarks_data", description="folder with a subfolder for each benchmark of tasks")
     log_every: int = Field(50, ge=1, description="steps")
     checkpoint_every: int = Field(1000, ge=1, description="steps")
     keep_checkpoints: int = Field(2, ge=1, description="newest ones that are kept, besides the best")
@@ -302,6 +309,26 @@ class PretrainConfig(Settings, CellsConfig):
         pattern=REGISTERED,
         description="name of the encoder in MLflow's model registry, without / : . % and quotes; null: in none",
     )
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _wrap_single_task(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) and value != "auto" else value
+
+    def check_inputs(self) -> None:
+        """Raises ConfigError where ``cells`` is no cells table, and for a task that is not known."""
+        from lemon.probe.tasks.catalogue import check_name
+
+        super().check_inputs()
+        if faults := name_faults(self.probe_tasks, check_name):
+            raise ConfigError(*faults)
+
+    @property
+    def probe_tasks(self) -> list[str]:
+        """Names of the tasks on which the encoder is scored at the end."""
+        if self.tasks == "auto":
+            return [f"morphometry:{self.cells}", f"restained:{self.cells}"]
+        return list(dict.fromkeys(self.tasks or []))
 
     @model_validator(mode="after")
     def _fits_together(self) -> PretrainConfig:

@@ -18,6 +18,8 @@ from lemon.pretrain.checkpoint import CHECKPOINT_FOLDER, Checkpoints
 from lemon.pretrain.config import PretrainConfig, TrainWorkers
 from lemon.pretrain.loop import Log, TrainingStoppedError
 from lemon.pretrain.progress import Progress
+from lemon.pretrain.score import score_encoder
+from lemon.probe.score import MAIN_METRICS
 from lemon.runtime.cluster import start_ray
 from lemon.runtime.console import install_in_worker, stage_logger
 from lemon.runtime.demand import Demand, allocate
@@ -25,7 +27,7 @@ from lemon.runtime.lease import hold
 from lemon.runtime.records import INTERNAL_FOLDER
 from lemon.runtime.settings import check_settings, settings_difference
 from lemon.runtime.store import Store, local_copy, open_output
-from lemon.runtime.tracking import RUN, Run, start_run
+from lemon.runtime.tracking import NEWEST, RUN, Run, start_run
 from lemon.views.make import statistics_of
 
 SETTINGS = "pretrain.json"
@@ -51,6 +53,9 @@ def _pretrain(config: PretrainConfig, selection: Selection, store: Store) -> int
     run = _open_run(config, store, cells_fingerprint=selection.fingerprint)
     with run.ending():
         encoder = fit(config, run)
+        metrics = score_encoder(config, run) if config.probe_tasks else {}
+        if config.register_as is not None:
+            register(config.register_as, encoder, run, metrics=metrics)
     logger.info(f"encoder in {encoder}; MLflow run {run.run_id}")
     return EXIT_OK
 
@@ -102,7 +107,7 @@ def settings_changed(config: PretrainConfig, selection: Selection, store: Store)
 def fit(config: PretrainConfig, run: Run, *, log: Log | None = None) -> str:
     """Train what ``check`` returned, from its newest checkpoint, here or on Ray; returns where the encoder is.
 
-    Metrics and the encoder go to ``run``, which stays open; metrics to ``log`` too where this process trains.
+    Metrics go to ``run``, which stays open; to ``log`` too where this process trains.
     Raises TrainingStoppedError.
     """
     if config.workers.in_process:
@@ -111,20 +116,19 @@ def fit(config: PretrainConfig, run: Run, *, log: Log | None = None) -> str:
         _train_on_ray(config, run)
     encoder = f"{config.output}/{EXPORT}"
     run.set_tag("encoder", encoder)
-    if config.register_as is not None:
-        _register(config.register_as, encoder, run)
     return encoder
 
 
-def _register(name: str, encoder: str, run: Run) -> None:
-    """Put the encoder into MLflow's registry; how it was made, as its config.json says, becomes the version's tags."""
+def register(name: str, encoder: str, run: Run, *, metrics: Mapping[str, float]) -> None:
+    """Put the encoder into MLflow's registry: its newest version, tagged with how it was made and what it scored."""
     described = Store(encoder).read_json(CONFIG)
     expects = {each.name for each in fields(CellInput)}
     tags = {key: str(value) for key, value in described["lemon"].items() if key not in expects}
+    tags |= {key: f"{value:.4f}" for key, value in metrics.items() if key.endswith(MAIN_METRICS)}
     with local_copy(encoder) as folder:
         version = run.register(name, folder, width=described["num_features"], tags=tags)
     if version is not None:
-        logger.info(f"registered in MLflow as models:/{name}/{version}")
+        logger.info(f"registered in MLflow as models:/{name}/{version}, models:/{name}@{NEWEST}")
 
 
 class _Logger:

@@ -25,7 +25,7 @@ from lemon.encoders.registry import check_name
 from lemon.errors import EXIT_FAILURES, EXIT_OK, ConfigError
 from lemon.probe.config import ProbeConfig
 from lemon.probe.figures import draw_cost
-from lemon.probe.score import MAIN_METRICS, Score, fold_means, score_task
+from lemon.probe.score import MAIN_METRICS, POOLED, Score, fold_means, score_task
 from lemon.probe.tables import write_table1
 from lemon.probe.task import Task, TaskError
 from lemon.probe.tasks.catalogue import counts_table, open_task
@@ -33,7 +33,7 @@ from lemon.runtime.console import stage_logger
 from lemon.runtime.identifiers import file_stem
 from lemon.runtime.lease import hold
 from lemon.runtime.store import CIRCUMSTANCES, Store, fingerprint
-from lemon.runtime.tracking import Run, start_run
+from lemon.runtime.tracking import Run, start_run, training_run_of
 from lemon.schema import ScoreRow, marked
 
 logger = stage_logger(__name__, "probe")
@@ -89,7 +89,8 @@ def _score_all(config: ProbeConfig, store: Store) -> int:
             faults.append(f"{name}: {error}")
             logger.warning(f"left out {faults[-1]}")
             continue
-        probe_model(encoder, tasks, config=config, store=store)
+        trained_by = training_run_of(name) if config.on_training_run else None
+        probe_model(encoder, tasks, config=config, store=store, trained_by=trained_by)
     if not store.list("scores"):
         raise ConfigError("models: none of them can be opened, see above")
     logger.info(f"{len(store.list('scores'))} files of scores in {store.uri}/scores; {len(faults)} left out")
@@ -125,14 +126,23 @@ def open_tasks(config: ProbeConfig) -> tuple[list[Task], list[str]]:
 
 
 def probe_model(
-    encoder: Encoder, tasks: list[Task], *, config: ProbeConfig, store: Store, run: Run | None = None
+    encoder: Encoder,
+    tasks: list[Task],
+    *,
+    config: ProbeConfig,
+    store: Store,
+    run: Run | None = None,
+    trained_by: Run | None = None,
 ) -> list[ScoreRow]:
     """Score one encoder on all tasks; returns its rows of the scores table.
 
-    Metrics go to ``run``, which stays open, or to an MLflow run of the encoder's own that a rerun goes on with.
+    Metrics go to ``run``, which stays open, or to an MLflow run of this probing that a rerun goes on with; and to the
+    run that trained the encoder, where it is given.
     """
     cost = count(encoder.model, px=encoder.cell_input.px)
-    logged = run or _open_run(encoder, config, store, cost=cost)
+    probed_by = run or _open_run(encoder, config, store, cost=cost)
+    if trained_by is not None:
+        probed_by.set_tag("training_run_id", trained_by.run_id)
     store.write_json(f"costs/{file_stem(encoder.name)}-{encoder.fingerprint}.json", asdict(cost))
     scores: list[ScoreRow] = []
     for task in tasks:
@@ -145,11 +155,14 @@ def probe_model(
             store.write_table(f"predictions/{unit.stem}.parquet", scored.predictions)
             store.write_table(unit.scores, scores_table(scored.scores, unit, seed=config.seed))
         rows = ScoreRow.read(store.read_table(unit.scores))
-        logged.log(flat_metrics(rows), step=0)
+        for each in (probed_by, *([trained_by] if trained_by else [])):
+            each.log(flat_metrics(rows), step=0)
+            each.log_dataset(task.name, digest=data, source=task.name.partition(":")[2] or config.data, context="probe")
+            each.set_tag(f"data_fingerprint/{short_name(task.name)}", data)
         logger.info(f"{encoder.name} on {task.name}: {main_scores_line(rows)}")
         scores += rows
     if run is None:
-        logged.close()
+        probed_by.close()
     return scores
 
 
@@ -195,10 +208,19 @@ def data_fingerprint(task: Task) -> str:
 
 
 def flat_metrics(rows: list[ScoreRow]) -> dict[str, float]:
-    """Metrics for MLflow: ``probe/<task>/<metric>`` without leaks, ``probe/<task>/<protocol>/<metric>`` otherwise."""
+    """Metrics for MLflow: ``probe/<task>/<metric>`` without leaks, ``probe/<task>/<protocol>/<metric>`` otherwise.
+
+    The metric is the mean over folds, ``_sd`` its standard deviation; ``_pooled`` is the value over all held-out crops,
+    and ``_low`` and ``_high`` are the bounds of its 95 % interval.
+    """
     task = short_name(rows[0].task)
     values = [(protocol, metric, mean) for protocol, metric, mean, _ in fold_means(rows)]
-    values += [(row.protocol, row.metric, row.value) for row in rows if row.protocol == "robustness"]
+    values += [(protocol, f"{metric}_sd", spread) for protocol, metric, _, spread in fold_means(rows)]
+    for row in rows:
+        if row.protocol == "robustness" or row.metric.endswith(("_low", "_high")):
+            values.append((row.protocol, row.metric, row.value))
+        elif row.fold == POOLED:
+            values.append((row.protocol, f"{row.metric}_pooled", row.value))
     plain = ("leak-free", "robustness")
     return {
         f"probe/{task}/{metric}" if protocol in plain else f"probe/{task}/{protocol}/{metric}": value

@@ -33,6 +33,9 @@ DATABASE = "mlflow.db"
 RUN = "run.json"
 """In an output: which run of MLflow is its own."""
 
+NEWEST = "newest"
+"""The alias of a registered model's newest version: models:/lemon@newest."""
+
 MLFLOW_PARENT = "mlflow.parentRunId"
 """The tag that MLflow gives a run which belongs to another."""
 
@@ -109,6 +112,10 @@ class Run:
     def log_file(self, path: str | Path, folder: str = "") -> None:
         """Attach a file."""
         self._client().log_artifact(self.run_id, str(path), folder or None)
+
+    def log_text(self, text: str, name: str) -> None:
+        """Attach a text as a file of that name."""
+        self._send(f"file {name}", lambda client: client.log_text(self.run_id, redacted(text), name))
 
     def set_tag(self, key: str, value: str) -> None:
         """Set a tag."""
@@ -354,6 +361,32 @@ def run_of(store: Store, mark: str = RUN, *, uri: str) -> Run | None:
     return None if run_id is None else Run(uri, run_id)
 
 
+def training_run_of(model: str) -> Run | None:
+    """The run that trained an encoder, in the MLflow in use: of an output of pretraining, or of ``models:/...``.
+
+    None where it is neither, or MLflow does not have the run (any more), or does not answer.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    uri = tracking_uri()
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return None  # the client would make an empty one
+    try:
+        if model.startswith("models:/"):
+            name, _, alias = model.removeprefix("models:/").partition("@")
+            name, _, number = name.partition("/")
+            client = mlflow.MlflowClient(uri)
+            version = (
+                client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+            )
+            return Run(uri, version.run_id) if version.run_id and _exists(client, version.run_id) else None
+        store = Store(model)
+        return run_of(store, uri=uri) if store.exists(RUN) else None
+    except (MlflowException, OSError, ValueError):
+        return None
+
+
 def close_killed(store: Store, *, uri: str) -> None:
     """End the run of an output whose process was killed before it could do that."""
     from mlflow.exceptions import MlflowException
@@ -464,7 +497,9 @@ def _register(client: Any, run_id: str, name: str, encoder: Path, *, width: int,
             raise
     source = model.artifact_location  # "models:/<id>" would be looked for where the process logs by default
     facts = {"run_id": run_id, "model_id": model_id, "description": run.info.run_name, "tags": tags}
-    return int(_with_retries(lambda: client.create_model_version(name, source, **facts)).version)
+    version = int(_with_retries(lambda: client.create_model_version(name, source, **facts)).version)
+    _with_retries(lambda: client.set_registered_model_alias(name, NEWEST, str(version)))
+    return version
 
 
 def _save(path: Path, encoder: Path, *, width: int, run_id: str, model_id: str) -> None:

@@ -14,7 +14,7 @@ from lemon.probe.config import ProbeSettings, name_faults
 from lemon.runtime.cluster import ray_address
 from lemon.runtime.config import AnyPath, Choice, Frozen, Settings, plain_value
 
-RESERVED = ("cells", "output", "seed")
+RESERVED = ("cells", "output", "seed", "tasks", "data")
 """Keys of the pretraining job that the sweep itself sets."""
 
 

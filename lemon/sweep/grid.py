@@ -137,10 +137,12 @@ def nested_organs(cells: Store) -> list[str]:
 def point_config(config: SweepConfig, point: Point, *, organs: Sequence[str]) -> PretrainConfig:
     """The pretraining job of a point. Raises ConfigError with a line a fault.
 
-    Later ones win: the variant's, the study's, the sweep's ``pretrain.*``, then the point's own.
+    Later ones win: the variant's, the study's, the sweep's ``pretrain.*``, then the point's own. Trials go to MLflow's
+    registry only where one of these says so.
     """
     fixed = {"cells": config.cells, "output": "unset"}
-    layers = (config.sweep.overrides, config.pretrain, point.overrides, fixed)
+    unless_asked = {"register_as": None}
+    layers = (unless_asked, config.sweep.overrides, config.pretrain, point.overrides, fixed)
     overrides = [part for layer in layers for part in (layer if isinstance(layer, list) else [layer])]
     pretrain = load("pretrain", overrides, PretrainConfig)
     if point.n_organs is None:

@@ -19,11 +19,12 @@ from lemon.cells.select import Selection, select_cells
 from lemon.encoders.device import choose_device
 from lemon.encoders.open import load_encoder
 from lemon.pretrain import job as pretraining
+from lemon.pretrain.assemble import EXPORT
 from lemon.pretrain.check import with_absolute_paths
 from lemon.pretrain.config import PretrainConfig
 from lemon.pretrain.loop import Log
 from lemon.probe.config import ProbeConfig, ProbeSettings
-from lemon.probe.job import data_fingerprint, fold_means, probe_model, short_name
+from lemon.probe.job import data_fingerprint, flat_metrics, fold_means, probe_model
 from lemon.probe.task import Task
 from lemon.probe.tasks.catalogue import open_task
 from lemon.runtime.config import AnyPath, Frozen
@@ -170,9 +171,10 @@ def _probed(trial: Trial, selection: Selection, run: Run, *, tasks: list[Task]) 
     config = trial.probe_config
     encoder = load_encoder(trial.store.uri, device=choose_device(config.device))
     rows = probe_model(encoder, tasks, config=config, store=Store(config.output), run=run)
-    for name, digest in {row.task: row.data_fingerprint for row in rows}.items():
-        run.log_dataset(name, digest=digest, source=trial.data, context="probe")
-        run.set_tag(f"data_fingerprint/{short_name(name)}", digest)
+    if trial.pretrain.register_as is not None:
+        by_task = [flat_metrics([row for row in rows if row.task == name]) for name in {row.task for row in rows}]
+        scores = {key: value for metrics in by_task for key, value in metrics.items()}
+        pretraining.register(trial.pretrain.register_as, f"{trial.store.uri}/{EXPORT}", run, metrics=scores)
     run.set_tag("model_fingerprint", encoder.fingerprint)
     slides = {part.slide_id for part in selection.parts}
     organs = {row.organ for row in rows_with_cells(selection.store) if row.slide_id in slides}
