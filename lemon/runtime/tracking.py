@@ -377,9 +377,8 @@ def training_run_of(model: str) -> Run | None:
             name, _, alias = model.removeprefix("models:/").partition("@")
             name, _, number = name.partition("/")
             client = mlflow.MlflowClient(uri)
-            version = (
-                client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
-            )
+            by_alias, by_number = client.get_model_version_by_alias, client.get_model_version
+            version = by_alias(name, alias) if alias else by_number(name, number)
             return Run(uri, version.run_id) if version.run_id and _exists(client, version.run_id) else None
         store = Store(model)
         return run_of(store, uri=uri) if store.exists(RUN) else None

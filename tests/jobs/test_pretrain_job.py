@@ -31,6 +31,7 @@ SMALL = [
     "log_every=1",
     "checkpoint_every=4",
     "variant=smoke",
+    "tasks=null",
 ]
 
 pytestmark = pytest.mark.slow

@@ -146,7 +146,7 @@ def test_ray_runs_trials_side_by_side_and_one_that_fails_stops_no_other(home: Pa
 
 @pytest.mark.ray
 def test_a_trial_of_several_workers_on_ray_is_a_row_of_the_table(home: Path) -> None:
-    more = ["sweep.points=a0", "launcher=ray", "pretrain.workers.count=2"]
+    more = ["sweep.points=a0", "launcher=ray", "pretrain.workers.count=2", "pretrain.register_as=lemon"]
     done = run(command(home, *more), home)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = table_of(home)

@@ -33,7 +33,7 @@ def uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def config_in(folder: Path, *words: str) -> PretrainConfig:
     places = [f"cells={folder / 'cells'}", f"output={folder / 'run'}", f"cache={folder / 'cache'}"]
     tiny = [word.removeprefix("pretrain.") for word in TINY]
-    return load("pretrain", [*tiny, "epochs=2", *places, *words], PretrainConfig)
+    return load("pretrain", [*tiny, "epochs=2", "tasks=null", *places, *words], PretrainConfig)
 
 
 @pytest.mark.slow

@@ -10,12 +10,12 @@ from lemon.errors import EXIT_FAILURES, EXIT_OK, ConfigError
 from lemon.runtime.console import installed, stage_logger
 from lemon.runtime.ledger import Ledger, Summary
 from lemon.runtime.store import Store
-from lemon.schema import DOWNLOADS
+from lemon.schema import DownloadRow, EmbeddedRow
 
 
-def summary(*statuses: str, share: float = 0.0, **more: object) -> Summary:
+def summary(*statuses: str, share: float = 0.0, **more: object) -> Summary[EmbeddedRow]:
     rows = [
-        {"slide_id": f"s{number}", "status": status, "error": None if status == "done" else "it is bad"}
+        EmbeddedRow(slide_id=f"s{number}", status=status, n_cells=1, error=None if status == "done" else "it is bad")
         for number, status in enumerate(statuses)
     ]
     return Summary(rows=rows, n_skipped=1, max_failed_share=share, **more)  # type: ignore[arg-type]
@@ -46,13 +46,12 @@ def test_reasons_are_told_before_the_counts(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_an_output_with_rows_in_the_ledger_s_own_folder_takes_no_other_settings(tmp_path: Path) -> None:
-    ledger = Ledger(Store(tmp_path), schema=DOWNLOADS, folder="downloads")
+    ledger = Ledger(Store(tmp_path), DownloadRow, folder="downloads")
     ledger.prepare_output("settings.json", {"a": 1}, folders=["downloads"], overwrite=False)
-    ledger.prepare_output(
-        "settings.json", {"a": 2}, folders=["downloads"], overwrite=False
-    )  # in which nothing was made
+    # Nothing was made in it.
+    ledger.prepare_output("settings.json", {"a": 2}, folders=["downloads"], overwrite=False)
     file = {"file_id": "f", "file_name": "s.svs", "url": "u", "size_bytes": 1, "md5": "0"}
-    ledger.commit({"slide_id": "s", "status": "done", "total_s": 0.0, **file})
+    ledger.commit(DownloadRow(slide_id="s", status="done", total_s=0.0, **file))
     with pytest.raises(ConfigError, match=r"begun with other settings \(a 2 then, 3 now\)"):
         ledger.prepare_output("settings.json", {"a": 3}, folders=["downloads"], overwrite=False)
     assert ledger.begin("s", run_id="r") == 0
