@@ -17,7 +17,7 @@ from lemon.pretrain.check import check
 from lemon.pretrain.checkpoint import CHECKPOINT_FOLDER, Checkpoints
 from lemon.pretrain.config import PretrainConfig, TrainWorkers
 from lemon.pretrain.loop import Log, TrainingStoppedError
-from lemon.pretrain.progress import Progress
+from lemon.pretrain.progress import Progress, following
 from lemon.pretrain.score import score_encoder
 from lemon.probe.score import MAIN_METRICS
 from lemon.runtime.cluster import start_ray
@@ -169,7 +169,8 @@ def _train_on_ray(config: PretrainConfig, run: Run) -> None:
         ),
     )
     try:
-        trainer.fit()
+        with following(run, Progress(config.total_steps, batch=config.batch)):
+            trainer.fit()
     except ray.train.TrainingFailedError as error:
         if stopped := _STOPPED.findall(str(error)):  # of a worker, whose traceback Ray gives as text
             raise TrainingStoppedError(stopped[-1]) from None

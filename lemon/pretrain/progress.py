@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
 
 from lemon.runtime.console import stage_logger
+from lemon.runtime.tracking import Run, metric_history
 
 logger = stage_logger(__name__, "pretrain")
 
 LINE_EVERY_S = 60.0
+FOLLOW_EVERY_S = 10.0
 LONG_H = 24.0
 """Runs that will take longer get a warning."""
 
@@ -52,6 +56,30 @@ class Progress:
             share = f"{100 * step / self._total:.0f} %"
             line = f"step {step:,} of {self._total:,} ({share}), loss {metrics['loss']:.3f}, {speed:,.0f} images/s"
             logger.info(f"{line}, {duration(left_s)} left" if step < self._total else line)
+
+
+@contextmanager
+def following(run: Run, progress: Progress, *, every_s: float = FOLLOW_EVERY_S) -> Iterator[None]:
+    """For a training in other processes: ``progress`` by what it logs to MLflow, as long as the block lasts."""
+    ended = threading.Event()
+
+    def follow() -> None:
+        last_step, last_look = 0, False
+        while not last_look:
+            last_look = ended.wait(every_s)
+            with suppress(Exception):  # MLflow is asked again; what it does not tell costs a line
+                (step, loss), speed = metric_history(run, "loss")[-1], metric_history(run, "images_per_s")[-1][1]
+                if step > last_step:
+                    progress({"loss": loss, "images_per_s": speed}, step)
+                    last_step = step
+
+    thread = threading.Thread(target=follow, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def duration(seconds: float) -> str:

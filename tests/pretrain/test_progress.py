@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
 import pytest
 
-from lemon.pretrain.progress import Progress, duration
+from lemon.pretrain.progress import Progress, duration, following
+from lemon.runtime.store import Store
+from lemon.runtime.tracking import start_run
 
 pytestmark = pytest.mark.usefixtures("console")
 
@@ -37,3 +42,19 @@ def test_a_run_of_more_than_a_day_is_told_once_with_its_hours(capsys: pytest.Cap
 @pytest.mark.parametrize(("seconds", "told"), [(45, "45 s"), (89.6, "90 s"), (720, "12 min"), (12_000, "3 h 20 min")])
 def test_a_duration_is_told_in_fitting_units(seconds: float, told: str) -> None:
     assert duration(seconds) == told
+
+
+def test_a_training_in_other_processes_is_followed_by_what_it_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    run = start_run("pretrain", "elsewhere", store=Store(tmp_path / "out"), params={})
+    with following(run, Progress(20, batch=10), every_s=0.05):
+        run.log({"loss": 3.0, "images_per_s": 50.0}, step=10)
+        end, told = time.monotonic() + 30, ""
+        while "step 10" not in told and time.monotonic() < end:
+            time.sleep(0.05)
+            told += capsys.readouterr().out
+        run.log({"loss": 2.0, "images_per_s": 50.0}, step=20)
+    assert told.splitlines() == ["pretrain: step 10 of 20 (50 %), loss 3.000, 50 images/s, 2 s left"]
+    assert capsys.readouterr().out.splitlines() == ["pretrain: step 20 of 20 (100 %), loss 2.000, 50 images/s"]
