@@ -208,11 +208,11 @@ class Sweep(Stage):
 
     def committed(self, output: Store) -> set[str]:
         """Trials with a result."""
-        return {name.split("/")[2] for name in output.list("trials", suffix="/result.json")}
+        return {name.split("/")[1] for name in output.list("trials", suffix="/result.json")}
 
     def in_hand(self, output: Store) -> set[str]:
         """Trials whose pretraining began."""
-        return {name.split("/")[2] for name in output.list("trials", suffix="/pretrain.json")} - self.committed(output)
+        return {name.split("/")[1] for name in output.list("trials", suffix="/pretrain.json")} - self.committed(output)
 
     def victim(self, cluster: Cluster, output: Store) -> psutil.Process | None:
         """A worker whose trial is in hand."""
