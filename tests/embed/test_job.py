@@ -32,7 +32,7 @@ from lemon.runtime.job import framed
 from lemon.runtime.ledger import Summary
 from lemon.runtime.shards import ShardError
 from lemon.runtime.store import Store
-from lemon.schema import EMBEDDED, EmbeddedRow, Slide
+from lemon.schema import EMBEDDED, EmbeddedRow, Slide, SlideRow
 from lemon.slides.synthetic import make_tissue, write_pyramid
 from tests.embed.tables import WIDTH, write_cells, write_encoder
 
@@ -324,7 +324,7 @@ def test_slides_without_any_cell_end_with_the_exit_code_of_curation(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embedding.curate, "check_and_allocate", lambda config, key: [None])
-    lost = [{"slide_id": "bad", "status": "failed", "error": "no slide"}]
+    lost = [SlideRow("bad", "bad.svs", status="failed", n_cells=0, error="no slide")]
     monkeypatch.setattr(embedding.curate, "run", lambda config, *, slides: Summary(rows=lost, n_skipped=0))
     words = [f"model={model}", f"output={tmp_path / 'out'}", "slides=bad.svs", "device=cpu"]
     assert embedding.main(load("embed", words, EmbedConfig)) == 3
