@@ -380,6 +380,6 @@ def test_the_ledger_has_the_columns_of_the_schema(slide_file: Path, tmp_path: Pa
 def test_the_real_slide_gives_thousands_of_nuclei(tmp_path: Path, processes: ProcessPoolExecutor) -> None:
     path = shared("data/slides/CMU-1-Small-Region.svs")
     row = curate_one(path, tmp_path, processes, "region_px=1024")
-    assert row["status"] == "done"
-    assert row["n_nuclei"] > 2000
-    assert row["n_cells"] == 1000
+    assert row.status == "done"
+    assert row.n_nuclei > 2000
+    assert row.n_cells == 1000

@@ -28,7 +28,7 @@ def test_where_nothing_is_found_one_line_says_what_to_do_and_no_database_is_made
     done = run(tmp_path, "output=report")
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("report: experiment: no outputs of runs in scaling_sweep, probe; run jobs/scaling_sweep.py")
+    assert line.startswith("report: experiment: no outputs of runs in scaling_sweep, probe; run lemon sweep")
     assert not (tmp_path / "mlflow.db").exists()
     assert not (tmp_path / "report" / "index.html").exists()
 
