@@ -138,7 +138,7 @@ def _work(argv: list[str], environment: dict[str, str], folder: str, out: int, e
     for number in {out, err} - {1, 2}:
         os.close(number)
     os.environ.clear()
-    os.environ.update(environment)
+    os.environ.update(environment | {"LOKY_MAX_CPU_COUNT": "1"})  # joblib's pool of processes hangs in a forked one
     os.chdir(folder)
     sys.argv = argv
     sys.path.insert(0, str(JOBS))
