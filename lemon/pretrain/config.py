@@ -9,8 +9,8 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from lemon.cells.config import CellsConfig
 from lemon.encoders.config import EncoderConfig
-from lemon.errors import ConfigError, Fault
-from lemon.probe.config import name_faults
+from lemon.errors import Fault
+from lemon.probe.config import check_tasks
 from lemon.runtime.config import AnyPath, Choice, LocalPath, Settings, raise_faults
 from lemon.runtime.registry import Registry
 from lemon.schema import VIEW_PX
@@ -317,11 +317,8 @@ class PretrainConfig(Settings, CellsConfig):
 
     def check_inputs(self) -> None:
         """Raises ConfigError where ``cells`` is no cells table, and for a task that is not known."""
-        from lemon.probe.tasks.catalogue import check_name
-
         super().check_inputs()
-        if faults := name_faults(self.probe_tasks, check_name):
-            raise ConfigError(*faults)
+        check_tasks(self.probe_tasks)
 
     @property
     def probe_tasks(self) -> list[str]:

@@ -80,6 +80,14 @@ class ProbeConfig(ProbeSettings):
         return self.model_dump(mode="json", include=set(ProbeSettings.model_fields))
 
 
+def check_tasks(names: list[str]) -> None:
+    """Raises ConfigError with a line for each task whose name is not known; imports no loader."""
+    from lemon.probe.tasks.catalogue import check_name
+
+    if faults := name_faults(names, check_name):
+        raise ConfigError(*faults)
+
+
 def name_faults(names: list[str], check: Callable[[str], None]) -> list[str]:
     """What ``check`` says of those names that it refuses."""
     faults = []

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 
@@ -213,20 +213,24 @@ def flat_metrics(rows: list[ScoreRow]) -> dict[str, float]:
     The metric is the mean over folds, ``_sd`` its standard deviation; ``_pooled`` is the value over all held-out crops,
     and ``_low`` and ``_high`` are the bounds of its 95 % interval.
     """
-    task = short_name(rows[0].task)
-    values = [(protocol, metric, mean) for protocol, metric, mean, _ in fold_means(rows)]
-    values += [(protocol, f"{metric}_sd", spread) for protocol, metric, _, spread in fold_means(rows)]
+    metrics: dict[str, float] = {}
+    for task in dict.fromkeys(row.task for row in rows):
+        for protocol, metric, value in _named_values([row for row in rows if row.task == task]):
+            group = "" if protocol in ("leak-free", "robustness") else f"{protocol}/"
+            metrics[f"probe/{short_name(task)}/{group}{metric}"] = value
+    return {name: value for name, value in metrics.items() if np.isfinite(value)}
+
+
+def _named_values(rows: list[ScoreRow]) -> Iterator[tuple[str, str, float]]:
+    """(protocol, name in MLflow, value) of one task's rows."""
+    for protocol, metric, mean, spread in fold_means(rows):
+        yield protocol, metric, mean
+        yield protocol, f"{metric}_sd", spread
     for row in rows:
         if row.protocol == "robustness" or row.metric.endswith(("_low", "_high")):
-            values.append((row.protocol, row.metric, row.value))
+            yield row.protocol, row.metric, row.value
         elif row.fold == POOLED:
-            values.append((row.protocol, f"{row.metric}_pooled", row.value))
-    plain = ("leak-free", "robustness")
-    return {
-        f"probe/{task}/{metric}" if protocol in plain else f"probe/{task}/{protocol}/{metric}": value
-        for protocol, metric, value in values
-        if np.isfinite(value)
-    }
+            yield row.protocol, f"{row.metric}_pooled", row.value
 
 
 def short_name(task: str) -> str:

@@ -212,6 +212,11 @@ class RunRecord:
         return MLFLOW_PARENT in self.tags
 
 
+def _is_absent_database(uri: str) -> bool:
+    """Whether a SQLite database is not there yet; MLflow's client would make an empty one."""
+    return uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists()
+
+
 def find_runs(experiment: str) -> list[RunRecord]:
     """All runs of an experiment, the oldest first; none where the experiment or the database is absent.
 
@@ -220,8 +225,8 @@ def find_runs(experiment: str) -> list[RunRecord]:
     import mlflow
 
     uri = tracking_uri()
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        return []  # the client would make an empty one
+    if _is_absent_database(uri):
+        return []
     _require(uri)
     runs: list[Any] = []
     page: Any = None
@@ -370,8 +375,8 @@ def training_run_of(model: str) -> Run | None:
     from mlflow.exceptions import MlflowException
 
     uri = tracking_uri()
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        return None  # the client would make an empty one
+    if _is_absent_database(uri):
+        return None
     try:
         if model.startswith("models:/"):
             name, _, alias = model.removeprefix("models:/").partition("@")
@@ -454,8 +459,8 @@ def download_encoder(uri: str, folder: Path) -> Path:
     Raises ConfigError where MLflow has no such model, it is not one of ``Run.register``, or MLflow cannot be used.
     """
     where = tracking_uri()
-    if where.startswith("sqlite:///") and not Path(where.removeprefix("sqlite:///")).exists():
-        raise ConfigError(  # the client would make an empty one
+    if _is_absent_database(where):
+        raise ConfigError(
             f"encoder: {uri}: there is no {redacted(where)}; expected MLFLOW_TRACKING_URI=... of the MLflow that has it"
         )
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")

@@ -8,9 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lemon.cells.config import CellsConfig
-from lemon.errors import ConfigError
 from lemon.pretrain.config import Seed
-from lemon.probe.config import ProbeSettings, name_faults
+from lemon.probe.config import ProbeSettings, check_tasks
 from lemon.runtime.cluster import ray_address
 from lemon.runtime.config import AnyPath, Choice, Frozen, Settings, plain_value
 
@@ -112,10 +111,7 @@ class SweepConfig(Settings, CellsConfig):
     def check_inputs(self) -> None:
         """Raises ConfigError where ``cells`` is no cells table, or a task has no name that is known."""
         super().check_inputs()
-        from lemon.probe.tasks.catalogue import check_name
-
-        if faults := name_faults(self.tasks, check_name):
-            raise ConfigError(*faults)
+        check_tasks(self.tasks)
 
     @property
     def all_seeds(self) -> list[int]:

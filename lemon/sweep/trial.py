@@ -23,6 +23,7 @@ from lemon.pretrain.assemble import EXPORT
 from lemon.pretrain.check import with_absolute_paths
 from lemon.pretrain.config import PretrainConfig
 from lemon.pretrain.loop import Log
+from lemon.pretrain.score import PROBE_FOLDER
 from lemon.probe.config import ProbeConfig, ProbeSettings
 from lemon.probe.job import data_fingerprint, flat_metrics, fold_means, probe_model
 from lemon.probe.task import Task
@@ -66,7 +67,7 @@ class Trial(Frozen):
             models=[folder],
             tasks=self.tasks,
             data=self.data,
-            output=f"{folder}/probe",
+            output=f"{folder}/{PROBE_FOLDER}",
             device=self.pretrain.device,
             **self.probe.model_dump(),
         )
@@ -172,9 +173,8 @@ def _probed(trial: Trial, selection: Selection, run: Run, *, tasks: list[Task]) 
     encoder = load_encoder(trial.store.uri, device=choose_device(config.device))
     rows = probe_model(encoder, tasks, config=config, store=Store(config.output), run=run)
     if trial.pretrain.register_as is not None:
-        by_task = [flat_metrics([row for row in rows if row.task == name]) for name in {row.task for row in rows}]
-        scores = {key: value for metrics in by_task for key, value in metrics.items()}
-        pretraining.register(trial.pretrain.register_as, f"{trial.store.uri}/{EXPORT}", run, metrics=scores)
+        encoder_folder = f"{trial.store.uri}/{EXPORT}"
+        pretraining.register(trial.pretrain.register_as, encoder_folder, run, metrics=flat_metrics(rows))
     run.set_tag("model_fingerprint", encoder.fingerprint)
     slides = {part.slide_id for part in selection.parts}
     organs = {row.organ for row in rows_with_cells(selection.store) if row.slide_id in slides}
