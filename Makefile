@@ -3,6 +3,8 @@ VENV   ?= .venv
 PYTHON ?= python3
 RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
+# Two files of tests at a time: those of jobs wait for processes half of their time, and hold 3 GB each.
+PYTEST := $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo test test-quick check bench docs ui clean
 
@@ -20,10 +22,10 @@ demo: setup
 	$(RUN) jobs/demo.py
 
 test: setup
-	$(RUN) -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 test-quick: setup
-	$(RUN) -m pytest -m "not gpu and not slow and not ray"
+	$(PYTEST) -m "not gpu and not slow and not ray"
 
 check: setup
 	$(RUN) -m ruff check .

@@ -168,6 +168,7 @@ def test_a_shard_with_fewer_cells_than_its_table_says_is_told_and_not_read_as_bl
     assert not list((tmp_path / "cache").iterdir())
 
 
+@pytest.mark.slow
 def test_several_processes_fill_it_once_and_what_killed_ones_left_is_reclaimed(tmp_path: Path) -> None:
     _, written = small_table(tmp_path / "cells")
     folder = tmp_path / "cache"

@@ -74,6 +74,7 @@ def curate_one(path: Path, output: Path, processes: ProcessPoolExecutor, *words:
     )
 
 
+@pytest.mark.slow
 def test_a_slide_becomes_cells_that_lie_on_its_nuclei(
     tissue: SyntheticTissue, slide_file: Path, tmp_path: Path, processes: ProcessPoolExecutor
 ) -> None:
@@ -92,6 +93,7 @@ def test_a_slide_becomes_cells_that_lie_on_its_nuclei(
     assert all(getattr(row, f"{stage}_s") >= 0 for stage in ("open", "read", "network", "instances", "write"))
 
 
+@pytest.mark.slow
 def test_fewer_cells_are_the_lowest_ranks_of_all(
     slide_file: Path, tmp_path: Path, processes: ProcessPoolExecutor
 ) -> None:
@@ -103,6 +105,7 @@ def test_fewer_cells_are_the_lowest_ranks_of_all(
     assert few.equals(all_cells.slice(0, 40))
 
 
+@pytest.mark.slow
 def test_the_size_of_regions_hardly_matters(slide_file: Path, tmp_path: Path, processes: ProcessPoolExecutor) -> None:
     """Seams fall elsewhere; the nuclei stay."""
     found = []
@@ -176,6 +179,7 @@ def test_every_kind_of_bad_slide_gets_its_row_and_reason_and_the_others_are_comp
     assert "3 of an earlier run" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_unreadable_regions_are_counted_and_make_a_slide_partial(
     slide_file: Path, tmp_path: Path, processes: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +241,7 @@ def curated(worker: curate.Curator, slide: Slide) -> SlideRow | None:
     return row
 
 
+@pytest.mark.slow
 def test_a_slide_that_keeps_crashing_its_worker_is_given_up(slide_file: Path, tmp_path: Path) -> None:
     worker = worker_for(config_for(slide_file, tmp_path, "max_attempts=2", "workers.cpus=1"))
     worker.segmenter = CrashingSegmenter()
@@ -246,6 +251,7 @@ def test_a_slide_that_keeps_crashing_its_worker_is_given_up(slide_file: Path, tm
     assert Store(tmp_path).list("attempts") == []
 
 
+@pytest.mark.slow
 def test_crashes_of_an_earlier_job_do_not_count_against_a_slide(slide_file: Path, tmp_path: Path) -> None:
     worker = worker_for(config_for(slide_file, tmp_path, "max_attempts=1", "workers.cpus=1"))
     worker.ledger.begin("s1", run_id="killed")
@@ -259,6 +265,7 @@ def test_an_unexpected_error_becomes_the_slides_row(slide_file: Path, tmp_path: 
     assert (row.status, row.error) == ("failed", "unexpected ZeroDivisionError: a strange slide")
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_job_and_is_no_fault_of_the_slide(
     slide_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,6 +372,7 @@ def test_a_map_over_workers_keeps_the_order_and_never_runs_far_ahead() -> None:
             assert len(taken) <= position + 6
 
 
+@pytest.mark.slow
 def test_the_ledger_has_the_columns_of_the_schema(slide_file: Path, tmp_path: Path) -> None:
     worker = worker_for(config_for(slide_file, tmp_path, "workers.cpus=1", "cells_per_slide=5"))
     curated(worker, *list_slides(str(slide_file)))

@@ -54,6 +54,7 @@ INTERPRETED = {dtype: bound for dtype, bound in BOUNDS.items() if dtype != torch
 """The interpreter computes with NumPy, which takes bfloat16 for integers."""
 
 
+@pytest.mark.slow
 def test_the_kernel_equals_the_formula_in_the_interpreter() -> None:
     rows = interpreted(
         "[[s, str(d), b, errors(s, d, 'cpu')] for s in SHAPES for d, b in INTERPRETED.items()]",

@@ -48,10 +48,12 @@ def test_vit_s8_costs_what_the_paper_and_the_formula_say() -> None:
     assert cost.parameters == 21_378_816
 
 
+@pytest.mark.slow
 def test_h_optimus_0_costs_what_the_paper_says() -> None:
     assert encoder_cost("h-optimus-0").paper_mac / 1e9 == pytest.approx(295.8, abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_transformer_of_transformers_is_counted_alike() -> None:
     pytest.importorskip("transformers")
     cost = encoder_cost("phikon-v2")
@@ -59,6 +61,7 @@ def test_a_transformer_of_transformers_is_counted_alike() -> None:
     assert cost.paper_mac == encoder_cost("uni").paper_mac
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", encoder_names())
 def test_the_papers_number_is_the_sum_over_the_layers(name: str) -> None:
     if find_entry(name).source == "transformers":

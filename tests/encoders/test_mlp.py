@@ -44,6 +44,7 @@ CASES = [((3, 27), 64), ((130,), 64), ((1, 1), 128)]
 """Rows that fill no tile, more than one tile of them, and one row."""
 
 
+@pytest.mark.slow
 def test_the_kernel_equals_the_formula_in_the_interpreter() -> None:
     *exact, half = interpreted(
         "[case(*c, torch.float32) for c in CASES] + [case(*CASES[0], torch.float16)]",

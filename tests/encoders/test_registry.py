@@ -47,6 +47,7 @@ def shallow(name: str) -> nn.Module:
         return build(replace(entry, args={**entry.args, depth: 1}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", encoder_names())
 def test_each_architecture_embeds_its_input_in_its_width(name: str) -> None:
     if find_entry(name).source == "transformers":
@@ -62,6 +63,7 @@ def test_each_architecture_embeds_its_input_in_its_width(name: str) -> None:
         assert parameters == pytest.approx(MILLION_PARAMETERS[name], abs=0.06)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["uni2-h", "h-optimus-0", "h0-mini", "prov-gigapath", "virchow2", "midnight"])
 def test_a_giant_of_one_block_computes(name: str) -> None:
     if name == "midnight":

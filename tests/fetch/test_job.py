@@ -237,6 +237,7 @@ def test_the_number_of_slides_is_never_left_to_chance() -> None:
     assert load("fetch_tcga", ["manifest=m.txt", "output=out"], FetchConfig).slides_per_organ is None
 
 
+@pytest.mark.slow
 def test_an_actor_downloads_the_next_slide_while_it_curates_one_and_commits_no_download_that_failed(
     tmp_path: Path,
 ) -> None:

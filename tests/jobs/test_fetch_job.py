@@ -47,6 +47,7 @@ def part_bytes(output: Path) -> int:
     return sum(size(path) for path in (output / PARTS).glob("*"))
 
 
+@pytest.mark.slow
 def test_a_job_killed_in_the_middle_of_downloads_goes_on_with_the_bytes_it_has(tmp_path: Path) -> None:
     content = np.random.default_rng(0).bytes(4_000_000)
     files = [Served(f"TCGA-A2-A00{number}-01Z-00-DX1.svs", content, always=("slow", 100_000)) for number in range(3)]

@@ -134,6 +134,7 @@ def test_overlapping_regions_of_synthetic_tissue_give_the_same_nuclei() -> None:
     assert seam_agreement(image) >= 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hoverfast_tcga_tile.png", "hgsc_nest.jpg"])
 def test_overlapping_regions_of_a_real_tile_give_the_same_nuclei(name: str) -> None:
     tile = cv2.cvtColor(cv2.imread(str(shared(f"data/tiles/{name}"))), cv2.COLOR_BGR2RGB)

@@ -69,6 +69,7 @@ def written(net: HoverFastNet, path: Path, **changes: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_outputs_agree_with_the_original() -> None:
     net = load_checkpoint(shared("golden/hoverfast_random_weights.pth"))
     golden = np.load(shared("golden/hoverfast_forward.npz"))

@@ -32,6 +32,7 @@ def test_its_card_is_of_these_weights() -> None:
     assert file_fingerprint(WEIGHTS) in card
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_nuclei_are_found_where_they_are() -> None:
     tissue = make_tissue(384, seed=5)
     segmenter = HoverFast(device="cpu", batch=1)

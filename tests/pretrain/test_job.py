@@ -124,6 +124,7 @@ def tell_of_nan(*_: object, **__: object) -> None:
     raise TrainingStoppedError("the loss became nan")
 
 
+@pytest.mark.slow
 def test_an_output_in_which_nothing_was_made_takes_new_settings_and_a_run_of_its_own(
     tmp_path: Path, uri: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +153,7 @@ def test_a_moved_table_goes_on_and_another_one_at_its_place_does_not(tmp_path: P
     assert "other settings (cells " in refused(config_in(tmp_path, "register_as=null"))
 
 
+@pytest.mark.slow
 def test_a_run_whose_newest_checkpoint_is_damaged_ends_well_again_and_keeps_it(
     tmp_path: Path, uri: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

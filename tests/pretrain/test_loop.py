@@ -55,6 +55,7 @@ def config_for(cells: Path, output: Path, **changes: Any) -> PretrainConfig:
     return PretrainConfig.model_validate(values | changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ssl", [MOCO, DINO, KDE], ids=["mocov3", "dinov2", "kde"])
 def test_fifty_steps_without_a_gpu_equal_those_of_timms_own_network_bit_for_bit(
     cells: Path, tmp_path: Path, ssl: dict, monkeypatch: pytest.MonkeyPatch
@@ -186,6 +187,7 @@ def test_an_encoder_that_is_not_finite_is_not_exported_and_the_earlier_one_stays
     assert {path.name: path.read_bytes() for path in (tmp_path / "encoder").iterdir() if path.is_file()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "NaN"])
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before_and_no_more(
     cells: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str

@@ -63,6 +63,7 @@ def config(tmp_path: Path, models: list[str], **more) -> ProbeConfig:
     )
 
 
+@pytest.mark.slow
 def test_two_encoders_give_scores_predictions_and_a_table(tmp_path, encoders, tasks):
     assert probing.main(config(tmp_path, encoders)) == 0
     rows = tables.read_scores(Store(tmp_path / "out"))
@@ -79,6 +80,7 @@ def test_two_encoders_give_scores_predictions_and_a_table(tmp_path, encoders, ta
     assert len(differences) == 3
 
 
+@pytest.mark.slow
 def test_a_rerun_does_what_is_missing_and_nothing_else(tmp_path, encoders, tasks, monkeypatch):
     probing.main(config(tmp_path, encoders[:1]))
     seen: list[str] = []
@@ -92,6 +94,7 @@ def test_a_rerun_does_what_is_missing_and_nothing_else(tmp_path, encoders, tasks
     assert len(seen) == 2
 
 
+@pytest.mark.slow
 def test_scores_are_in_mlflow_under_their_task_in_one_run_an_encoder(tmp_path, encoders, tasks, tracking):
     import mlflow
 
@@ -107,6 +110,7 @@ def test_scores_are_in_mlflow_under_their_task_in_one_run_an_encoder(tmp_path, e
         assert each.info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_what_cannot_be_had_is_one_line_each_and_the_run_goes_on(tmp_path, encoders, tasks, capsys):
     code = probing.main(config(tmp_path, ["no-such-model", *encoders[:1]], tasks=["light", "nowhere"]))
     told = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
@@ -138,6 +142,7 @@ def test_the_data_fingerprint_follows_crops_and_labels():
     assert probing.data_fingerprint(task_of(task.images, task.target, task.groups["slide"][::-1])) != same
 
 
+@pytest.mark.slow
 def test_figure_2_has_a_point_for_each_encoder(tmp_path, encoders, tasks):
     probing.main(config(tmp_path, encoders))
     names = figures.draw_cost(Store(tmp_path / "out"))
@@ -147,6 +152,7 @@ def test_figure_2_has_a_point_for_each_encoder(tmp_path, encoders, tasks):
     assert all(0 < point.gflop < 0.01 for point in points)
 
 
+@pytest.mark.slow
 def test_two_encoders_of_one_name_are_two_rows(tmp_path, encoders, tasks):
     """As a run that was trained again, or the folders ``encoder`` of two runs."""
     again = tmp_path / "again" / "enc0"

@@ -21,6 +21,7 @@ def value(scores: list[Score], protocol: str, metric: str, *, fold: int = POOLED
     return found
 
 
+@pytest.mark.slow
 def test_every_protocol_fold_and_probe_has_its_rows_and_every_crop_is_predicted_once():
     task, embedding = made_up()
     scored = score_task(task, embedding, SETTINGS)
@@ -39,6 +40,7 @@ def test_every_protocol_fold_and_probe_has_its_rows_and_every_crop_is_predicted_
     assert value(scored.scores, "robustness", "robustness_index") > 0.4
 
 
+@pytest.mark.slow
 def test_an_embedding_of_the_slide_gains_by_a_leak_and_by_nothing_else():
     """What the leak-free protocol is for: slides tell the class, so a random split rewards knowing the slide."""
     task, embedding = made_up(480, signal=0.0, per_slide=8.0)
@@ -47,6 +49,7 @@ def test_an_embedding_of_the_slide_gains_by_a_leak_and_by_nothing_else():
     assert value(scores, "leak-free", "balanced_accuracy") < 0.65
 
 
+@pytest.mark.slow
 def test_noise_scores_as_chance():
     task, embedding = made_up(600, signal=0.0)
     assert value(score_task(task, embedding, SETTINGS).scores, "leak-free", "balanced_accuracy") == pytest.approx(
@@ -54,6 +57,7 @@ def test_noise_scores_as_chance():
     )
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_how_many_processes_share_the_folds(monkeypatch):
     task, embedding = made_up()
     first = score_task(task, embedding, SETTINGS)
@@ -63,6 +67,7 @@ def test_scores_do_not_depend_on_how_many_processes_share_the_folds(monkeypatch)
     assert first.predictions.equals(second.predictions)
 
 
+@pytest.mark.slow
 def test_pca_makes_a_protocol_of_its_own():
     task, embedding = made_up()
     wide = np.concatenate([embedding] * 10, axis=1)

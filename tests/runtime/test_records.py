@@ -113,6 +113,7 @@ def _plant(output: Path, tree: list[tuple[str, str, bytes]], foreign: dict[Path,
             foreign[path] = content
 
 
+@pytest.mark.slow
 @example(rounds=[([("slides", "notes.txt", b"mine")], "curate overwrite")])
 @example(rounds=[([("attempts", "notes.txt", b"mine")], "curate")])
 @example(rounds=[([], "embed"), ([("spatialdata/1.zarr", "notes.txt", b"mine")], "embed overwrite")])

@@ -56,6 +56,7 @@ def test_what_two_jobs_remove_at_once_is_gone(bucket: s3.Bucket) -> None:
         assert store.list("t") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [3, 1024])
 def test_a_file_that_comes_and_goes_is_read_whole_or_is_absent(bucket: s3.Bucket, size: int) -> None:
     store, ended, seen = Store(bucket.uri), threading.Event(), set()
@@ -156,6 +157,7 @@ def test_a_refusal_whose_text_the_client_lost_has_its_status_still() -> None:
     assert told == "HTTP 503, SERVICE_UNAVAILABLE in GetObject after 8 attempts at most"
 
 
+@pytest.mark.slow
 def test_a_listing_has_more_names_than_one_answer_holds(bucket: s3.Bucket) -> None:
     store = Store(bucket.uri)
     names = [f"many/{index:04d}" for index in range(1100)]
@@ -176,6 +178,7 @@ def test_small_tables_of_a_folder_are_read_as_one(bucket: s3.Bucket, tmp_path: P
         assert store.read_tables("t", schema=wanted)["cluster"].to_pylist() == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_server_that_asks_for_patience_gets_it(bucket: s3.Bucket) -> None:
     store = Store(bucket.uri)
     bucket.faults.of, bucket.faults.slow_down = "PUT", 2
@@ -226,6 +229,7 @@ def test_an_error_that_stays_is_one_line_with_path_and_status_and_no_secret(
     assert all("\n" not in line for line in told)
 
 
+@pytest.mark.slow
 def test_a_server_that_lets_a_job_wait_is_named_meanwhile(
     bucket: s3.Bucket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

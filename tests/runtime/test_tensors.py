@@ -88,6 +88,7 @@ def hostile(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in made}
 
 
+@pytest.mark.slow
 def test_an_encoder_or_segmenter_of_such_a_file_is_one_line_with_its_name(tmp_path: Path) -> None:
     for name, path in hostile(tmp_path).items():
         for opened in (str(path), f"uni:{path}", f"volta:{path}"):

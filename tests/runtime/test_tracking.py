@@ -356,6 +356,7 @@ def test_runs_are_found_by_their_experiment_with_what_was_noted_of_them(here: Pa
     assert find_runs("scaling_sweep") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("uri", "part"),
     [

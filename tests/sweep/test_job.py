@@ -242,6 +242,7 @@ def test_other_cells_or_other_labelled_nuclei_are_another_trial(
     assert not names() & first
 
 
+@pytest.mark.slow
 def test_a_sweep_gives_a_whole_table_and_nested_runs_and_a_rerun_does_nothing(
     tmp_path: Path, circumstances: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -198,6 +198,7 @@ def test_every_corner_of_a_crop_stays_inside_the_cell_at_every_angle() -> None:
 EVERYTHING = load_policy("a1_gray").view_a.model_copy(update={"solarize": Solarize(p=0.5)})
 
 
+@pytest.mark.slow
 def test_one_graph_without_branches_makes_the_same_views() -> None:
     """Under torch.compile (and on a GPU) all samples are computed and the result is selected; a CPU computes a few."""
     torch.compiler.reset()

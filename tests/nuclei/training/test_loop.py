@@ -33,6 +33,7 @@ def test_the_loss_falls() -> None:
     assert log[-1]["lr"] == 0
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_and_goes_on_equals_one_that_did_not() -> None:
     whole, first = trainer(), trainer()
     whole.run()

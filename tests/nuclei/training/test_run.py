@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 
@@ -17,6 +18,7 @@ TINY = Architecture(depth=2, wf=2)
 IMAGES = [labelled(size_px=128, seed=seed, source=source) for seed, source in enumerate("aaaabbb")]
 
 
+@pytest.mark.slow
 def test_held_out_images_are_met_better_after_training_and_the_weights_are_on_disk(tmp_path: Path) -> None:
     recipe = Recipe(steps=60, batch=2, window_px=64, warmup_steps=3, learning_rate=1e-2, average=0.9)
     told: list[tuple[int, Mapping[str, Mapping[str, float]]]] = []

@@ -51,6 +51,7 @@ def test_copies_have_other_colours_and_the_same_seed_gives_the_same() -> None:
     assert not np.array_equal(copies, restained_copies(cells, seed=2))
 
 
+@pytest.mark.slow
 def test_an_embedding_that_knows_every_cell_scores_1_and_one_that_knows_none_scores_chance(task: Task) -> None:
     n = len(task.images) // 2
     own = np.random.default_rng(0).normal(size=(n, 32)).astype(np.float32)

@@ -53,6 +53,7 @@ def test_amibr_has_the_majoritys_label_and_drops_crops_cut_at_an_edge(tmp_path: 
     assert_centred(task.images[::9])
 
 
+@pytest.mark.slow
 def test_the_real_amibr_has_its_counts() -> None:
     task = amibr.load(shared("data/amibr"))
     assert counts(task)["crops"] == 3_206
@@ -131,6 +132,7 @@ def test_consep_files_that_are_not_as_expected_are_one_line(tmp_path: Path) -> N
         consep.load(folder)
 
 
+@pytest.mark.slow
 def test_the_real_consep_has_its_counts() -> None:
     task = consep.load(shared("data/masks/consep_train"))
     assert counts(task)["nuclei"] == counts(task)["nuclei with a type"] == 15_555
