@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lemon.encoders.config import CONFIG, WEIGHTS
 from lemon.encoders.finite import not_finite
+from lemon.encoders.int8 import dequantise, quantise
 from lemon.encoders.vit import CellTransformer, load_strictly
 from lemon.errors import ConfigError
 from lemon.runtime.store import locate, parse_json
@@ -60,6 +61,7 @@ def export_encoder(
     *,
     cell_input: CellInput,
     facts: Mapping[str, Any] | None = None,
+    int8: bool = False,
 ) -> None:
     """Write an encoder so that timm opens it with the same output.
 
@@ -68,6 +70,7 @@ def export_encoder(
         destination: a folder or an s3:// prefix. config.json is written last: a folder that has it is whole.
         cell_input: kept in config.json, for timm as ``pretrained_cfg``, and under ``lemon``.
         facts: anything else to keep under ``lemon`` (name, run, fingerprint, licence); JSON values.
+        int8: a quarter of the size, see ``encoders.int8``; ``load_exported`` opens it, timm does not.
 
     Raises:
         ValueError: crop_px (or input_px, where cells are resized) is not the encoder's.
@@ -83,7 +86,8 @@ def export_encoder(
     check_finite({"a feature of a test image": _tried(encoder, px=cell_input.px)}, source="the encoder")
     store, folder = locate(destination)
     with store.write(f"{folder}/{WEIGHTS}") as stream:
-        stream.write(safetensors.torch.save(weights, metadata={"format": "pt"}))
+        stored = quantise(weights) if int8 else weights
+        stream.write(safetensors.torch.save(stored, metadata={"format": "pt"}))
     with store.write(f"{folder}/{CONFIG}") as stream:
         stream.write(json.dumps(timm_config(encoder, cell_input=cell_input, facts=facts or {}), indent=2).encode())
 
@@ -178,5 +182,6 @@ def load_exported(directory: str | Path) -> tuple[nn.Module, CellInput]:
     model = read_or_damaged_error(lambda: timm.create_model(f"local-dir:{folder}", pretrained=False), label=label)
     if type(model) is VisionTransformer and content.get("model_args") == model_args(model):
         model = as_cell_transformer(model)
-    load_strictly(model, read_weights(folder / WEIGHTS, label=f"{folder / WEIGHTS}"), source=f"{folder / WEIGHTS}")
+    source = f"{folder / WEIGHTS}"
+    load_strictly(model, dequantise(read_weights(source, label=source), source=source), source=source)
     return model.eval(), cell_input
