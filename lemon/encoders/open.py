@@ -200,6 +200,9 @@ def load_entry(entry: EncoderEntry, weights: str | Path | None = None) -> Encode
         return Encoder(build(entry), cell_input_of(entry), name=entry.name)
     if entry.source == "bundled" and weights is None:
         return Encoder(*load_exported(RELEASED / entry.name), name=entry.name)
+    if entry.source == "release":
+        opened = load_uri(str(weights)) if is_uri(weights or "") else load_path(find_weights(entry, weights))
+        return Encoder(opened.model, opened.cell_input, name=entry.name)
     if entry.source == "transformers":
         import_transformers(entry)  # its absence is reported before gigabytes are downloaded
     if weights is not None and is_uri(weights):

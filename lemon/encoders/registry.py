@@ -29,6 +29,9 @@ AVERAGE, CLASS, CLASS_AND_MEAN = "average of the last layer", "class token", "cl
 
 NON_COMMERCIAL = "CC BY-NC-ND 4.0"
 
+RELEASES_FOLDER = "LEMON_ENCODERS"
+"""Environment variable: the folder in which encoders of LEMON's releases lie, each in a folder of its name."""
+
 
 @dataclass(frozen=True)
 class EncoderEntry:
@@ -38,7 +41,8 @@ class EncoderEntry:
         name: as on the command line and in tables.
         source: ``hub``: Hugging Face; ``transformers``: the same, in the layout of that library; ``file``: downloaded
             by the user; ``package``: inside another Python package; ``bundled``: inside this one, in
-            ``released/<name>``; ``untrained``: none.
+            ``released/<name>``; ``release``: an exported folder that comes with a release of LEMON, too large for the
+            package; ``untrained``: none.
         where: hub id, page of the download, or package.
         architecture: timm's entry point, a name that ``architectures.py`` knows, or ``module:function`` of a package of
             one's own, which is called with ``args`` and returns an ``nn.Module``.
@@ -53,7 +57,7 @@ class EncoderEntry:
     """
 
     name: str
-    source: Literal["hub", "transformers", "file", "package", "bundled", "untrained"]
+    source: Literal["hub", "transformers", "file", "package", "bundled", "release", "untrained"]
     where: str
     architecture: str
     width: int
@@ -77,6 +81,11 @@ class EncoderEntry:
         file = self.files[0] if self.files else ""
         if self.source in ("untrained", "bundled"):
             return "none needed"
+        if self.source == "release":
+            unpacked = (
+                f"download {self.name}.zip from {self.where}, unpack it into the folder that ${RELEASES_FOLDER} names"
+            )
+            return f"{unpacked}, or pass {self.name}:FOLDER"
         if self.source == "package":
             return f"pip install {self.where}"
         if self.source == "file":
@@ -183,6 +192,17 @@ _ENTRIES = (
         architecture="vit_mini8",
         width=192,
         # The licences of the nuclei that it has seen: docs/probes.md.
+        licence="research only",
+        input_px=40,
+        mean=LEMON_MEAN,
+        std=LEMON_STD,
+    ),
+    EncoderEntry(
+        name="lemon_small",
+        source="release",
+        where="the page of LEMON's releases",
+        architecture="vit_s8",
+        width=384,
         licence="research only",
         input_px=40,
         mean=LEMON_MEAN,

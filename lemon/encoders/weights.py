@@ -7,6 +7,7 @@ a machine without a connection says so in a second instead of after minutes of r
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from huggingface_hub.errors import (
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from lemon.encoders.registry import EncoderEntry
+from lemon.encoders.config import CONFIG
+from lemon.encoders.registry import RELEASES_FOLDER, EncoderEntry
 from lemon.encoders.vit import load_strictly
 from lemon.errors import ConfigError
 from lemon.runtime.tensors import read_weights
@@ -51,7 +53,8 @@ def find_weights(entry: EncoderEntry, given: str | Path | None = None) -> Path:
 
     Args:
         entry: of the registry; not an untrained one.
-        given: a file that the user names; None: the package's, or the hub's.
+        given: a file, or a release's folder, that the user names; None: the package's, the hub's, or the one in the
+            folder that LEMON_ENCODERS names.
 
     Raises:
         MissingWeightsError: it is nowhere; the message says how to get it.
@@ -61,6 +64,11 @@ def find_weights(entry: EncoderEntry, given: str | Path | None = None) -> Path:
         if not path.exists():
             raise MissingWeightsError(f"{path}: no such file; expected the weights of {entry.name}: {entry.access}")
         return path.parent if entry.source == "transformers" and path.is_file() else path
+    if entry.source == "release":
+        folder = Path(os.environ.get(RELEASES_FOLDER, "")) / entry.name
+        if not (folder / CONFIG).is_file():
+            raise MissingWeightsError(f"{entry.name}: not in the package ({entry.licence}); {entry.access}")
+        return folder
     if entry.source == "file":
         raise MissingWeightsError(f"{entry.name}: weights are not shipped ({entry.licence}); {entry.access}")
     if entry.source == "package":

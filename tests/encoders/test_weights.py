@@ -19,6 +19,8 @@ from torch import Tensor
 from lemon.encoders import open as opening
 from lemon.encoders import weights
 from lemon.encoders.architectures import build
+from lemon.encoders.config import LEMON_MEAN, LEMON_STD, EncoderConfig
+from lemon.encoders.export import CellInput, export_encoder
 from lemon.encoders.open import Encoder, load_encoder, load_entry
 from lemon.encoders.registry import EncoderEntry, find_entry
 from lemon.encoders.vit import build_vit, seeded
@@ -299,3 +301,24 @@ def test_no_random_weight_is_left_in_a_network_that_was_built_on_meta(tmp_path: 
     safetensors.torch.save_file(random_state(entry), tmp_path / "model.safetensors")
     load_weights(model, entry, tmp_path / "model.safetensors")
     assert not any(value.is_meta for value in [*model.parameters(), *model.buffers()])
+
+
+# --- encoders of a release --------------------------------------------------------------------------------------------
+
+
+def test_an_encoder_of_a_release_opens_by_its_name_from_the_folder_of_releases_or_from_one_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LEMON_ENCODERS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    how = r"^lemon_small: not in the package .*; download lemon_small.zip from .*LEMON_ENCODERS.*lemon_small:FOLDER$"
+    with pytest.raises(MissingWeightsError, match=how):
+        load_encoder("lemon_small")
+    vit = build_vit(EncoderConfig(name="tiny", dim=32, depth=1, heads=2))
+    export_encoder(vit, tmp_path / "releases/lemon_small", cell_input=CellInput(LEMON_MEAN, LEMON_STD))
+    named = load_encoder(f"lemon_small:{tmp_path}/releases/lemon_small")
+    monkeypatch.setenv("LEMON_ENCODERS", str(tmp_path / "releases"))
+    assert load_encoder("lemon_small").fingerprint == named.fingerprint
+    assert named.name == "lemon_small"
+    with pytest.raises(MissingWeightsError, match=r"^nowhere: no such file"):
+        load_encoder("lemon_small:nowhere")
