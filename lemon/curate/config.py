@@ -29,7 +29,11 @@ class WorkersConfig(Frozen):
 
     actors: int | None = Field(None, ge=1, description="actors in the pool; null: as many as the cluster's CPUs allow")
     cpus: int = Field(2, ge=1, description="CPUs of an actor: processes for instances and crops")
-    gpus: float = Field(0.0, ge=0, description="GPUs of an actor; a share is allowed")
+    gpus: float | None = Field(
+        None,
+        ge=0,
+        description="GPUs of an actor; null: the share that its CPUs allow, if the segmenter computes on one",
+    )
     readers: int = Field(2, ge=1, description="threads that read regions")
 
 

@@ -219,7 +219,8 @@ def _demand(config: CurateConfig, *, n_slides: int, key: str = "workers") -> Dem
     workers = config.workers
     return Demand(
         cpus=workers.cpus,
-        gpus=workers.gpus,
+        gpus=workers.gpus if config.segmenter.uses_gpu else workers.gpus or 0,
+        shares_gpus=True,
         wanted_workers=min(workers.actors or 1, n_slides),
         may_shrink="cpus" not in workers.model_fields_set,
         key=key,

@@ -21,6 +21,11 @@ class SegmenterConfig(Frozen):
 
     name: str
 
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether it computes on a GPU where there is one."""
+        return False
+
     def build(self) -> Segmenter:
         """The segmenter. Raises ConfigError where its weights or its device are not there."""
         raise NotImplementedError
@@ -57,6 +62,11 @@ class HoverFastConfig(SegmenterConfig):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     batch: int = Field(4, ge=1, description="regions a forward pass")
     min_area_um2: float = Field(5.0, gt=0, description="smaller nuclei are dropped")
+
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether it computes on a GPU where there is one."""
+        return self.device != "cpu"
 
     def build(self) -> Segmenter:
         """The segmenter. Raises ConfigError where the device is not there."""

@@ -233,7 +233,7 @@ class TrainWorkers(Settings):
 
     count: int | tuple[int, int] = Field(1, description="workers, or [least, most] for an elastic run")
     cpus: int = Field(1, ge=1, description="CPUs of a worker")
-    gpus: float = Field(0, ge=0, description="GPUs of a worker")
+    gpus: float | None = Field(None, ge=0, description="GPUs of a worker; null: one, where the cluster has any")
     max_failures: int = Field(3, ge=0, description="losses of a worker that are mended by going on from a checkpoint")
     launcher: Literal["auto", "process", "ray"] = Field("auto", description="auto: ray for several workers")
 
@@ -259,8 +259,8 @@ class TrainWorkers(Settings):
 
     @field_validator("gpus")
     @classmethod
-    def _whole_above_one(cls, value: float) -> float:
-        if value > 1 and value != int(value):
+    def _whole_above_one(cls, value: float | None) -> float | None:
+        if value is not None and value > 1 and value != int(value):
             raise ValueError(f"got {value:g}; expected a share of one GPU, or a whole number")
         return value
 

@@ -15,14 +15,14 @@ from lemon.errors import EXIT_OK
 from lemon.pretrain.assemble import EXPORT, train
 from lemon.pretrain.check import check
 from lemon.pretrain.checkpoint import CHECKPOINT_FOLDER, Checkpoints
-from lemon.pretrain.config import PretrainConfig, TrainWorkers
+from lemon.pretrain.config import PretrainConfig
 from lemon.pretrain.loop import Log, TrainingStoppedError
 from lemon.pretrain.progress import Progress, following
 from lemon.pretrain.score import score_encoder
 from lemon.probe.score import MAIN_METRICS
-from lemon.runtime.cluster import start_ray
+from lemon.runtime.cluster import nodes, start_ray
 from lemon.runtime.console import install_in_worker, stage_logger
-from lemon.runtime.demand import Demand, allocate
+from lemon.runtime.demand import Demand, allocate, gpus_of_worker
 from lemon.runtime.lease import hold
 from lemon.runtime.records import INTERNAL_FOLDER
 from lemon.runtime.settings import check_settings, settings_difference
@@ -43,7 +43,7 @@ def main(config: PretrainConfig) -> int:
     """Pretrain and log the outcome; returns the exit code. Nothing is written before all is checked."""
     config, selection = check(config)
     if not config.workers.in_process:
-        allocate(demand_of(config.workers), stage="pretrain")
+        allocate(demand_of(config), stage="pretrain")
     with hold(config.output, stage="pretrain", names=OUTPUT_NAMES) as store:
         begin_output(config, selection, store)
         return _pretrain(config, selection, store)
@@ -152,14 +152,15 @@ def _train_on_ray(config: PretrainConfig, run: Run) -> None:
 
     start_ray()
     workers, output = config.workers, Store(config.output)
+    gpus = gpus_of_worker(demand_of(config), nodes=nodes())
     count: Any = workers.count  # a pair makes the run elastic
     trainer = TorchTrainer(
         _ray_worker,
         train_loop_config={"config": config.model_dump(mode="json"), "run": (run.uri, run.run_id)},
         scaling_config=ray.train.ScalingConfig(
             num_workers=count,
-            use_gpu=workers.gpus > 0,
-            resources_per_worker={"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})},
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": workers.cpus, **({"GPU": gpus} if gpus else {})},
         ),
         run_config=ray.train.RunConfig(
             name=f"pretrain-{run.run_id[:8]}-{int(time.time())}",
@@ -177,10 +178,12 @@ def _train_on_ray(config: PretrainConfig, run: Run) -> None:
         raise
 
 
-def demand_of(workers: TrainWorkers, *, key: str = "workers") -> Demand:
+def demand_of(config: PretrainConfig, *, key: str = "workers") -> Demand:
     """What a run asks of a cluster: of an elastic one the least number of workers has to be there."""
+    workers = config.workers
     least, most = (workers.count, workers.count) if isinstance(workers.count, int) else workers.count
-    return Demand(workers.cpus, workers.gpus, min_workers=least, wanted_workers=most, key=key, count_key=f"{key}.count")
+    gpus = 0 if config.device == "cpu" and workers.gpus is None else workers.gpus
+    return Demand(workers.cpus, gpus, min_workers=least, wanted_workers=most, key=key, count_key=f"{key}.count")
 
 
 def _ray_worker(settings: dict[str, Any]) -> None:

@@ -37,6 +37,7 @@ class Demand:
     Attributes:
         cpus: of a worker.
         gpus: of a worker, a share or a whole number; None: one, where the cluster has any.
+        shares_gpus: with ``gpus`` None, a share of one, so that as many workers use it as the CPUs beside it allow.
         min_workers: workers that have to be there at the same time.
         wanted_workers: workers that were requested; fewer is logged, and the job goes on.
         may_shrink: fewer CPUs a worker will do, as for a default that nobody asked for.
@@ -46,6 +47,7 @@ class Demand:
 
     cpus: int
     gpus: float | None = 0.0
+    shares_gpus: bool = False
     min_workers: int = 1
     wanted_workers: int = 1
     may_shrink: bool = False
@@ -85,6 +87,17 @@ def _n_on_node(node: Node, *, cpus: int, gpus: float) -> int:
     return min(held, int(devices // gpus) if gpus >= 1 else devices * math.floor(1 / gpus + 1e-9))
 
 
+def gpus_of_worker(demand: Demand, *, nodes: Sequence[Node]) -> float:
+    """GPUs of a worker; where none are asked for, by what the nodes have. Ray hides the GPUs from one that has none."""
+    if demand.gpus is not None:
+        return demand.gpus
+    with_gpus = [node for node in nodes if node.get("GPU", 0) >= 1]
+    if not with_gpus or not demand.shares_gpus:
+        return 1.0 if with_gpus else 0.0
+    workers_a_gpu = min(node.get("CPU", 0) // demand.cpus / int(node["GPU"]) for node in with_gpus)
+    return 1 / max(1, math.ceil(workers_a_gpu))
+
+
 def plan_allocation(demand: Demand, *, nodes: Sequence[Node], addable: Sequence[Node] | None, place: str) -> Allocation:
     """What a cluster of these nodes has for a job.
 
@@ -97,9 +110,7 @@ def plan_allocation(demand: Demand, *, nodes: Sequence[Node], addable: Sequence[
     Raises:
         ConfigError: never will there be room.
     """
-    gpus = demand.gpus
-    if gpus is None:
-        gpus = 1.0 if any(node.get("GPU", 0) >= 1 for node in (*nodes, *(addable or ()))) else 0.0
+    gpus = gpus_of_worker(demand, nodes=[*nodes, *(addable or ())])
     if gpus > 1 and gpus != int(gpus):
         raise ConfigError(f"{demand.key}.gpus: got {gpus:g}; expected a share of one GPU or a whole number")
     holds = n_workers_that_fit(nodes, cpus=demand.cpus, gpus=gpus)
@@ -172,6 +183,8 @@ def allocate(demand: Demand, *, stage: str) -> Allocation:
         if note not in _logged_notes:
             logger.warning(note, extra={"stage": stage})
             _logged_notes.add(note)
+    if demand.gpus is None and allocation.gpus:
+        logger.info(f"{allocation.gpus:.3g} of a GPU for each worker ({demand.key}.gpus)", extra={"stage": stage})
     if here:
         return allocation
     _wait(demand, allocation, stage=stage)

@@ -200,7 +200,7 @@ def settings_faults(config: PretrainConfig, sweep: SweepConfig) -> list[str]:
         here = {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
         faults += _fault_lines(
             functools.partial(plan_allocation, nodes=[here], addable=(), place="this machine"),
-            pretraining.demand_of(config.workers),
+            pretraining.demand_of(config),
         )
     return faults
 

@@ -17,9 +17,9 @@ from ray.tune.schedulers import ASHAScheduler
 from typing_extensions import TypedDict
 
 from lemon.pretrain import job as pretraining
-from lemon.runtime.cluster import nodes, start_ray
+from lemon.runtime.cluster import autoscaler_nodes, nodes, start_ray
 from lemon.runtime.console import install_in_worker, stage_logger
-from lemon.runtime.demand import allocate, n_workers_that_fit
+from lemon.runtime.demand import allocate, gpus_of_worker, n_workers_that_fit
 from lemon.runtime.identifiers import file_stem
 from lemon.runtime.records import INTERNAL_FOLDER
 from lemon.runtime.store import Store, fingerprint
@@ -61,9 +61,12 @@ class _Current(TypedDict):
 def check_cluster(entries: Sequence[GridTrial], config: SweepConfig) -> None:
     """Join or start Ray for trials. Raises ConfigError, also where the cluster never has room for one."""
     _start_ray()
-    for workers in {entry.trial.pretrain.workers for entry in entries}:
-        demand = pretraining.demand_of(workers, key="pretrain.workers")
-        if workers.in_process:
+    demands = {
+        (pretraining.demand_of(trial.pretrain, key="pretrain.workers"), trial.pretrain.workers.in_process)
+        for trial in (entry.trial for entry in entries)
+    }
+    for demand, in_process in demands:
+        if in_process:
             demand = replace(
                 demand, wanted_workers=min(config.max_concurrent or 1, len(entries)), count_key="max_concurrent"
             )
@@ -166,15 +169,18 @@ def _resources(trial: Trial) -> Any:
     workers = trial.pretrain.workers
     if not workers.in_process:
         return tune.PlacementGroupFactory([_PLACE])
-    return tune.PlacementGroupFactory([{"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}])
+    gpus = _gpus_of(trial)
+    return tune.PlacementGroupFactory([{"CPU": workers.cpus, **({"GPU": gpus} if gpus else {})}])
+
+
+def _gpus_of(trial: Trial) -> float:
+    return gpus_of_worker(pretraining.demand_of(trial.pretrain), nodes=[*nodes(), *(autoscaler_nodes() or ())])
 
 
 def _capacity(pending: list[GridTrial]) -> int:
     """Trials that the cluster has room for at once: Tune does not count what Ray Train's workers take."""
-    demands = {pretraining.demand_of(entry.trial.pretrain.workers) for entry in pending}
-    holds = (
-        n_workers_that_fit(nodes(), cpus=each.cpus, gpus=each.gpus or 0) // each.wanted_workers for each in demands
-    )
+    demands = {(pretraining.demand_of(entry.trial.pretrain), _gpus_of(entry.trial)) for entry in pending}
+    holds = (n_workers_that_fit(nodes(), cpus=each.cpus, gpus=gpus) // each.wanted_workers for each, gpus in demands)
     return max(1, min(holds))
 
 
