@@ -44,7 +44,7 @@ def test_workers_fit_on_nodes_and_shares_on_devices(nodes: list[Node], cpus: int
         (Demand(2, gpus=0.5), GPU_NODE, (2, 0.5, 4)),
         (Demand(2, gpus=None, shares_gpus=True), TWO, (2, 0, 1)),
         (Demand(2, gpus=None, shares_gpus=True), GPU_NODE, (2, 0.5, 4)),
-        (Demand(3, gpus=None, shares_gpus=True), GPU_NODE, (3, 0.5, 2)),  # CPUs for two on the node, two devices
+        (Demand(3, gpus=None, shares_gpus=True), GPU_NODE, (3, 1, 2)),  # CPUs for two workers, two devices
         (Demand(8, gpus=None, shares_gpus=True), GPU_NODE, (8, 1, 1)),
         (Demand(2, gpus=None, shares_gpus=True), [{"CPU": 16.0, "GPU": 1.0}, {"CPU": 64.0}], (2, 0.125, 8)),
         (Demand(1, min_workers=2), TWO, (1, 0, 2)),
