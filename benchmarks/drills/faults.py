@@ -28,9 +28,7 @@ class NotApplicableError(Exception):
 def worker_killed(scene: Scene) -> None:
     """One worker process ends without a word."""
     scene.start()
-    scene.until_begun()
-    victim = scene.stage.victim(scene.cluster, scene.output.store)
-    assert victim is not None
+    victim = scene.until_begun()
     scene.strike(victim.kill, done="SIGKILL to one of two workers")
     scene.finish_or_again()
 
@@ -38,8 +36,7 @@ def worker_killed(scene: Scene) -> None:
 def node_killed(scene: Scene) -> None:
     """A machine goes down; a spare one is there."""
     scene.start()
-    scene.until_begun()
-    node = _node_at_work(scene)
+    node = scene.cluster.node_of(scene.until_begun())
     scene.strike(node.kill, done="SIGKILL to all processes of a node at work, at once")
     scene.finish_or_again()
 
@@ -47,8 +44,7 @@ def node_killed(scene: Scene) -> None:
 def raylet_killed(scene: Scene) -> None:
     """Ray's own daemon on a node ends; workers on it are left alone."""
     scene.start()
-    scene.until_begun()
-    raylet = _node_at_work(scene).raylet
+    raylet = scene.cluster.node_of(scene.until_begun()).raylet
     assert raylet is not None
     scene.strike(raylet.kill, done="SIGKILL to the raylet of a node at work")
     scene.finish_or_again()
@@ -111,9 +107,7 @@ def clock_skew(scene: Scene) -> None:
 def slow_slide(scene: Scene) -> None:
     """One worker takes far longer than the other."""
     scene.start()
-    scene.until_begun()
-    victim = scene.stage.victim(scene.cluster, scene.output.store)
-    assert victim is not None
+    victim = scene.until_begun()
     later = threading.Timer(PAUSE_S, victim.resume)
     scene.strike(victim.suspend, done=f"one of two workers stopped for {PAUSE_S:.0f} s (SIGSTOP), then let go on")
     later.start()
@@ -153,12 +147,6 @@ FAULTS: dict[str, Callable[[Scene], None]] = {
     "slow-slide": slow_slide,
     "storage-503": storage_503,
 }
-
-
-def _node_at_work(scene: Scene):
-    victim = scene.stage.victim(scene.cluster, scene.output.store)
-    assert victim is not None
-    return scene.cluster.node_of(victim)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from benchmarks.drills.cluster import Cluster, waiting
 from benchmarks.drills.stages import Output, Stage
 from benchmarks.processes import family, kill
@@ -86,9 +88,17 @@ class Scene:
                 command, cwd=self.folder, env=environment, stdout=stream, stderr=subprocess.STDOUT
             )
 
-    def until_begun(self) -> None:
-        """Wait until something is done, something is in hand, and a worker is there to be struck."""
-        self.until(lambda: bool(self.committed()) and self.stage.victim(self.cluster, self.output.store) is not None)
+    def until_begun(self) -> psutil.Process:
+        """Wait until something is done, something is in hand, and a worker is there to be struck; returns that one."""
+        victims = []
+
+        def begun() -> bool:
+            victim = self.stage.victim(self.cluster, self.output.store) if self.committed() else None
+            victims.extend([victim] if victim is not None else [])
+            return bool(victims)
+
+        self.until(begun)
+        return victims[0]
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Wait for a condition while the job runs; raises DrillError when the job ends before."""
