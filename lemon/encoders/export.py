@@ -117,7 +117,7 @@ def timm_config(encoder: VisionTransformer, *, cell_input: CellInput, facts: Map
         "architecture": ARCHITECTURES.get(encoder.embed_dim, "vit_base_patch8_224"),
         "num_classes": 0,
         "num_features": encoder.embed_dim,
-        "global_pool": "token",
+        "global_pool": encoder.global_pool,
         "model_args": model_args(encoder),
         "pretrained_cfg": {
             "input_size": [3, px, px],
@@ -147,7 +147,7 @@ def model_args(encoder: VisionTransformer) -> dict[str, Any]:
         "num_heads": block.attn.num_heads,
         "mlp_ratio": block.mlp.fc1.out_features / encoder.embed_dim,
         "num_classes": 0,
-        "global_pool": "token",
+        "global_pool": encoder.global_pool,
     }
     if isinstance(block.ls1, LayerScale):
         args["init_values"] = 1e-5  # any number: it makes timm build LayerScale, and the weights overwrite it

@@ -44,9 +44,11 @@ class CellTransformer(VisionTransformer):
         super().__init__(**arguments, attn_layer=CellAttention, mlp_layer=CellMlp)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Normalised [B, 3, px, px] -> the class token after the last LayerNorm, [B, dim]."""
+        """Normalised [B, 3, px, px] -> the class token after the last LayerNorm, [B, dim]; or timm's other pooling."""
         if args or kwargs or not self._short(x):
             return super().forward(x, *args, **kwargs)
+        if self.global_pool != "token":
+            return self.forward_head(self.norm(self._through(self.tokens(x))))
         return self.norm(self._through(self.tokens(x), class_only=True)[:, 0])
 
     def forward_tokens(self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lemon.encoders.config import LEMON_MEAN, LEMON_STD, VIT_S8, EncoderConfig
-from lemon.encoders.export import CellInput, export_encoder, load_exported
+from lemon.encoders.export import CellInput, export_encoder, load_exported, model_args
 from lemon.encoders.vit import CellTransformer, build_vit
 
 TINY = EncoderConfig(name="tiny", dim=32, depth=2, heads=4)
@@ -44,6 +44,16 @@ def test_an_export_opens_as_what_computes_by_the_kernels(layer_scale: float | No
     assert isinstance(opened, CellTransformer)
     assert tuple(opened.pretrained_cfg["mean"]) == LEMON_MEAN
     assert torch.equal(opened(images()), encoder(images()))
+
+
+def test_an_export_of_the_mean_of_patches_opens_in_timm_and_as_what_computes_by_the_kernels(tmp_path: Path) -> None:
+    encoder = CellTransformer(**(model_args(build_vit(TINY)) | {"global_pool": "avg"})).eval()
+    export_encoder(encoder, tmp_path, cell_input=INPUT)
+    opened, _ = load_exported(tmp_path)
+    assert isinstance(opened, CellTransformer)
+    timms = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(opened(images()), encoder(images()))
+    assert torch.equal(timms(images()), encoder(images()))
 
 
 def test_an_export_with_settings_that_lemon_does_not_write_opens_as_timms(tmp_path: Path) -> None:

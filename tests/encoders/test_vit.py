@@ -14,7 +14,15 @@ from torch import Tensor
 
 from lemon.encoders import attention, vit
 from lemon.encoders.config import LEMON_MEAN, LEMON_STD, VIT_B8, VIT_S8, VIT_TINY8, EncoderConfig
-from lemon.encoders.vit import build_vit, forward_tokens, load_lemon_checkpoint, seeded, sincos_positions
+from lemon.encoders.export import model_args
+from lemon.encoders.vit import (
+    CellTransformer,
+    build_vit,
+    forward_tokens,
+    load_lemon_checkpoint,
+    seeded,
+    sincos_positions,
+)
 from lemon.runtime.config import read_preset
 
 TINY = EncoderConfig(name="tiny", dim=32, depth=2, heads=4)
@@ -91,6 +99,14 @@ def test_where_kernels_serve_the_network_is_the_same_function(
     request.getfixturevalue("as_on_a_gpu")
     for got, expected in zip(run(), plain, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_where_kernels_serve_the_mean_of_the_patches_is_the_same_function(request: pytest.FixtureRequest) -> None:
+    network = CellTransformer(**(model_args(build_vit(TINY)) | {"global_pool": "avg"})).double().eval()
+    torch.nn.init.normal_(network.fc_norm.weight)
+    plain = network(images().double())
+    request.getfixturevalue("as_on_a_gpu")
+    torch.testing.assert_close(network(images().double()), plain, rtol=1e-9, atol=1e-9)
 
 
 def test_where_kernels_serve_the_last_block_computes_the_class_token_alone(as_on_a_gpu: None) -> None:
