@@ -4,7 +4,7 @@ PYTHON ?= python3
 RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 # Two files of tests at a time: those of jobs wait for processes half of their time, and hold 3 GB each.
-PYTEST := $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
 .PHONY: setup demo test test-quick check bench docs ui clean
 
