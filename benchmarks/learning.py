@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 from skimage.feature import hog
+from sklearn.metrics import balanced_accuracy_score
 
 from benchmarks.record import record
 from lemon.cells.crop import corners_of, cut_crops
@@ -30,7 +31,7 @@ from lemon.encoders.open import load_encoder
 from lemon.pretrain import job as pretraining
 from lemon.pretrain.config import PretrainConfig
 from lemon.probe.config import ProbeSettings
-from lemon.probe.score import POOLED, score_task
+from lemon.probe.score import OVER_FOLDS, Scored, score_task
 from lemon.probe.task import Task
 from lemon.probe.tasks import consep
 from lemon.runtime.config import load
@@ -102,11 +103,19 @@ def probe(task: Task, embedding: np.ndarray) -> dict[str, float]:
     found = {}
     for figure, weight in (("weighted", "balanced"), ("plain", "none")):
         settings = ProbeSettings(probes=["linear"], class_weight=weight, robustness=False, bootstrap=100)  # type: ignore[arg-type]
-        scores = score_task(task, embedding, settings).scores
-        values = {each.fold: each.value for each in scores if each.metric == "balanced_accuracy"}
-        found[f"{figure}_pooled"] = values.pop(POOLED)
-        found[figure] = float(np.mean(list(values.values())))
+        scored = score_task(task, embedding, settings)
+        (mean,) = [
+            each.value for each in scored.scores if (each.metric, each.fold) == ("balanced_accuracy", OVER_FOLDS)
+        ]
+        found |= {f"{figure}_pooled": pooled(scored), figure: mean}
     return found
+
+
+def pooled(scored: Scored) -> float:
+    """Balanced accuracy over all held-out nuclei together."""
+    table = scored.predictions
+    truth, predicted = (np.stack(table[name].to_numpy()) for name in ("truth", "predicted"))
+    return float(balanced_accuracy_score(truth[:, 0], predicted.argmax(axis=1)))
 
 
 def told(name: str, scores: dict[str, float]) -> dict[str, float]:

@@ -63,7 +63,11 @@ STAGES = (
         "a vector for every nucleus; files for scanpy and QuPath",
     ),
     Stage(
-        "probe", "probe", "lemon.probe.config:ProbeConfig", "lemon.probe.job:main", "encoders scored on labelled nuclei"
+        "probe",
+        "probe",
+        "lemon.probe.config:ProbeConfig",
+        "lemon.report.probe_page:main",
+        "encoders scored on labelled nuclei",
     ),
     Stage(
         "sweep",

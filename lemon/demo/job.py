@@ -13,7 +13,6 @@ import shapely
 from lemon.atlas.config import AtlasConfig
 from lemon.cells.ledger import rows_with_cells
 from lemon.cells.names import geojson_name, shard_name
-from lemon.cells.shard import images_from_arrow
 from lemon.curate import job as curate
 from lemon.curate.config import CurateConfig
 from lemon.demo.config import DemoConfig
@@ -23,7 +22,7 @@ from lemon.errors import EXIT_OK, FatalError
 from lemon.pretrain.config import FitStainConfig, PretrainConfig
 from lemon.probe.config import ProbeConfig
 from lemon.report.config import ReportConfig
-from lemon.report.pictures import draw_curation
+from lemon.report.pictures import draw_curation, ordinary_cells
 from lemon.runtime.config import load
 from lemon.runtime.console import stage_logger
 from lemon.runtime.store import Store
@@ -75,7 +74,7 @@ def _curate(slide: Path, store: Store) -> None:
 
 
 def _gallery(pictures: Store, *, store: Store, slide_id: str) -> None:
-    """Views of six cells under every policy: the paper's Figure 5."""
+    """Views of six nuclei under every policy: the paper's Figure 5."""
     import torch
 
     from lemon.pretrain.assemble import fit_stain
@@ -89,9 +88,9 @@ def _gallery(pictures: Store, *, store: Store, slide_id: str) -> None:
             fitted, _ = fit_stain(FitStainConfig(cells=store.uri, components=policy.stain.components))
             policy = policy.with_stain_statistics(fitted)
         policies.append(policy)
-    images = images_from_arrow(store.read_table(shard_name(slide_id), columns=["image"])["image"])
+    images = ordinary_cells(store.read_table(shard_name(slide_id)), count=6)
     with pictures.write_path("views.png") as unnamed:
-        draw_gallery(torch.from_numpy(images[:6].copy()), policies=policies, path=unnamed, seed=0)
+        draw_gallery(torch.from_numpy(images), policies=policies, path=unnamed, seed=0)
     logger.info(f"views of every policy in {pictures.uri}/views.png")
 
 
@@ -116,10 +115,10 @@ def _embed(store: Store, output: Path) -> None:
 
 
 def _probe(store: Store, output: Path) -> None:
-    """Do encoders tell size, shape and stain of nuclei: the demo's, the bundled one, one that has learned nothing?"""
-    from lemon.probe import job as probing
+    """Do the demo's encoder and the bundled one tell size, shape and stain of nuclei better than untrained ones?"""
+    from lemon.report import probe_page as probing
 
-    models = f"models=[{output / 'encoder'},lemon_mini,untrained_vit_tiny8]"
+    models = f"models=[{output / 'encoder'},lemon_mini]"
     words = [models, f"tasks=['morphometry:{store.uri}']", f"output={output / 'probe'}"]
     _check("probing", probing.main(load("probe", words, ProbeConfig)))
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lemon.encoders.config import CONFIG, WEIGHTS
 from lemon.encoders.finite import not_finite
 from lemon.encoders.int8 import dequantise, quantise
-from lemon.encoders.vit import CellTransformer, load_strictly
+from lemon.encoders.vit import CellTransformer, initialise_patches_and_positions, load_strictly
 from lemon.errors import ConfigError
 from lemon.runtime.store import locate, parse_json
 from lemon.runtime.tensors import read_or_damaged_error, read_weights
@@ -159,6 +159,13 @@ def as_cell_transformer(model: VisionTransformer) -> CellTransformer:
     cells = CellTransformer(**model_args(model))
     cells.pretrained_cfg = model.pretrained_cfg
     return cells
+
+
+def untrained_vit(model: VisionTransformer) -> CellTransformer:
+    """The same network with random weights: those of ``build_vit`` for its sizes, drawn by torch's global generator."""
+    fresh = CellTransformer(**model_args(model), weight_init="moco")
+    initialise_patches_and_positions(fresh)
+    return fresh
 
 
 def load_exported(directory: str | Path) -> tuple[nn.Module, CellInput]:

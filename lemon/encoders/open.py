@@ -14,10 +14,10 @@ from torch import nn
 
 from lemon.encoders.architectures import LEMON_SIZES, build, import_transformers, pool
 from lemon.encoders.config import CONFIG
-from lemon.encoders.export import CellInput, check_finite, load_exported
+from lemon.encoders.export import CellInput, check_finite, load_exported, untrained_vit
 from lemon.encoders.features import encode_cells
 from lemon.encoders.registry import ENCODERS, MODEL_REGISTRY, NO_ENCODER, EncoderEntry, encoder_folder, split_name
-from lemon.encoders.vit import load_lemon_checkpoint
+from lemon.encoders.vit import CellTransformer, load_lemon_checkpoint, seeded
 from lemon.encoders.weights import MissingWeightsError, find_weights, hub_file, load_weights
 from lemon.errors import ConfigError
 from lemon.extras import missing_package_line
@@ -141,6 +141,23 @@ def _open(name_or_path: str | Path) -> Encoder:
         return load_path(path)
     entry, weights = split_name(text)
     return load_entry(entry, weights)
+
+
+def untrained_twin(encoder: Encoder) -> Encoder | None:
+    """An encoder of the same shape and input with the random weights of MoCo v3's initialisation, seed 0.
+
+    Its name tells its width and depth; the same weights for every encoder of one shape. None for networks that are not
+    LEMON's own, and for one that has these weights itself.
+    """
+    if not isinstance(encoder.model, CellTransformer):
+        return None
+    with seeded(0):
+        model = untrained_vit(encoder.model)
+    shape = (model.embed_dim, len(model.blocks))
+    known = (size.name for size in LEMON_SIZES.values() if (size.dim, size.depth) == shape)
+    name = next(known, f"vit_{shape[0]}x{shape[1]}")
+    twin = Encoder(model, encoder.cell_input, name=f"untrained_{name}")
+    return None if twin.fingerprint == encoder.fingerprint else twin
 
 
 def load_registered(uri: str) -> Encoder:

@@ -152,12 +152,12 @@ def build_vit(
     for block in vit.blocks if drop_path else ():
         block.drop_path1, block.drop_path2 = DropPath(drop_path), DropPath(drop_path)
     if init == "mocov3":
-        _initialise_patches_and_positions(vit)
+        initialise_patches_and_positions(vit)
     return vit
 
 
 @torch.no_grad()
-def _initialise_patches_and_positions(vit: VisionTransformer) -> None:
+def initialise_patches_and_positions(vit: VisionTransformer) -> None:
     """The rest of MoCo v3's initialisation (arXiv 2104.02057, appendix A.2); timm's "moco" leaves the patches out."""
     projection = vit.patch_embed.proj
     limit = math.sqrt(6 / (projection.weight[0].numel() + vit.embed_dim))  # xavier of the patch as a linear layer

@@ -57,6 +57,9 @@ class ProbeConfig(ProbeSettings):
     data: AnyPath = Field("benchmarks_data", description="folder with a subfolder for each benchmark")
     output: AnyPath = Field("probe", description="folder of scores, predictions, embeddings and tables")
     device: str = Field("auto", description="auto, cpu or cuda")
+    untrained: bool = Field(
+        True, description="whether an untrained encoder of the same shape is scored beside each of LEMON's own"
+    )
     on_training_run: bool = Field(
         True, description="whether scores go to the MLflow run that trained the encoder too, where it is known"
     )

@@ -20,13 +20,13 @@ from tqdm import tqdm
 
 from lemon.encoders.cost import Cost, count
 from lemon.encoders.device import choose_device
-from lemon.encoders.open import Encoder, load_encoder
+from lemon.encoders.open import Encoder, load_encoder, untrained_twin
 from lemon.encoders.registry import check_name
 from lemon.errors import EXIT_FAILURES, EXIT_OK, ConfigError
 from lemon.probe.config import ProbeConfig
 from lemon.probe.figures import draw_cost
-from lemon.probe.score import MAIN_METRICS, POOLED, Score, fold_means, score_task
-from lemon.probe.tables import write_table1
+from lemon.probe.score import MAIN_METRICS, Score, fold_means, score_task
+from lemon.probe.tables import TWINS, write_table1
 from lemon.probe.task import Task, TaskError
 from lemon.probe.tasks.catalogue import counts_table, open_task
 from lemon.runtime.console import stage_logger
@@ -38,8 +38,11 @@ from lemon.schema import ScoreRow, marked
 
 logger = stage_logger(__name__, "probe")
 
-OUTPUT_NAMES = ("scores", "predictions", "embeddings", "costs", "runs")
+OUTPUT_NAMES = ("scores", "predictions", "embeddings", "costs", "runs", TWINS)
 """Folders of a probe in its output."""
+
+SCORES = "intervals of means over folds"
+"""What scores are; those of an output that were made otherwise are made again."""
 
 CROPS_A_TICK = 1024  # of the progress bar; the encoder chooses its own batches within
 
@@ -91,10 +94,20 @@ def _score_all(config: ProbeConfig, store: Store) -> int:
             continue
         trained_by = training_run_of(name) if config.on_training_run else None
         probe_model(encoder, tasks, config=config, store=store, trained_by=trained_by)
+        if config.untrained:
+            _probe_twin(encoder, tasks, config=config, store=store)
     if not store.list("scores"):
         raise ConfigError("models: none of them can be opened, see above")
     logger.info(f"{len(store.list('scores'))} files of scores in {store.uri}/scores; {len(faults)} left out")
     return EXIT_FAILURES if faults else EXIT_OK
+
+
+def _probe_twin(encoder: Encoder, tasks: list[Task], *, config: ProbeConfig, store: Store) -> None:
+    """Score an untrained encoder of the same shape, so that a table tells what training gave; note whose it is."""
+    twin = untrained_twin(encoder)
+    if twin is not None:
+        probe_model(twin.to(next(encoder.parameters()).device), tasks, config=config, store=store)
+        store.write_json(f"{TWINS}/{stem_of(encoder)}.json", {"untrained": stem_of(twin)})
 
 
 def _left_out(check: Callable[[str], None], name: str, faults: list[str]) -> bool:
@@ -143,11 +156,11 @@ def probe_model(
     probed_by = run or _open_run(encoder, config, store, cost=cost)
     if trained_by is not None:
         probed_by.set_tag("training_run_id", trained_by.run_id)
-    store.write_json(f"costs/{file_stem(encoder.name)}-{encoder.fingerprint}.json", asdict(cost))
+    store.write_json(f"costs/{stem_of(encoder)}.json", asdict(cost))
     scores: list[ScoreRow] = []
     for task in tasks:
         data = data_fingerprint(task)
-        circumstances = fingerprint([data, config.settings()])
+        circumstances = fingerprint([SCORES, data, config.settings()])
         unit = Unit(encoder.name, encoder.fingerprint, task.name, data, circumstances)
         if not unit.is_done(store):
             embedding = embed_task(encoder, task, unit=unit, store=store)
@@ -164,6 +177,11 @@ def probe_model(
     if run is None:
         probed_by.close()
     return scores
+
+
+def stem_of(encoder: Encoder) -> str:
+    """What its files are called: ``<model>-<fingerprint>``."""
+    return f"{file_stem(encoder.name)}-{encoder.fingerprint}"
 
 
 def embed_task(encoder: Encoder, task: Task, *, unit: Unit, store: Store) -> np.ndarray:
@@ -210,8 +228,8 @@ def data_fingerprint(task: Task) -> str:
 def flat_metrics(rows: list[ScoreRow]) -> dict[str, float]:
     """Metrics for MLflow: ``probe/<task>/<metric>`` without leaks, ``probe/<task>/<protocol>/<metric>`` otherwise.
 
-    The metric is the mean over folds, ``_sd`` its standard deviation; ``_pooled`` is the value over all held-out crops,
-    and ``_low`` and ``_high`` are the bounds of its 95 % interval.
+    The metric is the mean over folds, ``_sd`` the standard deviation over them; ``_low`` and ``_high`` are the bounds
+    of the mean's 95 % interval.
     """
     metrics: dict[str, float] = {}
     for task in dict.fromkeys(row.task for row in rows):
@@ -229,8 +247,6 @@ def _named_values(rows: list[ScoreRow]) -> Iterator[tuple[str, str, float]]:
     for row in rows:
         if row.protocol == "robustness" or row.metric.endswith(("_low", "_high")):
             yield row.protocol, row.metric, row.value
-        elif row.fold == POOLED:
-            yield row.protocol, f"{row.metric}_pooled", row.value
 
 
 def short_name(task: str) -> str:
@@ -248,7 +264,7 @@ def main_scores_line(rows: list[ScoreRow]) -> str:
 
 
 def _open_run(encoder: Encoder, config: ProbeConfig, store: Store, *, cost: Cost) -> Run:
-    mark = f"runs/{file_stem(encoder.name)}-{encoder.fingerprint}.json"
+    mark = f"runs/{stem_of(encoder)}.json"
     params = {"model": encoder.name, "width": encoder.width, "cost": asdict(cost), **config.settings()}
     tags = {"output": store.uri, "model_fingerprint": encoder.fingerprint}
     return start_run("probe", encoder.name, store=store, mark=mark, params=params, tags=tags)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,11 +16,18 @@ from lemon.probe.robustness import robustness
 from lemon.probe.task import Fold, Task
 from lemon.schema import ScoreRow
 
-POOLED = -1
-"""The fold of a row that is of all folds together."""
+OVER_FOLDS = -1
+"""The fold of a row that is of all folds: a mean over folds, or a bound of its interval."""
 
 MAIN_METRICS = ("balanced_accuracy", "pearson", "recall_at_1")
 """What tables show: of classification, of regression, of retrieval."""
+
+INTERVALS = {
+    "classification": ("balanced_accuracy", "macro_f1"),
+    "regression": ("pearson",),
+    "retrieval": ("recall_at_1",),
+}
+"""Kind of a task -> metrics whose mean over folds has an interval."""
 
 
 class Score(NamedTuple):
@@ -51,8 +57,8 @@ def score_task(task: Task, embedding: np.ndarray, settings: ProbeSettings) -> Sc
         settings: which protocols, probes and features.
 
     A metric of the linear probe has its plain name; other probes prefix theirs (``knn_balanced_accuracy``). PCA makes
-    a protocol of its own (``leak-free-pca256``). Pooled rows hold the value over all held-out crops, and with ``_low``
-    and ``_high`` the bounds of its interval over whole slides.
+    a protocol of its own (``leak-free-pca256``). Rows over folds hold the mean, and with ``_low`` and ``_high`` the
+    bounds of its interval over whole slides, which are NaN where there is one slide.
     """
     target = _target(task)
     protocols = [protocol for protocol in task.protocols if protocol.name in settings.protocols] or list(task.protocols)
@@ -84,7 +90,7 @@ def score_task(task: Task, embedding: np.ndarray, settings: ProbeSettings) -> Sc
     tables = []
     for (name, probe), folds in grouped.items():
         prefix = "" if probe == "linear" else f"{probe.replace('-', '_')}_"
-        values = [*_fold_scores(task, target, folds), *_pooled_scores(task, target, folds, settings)]
+        values = [*_fold_scores(task, target, folds), *_means(task, target, folds, settings)]
         scores += [Score(name, fold, prefix + metric, value, n) for fold, metric, value, n in values]
         tables += [_predictions(task, target, folds, protocol=name, probe=probe)]
     if settings.robustness:
@@ -96,7 +102,7 @@ def fold_means(scores: Iterable[Score | ScoreRow]) -> Iterator[tuple[str, str, f
     """(protocol, metric, mean over folds, standard deviation over folds) of one encoder's scores on one task."""
     folds: dict[tuple[str, str], list[float]] = {}
     for score in scores:
-        if score.fold != POOLED:
+        if score.fold != OVER_FOLDS:
             folds.setdefault((score.protocol, score.metric), []).append(score.value)
     for (protocol, metric), values in folds.items():
         spread = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
@@ -176,31 +182,19 @@ def _fold_scores(
             yield number, metric, value, len(truth)
 
 
-def _pooled_scores(
+def _means(
     task: Task, target: np.ndarray, folds: list[tuple[Fold, np.ndarray]], settings: ProbeSettings
 ) -> Iterator[tuple[int, str, float, int]]:
-    """Values over all held-out crops with intervals; for regression the mean of the correlations within slides."""
+    """Means over folds with the bounds of their intervals, by a bootstrap of whole slides."""
     test = np.concatenate([fold.test for fold, _ in folds])
     output = np.concatenate([part for _, part in folds])
-    cluster = task.groups[task.cluster][test]
-    draws = functools.partial(metrics.cluster_draws, seed=settings.seed, draws=settings.bootstrap)
-    if task.kind == "classification":
-        classes = len(task.target_names)
-        confusion = metrics.confusion_by_cluster(target[test], output.argmax(axis=1), cluster, classes=classes)
-        drawn = draws(len(confusion))
-        intervals = {name: metrics.interval(confusion, drawn, metric=name) for name in metrics.CONFUSION_METRICS}
-    elif task.kind == "retrieval":
-        hits = (output[:, 0] == target[test]).astype(np.int64)
-        share = metrics.confusion_by_cluster(np.ones_like(hits), hits, cluster, classes=2)  # recall of the one class
-        intervals = {"recall_at_1": metrics.interval(share, draws(len(share)), metric="balanced_accuracy")}
-    else:
-        names = np.unique(cluster)
-        within = [metrics.mean_pearson(target[test][cluster == name], output[cluster == name]) for name in names]
-        defined = np.array(within)[np.isfinite(within)]  # a single cell has no correlation
-        intervals = {"pearson": metrics.mean_interval(defined, draws(len(defined)))} if len(defined) else {}
-    for metric, (value, low, high) in intervals.items():
-        for suffix, number in (("", value), ("_low", low), ("_high", high)):
-            yield POOLED, metric + suffix, number, len(test)
+    number = np.repeat(np.arange(len(folds)), [len(fold.test) for fold, _ in folds])
+    cluster, truth = task.groups[task.cluster][test], target[test].reshape(len(test), -1)
+    for metric in INTERVALS[task.kind]:
+        counts = metrics.counts_of(metric, truth, output, fold=number, cluster=cluster)
+        found = metrics.bootstrap(counts, seed=settings.seed, draws=settings.bootstrap).interval()
+        for suffix, value in (("", found.value), ("_low", found.low), ("_high", found.high)):
+            yield OVER_FOLDS, metric + suffix, value, len(test)
 
 
 def _predictions(
@@ -236,4 +230,4 @@ def _robustness_scores(task: Task, embedding: np.ndarray, target: np.ndarray, *,
     if result is None:
         return []
     values = {"robustness_index": result.index, "performance_drop": result.drop}
-    return [Score("robustness", POOLED, metric, value, result.n) for metric, value in values.items()]
+    return [Score("robustness", OVER_FOLDS, metric, value, result.n) for metric, value in values.items()]

@@ -1,6 +1,7 @@
 """Tables of scores: the paper's Table 1 from the project's own runs, and differences between encoders.
 
-The paper's own numbers are not in the table: they are not at hand, and typed-in numbers would not be evidence.
+The score of an encoder is its mean over folds; its interval is of this mean, and differences are between such means. No
+encoder is called best whose lead over another may be chance.
 """
 
 from __future__ import annotations
@@ -9,8 +10,7 @@ import csv
 import io
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,15 +18,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lemon.errors import ConfigError
-from lemon.probe.metrics import DRAWS, Interval, cluster_draws, confusion_by_cluster, paired_difference
-from lemon.probe.score import MAIN_METRICS, POOLED, fold_means
+from lemon.probe.metrics import Bootstrapped, bootstrap, counts_of
+from lemon.probe.score import MAIN_METRICS, OVER_FOLDS, fold_means
 from lemon.runtime.identifiers import file_stem
 from lemon.runtime.store import Store
 from lemon.schema import SCORES, ScoreRow
 
+TWINS = "untrained"
+"""Folder of an output: for an encoder, which one has the same shape and no training."""
+
 
 class ScoreCell(NamedTuple):
-    """Mean and standard deviation over folds, and the interval over slides of the pooled value."""
+    """Mean and standard deviation over folds, and the 95 % interval of the mean over draws of slides."""
 
     mean: float
     spread: float
@@ -35,7 +38,7 @@ class ScoreCell(NamedTuple):
 
 
 class PairedDifference(NamedTuple):
-    """Of two encoders on a task by a protocol: difference of pooled balanced accuracy, and its 95 % interval."""
+    """Of two encoders on a task by a protocol: difference of their means over folds, and its 95 % interval."""
 
     task: str
     protocol: str
@@ -44,6 +47,20 @@ class PairedDifference(NamedTuple):
     difference: float
     low: float
     high: float
+
+    @property
+    def may_be_chance(self) -> bool:
+        """Whether the interval holds 0, or is not known."""
+        return not (self.low > 0 or self.high < 0)
+
+    def turned(self) -> PairedDifference:
+        """The same from the other's side."""
+        task, protocol, encoder, against, difference, low, high = self
+        return PairedDifference(task, protocol, against, encoder, -difference, -high, -low)
+
+
+METRIC_NAMES = {"balanced_accuracy": "balanced accuracy", "pearson": "Pearson r", "recall_at_1": "recall at 1"}
+"""Main metrics as tables and figures call them."""
 
 
 def read_scores(store: Store) -> list[ScoreRow]:
@@ -57,8 +74,8 @@ def read_scores(store: Store) -> list[ScoreRow]:
 def write_table1(store: Store) -> str:
     """Write table1.md, table1.csv and differences.csv beside the scores; returns the Markdown."""
     rows = read_scores(store)
-    text = table1(rows)
-    differences = list(paired_differences(store, encoder_labels(rows)))
+    differences = paired_differences(store, rows)
+    text = table1(rows, differences)
     store.write_bytes("table1.md", text.encode())
     store.write_bytes("table1.csv", as_csv(table1_records(rows)).encode())
     if differences:
@@ -66,15 +83,15 @@ def write_table1(store: Store) -> str:
     return f"{text}\nIn {store.uri}: table1.md, table1.csv" + (", differences.csv" if differences else "")
 
 
-def table1(rows: Sequence[ScoreRow]) -> str:
-    """Encoders x (task, protocol) as Markdown: mean (s.d.) over folds of the main metric, the best in bold."""
-    cells, labels = main_cells(rows), encoder_labels(rows)
+def table1(rows: Sequence[ScoreRow], differences: Sequence[PairedDifference]) -> str:
+    """Encoders x (task, protocol) as Markdown: mean (s.d.) over folds of the main metric, those that lead in bold."""
+    cells, labels, tasks = main_cells(rows), encoder_labels(rows), task_labels(row.task for row in rows)
     columns = sorted({key[1:] for key in cells})
-    lines = ["| encoder | " + " | ".join(f"{task}, {protocol}" for task, protocol in columns) + " |"]
+    lines = ["| encoder | " + " | ".join(f"{tasks[task]}, {protocol}" for task, protocol in columns) + " |"]
     lines.append("|" + "---|" * (len(columns) + 1))
-    best = {column: max(cell.mean for key, cell in cells.items() if key[1:] == column) for column in columns}
+    lead = leading_encoders(rows, differences)
     for stem in sorted({key[0] for key in cells}):
-        texts = [_cell_text(cells.get((stem, *column)), best=best[column]) for column in columns]
+        texts = [_cell_text(cells.get((stem, *column)), best=labels[stem] in lead[column]) for column in columns]
         lines.append(f"| {labels[stem]} | " + " | ".join(texts) + " |")
     return "\n".join(lines) + "\n"
 
@@ -102,6 +119,30 @@ def encoder_labels(rows: Iterable[ScoreRow]) -> dict[str, str]:
     }
 
 
+def untrained_twins(store: Store, rows: Sequence[ScoreRow]) -> dict[str, str]:
+    """Label of an encoder -> that of the untrained one of its shape; of those that have one in this output."""
+    labels = encoder_labels(rows)
+    twins = {}
+    for stem, label in labels.items():
+        name = f"{TWINS}/{stem}.json"
+        if store.exists(name) and (twin := store.read_json(name, dict[str, str])["untrained"]) in labels:
+            twins[label] = labels[twin]
+    return twins
+
+
+def task_labels(tasks: Iterable[str]) -> dict[str, str]:
+    """Task -> a short name: of a path its last part, ``morphometry:cells``, or as many as tell two tasks apart."""
+    places = {task: [part for part in task.partition(":")[2].split("/") if part] for task in tasks}
+    labels = {}
+    for task, parts in places.items():
+        kind = task.partition(":")[0]
+        others = [place for other, place in places.items() if other != task and other.startswith(f"{kind}:")]
+        shorter = (parts[-length:] for length in range(1, len(parts) + 1))
+        part = next((end for end in shorter if not any(place[-len(end) :] == end for place in others)), None)
+        labels[task] = f"{kind}:{'/'.join(part)}" if part else task
+    return labels
+
+
 def main_cells(rows: Iterable[ScoreRow]) -> dict[tuple[str, str, str], ScoreCell]:
     """(stem of the encoder, task, protocol) -> the main metric of the linear probe."""
     units: dict[tuple[str, str], list[ScoreRow]] = {}
@@ -109,56 +150,98 @@ def main_cells(rows: Iterable[ScoreRow]) -> dict[tuple[str, str, str], ScoreCell
         units.setdefault((encoder_stem(row), row.task), []).append(row)
     cells = {}
     for (stem, task), unit_rows in units.items():
-        pooled = {(row.protocol, row.metric): row.value for row in unit_rows if row.fold == POOLED}
+        over_folds = {(row.protocol, row.metric): row.value for row in unit_rows if row.fold == OVER_FOLDS}
         for protocol, metric, mean, spread in fold_means(unit_rows):
             if metric in MAIN_METRICS:
-                bounds = (pooled.get((protocol, f"{metric}_{end}"), float("nan")) for end in ("low", "high"))
+                bounds = (over_folds.get((protocol, f"{metric}_{end}"), float("nan")) for end in ("low", "high"))
                 cells[stem, task, protocol] = ScoreCell(mean, spread, *bounds)
     return cells
 
 
-def paired_differences(store: Store, labels: Mapping[str, str]) -> Iterator[PairedDifference]:
-    """For each task and protocol, each pair of encoders."""
-    by_task: dict[str, list[str]] = {}
-    for name in store.list("predictions", suffix=".parquet"):
-        by_task.setdefault(name.split("/")[1], []).append(name)
-    for task, names in by_task.items():
-        tables = {name: _linear_predictions(store, name) for name in names}
-        protocols = sorted(
-            {protocol for table in tables.values() for protocol in table["protocol"].unique().to_pylist()}
-        )
-        for protocol, (first, second) in itertools.product(protocols, itertools.combinations(names, 2)):
-            difference = _encoder_difference(tables[first], tables[second], protocol=protocol)
-            if difference is not None:
-                yield PairedDifference(task, protocol, labels[Path(first).stem], labels[Path(second).stem], *difference)
+def leaders(scores: Mapping[str, float], may_be_chance: Callable[[str, str], bool]) -> set[str]:
+    """The best of a column with all that it cannot be told apart from; nobody where that is everybody.
+
+    Args:
+        scores: by name.
+        may_be_chance: whether the lead of the first over the second may be.
+    """
+    best = max(scores, key=lambda name: scores[name])
+    lead = {best, *(name for name in scores if name != best and may_be_chance(best, name))}
+    return lead if len(lead) < len(scores) else set()
 
 
-def _linear_predictions(store: Store, name: str) -> pa.Table:
+def leading_encoders(
+    rows: Iterable[ScoreRow], differences: Iterable[PairedDifference]
+) -> dict[tuple[str, str], set[str]]:
+    """(task, protocol) -> labels of the encoders that lead."""
+    rows = list(rows)
+    labels = encoder_labels(rows)
+    columns: dict[tuple[str, str], dict[str, float]] = {}
+    for (stem, task, protocol), cell in main_cells(rows).items():
+        columns.setdefault((task, protocol), {})[labels[stem]] = cell.mean
+    sure = {
+        (each.task, each.protocol, frozenset((each.encoder, each.against)))
+        for each in differences
+        if not each.may_be_chance
+    }
+    return {
+        column: leaders(scores, lambda first, second, at=column: (*at, frozenset((first, second))) not in sure)
+        for column, scores in columns.items()
+    }
+
+
+def paired_differences(store: Store, rows: Sequence[ScoreRow]) -> list[PairedDifference]:
+    """For each task and protocol, each pair of encoders that predicted the same nuclei by the same folds."""
+    labels = encoder_labels(rows)
+    metrics = {row.task: row.metric for row in rows if row.metric in MAIN_METRICS}
+    protocols: dict[tuple[str, str], set[str]] = {}
+    for stem, task, protocol in main_cells(rows):
+        protocols.setdefault((task, protocol), set()).add(stem)
+    found = []
+    for task, metric in metrics.items():
+        tables = {stem: table for stem in labels if (table := _linear_predictions(store, task, stem)) is not None}
+        for (_, protocol), stems in sorted(item for item in protocols.items() if item[0][0] == task):
+            scored = {stem: _bootstrapped(tables[stem], protocol, metric) for stem in sorted(stems & tables.keys())}
+            for first, second in itertools.combinations(scored, 2):
+                (ids, mine), (other_ids, others) = scored[first], scored[second]
+                if ids.equals(other_ids):
+                    difference = mine.less(others)
+                    found.append(PairedDifference(task, protocol, labels[first], labels[second], *difference))
+    return found
+
+
+def _linear_predictions(store: Store, task: str, stem: str) -> pa.Table | None:
+    name = f"predictions/{file_stem(task)}/{stem}.parquet"
+    if not store.exists(name):
+        return None
     table = store.read_table(name)
     return table.filter(pc.equal(table["probe"], "linear"))
 
 
-def _encoder_difference(first: pa.Table, second: pa.Table, *, protocol: str) -> Interval | None:
-    """None unless both are classifications of the same crops."""
-    parts = [table.filter(pc.equal(table["protocol"], protocol)).sort_by("sample_id") for table in (first, second)]
-    a, b = parts
-    if not len(a) or not a["sample_id"].equals(b["sample_id"]) or len(a["truth"][0]) != 1:
-        return None
-    truth = np.concatenate(a["truth"].to_numpy()).astype(int)
-    classes, cluster = len(a["predicted"][0]), np.asarray(a["cluster"].to_numpy(), str)
-    counts = [
-        confusion_by_cluster(truth, np.stack(part["predicted"].to_numpy()).argmax(axis=1), cluster, classes=classes)
-        for part in parts
-    ]
-    draws = cluster_draws(len(counts[0]), seed=0, draws=DRAWS)
-    return paired_difference(counts[0], counts[1], draws, metric="balanced_accuracy")
+def _bootstrapped(table: pa.Table, protocol: str, metric: str) -> tuple[pa.Table, Bootstrapped]:
+    """What was predicted (crop, fold), and the mean over folds with its draws."""
+    part = table.filter(pc.equal(table["protocol"], protocol))
+    part = part.sort_by([("fold", "ascending"), ("sample_id", "ascending")])
+    counts = counts_of(
+        metric,
+        _matrix(part["truth"]),
+        _matrix(part["predicted"]),
+        fold=part["fold"].to_numpy(),
+        cluster=np.asarray(part["cluster"].to_numpy(), str),
+    )
+    return part.select(["sample_id", "fold"]), bootstrap(counts, seed=0)
 
 
-def _cell_text(cell: ScoreCell | None, *, best: float) -> str:
+def _matrix(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of lists of one length as [N, K]."""
+    return pc.list_flatten(column).to_numpy().reshape(len(column), -1)
+
+
+def _cell_text(cell: ScoreCell | None, *, best: bool) -> str:
     if cell is None:
         return ""
     text = f"{cell.mean:.3f} ({cell.spread:.3f})"
-    return f"**{text}**" if cell.mean == best else text
+    return f"**{text}**" if best else text
 
 
 def as_csv(records: Sequence[dict[str, Any]]) -> str:

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from lemon.errors import EXIT_FAILURES, EXIT_OK, ConfigError
-from lemon.report.blocks import Section
+from lemon.report.blocks import Picture, Section
 from lemon.report.config import ReportConfig
+from lemon.report.encoders import cost_sections, encoder_sections
 from lemon.report.paper import ARTEFACTS, PaperNumbers, read_paper
-from lemon.report.pasted import atlas_section, views_section
-from lemon.report.provenance import FILE, provenance_section
-from lemon.report.sections import STUDIES, figure2_section, study_section, table1_section
-from lemon.report.sentences import probe_sentences, study_sentences
-from lemon.report.sources import OutputTable, Sources, find_sources
+from lemon.report.pasted import atlas_sections, views_sections
+from lemon.report.provenance import FILE, provenance_sections
+from lemon.report.sources import Report, find_sources
+from lemon.report.studies import STUDIES, study_sections
 from lemon.runtime.console import stage_logger
 from lemon.runtime.lease import hold
 from lemon.runtime.secrets import redacted
 from lemon.runtime.store import Store, code_version
-from lemon.schema import SweepRow
 
 logger = stage_logger(__name__, "report")
 
@@ -32,14 +34,29 @@ NAME = "index.html"
 OUTPUT_NAMES = (NAME, FILE)
 """What a report writes in its output, whatever it shows; more is written by sections."""
 
+SECTIONS: tuple[Callable[[Report], Iterator[Section]], ...] = (
+    encoder_sections,
+    cost_sections,
+    study_sections,
+    atlas_sections,
+    views_sections,
+    provenance_sections,
+)
+"""The parts of the page, in its order; each yields as many sections as there are outputs for it."""
+
+PROBED = ("table1", "figure2")
+"""What is made of outputs of probes."""
+
 COMMANDS = {
-    "table1": "lemon probe models=... tasks=... data=...",
-    "figure2": "lemon probe models=... tasks=... data=...",
+    **dict.fromkeys(PROBED, "lemon probe models=... tasks=... data=..."),
     **{key: f"lemon sweep sweep={study} cells=... tasks=... output=..." for study, key in STUDIES.items()},
-    "figure4": "lemon atlas embeddings=... cells=... output=atlas/, then atlas=atlas/",
-    "figure5": "views=picture.png; make demo draws one as demo/views.png",
+    "figure4": "lemon atlas embeddings=... cells=... output=atlas/, then lemon report atlas=atlas/",
+    "figure5": "make demo draws demo/views.png, then lemon report views=demo/views.png",
 }
 """Where each artefact comes from."""
+
+SENTENCES = 3
+"""Of what was found, on the first screen."""
 
 CAVEAT = (
     "Intervals over seeds cover the chance of training, those over slides that of the labelled nuclei; neither covers "
@@ -48,6 +65,13 @@ CAVEAT = (
 )
 
 _ASSETS = Path(__file__).resolve().parent / "assets"
+
+
+class FirstScreen(NamedTuple):
+    """What the page begins with."""
+
+    sentences: list[str]
+    pictures: list[Picture]
 
 
 def main(config: ReportConfig) -> int:
@@ -61,30 +85,23 @@ def main(config: ReportConfig) -> int:
 
 def _write(config: ReportConfig, store: Store) -> int:
     numbers = PaperNumbers(read_paper(config.paper) if config.paper else ())
-    sources = find_sources(config)
-    pasted = {
-        "figure4": config.atlas and atlas_section(config.atlas, sources, store),
-        "figure5": config.views and views_section(config.views, sources, store),
-    }
-    ready = {key: section for key, section in pasted.items() if section}
-    if not (sources.sweeps or sources.probes or ready):
+    report = Report(config, find_sources(config), numbers, store)
+    sources = report.sources
+    sections = [section for make in SECTIONS for section in make(report)]
+    if not sections:
         known = ", ".join(config.experiment)
         raise ConfigError(
             f"experiment: no outputs of runs in {known}; run lemon sweep or lemon probe first, set "
             "MLFLOW_TRACKING_URI, or name folders: sweeps=..., probes=..."
         )
-    sections = [*_sections(sources, numbers, store, ready=ready), provenance_section(sources, store)]
-    sentences = [text for probe in sources.probes for text in probe_sentences(probe)]
-    sentences += [text for sweep in sources.sweeps for text in study_sentences(sweep)]
-    html = render(config, sections, sentences=sentences, missing=sources.missing)
-    store.write_bytes(NAME, html.encode(errors="replace"))
-    for sentence in sentences:
+    store.write_bytes(NAME, render(config, sections, missing=sources.missing).encode(errors="replace"))
+    for sentence in chain.from_iterable(section.found for section in sections):
         logger.info(sentence)
     logger.info(f"{len(sources.sweeps)} sweeps, {len(sources.probes)} outputs of probes; look at {store.uri}/{NAME}")
     return EXIT_FAILURES if sources.requested_missing else EXIT_OK
 
 
-def render(config: ReportConfig, sections: list[Section], *, sentences: list[str], missing: list[str]) -> str:
+def render(config: ReportConfig, sections: Sequence[Section], *, missing: Sequence[str]) -> str:
     """The page; whatever is put in is escaped by the template."""
     environment = Environment(
         loader=FileSystemLoader(_ASSETS),
@@ -94,14 +111,18 @@ def render(config: ReportConfig, sections: list[Section], *, sentences: list[str
         lstrip_blocks=True,
         finalize=_redact,
     )
+    script = (_ASSETS / "page.js").read_text()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("report.html").render(
         title=config.title,
         subtitle=f"Made {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC by lemon {code_version()}",
         about=list(about(config)),
-        missing=missing,
-        sentences=sentences,
-        caveat=CAVEAT,
+        first=first_screen(sections),
         sections=sections,
+        missing=missing,
+        not_made=list(not_made(sections, config)),
+        script=Markup(script),  # a file of this package
+        script_hash=f"sha256-{digest}",  # no other script runs, whatever a name may hold
     )
 
 
@@ -111,61 +132,46 @@ def _redact(value: Any) -> Any:
     return value if is_safe else redacted(value)
 
 
+def first_screen(sections: Sequence[Section]) -> FirstScreen:
+    """The first sentence of each section, then the second ones, until there are enough; the first figure, the atlas."""
+    in_turn = chain.from_iterable(zip_longest(*(section.found for section in sections)))
+    figure = [section.pictures[0] for section in sections if section.pictures and section.key not in FIGURES_OF_CELLS]
+    atlas = [section.pictures[0] for section in sections if section.key == "figure4"]
+    return FirstScreen([text for text in in_turn if text][:SENTENCES], [*figure[:1], *atlas])
+
+
+FIGURES_OF_CELLS = ("figure4", "figure5")
+"""Sections that show cells, not scores."""
+
+
+def not_made(sections: Sequence[Section], config: ReportConfig) -> Iterator[tuple[str, str]]:
+    """(name, command) of what of the paper the page lacks; not of sweeps or probes where none are wanted."""
+    made = {section.artefact.key for section in sections if section.artefact}
+    unwanted = {*(STUDIES.values() if config.sweeps == [] else ()), *(PROBED if config.probes == [] else ())}
+    for key, artefact in ARTEFACTS.items():
+        if key not in made | unwanted:
+            yield artefact.name, COMMANDS[key]
+
+
 def about(config: ReportConfig) -> Iterator[str]:
     """What the page is and how to read it."""
     yield (
         "LEMON cuts images of single nuclei out of whole-slide images, pretrains vision transformers on them, and "
-        "scores these encoders on labelled nuclei, after the LEMON paper (arXiv 2603.25802). Here are its Tables 1, 2 "
-        "and 5 and its Figures 2 to 5, made anew from runs of this project. Every number of ours is read from MLflow "
-        "or from the tables that runs left."
+        "scores these encoders on labelled nuclei, after the LEMON paper (arXiv 2603.25802). Its tables and figures "
+        "are made anew here from runs of this project: every number of ours is read from MLflow or from the tables "
+        "that runs left. Most runs are far smaller than the paper's: look at what was used before comparing."
     )
-    yield (
-        "The paper's recipe is given beside ours, since most runs here are far smaller: "
-        "look at what was used before comparing."
-    )
-    if config.paper:
-        yield f'Scores labelled "paper" are the paper\'s, as typed into {config.paper}; they were not checked.'
-    else:
-        yield "The paper's own scores are not at hand, so none are shown; paper=paper.csv adds those of your copy."
     yield (
         'Splits: "paper" are the paper\'s; "leak-free" never divide a slide, a patient or a hospital between training '
         "and test. Where both exist, sentences and figures use the second."
     )
-
-
-def _sections(sources: Sources, numbers: PaperNumbers, store: Store, *, ready: dict[str, Section]) -> Iterator[Section]:
-    """In the order of the paper, then studies of one's own; what was not made says how to make it."""
-    by_study: dict[str, list[OutputTable[SweepRow]]] = {}
-    for sweep in sources.sweeps:
-        by_study.setdefault(sweep.rows[0].study, []).append(sweep)
-    studies = {key: by_study.pop(study, []) for study, key in STUDIES.items()}
-    for key, artefact in ARTEFACTS.items():
-        outputs = sources.probes if key in ("table1", "figure2") else studies.get(key, [])
-        for stem, output in _stems(key, outputs):
-            if key in studies:
-                section = study_section(output, numbers, sources.runs, store, stem=stem)
-            else:
-                make = table1_section if key == "table1" else figure2_section
-                section = make(output, numbers, store, stem=stem)
-            yield _with_output_name(section, output, among=outputs)
-        if key in ready:
-            yield ready[key]
-        elif not outputs:
-            yield Section(key, artefact.name, artefact, notes=[f"Not made yet: {COMMANDS[key]}"])
-    for number, outputs in enumerate(by_study.values(), 1):
-        for stem, output in _stems(f"study{number}", outputs):
-            yield _with_output_name(
-                study_section(output, numbers, sources.runs, store, stem=stem), output, among=outputs
-            )
-
-
-def _stems(key: str, outputs: list[OutputTable]) -> Iterator[tuple[str, OutputTable]]:
-    """What the files of each output are called: table2, table2_2, ..."""
-    for number, output in enumerate(outputs, 1):
-        yield (key if number == 1 else f"{key}_{number}"), output
-
-
-def _with_output_name(section: Section, output: OutputTable, *, among: list[OutputTable]) -> Section:
-    if len(among) > 1:
-        section.title += f" ({output.name})"
-    return section
+    yield (
+        "A score is the mean over folds, its s.d. in brackets; below it stands the 95 % interval of this mean, by a "
+        "bootstrap of whole slides. Bold is the best of a column with all that it cannot be told apart from: whose "
+        "paired difference has an interval that holds 0. Nothing is bold where that is everybody."
+    )
+    yield CAVEAT
+    if config.paper:
+        yield f"The paper's scores are those of {config.paper}. Where ≠ stands above them, they do not compare."
+    else:
+        yield "The paper's own scores are not shown: paper=paper.csv adds those of your copy."

@@ -3,30 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from lemon.probe.tables import as_csv, encoder_stem
-from lemon.report.blocks import Section, Table, TableCell
-from lemon.report.sources import OutputTable, Sources, TrackedRun
-from lemon.runtime.store import Store
+from lemon.probe.tables import encoder_stem
+from lemon.report.blocks import Column, Section, Table, TableCell
+from lemon.report.files import write_csv
+from lemon.report.sources import OutputTable, Report, Sources, TrackedRun
+from lemon.runtime.store import fingerprint
 from lemon.schema import ScoreRow, SweepRow
 
 FILE = "provenance.csv"
 
 
-def provenance_section(sources: Sources, store: Store) -> Section:
+@dataclass(frozen=True)
+class Origin:
+    """A row of the table: what others link to, what is shown when they are pointed at, the run's page in MLflow."""
+
+    anchor: str
+    record: dict[str, str]
+    page: str
+
+    @property
+    def tip(self) -> str:
+        """What is known of it, in a line."""
+        return "; ".join(f"{name}: {text}" for name, text in self.record.items() if text)
+
+
+def anchor(folder: str, name: str) -> str:
+    """What a link to the row of a trial or an encoder (its stem) of an output leads to."""
+    return f"run-{fingerprint([folder, name])}"
+
+
+def provenance_sections(report: Report) -> Iterator[Section]:
     """A row a trial and a row an encoder."""
-    records = [row for sweep in sources.sweeps for row in trials(sweep, sources)]
-    records += [row for probe in sources.probes for row in encoders(probe, sources)]
-    section = Section("provenance", "Provenance")
-    if records:
-        store.write_bytes(FILE, as_csv(records).encode())
-        rows = [[TableCell(text) for text in record.values()] for record in records]
-        caption = "Where the numbers come from. Settings, cells, encoder and benchmarks are named by fingerprints."
-        section.tables = [Table(caption, [(name, "") for name in records[0]], rows, FILE)]
-    return section
+    sources = report.sources
+    origins = [origin for sweep in sources.sweeps for origin in trials(sweep, sources)]
+    origins += [origin for probe in sources.probes for origin in encoders(probe, sources)]
+    if not origins:
+        return
+    write_csv(report.store, FILE, [origin.record for origin in origins])
+    rows = [_row(origin) for origin in origins]
+    caption = "Where the numbers come from. Settings, cells, encoder and benchmarks are named by fingerprints."
+    head = [Column(name) for name in origins[0].record]
+    table = Table(caption, head, rows, FILE, anchors=[origin.anchor for origin in origins])
+    section = Section("provenance", "Provenance", tables=[table])
+    if any(origin.page for origin in origins):
+        section.notes.append("Links lead to MLflow, where its page runs: make ui DB=... for a database of your own.")
+    yield section
 
 
-def trials(sweep: OutputTable[SweepRow], sources: Sources) -> Iterator[dict[str, str]]:
+def _row(origin: Origin) -> list[TableCell]:
+    texts = {"MLflow run": TableCell(origin.record["MLflow run"], href=origin.page)}
+    cells = [texts.get(name, TableCell(text)) for name, text in origin.record.items()]
+    return [cells[0]._replace(tip=origin.tip), *cells[1:]]
+
+
+def trials(sweep: OutputTable[SweepRow], sources: Sources) -> Iterator[Origin]:
     """A sweep's trials."""
     by_trial: dict[str, list[SweepRow]] = {}
     for row in sweep.rows:
@@ -34,7 +66,8 @@ def trials(sweep: OutputTable[SweepRow], sources: Sources) -> Iterator[dict[str,
     for trial, trial_rows in by_trial.items():
         first = trial_rows[0]
         data = dict.fromkeys(row.data_fingerprint for row in trial_rows if row.data_fingerprint)
-        yield _record(
+        yield _origin(
+            anchor(sweep.store.uri, trial),
             what=trial,
             status=first.status,
             folder=sweep.store.uri,
@@ -47,7 +80,7 @@ def trials(sweep: OutputTable[SweepRow], sources: Sources) -> Iterator[dict[str,
         )
 
 
-def encoders(probe: OutputTable[ScoreRow], sources: Sources) -> Iterator[dict[str, str]]:
+def encoders(probe: OutputTable[ScoreRow], sources: Sources) -> Iterator[Origin]:
     """The encoders of an output of probes."""
     runs = {each.model_fingerprint: each for each in sources.runs.values() if each.output == probe.store.uri}
     by_encoder: dict[str, list[ScoreRow]] = {}
@@ -56,7 +89,8 @@ def encoders(probe: OutputTable[ScoreRow], sources: Sources) -> Iterator[dict[st
     for encoder_rows in by_encoder.values():
         first = encoder_rows[0]
         tracked = runs.get(first.model_fingerprint)
-        yield _record(
+        yield _origin(
+            anchor(probe.store.uri, encoder_stem(first)),
             what=first.model,
             status="probed",
             folder=probe.store.uri,
@@ -67,8 +101,8 @@ def encoders(probe: OutputTable[ScoreRow], sources: Sources) -> Iterator[dict[st
         )
 
 
-def _record(*, tracked: TrackedRun | None, run: str | None, **facts: str | None) -> dict[str, str]:
-    code, host = (tracked.code_version, tracked.host) if tracked else ("", "")
+def _origin(name: str, *, tracked: TrackedRun | None, run: str | None, **facts: str | None) -> Origin:
+    code, host, page = (tracked.code_version, tracked.host, tracked.page) if tracked else ("", "", "")
     names = ("what", "status", "folder", "settings", "cells", "encoder", "benchmarks")
-    record = {name: facts.get(name) or "" for name in names}
-    return record | {"MLflow run": run or "", "code": code, "host": host}
+    record = {each: facts.get(each) or "" for each in names} | {"MLflow run": run or "", "code": code, "host": host}
+    return Origin(name, record, page)

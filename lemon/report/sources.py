@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Generic, TypeVar
 
@@ -13,6 +13,7 @@ from lemon.errors import ConfigError
 from lemon.pretrain.config import steps_of
 from lemon.probe.tables import read_scores
 from lemon.report.config import ReportConfig
+from lemon.report.paper import PaperNumbers
 from lemon.runtime.console import stage_logger
 from lemon.runtime.store import Store
 from lemon.runtime.tracking import Run, RunRecord, find_runs
@@ -60,6 +61,7 @@ class TrackedRun(BaseModel):
     """A run of MLflow; None and empty stand for what it does not record."""
 
     run: Run
+    page: str
     is_child: bool
     is_sweep: bool
     output: str | None = None
@@ -75,7 +77,12 @@ class TrackedRun(BaseModel):
             settings = TrackedSettings.model_validate(record.params)
         except ValidationError:  # a probe's, or of a process that was killed before it had logged all
             settings = None
-        facts = {"run": record.run, "is_child": record.is_child, "is_sweep": "sweep.name" in record.params}
+        facts = {
+            "run": record.run,
+            "page": record.page,
+            "is_child": record.is_child,
+            "is_sweep": "sweep.name" in record.params,
+        }
         return cls.model_validate({**record.tags, **facts, "settings": settings})
 
 
@@ -100,6 +107,22 @@ class Sources:
         logger.info(f"missing: {line}")
 
 
+@dataclass(frozen=True)
+class Report:
+    """What a section is made from (settings, outputs and runs, the paper's numbers), and where its files go."""
+
+    config: ReportConfig
+    sources: Sources
+    numbers: PaperNumbers
+    store: Store
+
+
+def stems(key: str, outputs: Sequence[OutputTable[R]]) -> Iterator[tuple[str, str, OutputTable[R]]]:
+    """What the files of each output are called (table2, table2_2, ...), and what tells its title from the others'."""
+    for number, output in enumerate(outputs, 1):
+        yield key if number == 1 else f"{key}_{number}", f" ({output.name})" if len(outputs) > 1 else "", output
+
+
 def find_sources(config: ReportConfig) -> Sources:
     """Read the outputs of a report. Raises ConfigError where MLflow is needed for that and cannot be read."""
     sources = Sources()
@@ -107,7 +130,8 @@ def find_sources(config: ReportConfig) -> Sources:
         _find_runs(name, sources, needed=config.sweeps is None or config.probes is None)
     by_kind: dict[bool, list[str]] = {True: [], False: []}
     for run in sources.runs.values():
-        if run.output is not None and not run.is_child:
+        is_pretraining = run.settings is not None and not run.is_sweep
+        if run.output is not None and not run.is_child and not is_pretraining:
             by_kind[run.is_sweep].append(run.output)
     _read_all(sources.sweeps, config.sweeps, by_kind[True], read_sweep, sources)
     _read_all(sources.probes, config.probes, by_kind[False], read_scores, sources)

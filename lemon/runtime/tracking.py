@@ -36,6 +36,9 @@ RUN = "run.json"
 NEWEST = "newest"
 """The alias of a registered model's newest version: models:/lemon@newest."""
 
+UI = "http://127.0.0.1:5000"
+"""Where ``make ui`` serves MLflow's pages."""
+
 MLFLOW_PARENT = "mlflow.parentRunId"
 """The tag that MLflow gives a run which belongs to another."""
 
@@ -199,9 +202,13 @@ class Run:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What MLflow holds of a run: its tags and parameters as text, of each metric the last value."""
+    """What MLflow holds of a run: its tags and parameters as text, of each metric the last value.
+
+    ``page`` is its page in MLflow, of a database where ``make ui`` serves it.
+    """
 
     run: Run
+    page: str
     tags: dict[str, str]
     params: dict[str, str]
     metrics: dict[str, float]
@@ -238,8 +245,15 @@ def find_runs(experiment: str) -> list[RunRecord]:
             token = page and page.token
             page = client.search_runs([known.experiment_id], order_by=["attributes.start_time"], page_token=token)
             runs += page
+    site = f"{uri if uri.startswith('http') else UI}/#/experiments/{known.experiment_id}/runs"
     return [
-        RunRecord(Run(uri, run.info.run_id), tags=run.data.tags, params=run.data.params, metrics=run.data.metrics)
+        RunRecord(
+            Run(uri, run.info.run_id),
+            page=f"{site}/{run.info.run_id}",
+            tags=run.data.tags,
+            params=run.data.params,
+            metrics=run.data.metrics,
+        )
         for run in runs
     ]
 

@@ -16,6 +16,7 @@ from scipy import stats
 
 from lemon.probe.folds import LEAK_FREE
 from lemon.probe.score import MAIN_METRICS
+from lemon.probe.tables import leaders
 from lemon.schema import SweepRow
 
 
@@ -137,12 +138,23 @@ def differences_to_first(values: Sequence[Value]) -> list[PointDifference]:
     return [each for each in all_differences if each is not None and each.point != each.against]
 
 
-def best_points(values: Iterable[Value]) -> dict[tuple[str, str], float]:
-    """The highest mean of each column."""
-    best: dict[tuple[str, str], float] = {}
+def leading_points(values: Sequence[Value]) -> dict[tuple[str, str], set[str]]:
+    """Column -> its best point with all that it cannot be told apart from over seeds; none where that is all."""
+    columns: dict[tuple[str, str], dict[str, Value]] = {}
     for value in values:
-        best[value.column] = max(best.get(value.column, -math.inf), value.over.mean)
-    return best
+        columns.setdefault(value.column, {})[value.point] = value
+    return {
+        column: leaders(
+            {point: value.over.mean for point, value in points.items()},
+            lambda first, second, points=points: may_be_chance(point_difference(points[first], points[second])),
+        )
+        for column, points in columns.items()
+    }
+
+
+def may_be_chance(difference: PointDifference | None) -> bool:
+    """Whether the interval of a difference holds 0, or is not known, as with a single seed."""
+    return difference is None or not (difference.over.low > 0 or difference.over.high < 0)
 
 
 def main_values(values: Sequence[Value]) -> dict[str, list[Value]]:

@@ -16,7 +16,7 @@ import lemon
 from lemon.encoders.config import LEMON_MEAN, LEMON_STD, EncoderConfig
 from lemon.encoders.export import CellInput, export_encoder, load_exported
 from lemon.encoders.features import default_batch, encode_cells, resize
-from lemon.encoders.open import RELEASED, Encoder, cell_input_of, load_encoder
+from lemon.encoders.open import RELEASED, Encoder, cell_input_of, load_encoder, untrained_twin
 from lemon.encoders.registry import find_entry
 from lemon.encoders.vit import build_vit, seeded
 from lemon.errors import ConfigError
@@ -46,6 +46,27 @@ def test_a_run_and_its_encoder_folder_open_by_path(tmp_path: Path) -> None:
     with torch.inference_mode():
         torch.testing.assert_close(opened.embed(cells()), vit(normalised))
     assert load_encoder(str(tmp_path / "run" / "encoder")).fingerprint == opened.fingerprint
+
+
+def test_an_untrained_twin_has_the_shape_and_input_and_the_same_random_weights_for_all_of_one_shape(
+    tmp_path: Path,
+) -> None:
+    exported(tmp_path / "run")
+    trained = load_encoder(tmp_path / "run")
+    with torch.no_grad():
+        for weights in trained.model.parameters():
+            weights.mul_(1.1)
+    twin = untrained_twin(trained)
+    assert twin is not None
+    assert (twin.name, twin.cell_input) == ("untrained_vit_32x2", INPUT)
+    shapes = [{key: value.shape for key, value in each.model.state_dict().items()} for each in (trained, twin)]
+    assert shapes[0] == shapes[1]
+    assert twin.fingerprint != trained.fingerprint
+    with seeded(0):
+        expected = build_vit(TINY).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in twin.model.state_dict().items())
+    assert untrained_twin(twin) is None  # it is its own
+    assert untrained_twin(Encoder(nn.Conv2d(3, 8, 8), INPUT, name="foreign")) is None
 
 
 def test_a_folder_written_before_encoders_could_resize_still_opens(tmp_path: Path) -> None:

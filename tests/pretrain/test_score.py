@@ -58,8 +58,8 @@ def test_a_finished_run_has_probe_metrics_without_labels_and_its_version_carries
     (cells,) = {name.split("/")[1].partition("_")[2] for name in run.data.metrics if name.startswith("probe/restained")}
     kinds = {f"morphometry_{cells}": "pearson", f"restained_{cells}": "recall_at_1"}
     for task, metric in kinds.items():
-        values = {part: run.data.metrics[f"probe/{task}/{metric}{part}"] for part in ("", "_pooled", "_low", "_high")}
-        assert values["_low"] <= values["_pooled"] <= values["_high"]
+        values = {part: run.data.metrics[f"probe/{task}/{metric}{part}"] for part in ("", "_low", "_high")}
+        assert values["_low"] <= values[""] <= values["_high"]
     assert run.data.metrics[f"probe/morphometry_{cells}/pearson_sd"] >= 0
     assert {each.dataset.name.partition(":")[0] for each in run.inputs.dataset_inputs} == {"morphometry", "restained"}
     assert [each.path for each in client_of(home).list_artifacts(run.info.run_id, "probe")] == ["probe/table1.md"]

@@ -58,9 +58,8 @@ def tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(tmp_path: Path, models: list[str], **more) -> ProbeConfig:
-    return ProbeConfig(
-        models=models, tasks=more.pop("tasks", ["light"]), output=str(tmp_path / "out"), bootstrap=100, **more
-    )
+    known = {"tasks": ["light"], "output": str(tmp_path / "out"), "bootstrap": 100, "untrained": False}
+    return ProbeConfig(models=models, **known | more)
 
 
 @pytest.mark.slow
@@ -69,7 +68,6 @@ def test_two_encoders_give_scores_predictions_and_a_table(tmp_path, encoders, ta
     rows = tables.read_scores(Store(tmp_path / "out"))
     assert {row.model for row in rows} == {"enc0", "enc1"}
     text = tables.write_table1(Store(tmp_path / "out"))
-    assert text.count("**") in (4, 6)  # the best of each of two columns; two where they are even
     header, _, first, second = text.splitlines()[:4]
     assert "light, leak-free" in header
     assert "light, paper" in header
@@ -78,6 +76,17 @@ def test_two_encoders_give_scores_predictions_and_a_table(tmp_path, encoders, ta
     differences = (tmp_path / "out" / "differences.csv").read_text().splitlines()
     assert differences[0] == "task,protocol,encoder,against,difference,low,high"
     assert len(differences) == 3
+
+
+@pytest.mark.slow
+def test_an_untrained_encoder_of_the_same_shape_is_scored_once_beside_two(tmp_path, encoders, tasks):
+    assert probing.main(config(tmp_path, encoders, untrained=True, protocols=["leak-free"], probes=["linear"])) == 0
+    store = Store(tmp_path / "out")
+    rows = tables.read_scores(store)
+    assert {row.model for row in rows} == {"enc0", "enc1", "untrained_vit_32x1"}
+    assert tables.untrained_twins(store, rows) == {"enc0": "untrained_vit_32x1", "enc1": "untrained_vit_32x1"}
+    pairs = {(each.encoder, each.against) for each in tables.paired_differences(store, rows)}
+    assert pairs == {("enc0", "enc1"), ("enc0", "untrained_vit_32x1"), ("enc1", "untrained_vit_32x1")}
 
 
 @pytest.mark.slow

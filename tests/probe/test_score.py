@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from lemon.probe.config import ProbeSettings
-from lemon.probe.score import POOLED, Score, score_task
+from lemon.probe.score import OVER_FOLDS, Score, score_task
 from lemon.probe.task import Task
 from tests.probe.made_up import made_up, task_of
 
 SETTINGS = ProbeSettings(bootstrap=200)
 
 
-def value(scores: list[Score], protocol: str, metric: str, *, fold: int = POOLED) -> float:
+def value(scores: list[Score], protocol: str, metric: str, *, fold: int = OVER_FOLDS) -> float:
     (found,) = [each.value for each in scores if (each.protocol, each.metric, each.fold) == (protocol, metric, fold)]
     return found
 
@@ -30,7 +30,7 @@ def test_every_protocol_fold_and_probe_has_its_rows_and_every_crop_is_predicted_
             for metric in ("balanced_accuracy", "macro_f1", "auroc"):
                 wanted = (protocol, prefix + metric)
                 folds = [each.fold for each in scored.scores if (each.protocol, each.metric) == wanted]
-                assert sorted(fold for fold in folds if fold != POOLED) == [0, 1, 2]
+                assert sorted(fold for fold in folds if fold != OVER_FOLDS) == [0, 1, 2]
             part = scored.predictions.to_pandas().query(
                 f"protocol == '{protocol}' and probe == '{prefix[:3] or 'linear'}'"
             )

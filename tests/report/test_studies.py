@@ -74,10 +74,14 @@ def test_differences_are_paired_by_the_seeds_that_both_points_have() -> None:
     assert studies.differences_to_first(apart) == []
 
 
-def test_the_best_of_a_column_is_the_highest_mean_over_seeds() -> None:
-    values = studies.study_values(rows_of({"a": [0.5, 0.9], "b": [0.71, 0.71]}))
-    best = studies.best_points(values)
-    assert [value.point for value in values if value.over.mean == best[value.column]] == ["b"]
+def test_a_point_leads_with_all_whose_distance_may_be_chance() -> None:
+    column = ("t", "leak-free")
+    near = {"a": [0.5, 0.51, 0.52], "b": [0.7, 0.72, 0.71], "c": [0.71, 0.70, 0.72]}
+    assert studies.leading_points(studies.study_values(rows_of(near)))[column] == {"b", "c"}
+    alone = {"a": [0.5, 0.51, 0.52], "b": [0.7, 0.71, 0.72]}
+    assert studies.leading_points(studies.study_values(rows_of(alone)))[column] == {"b"}
+    one_seed = {"a": [0.5], "b": [0.9]}
+    assert studies.leading_points(studies.study_values(rows_of(one_seed)))[column] == set()
 
 
 def test_a_trial_or_a_score_that_is_lost_is_listed_and_counts_nowhere() -> None:
@@ -131,10 +135,10 @@ def test_sentences_say_what_is_gained_and_whether_seeds_explain_it(tmp_path: Pat
     assert told.endswith("over 3 seeds, no difference beyond seeds.")
     views = rows_of({"a0": [0.5, 0.6], "a1": [0.56, 0.64]}, study="augmentation")
     (told,) = study_sentences(as_output(tmp_path / "b", views))
-    assert "a1 0.600 is best, against a0 0.550: +0.050" in told
+    assert "a1 0.600 is highest, against a0 0.550: +0.050" in told
     assert "over 2 seeds, no difference beyond seeds" in told
     (told,) = study_sentences(as_output(tmp_path / "c", rows_of({"a0": [0.6], "a1": [0.5]}, study="ssl")))
-    assert "a0 0.600 is best, against a1 0.500: +0.100 with one seed, which says nothing about chance" in told
+    assert "a0 0.600 is highest, against a1 0.500: +0.100 with one seed, which says nothing about chance" in told
 
 
 def test_images_seen_are_whole_batches() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lemon.probe.config import ProbeSettings
-from lemon.probe.score import POOLED, nearest, score_task
+from lemon.probe.score import OVER_FOLDS, nearest, score_task
 from lemon.probe.task import Task, TaskError
 from lemon.probe.tasks.catalogue import open_task
 from lemon.probe.tasks.restained import restained_copies
@@ -61,8 +61,12 @@ def test_an_embedding_that_knows_every_cell_scores_1_and_one_that_knows_none_sco
         scores = score_task(task, embedding, ProbeSettings()).scores
         found = {(score.fold, score.metric): score.value for score in scores}
         assert low <= found[0, "recall_at_1"] <= high
-        assert found[POOLED, "recall_at_1_low"] <= found[POOLED, "recall_at_1"] <= found[POOLED, "recall_at_1_high"]
-        assert found[POOLED, "recall_at_1"] == found[0, "recall_at_1"]
+        assert (
+            found[OVER_FOLDS, "recall_at_1_low"]
+            <= found[OVER_FOLDS, "recall_at_1"]
+            <= found[OVER_FOLDS, "recall_at_1_high"]
+        )
+        assert found[OVER_FOLDS, "recall_at_1"] == found[0, "recall_at_1"]
 
 
 def test_predictions_name_the_cell_whose_copy_was_nearest(task: Task) -> None:
