@@ -70,10 +70,8 @@ def classification_scores(truth: np.ndarray, probability: np.ndarray) -> dict[st
 
 def pearson(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """Pearson correlation of each column of two [N, G] arrays: float64 [G]; NaN where a column is constant."""
-    a = truth - truth.mean(axis=0, dtype=np.float64)
-    b = predicted - predicted.mean(axis=0, dtype=np.float64)
-    norms = np.sqrt((a**2).sum(axis=0) * (b**2).sum(axis=0))
-    return np.divide((a * b).sum(axis=0), norms, out=np.full(a.shape[1], np.nan), where=norms > 0)
+    together = np.zeros(len(truth), int)
+    return correlations(moments(truth, predicted, together, together)[0, 0])
 
 
 def mean_pearson(truth: np.ndarray, predicted: np.ndarray) -> float:
@@ -93,7 +91,7 @@ def counts_of(
         fold, cluster: names [N].
     """
     if metric == "pearson":
-        return Counts(moments(truth, predicted, fold, cluster), pearson_of)
+        return Counts(moments(truth, predicted, fold, cluster), mean_correlation_of)
     if metric == "recall_at_1":  # the recall of the one class "found"
         hits = (truth == predicted).all(axis=1).astype(int)
         return Counts(confusions(np.ones_like(hits), hits, fold, cluster, classes=2), balanced_accuracy_of)
@@ -143,11 +141,16 @@ def macro_f1_of(confusion: np.ndarray) -> np.ndarray:
     return _mean(np.where(truth > 0, _ratio(2 * hits, truth + claimed), np.nan))
 
 
-def pearson_of(sums: np.ndarray) -> np.ndarray:
-    """Mean Pearson correlation over the columns that have one, of sums [..., 6, G] as of ``moments``."""
+def correlations(sums: np.ndarray) -> np.ndarray:
+    """Pearson correlation of each column, of sums [..., 6, G] as of ``moments``: [..., G]; NaN where one is constant."""
     n, t, p, tt, pp, tp = np.moveaxis(sums, -2, 0)
     variances = [np.where(each > _ROUNDING * n * n, each, 0) for each in (n * tt - t * t, n * pp - p * p)]
-    return _mean(_ratio(n * tp - t * p, np.sqrt(variances[0] * variances[1])))
+    return _ratio(n * tp - t * p, np.sqrt(variances[0] * variances[1]))
+
+
+def mean_correlation_of(sums: np.ndarray) -> np.ndarray:
+    """Mean of ``correlations`` over the columns that have one [...]."""
+    return _mean(correlations(sums))
 
 
 def bootstrap(counts: Counts, *, seed: int, draws: int = DRAWS) -> Bootstrapped:

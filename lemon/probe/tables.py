@@ -144,7 +144,7 @@ def task_labels(tasks: Iterable[str]) -> dict[str, str]:
 
 
 def main_cells(rows: Iterable[ScoreRow]) -> dict[tuple[str, str, str], ScoreCell]:
-    """(stem of the encoder, task, protocol) -> the main metric of the linear probe."""
+    """(stem of the encoder, task, protocol) -> the main metric of the linear probe, where it is a number."""
     units: dict[tuple[str, str], list[ScoreRow]] = {}
     for row in rows:
         units.setdefault((encoder_stem(row), row.task), []).append(row)
@@ -152,7 +152,7 @@ def main_cells(rows: Iterable[ScoreRow]) -> dict[tuple[str, str, str], ScoreCell
     for (stem, task), unit_rows in units.items():
         over_folds = {(row.protocol, row.metric): row.value for row in unit_rows if row.fold == OVER_FOLDS}
         for protocol, metric, mean, spread in fold_means(unit_rows):
-            if metric in MAIN_METRICS:
+            if metric in MAIN_METRICS and np.isfinite(mean):
                 bounds = (over_folds.get((protocol, f"{metric}_{end}"), float("nan")) for end in ("low", "high"))
                 cells[stem, task, protocol] = ScoreCell(mean, spread, *bounds)
     return cells

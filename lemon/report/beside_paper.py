@@ -75,7 +75,7 @@ def score_grid(
             row.append(line.cells.get(column, TableCell("", "" if line in more else "no result")))
         if is_beside:
             why = papers[column]
-            tip = f"Not comparable: {why}." if why else "Comparable: the same splits."
+            tip = f"Not comparable: {why}." if why else "By the paper's splits, as far as it says which."
             head.append(Column("paper", f"\u2260 {why}" if why else "", tip=tip, group=title, paper=True))
             for number, row in zip(beside, rows, strict=True):
                 row.append(TableCell(printed(number), value=number.value if number else None))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from lemon.probe.folds import LEAK_FREE, PAPER
 from lemon.probe.score import OVER_FOLDS
 from lemon.probe.tables import (
     PairedDifference,
+    ScoreCell,
     encoder_labels,
     leading_encoders,
     main_cells,
@@ -19,7 +21,7 @@ from lemon.probe.tables import (
     task_labels,
     untrained_twins,
 )
-from lemon.report.beside_paper import Line, facts_of, is_papers, left_table, metric_names, score_grid
+from lemon.report.beside_paper import Key, Line, facts_of, is_papers, left_table, metric_names, score_grid
 from lemon.report.blocks import (
     Column,
     Picture,
@@ -46,105 +48,112 @@ SPLITS = {LEAK_FREE: "Splits that divide no slide, patient or hospital", PAPER: 
 CELLS_ARE = "mean (s.d.) over folds of the linear probe, and the 95 % interval of the mean over draws of whole slides."
 
 
+@dataclass(frozen=True)
+class _Scored:
+    """What an output of probes says, by stem of the encoder: labels, cells by (task, protocol), where it leads."""
+
+    probe: OutputTable[ScoreRow]
+    labels: dict[str, str]
+    cells: dict[str, dict[Key, ScoreCell]]
+    lead: dict[str, set[Key]]
+    differences: list[PairedDifference]
+    twins: dict[str, str]
+
+    @classmethod
+    def of(cls, probe: OutputTable[ScoreRow]) -> _Scored:
+        differences, labels = paired_differences(probe.store, probe.rows), encoder_labels(probe.rows)
+        cells: dict[str, dict[Key, ScoreCell]] = {}
+        for (stem, task, protocol), cell in main_cells(probe.rows).items():
+            cells.setdefault(stem, {})[task, protocol] = cell
+        leaders = leading_encoders(probe.rows, differences)
+        lead = {stem: {key for key, those in leaders.items() if labels[stem] in those} for stem in cells}
+        return cls(probe, labels, cells, lead, differences, untrained_twins(probe.store, probe.rows))
+
+    @property
+    def keys(self) -> list[Key]:
+        """Every task and protocol."""
+        return sorted({key for cells in self.cells.values() for key in cells})
+
+    @property
+    def in_order(self) -> list[str]:
+        """The highest first, by the mean over what each was scored on; untrained twins follow theirs."""
+        stem_of = {label: stem for stem, label in self.labels.items()}
+        mean = {stem: float(np.mean([cell.mean for cell in cells.values()])) for stem, cells in self.cells.items()}
+        trained = [stem for stem in self.cells if not self.is_untrained(stem)]
+        ranked = sorted(trained, key=lambda stem: (-mean[stem], self.labels[stem]))
+        pairs = ((stem, stem_of.get(self.twins.get(self.labels[stem], ""))) for stem in ranked)
+        return list(dict.fromkeys(stem for pair in pairs for stem in pair if stem))
+
+    def is_untrained(self, stem: str) -> bool:
+        """Whether it is there as another's untrained twin."""
+        return self.labels[stem] in self.twins.values()
+
+    def href(self, stem: str) -> str:
+        """Its row of the table of where numbers come from."""
+        return f"#{anchor(self.probe.store.uri, stem)}"
+
+
 def encoder_sections(report: Report) -> Iterator[Section]:
     """Encoders x tasks: Table 1, with a figure of the intervals and differences between encoders."""
+    artefact = ARTEFACTS["table1"]
     for stem, which, probe in stems("table1", report.sources.probes):
-        yield _encoder_section(probe, report, stem=stem, title=f"Table 1: encoders{which}")
+        scored = _Scored.of(probe)
+        section = Section(stem, f"Table 1: encoders{which}", artefact, facts=facts_of(artefact, probe_facts(probe)))
+        section.found = list(probe_sentences(probe.rows, scored.differences, scored.twins))
+        section.pictures = [_scores_picture(scored, report.store, stem=stem)]
+        section.tables = [
+            *_score_tables(scored, report.numbers, stem=stem),
+            *_encoder_differences(scored.differences, report.store, file=f"{stem}_differences.csv"),
+            *left_table(artefact, report.numbers),
+        ]
+        write_csv(report.store, f"{stem}.csv", table1_records(probe.rows))
+        yield section
 
 
-def _encoder_section(probe: OutputTable[ScoreRow], report: Report, *, stem: str, title: str) -> Section:
-    artefact, store, rows = ARTEFACTS["table1"], report.store, probe.rows
-    differences = paired_differences(probe.store, rows)
-    twins = untrained_twins(probe.store, rows)
-    section = Section(stem, title, artefact, facts=facts_of(artefact, probe_facts(probe)))
-    section.found = list(probe_sentences(rows, differences, twins))
-    section.pictures = [_scores_picture(probe, differences, twins, store, stem=stem)]
-    write_csv(store, f"{stem}.csv", table1_records(rows))
-    section.tables = [
-        *_score_tables(probe, differences, twins, report.numbers, stem=stem),
-        *_encoder_differences(differences, store, file=f"{stem}_differences.csv"),
-        *left_table(artefact, report.numbers),
-    ]
-    return section
-
-
-def _score_tables(
-    probe: OutputTable[ScoreRow],
-    differences: Sequence[PairedDifference],
-    twins: Mapping[str, str],
-    numbers: PaperNumbers,
-    *,
-    stem: str,
-) -> Iterator[Table]:
+def _score_tables(scored: _Scored, numbers: PaperNumbers, *, stem: str) -> Iterator[Table]:
     """A table for each kind of splits, those without leaks first."""
-    cells, labels = main_cells(probe.rows), encoder_labels(probe.rows)
-    lead = leading_encoders(probe.rows, differences)
     lines = []
-    for encoder in _in_order(probe, twins):
-        own = {key[1:]: cell for key, cell in cells.items() if key[0] == encoder}
-        shown = {
+    for encoder in scored.in_order:
+        label = scored.labels[encoder]
+        head = TableCell(label, "untrained" if scored.is_untrained(encoder) else "", href=scored.href(encoder))
+        cells = {
             key: TableCell(
                 bracketed(cell.mean, cell.spread),
                 between(cell.low, cell.high),
-                best=labels[encoder] in lead[key],
+                best=key in scored.lead[encoder],
                 value=cell.mean,
             )
-            for key, cell in own.items()
+            for key, cell in scored.cells[encoder].items()
         }
-        label = labels[encoder]
-        small = "untrained" if label in twins.values() else ""
-        lines.append(Line([TableCell(label, small, href=f"#{anchor(probe.store.uri, encoder)}")], [label], shown))
-    everywhere = sorted({key[1:] for key in cells})
-    for protocol in sorted({protocol for _, protocol in everywhere}, key=lambda name: (name != LEAK_FREE, name)):
-        keys = [key for key in everywhere if key[1] == protocol]
+        lines.append(Line([head], [label], cells))
+    for protocol in sorted({protocol for _, protocol in scored.keys}, key=lambda name: (name != LEAK_FREE, name)):
+        keys = [key for key in scored.keys if key[1] == protocol]
         head, body = score_grid(
             [line for line in lines if line.cells.keys() & {*keys}],
             keys,
             first=[Column("encoder")],
             numbers=numbers,
             artefact=ARTEFACTS["table1"],
-            papers={key: "" if protocol == PAPER else "other splits" for key in keys if is_papers(key, everywhere)},
-            metrics=metric_names(probe.rows),
+            papers={key: "" if protocol == PAPER else "other splits" for key in keys if is_papers(key, scored.keys)},
+            metrics=metric_names(scored.probe.rows),
         )
         yield Table(f"{SPLITS.get(protocol, protocol)}: {CELLS_ARE}", head, body, f"{stem}.csv")
 
 
-def _in_order(probe: OutputTable[ScoreRow], twins: Mapping[str, str]) -> list[str]:
-    """Stems of encoders, the highest first by the mean over what each was scored on; untrained twins follow theirs."""
-    own: dict[str, list[float]] = {}
-    for (stem, _, _), cell in main_cells(probe.rows).items():
-        own.setdefault(stem, []).append(cell.mean)
-    labels = encoder_labels(probe.rows)
-    stems_of = {label: stem for stem, label in labels.items()}
-    ranked = sorted(own, key=lambda stem: (-float(np.mean(own[stem])), labels[stem]))
-    trained = [stem for stem in ranked if labels[stem] not in twins.values()]
-    pairs = ((stem, stems_of.get(twins.get(labels[stem], ""))) for stem in trained)
-    return list(dict.fromkeys(stem for pair in pairs for stem in pair if stem))
-
-
-def _scores_picture(
-    probe: OutputTable[ScoreRow],
-    differences: Sequence[PairedDifference],
-    twins: Mapping[str, str],
-    store: Store,
-    *,
-    stem: str,
-) -> Picture:
+def _scores_picture(scored: _Scored, store: Store, *, stem: str) -> Picture:
     """Every score with its interval, by splits without leaks where a task has them."""
-    cells, labels = main_cells(probe.rows), encoder_labels(probe.rows)
-    lead = leading_encoders(probe.rows, differences)
-    keys = dict(sorted({key[1:] for key in cells}, key=lambda key: (key[1] == LEAK_FREE, key)))
+    protocols = dict(sorted(scored.keys, key=lambda key: (key[1] == LEAK_FREE, key)))
     lines = [
         ScoreLine(
-            labels[encoder],
-            {task: cell for task, protocol in keys.items() if (cell := cells.get((encoder, task, protocol)))},
-            untrained=labels[encoder] in twins.values(),
-            leads={key[0] for key in keys.items() if labels[encoder] in lead[key]},
-            href=f"#{anchor(probe.store.uri, encoder)}",
+            scored.labels[encoder],
+            {key[0]: cell for key, cell in scored.cells[encoder].items() if key in protocols.items()},
+            untrained=scored.is_untrained(encoder),
+            leads={key[0] for key in scored.lead[encoder] if key in protocols.items()},
+            href=scored.href(encoder),
         )
-        for encoder in _in_order(probe, twins)
+        for encoder in scored.in_order
     ]
-    figure = scores_figure(lines, tasks=task_labels(sorted(keys)), metrics=metric_names(probe.rows))
+    figure = scores_figure(lines, tasks=task_labels(sorted(protocols)), metrics=metric_names(scored.probe.rows))
     caption = (
         "Mean over folds with its 95 % interval over draws of slides. Filled: the best with all that it cannot be told "
         "apart from. Grey: untrained."
