@@ -142,7 +142,7 @@ def macro_f1_of(confusion: np.ndarray) -> np.ndarray:
 
 
 def correlations(sums: np.ndarray) -> np.ndarray:
-    """Pearson correlation of each column, [..., G], of sums [..., 6, G] as of ``moments``; NaN where one is constant."""
+    """Pearson correlations [..., G] of sums [..., 6, G] as of ``moments``; NaN where a column is constant."""
     n, t, p, tt, pp, tp = np.moveaxis(sums, -2, 0)
     variances = [np.where(each > _ROUNDING * n * n, each, 0) for each in (n * tt - t * t, n * pp - p * p)]
     return _ratio(n * tp - t * p, np.sqrt(variances[0] * variances[1]))
