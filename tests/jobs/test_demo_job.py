@@ -63,6 +63,7 @@ def test_the_demo_killed_in_its_sweep_goes_on_and_ends_with_every_stage(tmp_path
         "atlas/atlas.html",
         "atlas/atlas.png",
         "probe/table1.csv",
+        "probe/index.html",
         "report/index.html",
     ):
         assert (output / name).stat().st_size > 0, name
