@@ -100,8 +100,8 @@ def test_null_scores_nothing_and_a_rerun_with_tasks_scores_without_training_agai
 def test_lemon_probe_logs_to_the_run_that_trained_the_encoder_unless_told_not_to(home: Path) -> None:
     assert pretraining.main(config_in(home, "tasks=null")) == EXIT_OK
     shutil.copytree(home / "cells", home / "other")
-    words = {"tasks": [f"restained:{home / 'other'}"], "output": str(home / "probe"), "bootstrap": 100, "untrained": False}
-    alone = ProbeConfig(models=[str(home / "run")], **words, on_training_run=False)
+    words = {"tasks": [f"restained:{home / 'other'}"], "output": str(home / "probe"), "bootstrap": 100}
+    alone = ProbeConfig(models=[str(home / "run")], **words, on_training_run=False, untrained=False)
     assert probing.main(alone) == EXIT_OK
     assert not any(name.startswith("probe/") for name in run_in(home).data.metrics)
     for model in (str(home / "run"), "models:/lemon/1", "models:/lemon@newest"):
