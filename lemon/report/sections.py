@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from lemon.probe.figures import cost_figure, cost_points, save_figure
+from lemon.probe.figures import cost_figures, cost_means, cost_points, left_out_of_means, save_figure
 from lemon.probe.folds import PAPER
 from lemon.probe.score import POOLED
 from lemon.probe.tables import as_csv, encoder_labels, main_cells, paired_differences, table1_records
@@ -134,9 +134,19 @@ def figure2_section(probe: OutputTable[ScoreRow], numbers: PaperNumbers, store: 
     if not points:
         section.notes.append(f"{probe.store.uri} holds no scores by splits without leaks, or no costs of its encoders.")
         return section
-    caption = "Linear probe by splits without leaks (s.d. over folds) against GFLOP a cell, a multiply-add being two."
-    alt = "A panel for each task: one point an encoder, score against arithmetic; the numbers are in the table below."
-    section.pictures = [picture(cost_figure(points), store, stem, caption=caption, alt=alt)]
+    means = cost_means(points)
+    section.notes += left_out_of_means(points, means)
+    captions = {
+        "figure2": "Mean over a panel's tasks against GFLOP a cell, a multiply-add being two. Size: parameters.",
+        "figure2_tasks": "Each task by itself, with the s.d. over folds.",
+    }
+    for name, figure in cost_figures(points).items():
+        caption = f"{captions[name if means else 'figure2_tasks']} Linear probe by splits without leaks."
+        alt = "One point an encoder, score against arithmetic; the numbers are in the table below."
+        place = stem + name.removeprefix("figure2")
+        section.pictures.append(picture(figure, store, place, caption=caption, alt=alt))
+    if means:
+        _write_csv(store, f"{stem}_means.csv", [mean._asdict() for mean in means])
     _write_csv(store, f"{stem}.csv", [point._asdict() for point in points])
     head = [("encoder", ""), ("task", ""), ("GFLOP", "all arithmetic"), ("GMAC", "the paper's FLOPs"), ("score", "")]
     rows = [
@@ -265,22 +275,21 @@ def difference_tables(values: Sequence[studies.Value], store: Store, *, stem: st
 
 def study_figures(study: str, values: Sequence[studies.Value], store: Store, *, stem: str) -> list[Picture]:
     """Figure 3 of a study that has one."""
-    if study not in (*figures.AXES, "organs"):
+    if study not in figures.AXES:
         return []
     single = all(value.over.n < 2 for value in values)
     bars = (
         "One seed, so there are no error bars." if single else "Bars: standard error over seeds; none at a single seed."
     )
-    if study == "organs":
-        figure, axis = figures.organs_figure(values), "the number of organs, a line for each number of slides"
-    else:
-        figure, axis = (
-            figures.scaling_figure(study, values),
-            f"the number of {figures.AXES[study][0]}, a line for each task",
-        )
-    alt = f"Score against {axis}; the numbers are in the table below."
-    caption = f"Linear probe against {axis}; by splits without leaks where a task has them. {bars}"
-    return [picture(figure, store, stem, caption=caption, alt=alt)]
+    axis = f"the number of {figures.AXES[study][0]}"
+    pictures = []
+    for end, figure in figures.scaling_figures(study, values).items():
+        lines = "a line for each encoder" + (" and number of slides" if study == "organs" else "")
+        what = "each task by itself" if end else "mean over the tasks"
+        caption = f"Linear probe against {axis}, {what}, {lines}; by splits without leaks where a task has them. {bars}"
+        alt = f"Score against {axis}, {lines}; the numbers are in the table below."
+        pictures.append(picture(figure, store, stem + end, caption=caption, alt=alt))
+    return pictures
 
 
 def sweep_facts(sweep: OutputTable[SweepRow], values: Sequence[studies.Value], runs: Runs) -> dict[str, str]:

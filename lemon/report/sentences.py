@@ -13,21 +13,18 @@ from lemon.schema import ScoreRow, SweepRow
 from lemon.sweep import studies
 from lemon.sweep.studies import Value
 
-SCALES = (*AXES, "organs")
-"""Studies whose points are in an order."""
-
 
 def study_sentences(sweep: OutputTable[SweepRow]) -> Iterator[str]:
     """One sentence or two a task: what a study's best point, or its largest, gains."""
     study = sweep.rows[0].study
     for task, task_values in studies.main_values(studies.study_values(sweep.rows)).items():
-        head = f"{study}, {task} ({task_values[0].protocol}):"
-        if len(task_values) == 1:
-            yield f"{head} {task_values[0].point} {fixed(task_values[0].over.mean)}, the only point with a result."
-        elif study in SCALES:
-            yield f"{head} {_scaled(task_values)}"
-        else:
-            yield f"{head} {_compared(task_values)}"
+        head = f"{study}, {task} ({task_values[0].protocol}"
+        encoders = dict.fromkeys(value.encoder for value in task_values) if study in AXES else {}
+        if len(encoders) < 2:
+            yield f"{head}): {_verdict(study, task_values)}"
+        for encoder in encoders if len(encoders) > 1 else ():
+            own = [value for value in task_values if value.encoder == encoder]
+            yield f"{head}, {encoder}): {_verdict(study, own)}"
     lost = {each.trial for each in studies.missing_results(sweep.rows)}
     if lost:
         yield f"{study}: {plural(len(lost), 'trial')} without a result, listed with the reason below."
@@ -50,6 +47,12 @@ def probe_sentences(probe: OutputTable[ScoreRow]) -> Iterator[str]:
             continue
         text += f" is best; next is {ranked[1][2]}, {bracketed(*ranked[1][:2])}."
         yield f"{text} {_paired(pairs, task, best, ranked[1][2])}".strip()
+
+
+def _verdict(study: str, values: Sequence[Value]) -> str:
+    if len(values) == 1:
+        return f"{values[0].point} {fixed(values[0].over.mean)}, the only point with a result."
+    return _scaled(values) if study in AXES else _compared(values)
 
 
 def _scaled(values: Sequence[Value]) -> str:
