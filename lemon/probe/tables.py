@@ -1,6 +1,6 @@
 """Tables of scores: the paper's Table 1 from the project's own runs, and differences between encoders.
 
-The paper's own numbers are not in the table: they are not at hand, and typed-in numbers would not be evidence.
+The paper's own numbers are not in the table; ``lemon report`` sets them beside it.
 """
 
 from __future__ import annotations

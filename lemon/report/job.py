@@ -13,7 +13,7 @@ from markupsafe import Markup
 from lemon.errors import EXIT_FAILURES, EXIT_OK, ConfigError
 from lemon.report.blocks import Section
 from lemon.report.config import ReportConfig
-from lemon.report.paper import ARTEFACTS, PaperNumbers, read_paper
+from lemon.report.paper import ARTEFACTS, SHIPPED, SOURCE, PaperNumbers, read_paper
 from lemon.report.pasted import atlas_section, views_section
 from lemon.report.provenance import FILE, provenance_section
 from lemon.report.sections import STUDIES, figure2_section, study_section, table1_section
@@ -123,13 +123,13 @@ def about(config: ReportConfig) -> Iterator[str]:
         "The paper's recipe is given beside ours, since most runs here are far smaller: "
         "look at what was used before comparing."
     )
-    if config.paper:
+    if config.paper == SHIPPED:
+        yield f'Scores labelled "paper" are printed in {SOURCE}: its authors measured them, with their own training.'
+    elif config.paper:
         yield f'Scores labelled "paper" are the paper\'s, as typed into {config.paper}; they were not checked.'
-    else:
-        yield "The paper's own scores are not at hand, so none are shown; paper=paper.csv adds those of your copy."
     yield (
-        'Splits: "paper" are the paper\'s; "leak-free" never divide a slide, a patient or a hospital between training '
-        "and test. Where both exist, sentences and figures use the second."
+        'Splits: "paper" are the paper\'s as far as it says; "leak-free" never divide a slide, a patient or a hospital '
+        "between training and test. Where both exist, sentences and figures use the second."
     )
 
 

@@ -85,6 +85,7 @@ def table1_section(probe: OutputTable[ScoreRow], numbers: PaperNumbers, store: S
     )
     section = Section(stem, "Table 1: encoders", ARTEFACTS["table1"])
     section.facts = facts_of(ARTEFACTS["table1"], probe_facts(probe))
+    section.notes += numbers.notes("table1")
     section.tables = [Table(caption, [("encoder", ""), *columns], rows, f"{stem}.csv")]
     _write_csv(store, f"{stem}.csv", table1_records(probe.rows))
     section.tables += _encoder_differences(probe, store, labels, file=f"{stem}_differences.csv")
@@ -184,7 +185,9 @@ def study_section(
         section.tables += [study_table(sweep, values, numbers, artefact, store, stem=stem)]
         section.tables += difference_tables(values, store, stem=stem)
     section.tables += _lost_table(sweep, store, stem=stem)
-    section.tables += left_table(artefact.key, numbers) if artefact else []
+    if artefact:
+        section.notes += numbers.notes(artefact.key)
+        section.tables += left_table(artefact.key, numbers)
     section.pictures += curves_pictures(sweep, runs, store, stem=stem)
     if not any(row.run_id in runs for row in sweep.rows):
         section.notes.append("Its runs are not in this MLflow, so settings and curves are not known.")

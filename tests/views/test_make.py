@@ -15,7 +15,7 @@ from lemon.views.policy import Blur, Crop, Jitter, Policy, ViewRecipe
 from lemon.views.stain import fit_stain_statistics
 from tests.views.stained import draw, seeded, stained_cells
 
-NAMES = ["a0", "a1", "a1_gmm1", "a1_gmm10", "a1_gray", "a1_macenko", "moco_asymmetric"]
+NAMES = ["a0", "a1", "a1_gmm1", "a1_gmm10", "a1_gray", "a1_gray_blur1", "a1_macenko", "moco_asymmetric"]
 
 
 @pytest.fixture(scope="module")
