@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -127,16 +127,20 @@ def left_out_of_means(points: Sequence[CostPoint], means: Sequence[CostMean]) ->
 # --- drawing ----------------------------------------------------------------------------------------------------------
 
 
-def cost_figures(points: Sequence[CostPoint]) -> dict[str, Figure]:
+Links = Mapping[str, str]
+"""Name of an encoder, or of a point of a study -> where its points lead in an SVG file."""
+
+
+def cost_figures(points: Sequence[CostPoint], *, links: Links | None = None) -> dict[str, Figure]:
     """Stem of a file -> figure: ``figure2`` and ``figure2_tasks`` as in ``draw_cost``; none without points."""
     if not points:
         return {}  # the paper's protocol alone
     if means := cost_means(points):
-        return {"figure2": cost_means_figure(means), "figure2_tasks": cost_figure(points)}
-    return {"figure2": cost_figure(points)}
+        return {"figure2": cost_means_figure(means, links=links), "figure2_tasks": cost_figure(points, links=links)}
+    return {"figure2": cost_figure(points, links=links)}
 
 
-def cost_means_figure(means: Sequence[CostMean]) -> Figure:
+def cost_means_figure(means: Sequence[CostMean], *, links: Links | None = None) -> Figure:
     """Figure 2 as the paper has it: a panel for types of cells and one for gene expression, one point an encoder.
 
     Mean over the panel's tasks against GFLOP a cell (true arithmetic, a multiply-add being two); the size of a point
@@ -148,23 +152,23 @@ def cost_means_figure(means: Sequence[CostMean]) -> Figure:
         tasks = own[0].tasks.split()
         score = "Pearson correlation" if tasks[0].startswith("hest") else "balanced accuracy"
         panels.append((f"{panel}\nmean of {len(tasks)} task{'s' * (len(tasks) > 1)}", score, own))
-    return _figure(panels)
+    return _figure(panels, links or {})
 
 
-def cost_figure(points: Sequence[CostPoint]) -> Figure:
+def cost_figure(points: Sequence[CostPoint], *, links: Links | None = None) -> Figure:
     """The same with a panel a task, and bars of the standard deviation over folds."""
     tasks = sorted({point.task for point in points})
-    return _figure(
-        [(short(task), "score (s.d. over folds)", [point for point in points if point.task == task]) for task in tasks]
-    )
+    by_task = [[point for point in points if point.task == task] for task in tasks]
+    score = "score (s.d. over folds)"
+    return _figure([(short(task), score, own) for task, own in zip(tasks, by_task, strict=True)], links or {})
 
 
-def _figure(panels: Sequence[tuple[str, str, Sequence[Any]]]) -> Figure:
+def _figure(panels: Sequence[tuple[str, str, Sequence[Any]]], links: Links) -> Figure:
     """A panel each of (title, what the score is, CostPoints or CostMeans), and a legend of families and sizes below."""
     figure = Figure(figsize=(max(4.6 * len(panels), 5.4), 4.4), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(panels)))
     for axis, (title, score, points) in zip(axes, panels, strict=True):
-        _panel(axis, points)
+        _panel(axis, points, links)
         axis.set_title(title, fontsize=10)
         axis.set_ylabel(score)
     everything = [point for _, _, points in panels for point in points]
@@ -175,7 +179,7 @@ def _figure(panels: Sequence[tuple[str, str, Sequence[Any]]]) -> Figure:
     return figure
 
 
-def _panel(axis: Any, points: Sequence[Any]) -> None:
+def _panel(axis: Any, points: Sequence[Any], links: Links) -> None:
     low, high = log_limits([point.gflop for point in points])
     axis.set_xscale("log")
     axis.set_xlim(low, high)
@@ -187,9 +191,9 @@ def _panel(axis: Any, points: Sequence[Any]) -> None:
         spread = getattr(point, "spread", math.nan)
         if math.isfinite(spread):
             axis.errorbar(point.gflop, point.mean, yerr=spread, fmt="none", color=color, capsize=3, lw=1)
-        axis.scatter(
-            point.gflop, point.mean, s=marker_area(point.parameters), color=color, ec="white", lw=0.6, zorder=3
-        )
+        area = marker_area(point.parameters)
+        marker = axis.scatter(point.gflop, point.mean, s=area, color=color, ec="white", lw=0.6, zorder=3)
+        marker.set_urls([links.get(point.encoder)])
     axis.set_xlabel("GFLOP a cell")
     axis.margins(y=0.15)
     axis.grid(alpha=0.3)

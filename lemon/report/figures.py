@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from lemon.probe.figures import log_limits, plain, short
+from lemon.probe.figures import Links, log_limits, plain, short
 from lemon.sweep import studies
 from lemon.sweep.studies import Value
 
@@ -18,45 +18,46 @@ AXES = {"size": ("cells", "n_cells"), "slides": ("slides", "n_slides"), "organs"
 _MARKERS = "osD^vP*X"
 
 
-def scaling_figures(study: str, values: Sequence[Value]) -> dict[str, Figure]:
+def scaling_figures(study: str, values: Sequence[Value], *, links: Links | None = None) -> dict[str, Figure]:
     """End of a file's stem -> figure: the mean over tasks, and ``_tasks`` with a panel a task where there are several.
 
     Where no point has a score on every task, there is no mean, and the panels stand alone.
     """
     means = studies.task_means(values)
-    figures = {"": scaling_figure(study, means)} if means else {}
+    figures = {"": scaling_figure(study, means, links=links)} if means else {}
     if len(studies.main_values(values)) > 1:
-        figures["_tasks" if means else ""] = scaling_tasks_figure(study, values)
+        figures["_tasks" if means else ""] = scaling_tasks_figure(study, values, links=links)
     return figures
 
 
-def scaling_figure(study: str, means: Sequence[Value]) -> Figure:
+def scaling_figure(study: str, means: Sequence[Value], *, links: Links | None = None) -> Figure:
     """Figure 3 as the paper has it: the mean over the tasks, a curve an encoder, against cells, slides or organs (log).
 
     Args:
         study: one of ``AXES``.
         means: ``studies.task_means`` of a study's values. A point is their mean over seeds, its bar the standard error;
             of ``organs`` there is a curve for each number of slides.
+        links: point of the study -> where it leads in an SVG file.
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
-    _scaling_panel(figure.subplots(), study, means)
+    _scaling_panel(figure.subplots(), study, means, links or {})
     return figure
 
 
-def scaling_tasks_figure(study: str, values: Sequence[Value]) -> Figure:
+def scaling_tasks_figure(study: str, values: Sequence[Value], *, links: Links | None = None) -> Figure:
     """The same with a panel a task."""
     tasks = studies.main_values(values)
     figure = Figure(figsize=(4.6 * len(tasks), 3.8), layout="constrained")
     for axis, (task, own) in zip(np.atleast_1d(figure.subplots(1, len(tasks))), tasks.items(), strict=True):
-        _scaling_panel(axis, study, own)
+        _scaling_panel(axis, study, own, links or {})
         axis.set_title(short(task), fontsize=10)
     return figure
 
 
-def _scaling_panel(axis: Any, study: str, values: Sequence[Value]) -> None:
+def _scaling_panel(axis: Any, study: str, values: Sequence[Value], links: Links) -> None:
     title, field = AXES[study]
     for number, (label, own) in enumerate(studies.curves(values, study=study).items()):
-        _line(axis, own, field=field, number=number, label=label)
+        _line(axis, own, field=field, number=number, label=label, links=links)
     _finish(axis, title=f"{title} in pretraining", metrics=values)
 
 
@@ -74,12 +75,15 @@ def curves_figure(curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]]) -
     return figure
 
 
-def _line(axis: Any, values: Sequence[Value], *, field: str, number: int, label: str) -> None:
+def _line(axis: Any, values: Sequence[Value], *, field: str, number: int, label: str, links: Links) -> None:
     """Points in the order of x; a bar only where there are two seeds or more."""
     ordered = sorted(values, key=lambda value: getattr(value, field))
     x, overs = [getattr(value, field) for value in ordered], [value.over for value in ordered]
     color, marker = f"C{number % 10}", _MARKERS[number % len(_MARKERS)]
     axis.plot(x, [over.mean for over in overs], color=color, marker=marker, label=plain(label))
+    for value, at, over in zip(ordered, x, overs, strict=True):
+        if value.point in links:  # a line is one element, so a point that leads somewhere is drawn again
+            axis.scatter(at, over.mean, color=color, marker=marker, zorder=3).set_urls([links[value.point]])
     barred = [(at, over) for at, over in zip(x, overs, strict=True) if over.n > 1]
     if barred:
         means, errors = [over.mean for _, over in barred], [over.se for _, over in barred]
