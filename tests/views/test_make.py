@@ -277,6 +277,13 @@ def test_every_policy_file_is_valid_and_named_after_itself() -> None:
     assert [load_policy(name).name for name in NAMES] == NAMES
 
 
+def test_blur_is_a_choice_in_one_policy_and_of_every_view_in_another() -> None:
+    chosen, literal = load_policy("a1_gray"), load_policy("a1_gray_blur1")
+    assert (chosen.view_a.blur.p, literal.view_a.blur.p) == (0.5, 1.0)
+    assert (chosen.local.blur_p, literal.local.blur_p) == (0.5, 1.0)
+    assert literal.view_a.model_copy(update={"blur": chosen.view_a.blur}) == chosen.view_a
+
+
 def test_the_papers_numbers_are_in_the_policies() -> None:
     a0, a1, gray = (load_policy(name).view_a for name in ("a0", "a1", "a1_gray"))
     assert (a0.rotation_degrees, a0.crop.scale, a0.erasing.p) == (0, (0.08, 1.0), 0)
