@@ -165,18 +165,29 @@ def cost_figure(points: Sequence[CostPoint], *, links: Links | None = None) -> F
 
 def _figure(panels: Sequence[tuple[str, str, Sequence[Any]]], links: Links) -> Figure:
     """A panel each of (title, what the score is, CostPoints or CostMeans), and a legend of families and sizes below."""
-    figure = Figure(figsize=(max(4.6 * len(panels), 5.4), 4.4), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(1, len(panels)))
+    figure, axes = panel_grid(len(panels), width=4.6, height=3.7)
     for axis, (title, score, points) in zip(axes, panels, strict=True):
         _panel(axis, points, links)
         axis.set_title(title, fontsize=10)
         axis.set_ylabel(score)
-    everything = [point for _, _, points in panels for point in points]
-    figure.legend(handles=_legend(everything), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    handles = _legend([point for _, _, points in panels for point in points])
+    columns = 8 if len(panels) > 1 else 4
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     figure.draw_without_rendering()  # settles where the panels lie
     for axis, (_, _, points) in zip(axes, panels, strict=True):
         _label(axis, points)
     return figure
+
+
+def panel_grid(count: int, *, width: float, height: float) -> tuple[Figure, list[Any]]:
+    """A figure of panels of a size in inches, three in a row, and their axes."""
+    columns = min(count, 3)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(width * columns, height * rows + 0.6), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for unused in axes[count:]:
+        unused.remove()
+    return figure, axes[:count]
 
 
 def _panel(axis: Any, points: Sequence[Any], links: Links) -> None:
@@ -217,7 +228,7 @@ def marker_area(parameters: int) -> float:
 
 
 def _legend(points: Sequence[Any]) -> list[Line2D]:
-    """A point for each family that is shown, and for the powers of ten of parameters around those shown."""
+    """A point for each family that is shown, and for the powers of ten of parameters of those shown."""
 
     def handle(label: str, color: str, parameters: int) -> Line2D:
         size = math.sqrt(marker_area(parameters))
@@ -226,14 +237,14 @@ def _legend(points: Sequence[Any]) -> list[Line2D]:
     shown = {point.family for point in points}
     families = [*(name for name in FAMILIES if name in shown), *sorted(shown - {*FAMILIES})]
     exponents = [math.log10(max(point.parameters, 1e6)) for point in points]
-    sizes = range(math.floor(min(exponents)), math.ceil(max(exponents)) + 1)
-    names = {6: "1 M parameters", 7: "10 M", 8: "100 M", 9: "1,000 M", 10: "10,000 M"}
+    sizes = range(round(min(exponents)), round(max(exponents)) + 1)
     return [handle(plain(name), family_color(name), 10**7) for name in families] + [
-        handle(names[exponent], "0.75", 10**exponent) for exponent in sizes if exponent in names
+        handle(f"{10 ** (exponent - 6):,} M parameters", "0.75", 10**exponent) for exponent in sizes
     ]
 
 
-_PLACES = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.7, 0.7), (-0.7, 0.7), (0.7, -0.7), (-0.7, -0.7))
+_AROUND = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.7, 0.7), (-0.7, 0.7), (0.7, -0.7), (-0.7, -0.7))
+_PLACES = [(far * across, far * up) for far in (1, 2) for across, up in _AROUND]
 """Around a point, in the order in which they are tried for its name."""
 
 

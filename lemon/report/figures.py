@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from lemon.probe.figures import Links, log_limits, plain, short
+from lemon.probe.figures import Links, log_limits, panel_grid, plain, short
 from lemon.sweep import studies
 from lemon.sweep.studies import Value
 
@@ -47,8 +47,8 @@ def scaling_figure(study: str, means: Sequence[Value], *, links: Links | None = 
 def scaling_tasks_figure(study: str, values: Sequence[Value], *, links: Links | None = None) -> Figure:
     """The same with a panel a task."""
     tasks = studies.main_values(values)
-    figure = Figure(figsize=(4.6 * len(tasks), 3.8), layout="constrained")
-    for axis, (task, own) in zip(np.atleast_1d(figure.subplots(1, len(tasks))), tasks.items(), strict=True):
+    figure, axes = panel_grid(len(tasks), width=4.6, height=3.4)
+    for axis, (task, own) in zip(axes, tasks.items(), strict=True):
         _scaling_panel(axis, study, own, links or {})
         axis.set_title(short(task), fontsize=10)
     return figure

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
 from lemon.encoders.registry import FAMILIES, encoder_names, family_of
@@ -29,10 +30,15 @@ def points_of(encoder: str, scores: dict[str, float], **more: Any) -> list[CostP
     return [point(encoder, task, mean, **more) for task, mean in scores.items()]
 
 
-def places(figure: Figure, panel: int = 0) -> np.ndarray:
-    """Of the points of a panel, as shares of its width and height: float [N, 2]."""
-    axis = figure.axes[panel]
-    offsets = np.concatenate([np.asarray(each.get_offsets()) for each in axis.collections if len(each.get_offsets())])
+def markers(figure: Figure) -> list[PathCollection]:
+    """Of the first panel."""
+    return [each for each in figure.axes[0].collections if isinstance(each, PathCollection)]
+
+
+def places(figure: Figure) -> np.ndarray:
+    """Of the points of the first panel, as shares of its width and height: float [N, 2]."""
+    axis = figure.axes[0]
+    offsets = np.concatenate([np.asarray(each.get_offsets()) for each in markers(figure)])
     return axis.transAxes.inverted().transform(axis.transData.transform(offsets))
 
 
@@ -84,7 +90,7 @@ def test_size_is_the_parameters_and_colour_the_family() -> None:
         point("a", "t", 0.5, parameters=1_800_000, family="LEMON"),
         point("b", "t", 0.6, parameters=1_134_000_000, family="tissue"),
     ]
-    first, second = (each for each in figures.cost_figure(points).axes[0].collections if len(each.get_offsets()))
+    first, second = markers(figures.cost_figure(points))
     assert first.get_sizes()[0] < second.get_sizes()[0] / 3
     assert not np.allclose(first.get_facecolor(), second.get_facecolor())
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from lemon.runtime.config import load
 from lemon.sweep import grid
 from lemon.sweep.config import SweepConfig
 
 
-def test_encoders_are_an_axis_of_any_study(tmp_path) -> None:
+def test_encoders_are_an_axis_of_any_study(tmp_path: Path) -> None:
     words = [f"cells={tmp_path}", "tasks=amibr", "output=o", "sweep.points=1000,5000", "sweep.encoders=vit_s8,vit_b8"]
     config = load("scaling_sweep", words, SweepConfig)
     assert [(point.name, point.value) for point in config.sweep.points] == [
@@ -21,10 +23,10 @@ def test_encoders_are_an_axis_of_any_study(tmp_path) -> None:
     assert [each.select.n_cells for each in made] == [1000, 5000] * 2
 
 
-def test_an_encoder_is_added_to_a_points_own_words(tmp_path) -> None:
-    points = "sweep.points=[{name: a, overrides: [epochs=3]}]"
+def test_an_encoder_is_added_to_a_points_own_words(tmp_path: Path) -> None:
+    points = "sweep.points=[{name: a, overrides: [epochs=200]}]"
     words = [f"cells={tmp_path}", "tasks=amibr", "output=o", points, "sweep.encoders=vit_b8"]
     config = load("scaling_sweep", words, SweepConfig)
     (point,) = config.sweep.points
     made = grid.point_config(config, point, organs=[])
-    assert (point.name, made.epochs, made.encoder.name) == ("a-vit_b8", 3, "vit_b8")
+    assert (point.name, made.epochs, made.encoder.name) == ("a-vit_b8", 200, "vit_b8")
