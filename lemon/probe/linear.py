@@ -65,7 +65,8 @@ def fit_classifier(
     """Logistic regression whose C has the best inner balanced accuracy.
 
     Each inner fold follows C upwards from a warm start, where fits are cheap, and the search ends when ``PATIENCE``
-    steps in a row were worse than the best, which is above chance: the costly, hardly penalised fits at the end of the grid are seldom made.
+    steps in a row were worse than the best, once that is above chance: the costly, hardly penalised fits at the end of
+    the grid are seldom made.
 
     Args:
         embedding: float32 [N, D].
