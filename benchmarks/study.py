@@ -37,7 +37,7 @@ PRETRAIN = (
 PROBE = "probe.probes=[linear] probe.protocols=[leak-free] probe.robustness=false probe.bootstrap=100"
 MOCO = "pretrain.ssl.base_lr=1.0e-3 pretrain.ssl.out_dim=128"
 STUDIES = {
-    "augmentation": f"sweep=augmentation sweep.points=[a0,a1_gray] {MOCO}",
+    "augmentation": f"sweep=augmentation sweep.points=[a0,a1_gray,a1_gray_blur1] {MOCO}",
     "ssl": "sweep=ssl_tiny",
     "size": f"sweep=size sweep.points=[300,3000,28000] {MOCO}",
 }

@@ -288,7 +288,7 @@ class SweepRow(Row, table="sweep"):
 
     ``point`` and ``value`` are what was varied, ``seed`` that of training, ``trial`` a folder below ``trials/``;
     ``status`` is done, failed or stopped (by ASHA). ``mean`` and ``spread`` are over folds (spread is null for a single
-    value), ``n_*`` what was selected.
+    value), ``n_*`` what was selected, ``encoder`` the name of the trial's.
     """
 
     study: str
@@ -311,6 +311,7 @@ class SweepRow(Row, table="sweep"):
     model_fingerprint: str | None = None
     data_fingerprint: str | None = None
     run_id: str | None = None
+    encoder: str | None = None
 
 
 COHORT, DOWNLOADS, SLIDES = Slide.schema, DownloadRow.schema, SlideRow.schema

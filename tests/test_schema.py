@@ -37,7 +37,7 @@ FILES = {
         study:str point:str value:str seed:int trial:str status:str error:str? task:str? protocol:str?
         metric:str? mean:float? spread:float? n_cells:int? n_slides:int? n_organs:int?
         config_fingerprint:str? cells_fingerprint:str? model_fingerprint:str? data_fingerprint:str?
-        run_id:str?
+        run_id:str? encoder:str?
     """,
 }
 """Column and type of each table, ? where it may be null: as they are in files of this version, which others read."""

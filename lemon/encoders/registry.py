@@ -27,6 +27,9 @@ OPTIMUS_STD: Triple = (0.211883, 0.230117, 0.177517)
 
 AVERAGE, CLASS, CLASS_AND_MEAN = "average of the last layer", "class token", "class token and mean of patches"
 
+FAMILIES = ("LEMON", "ImageNet", "DINOv2", "tissue", "cells", "untrained")
+"""What an encoder was trained on; figures give each a colour. Tissue: tiles of slides; cells: other models of cells."""
+
 NON_COMMERCIAL = "CC BY-NC-ND 4.0"
 
 RELEASES_FOLDER = "LEMON_ENCODERS"
@@ -54,6 +57,7 @@ class EncoderEntry:
         mean, std: normalisation, in [0, 1].
         pooling: what of the output is the embedding.
         gated: the hub asks for a login and a click on the licence.
+        family: what it was trained on, one of ``FAMILIES`` or a word of one's own.
     """
 
     name: str
@@ -69,6 +73,7 @@ class EncoderEntry:
     std: Triple = IMAGENET_STD
     pooling: str = CLASS
     gated: bool = False
+    family: str = "other"
 
     @property
     def page(self) -> str:
@@ -106,6 +111,7 @@ def _dinov2(size: str, entry_point: str, width: int) -> EncoderEntry:
         width=width,
         licence="Apache-2.0",
         args={"img_size": 224},
+        family="DINOv2",
     )
 
 
@@ -119,18 +125,21 @@ def _dinobloom(size: str, entry_point: str, width: int) -> EncoderEntry:
         licence="Apache-2.0",
         files=(f"DinoBloom-{size.upper()}.pth",),
         args={"img_size": 224},
+        family="cells",
     )
 
 
 def _resnet(name: str, width: int) -> EncoderEntry:
+    """With torchvision's ImageNet weights (IMAGENET1K_V1), in its own file or timm's: the keys are the same."""
     return EncoderEntry(
         name=name,
         source="hub",
-        where=f"timm/{name}.a1_in1k",
+        where=f"timm/{name}.tv_in1k",
         architecture=name,
         width=width,
-        licence="Apache-2.0",
+        licence="BSD-3-Clause",
         pooling=AVERAGE,
+        family="ImageNet",
     )
 
 
@@ -147,6 +156,7 @@ def _optimus(version: int, licence: str) -> EncoderEntry:
         mean=OPTIMUS_MEAN,
         std=OPTIMUS_STD,
         gated=True,
+        family="tissue",
     )
 
 
@@ -162,6 +172,7 @@ def _untrained(size: str, width: int) -> EncoderEntry:
         input_px=40,
         mean=LEMON_MEAN,
         std=LEMON_STD,
+        family="untrained",
     )
 
 
@@ -184,6 +195,7 @@ _ENTRIES = (
         input_px=40,
         mean=LEMON_MEAN,
         std=LEMON_STD,
+        family="LEMON",
     ),
     EncoderEntry(
         name="lemon_mini",
@@ -196,6 +208,7 @@ _ENTRIES = (
         input_px=40,
         mean=LEMON_MEAN,
         std=LEMON_STD,
+        family="LEMON",
     ),
     EncoderEntry(
         name="lemon_small",
@@ -220,6 +233,7 @@ _ENTRIES = (
         mean=HALF,
         std=HALF,
         pooling=AVERAGE,
+        family="ImageNet",
     ),
     _resnet("resnet18", 512),
     _resnet("resnet50", 2048),
@@ -234,6 +248,7 @@ _ENTRIES = (
         files=("pytorch_model.bin",),
         args={"img_size": 224, "init_values": 1e-5},
         gated=True,
+        family="tissue",
     ),
     EncoderEntry(
         name="uni2-h",
@@ -255,6 +270,7 @@ _ENTRIES = (
             "no_embed_class": True,
         },
         gated=True,
+        family="tissue",
     ),
     EncoderEntry(
         name="virchow2",
@@ -266,6 +282,7 @@ _ENTRIES = (
         args={"img_size": 224, "init_values": 1e-5, "mlp_ratio": 5.3375, "swiglu": True, "reg_tokens": 4},
         pooling=CLASS_AND_MEAN,
         gated=True,
+        family="tissue",
     ),
     _optimus(0, "Apache-2.0"),
     _optimus(1, NON_COMMERCIAL),
@@ -281,6 +298,7 @@ _ENTRIES = (
         mean=OPTIMUS_MEAN,
         std=OPTIMUS_STD,
         gated=True,
+        family="tissue",
     ),
     EncoderEntry(
         name="prov-gigapath",
@@ -292,6 +310,7 @@ _ENTRIES = (
         files=("pytorch_model.bin",),
         args={"img_size": 224, "patch_size": 16, "init_values": 1e-5, "mlp_ratio": 5.33334},
         gated=True,
+        family="tissue",
     ),
     EncoderEntry(
         name="phikon-v2",
@@ -302,6 +321,7 @@ _ENTRIES = (
         licence="Owkin, non-commercial",
         files=("model.safetensors",),
         args={"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 16},
+        family="tissue",
     ),
     EncoderEntry(
         name="midnight",
@@ -321,6 +341,7 @@ _ENTRIES = (
         mean=HALF,
         std=HALF,
         pooling=CLASS_AND_MEAN,
+        family="tissue",
     ),
     EncoderEntry(
         name="volta",
@@ -336,6 +357,7 @@ _ENTRIES = (
         mean=(0.5452, 0.3847, 0.5605),
         std=(0.1911, 0.1716, 0.1435),
         pooling=AVERAGE,
+        family="cells",
     ),
     *(_dinobloom(*size) for size in _DINOV2_SIZES),
     _untrained("vit_s8", 384),
@@ -397,6 +419,11 @@ def find_entry(name: str) -> EncoderEntry:
         f"{name}: no such file, folder or encoder; {meant}expected the output of lemon pretrain, "
         f"an exported encoder, lemon.pth.tar, or one of {', '.join(names)}"
     )
+
+
+def family_of(name: str) -> str:
+    """The family of an encoder by its name in tables: one that the registry does not know was trained here."""
+    return find_entry(name).family if name in ENCODERS else FAMILIES[0]
 
 
 def split_name(text: str) -> tuple[EncoderEntry, str | None]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -146,7 +147,9 @@ def load_weights(model: nn.Module, entry: EncoderEntry, path: Path) -> None:
     if isinstance(target, VisionTransformer):
         # Renames DINOv2's own layout and resamples positions that were learnt at another size (518 px).
         state = checkpoint_filter_fn(state, target)
-    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    # torchvision's older files lack BatchNorm's count of batches, which evaluation does not use.
+    counts = {key: torch.tensor(0) for key in target.state_dict() if key.endswith("num_batches_tracked")}
+    state = counts | {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     load_strictly(target, state, source=f"{entry.name}: {path}")
 
 

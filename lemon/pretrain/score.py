@@ -46,7 +46,7 @@ def score_encoder(config: PretrainConfig, run: Run) -> dict[str, float]:
         return metrics
     for name in probe.tasks:
         try:
-            task = open_task(name, probe.data, seed=probe.seed, **options)
+            task = open_task(name, probe.data, seed=probe.seed, **probe.task_options(name), **options)
             rows = probing.probe_model(encoder, [task], config=probe, store=store, run=run)
         except Exception as error:  # as above  # noqa: BLE001
             logger.warning(f"{name} is not scored: {one_line(error)}")

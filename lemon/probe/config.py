@@ -11,8 +11,17 @@ from lemon.errors import ConfigError
 from lemon.runtime.config import AnyPath, Frozen, NameOrPath
 
 
+class HestSettings(Frozen):
+    """What the paper does not say of its HEST tasks."""
+
+    target: Literal["log1p", "counts"] = Field("log1p", description="log(1 + count), as HEST-Bench, or the bare count")
+    centre: Literal["cell", "nucleus"] = Field(
+        "cell", description="whose polygon's centroid is the middle of a crop; cells without a nucleus are left out"
+    )
+
+
 class ProbeSettings(Frozen):
-    """What decides the scores of given embeddings."""
+    """What decides the scores of given encoders on given data."""
 
     protocols: list[Literal["paper", "leak-free"]] = Field(
         ["paper", "leak-free"], min_length=1, description="the paper's splits, and splits that never divide a slide"
@@ -24,10 +33,14 @@ class ProbeSettings(Frozen):
         ["linear", "knn"],
         description="linear: logistic or ridge, always; knn: classification; hest-bench: regression",
     )
-    class_weight: Literal["balanced", "none"] = Field("balanced", description="of logistic regression")
+    class_weight: Literal["protocol", "balanced", "none"] = Field(
+        "protocol",
+        description="of logistic regression; protocol: none under paper, which states none, balanced under leak-free",
+    )
     bootstrap: int = Field(1000, ge=100, description="draws of whole slides for intervals")
     robustness: bool = Field(True, description="robustness over hospitals or scanners where a task knows them")
     seed: int = Field(0, ge=0, lt=1 << 32, description="of splits, inner splits and draws")
+    hest: HestSettings = HestSettings()
 
     @field_validator("protocols", "features", "probes")
     @classmethod
@@ -43,6 +56,10 @@ class ProbeSettings(Frozen):
                 f"got {value}; expected linear among them, which tables and figures show: probes={corrected}"
             )
         return value
+
+    def task_options(self, name: str) -> dict[str, Any]:
+        """What ``open_task`` is given for a task of this name, besides the seed."""
+        return self.hest.model_dump() if name.startswith("hest-") else {}
 
 
 class ProbeConfig(ProbeSettings):

@@ -24,6 +24,11 @@ def random_folds(n: int, *, n_folds: int = N_FOLDS, seed: int = 0) -> tuple[Fold
     return _numbered(KFold(n_folds, shuffle=True, random_state=seed).split(np.zeros(n)))
 
 
+def random_protocol(n: int, *, seed: int = 0) -> Protocol:
+    """The paper's protocol where its folds are random: of ``n`` crops, also within the training part."""
+    return Protocol(PAPER, random_folds(n, seed=seed), inner_groups=None)
+
+
 def grouped_folds(
     groups: np.ndarray, *, labels: np.ndarray | None = None, n_folds: int = N_FOLDS, seed: int = 0
 ) -> tuple[Fold, ...]:

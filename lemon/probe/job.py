@@ -126,7 +126,7 @@ def open_tasks(config: ProbeConfig) -> tuple[list[Task], list[str]]:
     tasks, faults = [], []
     for name in dict.fromkeys(config.tasks):
         try:
-            task = open_task(name, config.data, seed=config.seed)
+            task = open_task(name, config.data, seed=config.seed, **config.task_options(name))
         except TaskError as error:
             faults.append(f"{name}: {error}")
             logger.warning(f"left out {faults[-1]}")

@@ -27,6 +27,8 @@ ALPHA_GRID = tuple(10.0 ** np.linspace(-2, 8, 11))
 INNER_FOLDS = 3
 PATIENCE = 2
 """Steps along a path of rising C that fall below the best inner score before the search stops."""
+ABOVE_CHANCE = 0.01
+"""How far the best inner score must be above chance for the search to stop."""
 MAX_ITER = 500
 NEIGHBOURS = 20
 
@@ -63,7 +65,8 @@ def fit_classifier(
     """Logistic regression whose C has the best inner balanced accuracy.
 
     Each inner fold follows C upwards from a warm start, where fits are cheap, and the search ends when ``PATIENCE``
-    steps in a row were worse than the best: the costly, hardly penalised fits at the end of the grid are seldom made.
+    steps in a row were worse than the best, once that is above chance: the costly, hardly penalised fits at the end of
+    the grid are seldom made.
 
     Args:
         embedding: float32 [N, D].
@@ -79,10 +82,13 @@ def fit_classifier(
         for train, test in inner_splits(labels, groups, seed=seed, classify=True)
     ]
     scores: dict[float, float] = {}
+    chance = 1 / len(np.unique(labels))
     for c in grid:
         scores[c] = float(np.mean([path.score(c) for path in paths]))
-        # Below, not as good as: at the least C all crops are given the largest class, C after C.
-        if len(scores) > PATIENCE and max(list(scores.values())[-PATIENCE:]) < max(scores.values()):
+        # Below, not as good as: at the least C all crops are given the largest class, C after C. A few that are not may
+        # all be wrong ones, so that nothing ends before the best is better than chance.
+        is_worse = len(scores) > PATIENCE and max(list(scores.values())[-PATIENCE:]) < max(scores.values())
+        if is_worse and max(scores.values()) > chance + ABOVE_CHANCE:
             break
     best = max(scores, key=lambda c: scores[c])
     model = make_pipeline(*preprocessing(features, embedding), _logistic(best, class_weight))

@@ -12,6 +12,7 @@ from joblib import Parallel, delayed
 
 from lemon.probe import linear, metrics
 from lemon.probe.config import ProbeSettings
+from lemon.probe.folds import PAPER
 from lemon.probe.robustness import robustness
 from lemon.probe.task import Fold, Task
 from lemon.schema import ScoreRow
@@ -78,7 +79,8 @@ def score_task(task: Task, embedding: np.ndarray, settings: ProbeSettings) -> Sc
             kind=task.kind,
             probe=probe,
             features=features,
-            settings=settings,
+            class_weight=class_weight_of(protocol.name, settings),
+            seed=settings.seed,
         )
         for protocol, features, probe, number in jobs
     )
@@ -96,6 +98,13 @@ def score_task(task: Task, embedding: np.ndarray, settings: ProbeSettings) -> Sc
     if settings.robustness:
         scores += _robustness_scores(task, embedding, target, seed=settings.seed)
     return Scored(scores, pa.concat_tables(tables))
+
+
+def class_weight_of(protocol: str, settings: ProbeSettings) -> linear.ClassWeight:
+    """Of logistic regression under a protocol: where the settings leave it to that, the paper's is plain."""
+    if settings.class_weight != "protocol":
+        return settings.class_weight
+    return "none" if protocol == PAPER else "balanced"
 
 
 def fold_means(scores: Iterable[Score | ScoreRow]) -> Iterator[tuple[str, str, float, float]]:
@@ -118,7 +127,8 @@ def predict_fold(
     kind: str,
     probe: str,
     features: linear.Features,
-    settings: ProbeSettings,
+    class_weight: linear.ClassWeight,
+    seed: int,
 ) -> np.ndarray:
     """Fit on a fold's training part and predict its test part, float32.
 
@@ -133,13 +143,13 @@ def predict_fold(
         if probe == "hest-bench":
             fitted = linear.fit_hest_bench(train, known)
         else:
-            fitted = linear.fit_regressor(train, known, groups=groups, seed=settings.seed, features=features)
+            fitted = linear.fit_regressor(train, known, groups=groups, seed=seed, features=features)
         return np.asarray(fitted.model.predict(test), np.float32).reshape(len(test), -1)
     if probe == "knn":
         fitted = linear.fit_neighbours(train, known, features=features)
     else:
         fitted = linear.fit_classifier(
-            train, known, groups=groups, seed=settings.seed, features=features, class_weight=settings.class_weight
+            train, known, groups=groups, seed=seed, features=features, class_weight=class_weight
         )
     return linear.class_probabilities(fitted.model, test, classes=int(target.max()) + 1)
 

@@ -20,7 +20,9 @@ class ReportConfig(Frozen):
     atlas: AnyPath | None = Field(None, description="output of lemon atlas, for Figure 4")
     views: LocalPath | None = Field(None, description="picture of the views of each policy, for Figure 5")
     paper: LocalPath | None = Field(
-        None, description="CSV of the paper's numbers from your copy: artefact, row, column, value, spread"
+        "shipped",
+        description="the paper's numbers: those that come with LEMON (shipped), a CSV of artefact, row, column, value, "
+        "spread, or none (null)",
     )
     output: AnyPath = Field("report", description="folder or s3:// prefix of index.html, CSV, PNG and SVG")
     title: str = Field("LEMON: what was found", description="heading of the page")

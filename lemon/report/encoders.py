@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lemon.probe.figures import CostPoint, cost_figure, cost_points
+from lemon.probe.figures import CostMean, CostPoint, cost_figures, cost_means, cost_points, left_out_of_means
 from lemon.probe.folds import LEAK_FREE, PAPER
 from lemon.probe.score import OVER_FOLDS
 from lemon.probe.tables import (
@@ -106,6 +106,7 @@ def encoder_sections(report: Report) -> Iterator[Section]:
             *_encoder_differences(scored.differences, report.store, file=f"{stem}_differences.csv"),
             *left_table(artefact, report.numbers),
         ]
+        section.notes = report.numbers.notes(artefact.key)
         write_csv(report.store, f"{stem}.csv", table1_records(probe.rows))
         yield section
 
@@ -195,16 +196,45 @@ def _encoder_differences(differences: Sequence[PairedDifference], store: Store, 
 
 def cost_sections(report: Report) -> Iterator[Section]:
     """Accuracy against arithmetic: Figure 2."""
+    artefact = ARTEFACTS["figure2"]
     for stem, which, probe in stems("figure2", report.sources.probes):
         if points := cost_points(probe.store):
-            artefact = ARTEFACTS["figure2"]
-            section = Section(stem, f"Figure 2: accuracy against arithmetic{which}", artefact)
-            text = "Linear probe by splits without leaks (s.d. over folds) against GFLOP a cell; a multiply-add is two."
-            alt = "A panel for each task: one point an encoder, score against arithmetic; the numbers are in the table."
-            section.pictures = [picture(cost_figure(points), report.store, stem, caption=text, alt=alt)]
+            means = cost_means(points)
+            title = f"Figure 2: accuracy against arithmetic{which}"
+            section = Section(stem, title, artefact, facts=facts_of(artefact, probe_facts(probe)))
+            section.pictures = _cost_pictures(probe, points, means, report.store, stem=stem)
             section.tables = [_cost_table(points, report.store, stem=stem)]
-            section.facts = facts_of(artefact, probe_facts(probe))
+            section.notes = left_out_of_means(points, means)
+            if means:
+                write_csv(report.store, f"{stem}_means.csv", [mean._asdict() for mean in means])
             yield section
+
+
+def _cost_pictures(
+    probe: OutputTable[ScoreRow],
+    points: Sequence[CostPoint],
+    means: Sequence[CostMean],
+    store: Store,
+    *,
+    stem: str,
+) -> list[Picture]:
+    """The paper's panels, where one of its tasks was scored, and a panel a task; points lead to their origin."""
+    links = {label: f"#{anchor(probe.store.uri, encoder)}" for encoder, label in encoder_labels(probe.rows).items()}
+    captions = {
+        "figure2": "Mean over a panel's tasks against GFLOP a cell, a multiply-add being two. Size: parameters.",
+        "figure2_tasks": "Each task by itself, with the s.d. over folds.",
+    }
+    alt = "One point an encoder, score against arithmetic; the numbers are in the table."
+    return [
+        picture(
+            figure,
+            store,
+            stem + name.removeprefix("figure2"),
+            caption=f"{captions[name if means else 'figure2_tasks']} Linear probe by splits without leaks.",
+            alt=alt,
+        )
+        for name, figure in cost_figures(points, links=links).items()
+    ]
 
 
 def _cost_table(points: Sequence[CostPoint], store: Store, *, stem: str) -> Table:

@@ -17,7 +17,7 @@ from lemon.errors import EXIT_FAILURES, EXIT_OK, ConfigError
 from lemon.report.blocks import Picture, Section
 from lemon.report.config import ReportConfig
 from lemon.report.encoders import cost_sections, encoder_sections
-from lemon.report.paper import ARTEFACTS, PaperNumbers, read_paper
+from lemon.report.paper import ARTEFACTS, SHIPPED, SOURCE, PaperNumbers, read_paper
 from lemon.report.pasted import atlas_sections, views_sections
 from lemon.report.provenance import FILE, provenance_sections
 from lemon.report.sources import Report, find_sources
@@ -162,8 +162,8 @@ def about(config: ReportConfig) -> Iterator[str]:
         "that runs left. Most runs are far smaller than the paper's: look at what was used before comparing."
     )
     yield (
-        'Splits: "paper" are the paper\'s; "leak-free" never divide a slide, a patient or a hospital between training '
-        "and test. Where both exist, sentences and figures use the second."
+        'Splits: "paper" are the paper\'s as far as it says; "leak-free" never divide a slide, a patient or a hospital '
+        "between training and test. Where both exist, sentences and figures use the second."
     )
     yield (
         "A score is the mean over folds, its s.d. in brackets; below it stands the 95 % interval of this mean, by a "
@@ -171,7 +171,10 @@ def about(config: ReportConfig) -> Iterator[str]:
         "paired difference has an interval that holds 0. Nothing is bold where that is everybody."
     )
     yield CAVEAT
-    if config.paper:
-        yield f"The paper's scores are those of {config.paper}. Where ≠ stands above them, they do not compare."
-    else:
-        yield "The paper's own scores are not shown: paper=paper.csv adds those of your copy."
+    if config.paper == SHIPPED:
+        yield (
+            f"The paper's scores are printed in {SOURCE}: its authors measured them, with their own training. "
+            "Where \u2260 stands above them, they do not compare."
+        )
+    elif config.paper:
+        yield f"The paper's scores are those of {config.paper}. Where \u2260 stands above them, they do not compare."

@@ -1,6 +1,7 @@
-"""What is known of the LEMON paper (arXiv 2603.25802): its recipe and what each table and figure shows.
+"""What is known of the LEMON paper (arXiv 2603.25802): its recipe, what its tables and figures show, its scores.
 
-Its scores are not at hand, and none are invented: whoever has a copy types them once into a CSV (``paper=paper.csv``).
+``assets/paper.csv`` has the 88 scores of its Tables 1, 2 and 5 as printed, mean and standard deviation over folds. They
+are facts out of that paper, measured by its authors, and no result of this project.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from lemon.errors import ConfigError
 from lemon.runtime.tables import ANY_NUMBER, Column, Form, read_user_table
@@ -25,6 +27,13 @@ _FORM = Form(
         Column("spread", number=(0, math.inf)),
     ),
 )
+
+SHIPPED = "shipped"
+"""In place of a path: the scores that come with LEMON."""
+
+_SHIPPED = Path(__file__).parent / "assets" / "paper.csv"
+
+SOURCE = "the LEMON paper, arXiv 2603.25802, Tables 1, 2 and 5"
 
 UNKNOWN = "not at hand"
 
@@ -65,7 +74,7 @@ ARTEFACTS = {
         Artefact(
             "table1",
             "Table 1",
-            "LEMON beside other encoders on labelled nuclei: NuCLS (three levels of classes, folds by hospital), "
+            "LEMON beside other encoders on labelled nuclei: NuCLS (three levels of classes), "
             "atypical mitoses (MIDOG 2025) and gene expression (HEST: bowel, breast, lung).",
             ENCODERS,
         ),
@@ -115,8 +124,33 @@ ARTEFACTS = {
 
 
 @dataclass(frozen=True)
+class Contradiction:
+    """A place where the paper does not agree with itself: the artefact that a reader compares with, and what is odd."""
+
+    artefact: str
+    text: str
+
+
+CONTRADICTIONS = (
+    Contradiction(
+        "table1",
+        "Section 3.3 gives LEMON 0.773 on NuCLS and 0.748 on MIDOG; Table 1 has 0.779 and 0.746.",
+    ),
+    Contradiction(
+        "table1",
+        "LEMON is not best on HEST-breast: 0.156, below DINOv2-g 0.164, DINOv2-S 0.157 and H-optimus-0 0.157.",
+    ),
+    Contradiction("table2", "a1 alone (0.784) beats a1+gray (0.779), the default, on NuCLS."),
+    Contradiction(
+        "table5",
+        "DINOv2 with KDE (0.147) beats MoCo v3 (0.128) on HEST-lung, though the text calls MoCo v3 best throughout.",
+    ),
+)
+
+
+@dataclass(frozen=True)
 class Printed:
-    """A number that the paper prints, as a user typed it; ``spread`` is its standard deviation, NaN where not given."""
+    """A number that the paper prints; ``spread`` is its standard deviation, NaN where not given."""
 
     artefact: str
     row: str
@@ -126,8 +160,8 @@ class Printed:
 
 
 def read_paper(path: str) -> list[Printed]:
-    """The paper's numbers of a CSV with ``COLUMNS``. Raises ConfigError with the line that is wrong."""
-    table = read_user_table(path, form=_FORM)
+    """The paper's numbers of ``shipped``, or a CSV with ``COLUMNS``. Raises ConfigError with the line that is wrong."""
+    table = read_user_table(_SHIPPED if path == SHIPPED else path, form=_FORM)
     keys = {plain_key(each.name): each.key for each in ARTEFACTS.values()}
     printed = []
     for index, row in enumerate(table.rows()):
@@ -155,6 +189,11 @@ class PaperNumbers:
                 self._shown.add(each)
                 return each
         return None
+
+    def notes(self, artefact: str) -> list[str]:
+        """Where the paper contradicts itself about an artefact whose numbers are shown."""
+        is_shown = any(each.artefact == artefact for each in self._printed)
+        return [f"In the paper: {each.text}" for each in CONTRADICTIONS if is_shown and each.artefact == artefact]
 
     def left(self, artefact: str) -> list[Printed]:
         """Those of an artefact that ``find`` has not given out."""

@@ -21,9 +21,6 @@ from lemon.schema import ScoreRow, SweepRow
 from lemon.sweep import studies
 from lemon.sweep.studies import Value
 
-SCALES = (*AXES, "organs")
-"""Studies whose points are in an order."""
-
 Twins = Mapping[str, str]
 """Label of a trained encoder -> that of an untrained one of the same shape."""
 
@@ -144,16 +141,22 @@ def study_sentences(sweep: OutputTable[SweepRow]) -> Iterator[str]:
     values = studies.study_values(sweep.rows)
     names, lead = task_labels(value.task for value in values), studies.leading_points(values)
     for task, task_values in studies.main_values(values).items():
-        head = f"{study}, {names[task]} ({task_values[0].protocol}):"
-        if len(task_values) == 1:
-            yield f"{head} {task_values[0].point} {fixed(task_values[0].over.mean)}, the only point with a result."
-        elif study in SCALES:
-            yield f"{head} {_scaled(task_values)}"
-        else:
-            yield f"{head} {_compared(task_values, lead[task_values[0].column])}"
+        head, column = f"{study}, {names[task]} ({task_values[0].protocol}", task_values[0].column
+        encoders = dict.fromkeys(value.encoder for value in task_values) if study in AXES else {}
+        if len(encoders) < 2:
+            yield f"{head}): {_verdict(study, task_values, lead[column])}"
+        for encoder in encoders if len(encoders) > 1 else ():
+            own = [value for value in task_values if value.encoder == encoder]
+            yield f"{head}, {encoder}): {_verdict(study, own, lead[column])}"
     lost = {each.trial for each in studies.missing_results(sweep.rows)}
     if lost:
         yield f"{study}: {plural(len(lost), 'trial')} without a result, listed with the reason below."
+
+
+def _verdict(study: str, values: Sequence[Value], lead: set[str]) -> str:
+    if len(values) == 1:
+        return f"{values[0].point} {fixed(values[0].over.mean)}, the only point with a result."
+    return _scaled(values) if study in AXES else _compared(values, lead)
 
 
 def _scaled(values: Sequence[Value]) -> str:

@@ -142,7 +142,10 @@ def read_sweep(store: Store) -> list[SweepRow]:
     """The rows of a sweep's table. Raises ConfigError where there is none, or one without rows."""
     if not store.exists(SWEEP_FILE):
         raise ConfigError(f"{store.uri} holds no {SWEEP_FILE}; lemon sweep writes it at its end")
-    rows = SweepRow.read(store.read_table(SWEEP_FILE).select(SWEEP.names).cast(SWEEP))
+    table = store.read_table(SWEEP_FILE)
+    if "encoder" not in table.column_names:  # of sweeps before that column
+        table = table.append_column("encoder", pa.nulls(len(table), pa.string()))
+    rows = SweepRow.read(table.select(SWEEP.names).cast(SWEEP))
     if not rows:
         raise ConfigError(f"{store.uri}/{SWEEP_FILE} has no rows")
     return rows

@@ -25,6 +25,7 @@ from lemon.report.blocks import (
 )
 from lemon.report.files import picture, write_csv
 from lemon.report.paper import ARTEFACTS, Artefact
+from lemon.report.provenance import anchor
 from lemon.report.sentences import study_sentences
 from lemon.report.sources import OutputTable, Report, TrackedRun, stems
 from lemon.runtime.store import Store
@@ -77,11 +78,13 @@ def _study_section(sweep: OutputTable[SweepRow], report: Report, *, stem: str, w
     if any(value.task.startswith("nucls") for value in values) and facts.get("Patients left out") == "none":
         section.notes.append(NUCLS_NOTE)
     if values:
-        section.pictures += study_figures(study, values, store, stem=stem)
+        section.pictures += study_figures(sweep, values, store, stem=stem)
         section.tables += [study_table(sweep, values, report, artefact, stem=stem)]
         section.tables += difference_tables(values, store, stem=stem)
     section.tables += _lost_table(sweep, store, stem=stem)
-    section.tables += left_table(artefact, report.numbers) if artefact else []
+    if artefact:
+        section.notes += report.numbers.notes(artefact.key)
+        section.tables += left_table(artefact, report.numbers)
     section.pictures += curves_pictures(sweep, runs, store, stem=stem)
     if not any(row.run_id in runs for row in sweep.rows):
         section.notes.append("Its runs are not in this MLflow, so settings and curves are not known.")
@@ -175,24 +178,27 @@ def difference_tables(values: Sequence[studies.Value], store: Store, *, stem: st
     return [Table(caption, head, rows, f"{stem}_differences.csv", folded=True)]
 
 
-def study_figures(study: str, values: Sequence[studies.Value], store: Store, *, stem: str) -> list[Picture]:
-    """Figure 3 of a study that has one."""
-    if study not in (*figures.AXES, "organs"):
+def study_figures(
+    sweep: OutputTable[SweepRow], values: Sequence[studies.Value], store: Store, *, stem: str
+) -> list[Picture]:
+    """Figure 3 of a study that has one; a point leads to its first trial."""
+    study = sweep.rows[0].study
+    if study not in figures.AXES:
         return []
     single = all(value.over.n < 2 for value in values)
     bars = (
         "One seed, so there are no error bars." if single else "Bars: standard error over seeds; none at a single seed."
     )
-    if study == "organs":
-        figure, axis = figures.organs_figure(values), "the number of organs, a line for each number of slides"
-    else:
-        figure, axis = (
-            figures.scaling_figure(study, values),
-            f"the number of {figures.AXES[study][0]}, a line for each task",
-        )
-    alt = f"Score against {axis}; the numbers are in the table below."
-    caption = f"Linear probe against {axis}; by splits without leaks where a task has them. {bars}"
-    return [picture(figure, store, stem, caption=caption, alt=alt)]
+    axis = f"the number of {figures.AXES[study][0]}"
+    lines = "a line for each encoder" + (" and number of slides" if study == "organs" else "")
+    links = {row.point: f"#{anchor(sweep.store.uri, row.trial)}" for row in reversed(sweep.rows)}
+    pictures = []
+    for end, figure in figures.scaling_figures(study, values, links=links).items():
+        what = "each task by itself" if end else "mean over the tasks"
+        caption = f"Linear probe against {axis}, {what}, {lines}; by splits without leaks where a task has them. {bars}"
+        alt = f"Score against {axis}, {lines}; the numbers are in the table."
+        pictures.append(picture(figure, store, stem + end, caption=caption, alt=alt))
+    return pictures
 
 
 def sweep_facts(sweep: OutputTable[SweepRow], values: Sequence[studies.Value], runs: Runs) -> dict[str, str]:

@@ -32,12 +32,14 @@ class Point(Frozen):
 class Study(Frozen):
     """What a sweep varies: one YAML each in ``conf/presets/sweep``.
 
-    A point may be a plain value, which is then the axis's: ``sweep.points=1000,2000``.
+    A point may be a plain value, which is then the axis's: ``sweep.points=1000,2000``. With ``encoders``, ``points``
+    has each of them with each encoder.
     """
 
     name: str
     axis: str | None = Field(None, description="key of the pretraining job that plain points are values of")
     points: list[Point] = Field(min_length=1)
+    encoders: list[str] = Field([], description="presets; each point is trained with each of them; []: pretrain's")
     overrides: Overrides = Field({}, description="of the pretraining job, for all points")
     seeds: list[Seed] = Field([0], min_length=1)
 
@@ -46,8 +48,10 @@ class Study(Frozen):
     def _plain_points(cls, values: Any) -> Any:
         if not isinstance(values, Mapping) or "points" not in values:
             return values
-        points = values["points"] if isinstance(values["points"], list) else [values["points"]]
-        return {**values, "points": [_as_point(point, axis=values.get("axis")) for point in points]}
+        points = [_as_point(point, axis=values.get("axis")) for point in _listed(values["points"])]
+        encoders = _listed(values.get("encoders", []))
+        by_encoder = [_with_encoder(point, encoder) for encoder in encoders for point in points]
+        return {**values, "points": by_encoder or points, "encoders": encoders}
 
     @model_validator(mode="after")
     def _names_differ(self) -> Study:
@@ -125,7 +129,7 @@ class SweepConfig(Settings, CellsConfig):
         return self.launcher == "ray" or (self.launcher == "auto" and several)
 
 
-def _as_point(value: Any, *, axis: str | None) -> Any:
+def _as_point(value: Any, *, axis: str | None) -> dict[str, Any]:
     """A plain value as a point; 10000 is named 10k."""
     if isinstance(value, Mapping):
         return {"value": value.get("name", ""), **value}
@@ -133,6 +137,21 @@ def _as_point(value: Any, *, axis: str | None) -> Any:
         raise ValueError(f"points: got the plain value {value!r}; expected name and overrides, or sweep.axis=KEY")
     value = plain_value(value) if isinstance(value, str) else value
     return {"name": _short(value), "value": str(value), "overrides": {axis: value}}
+
+
+def _with_encoder(point: dict[str, Any], encoder: Any) -> dict[str, Any]:
+    """A point trained with one of the study's encoders; what is wrong in it is left for its fields to tell."""
+    overrides = point.get("overrides", {})
+    if isinstance(overrides, Mapping):
+        overrides = {**overrides, "encoder": encoder}
+    elif isinstance(overrides, list):
+        overrides = [*overrides, f"encoder={encoder}"]
+    names = {key: point[key] + end for key, end in (("name", f"-{encoder}"), ("value", f", {encoder}")) if key in point}
+    return {**point, **names, "overrides": overrides}
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _short(value: Any) -> str:

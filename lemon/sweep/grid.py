@@ -256,7 +256,7 @@ def _open_tasks(config: SweepConfig) -> tuple[list[Task], list[str]]:
     tasks, faults = [], []
     for name in config.tasks:
         try:
-            tasks.append(open_task(name, config.data, seed=config.probe.seed))
+            tasks.append(open_task(name, config.data, seed=config.probe.seed, **config.probe.task_options(name)))
         except TaskError as error:
             faults.append(f"tasks: {error}".replace("tasks: tasks: ", "tasks: "))
     return tasks, faults

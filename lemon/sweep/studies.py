@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,9 @@ from lemon.probe.folds import LEAK_FREE
 from lemon.probe.score import MAIN_METRICS
 from lemon.probe.tables import leaders
 from lemon.schema import SweepRow
+
+ENCODERS = {"vit_s8": "ViT-S/8", "vit_b8": "ViT-B/8"}
+"""How the paper writes the encoders of its Figure 3."""
 
 
 class OverSeeds(NamedTuple):
@@ -40,6 +43,8 @@ class Value:
     task: str
     protocol: str
     metric: str
+    encoder: str
+    """Name of the encoder's preset; empty where unknown."""
     n_cells: int
     n_slides: int
     n_organs: int
@@ -103,6 +108,7 @@ def study_values(rows: Sequence[SweepRow]) -> list[Value]:
     return [
         Value(
             **{name: getattr(group_rows[0], name) for name in facts},
+            encoder=group_rows[0].encoder or "",
             by_seed={row.seed: row.mean for row in group_rows if row.mean is not None},
             fold_spread=float(np.mean([math.nan if row.spread is None else row.spread for row in group_rows])),
         )
@@ -169,9 +175,44 @@ def main_values(values: Sequence[Value]) -> dict[str, list[Value]]:
     return chosen
 
 
+def task_means(values: Sequence[Value]) -> list[Value]:
+    """Each point's mean over the tasks, seed by seed: what Figure 3 shows.
+
+    By one protocol a task, as ``main_values`` chooses. Only points and seeds that have every task count, so that all
+    means are over the same. Where there is one task, its own values.
+    """
+    by_task = main_values(values)
+    if len(by_task) < 2:
+        return [value for own in by_task.values() for value in own]
+    by_point: dict[str, list[Value]] = {}
+    for own in by_task.values():
+        for value in own:
+            by_point.setdefault(value.point, []).append(value)
+    means = []
+    for own in by_point.values():
+        seeds = sorted(set.intersection(*({*value.by_seed} for value in own)))
+        if len(own) == len(by_task) and seeds:
+            words = {name: " / ".join(dict.fromkeys(getattr(v, name) for v in own)) for name in ("protocol", "metric")}
+            by_seed = {seed: float(np.mean([value.by_seed[seed] for value in own])) for seed in seeds}
+            name = f"mean of {len(own)} tasks"
+            means.append(replace(own[0], task=name, **words, by_seed=by_seed, fold_spread=math.nan))
+    return means
+
+
+def curves(values: Sequence[Value], *, study: str) -> dict[str, list[Value]]:
+    """Values by curve of Figure 3: one an encoder, of ``organs`` one an encoder and number of slides."""
+    several = len({value.encoder for value in values}) > 1
+    by_curve: dict[str, list[Value]] = {}
+    for value in sorted(values, key=lambda value: value.n_slides) if study == "organs" else values:
+        slides = f"{value.n_slides:,} slides" if study == "organs" else ""
+        encoder = ENCODERS.get(value.encoder, value.encoder) if several or not slides else ""
+        by_curve.setdefault(", ".join(filter(None, (encoder, slides))), []).append(value)
+    return by_curve
+
+
 def value_records(values: Sequence[Value]) -> list[dict[str, Any]]:
     """Rows of a study's CSV."""
-    names = ("point", "value", "task", "protocol", "metric", "n_cells", "n_slides", "n_organs")
+    names = ("point", "value", "task", "protocol", "metric", "encoder", "n_cells", "n_slides", "n_organs")
     return [
         {name: getattr(value, name) for name in names}
         | {"seeds": " ".join(map(str, sorted(value.by_seed)))}

@@ -53,6 +53,7 @@ def rows_of(entry: GridTrial, *, study: str) -> Iterator[SweepRow]:
         trial=trial.name,
         status="done",
         config_fingerprint=trial.fingerprint,
+        encoder=trial.pretrain.encoder.name,
     )
     result = read_result(trial)
     if result is not None:

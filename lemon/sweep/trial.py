@@ -150,7 +150,8 @@ def read_result(trial: Trial) -> Result | None:
 
 
 def _open(trial: Trial) -> list[Task]:
-    return [open_task(name, trial.data, seed=trial.probe.seed) for name in trial.tasks]
+    probe = trial.probe
+    return [open_task(name, trial.data, seed=probe.seed, **probe.task_options(name)) for name in trial.tasks]
 
 
 def _open_run(trial: Trial, selection: Selection, *, parent: Run | None) -> Run:

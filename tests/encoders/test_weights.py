@@ -14,6 +14,7 @@ import huggingface_hub.constants as hub
 import pytest
 import safetensors.torch
 import torch
+import torchvision
 from torch import Tensor
 
 from lemon.encoders import open as opening
@@ -114,6 +115,24 @@ def test_pooled_encoders_load_into_the_network_below_the_pooling(tmp_path: Path)
     opened = load_entry(entry, tmp_path / "pytorch_model.bin")
     assert opened.model.state_dict()["backbone.cls_token"].dtype == torch.float32
     torch.testing.assert_close(opened.model.state_dict()["backbone.cls_token"], state["cls_token"].float())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("is_old", [False, True])
+def test_the_resnets_are_torchvisions_own(name: str, is_old: bool, tmp_path: Path) -> None:
+    """A file of torchvision's layout, also an old one without counts of batches, embeds as its network does."""
+    with seeded(4):
+        peer = getattr(torchvision.models, name)().eval()
+        for module in peer.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                torch.nn.init.uniform_(module.running_var, 0.5, 2)
+    state = {key: value for key, value in peer.state_dict().items() if not (is_old and key.endswith("tracked"))}
+    torch.save(state, tmp_path / f"{name}.pth", _use_new_zipfile_serialization=not is_old)
+    opened = load_encoder(f"{name}:{tmp_path / f'{name}.pth'}")
+    peer.fc = torch.nn.Identity()
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(opened.model(images), peer(images))
 
 
 def test_missing_and_unexpected_keys_name_the_encoder_and_the_file(tmp_path: Path) -> None:
@@ -289,7 +308,7 @@ def test_an_error_that_is_not_the_hubs_stays_what_it_is(
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    FakeHub.files = {"timm/resnet18.a1_in1k/model.safetensors": b"x"}
+    FakeHub.files = {"timm/resnet18.tv_in1k/model.safetensors": b"x"}
     monkeypatch.setattr(weights, "hf_hub_download", full)
     with pytest.raises(OSError, match="No space left"):
         load_encoder("resnet18")

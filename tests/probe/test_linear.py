@@ -10,6 +10,7 @@ from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 
 from lemon.probe import linear
+from tests.probe.made_up import made_up
 
 
 def blobs(n: int = 400, *, width: int = 12, noise: float = 2.0, seed: int = 0) -> tuple[np.ndarray, ...]:
@@ -49,6 +50,15 @@ def test_the_search_gets_past_a_penalty_so_strong_that_one_class_takes_all():
     kept = (labels == 0) | (np.arange(len(labels)) % 5 == 0)  # unbalanced: the plateau is the share of one class
     fitted = linear.fit_classifier(embedding[kept], labels[kept], groups=slides[kept], seed=0, class_weight="none")
     assert fitted.inner_scores[linear.C_GRID[0]] == pytest.approx(1 / 3)
+    assert fitted.inner_scores[fitted.chosen] > 0.8
+
+
+def test_the_search_gets_past_a_penalty_so_strong_that_the_few_of_another_class_are_wrong():
+    task, embedding = made_up(480, signal=0.0, per_slide=8.0)  # without weights 0.5 at the least C, then a little less
+    train = task.protocols[0].folds[1].train
+    labels = (task.target[train] == "tumour").astype(int)
+    fitted = linear.fit_classifier(embedding[train], labels, groups=None, seed=0, class_weight="none")
+    assert fitted.inner_scores[linear.C_GRID[0]] == 0.5
     assert fitted.inner_scores[fitted.chosen] > 0.8
 
 

@@ -69,6 +69,21 @@ def test_scores_do_not_depend_on_how_many_processes_share_the_folds(monkeypatch)
 
 
 @pytest.mark.slow
+def test_the_papers_protocol_is_plain_and_the_leak_free_one_weighs_classes_alike_unless_told_otherwise():
+    task, embedding = made_up(160, signal=1.0)
+    rare = np.flatnonzero((task.target == "tumour") | (np.arange(160) % 3 == 0))  # classes of unlike size
+    task = task_of(task.images[rare], task.target[rare], task.groups["slide"][rare])
+
+    def scores(**more):
+        settings = ProbeSettings(probes=["linear"], bootstrap=100, robustness=False, **more)
+        return {each[:3]: each.value for each in score_task(task, embedding[rare], settings).scores}
+
+    default, plain, balanced = scores(), scores(class_weight="none"), scores(class_weight="balanced")
+    assert plain != balanced
+    assert default == {key: (plain if key[0] == "paper" else balanced)[key] for key in plain}
+
+
+@pytest.mark.slow
 def test_pca_makes_a_protocol_of_its_own():
     task, embedding = made_up()
     wide = np.concatenate([embedding] * 10, axis=1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from lemon.encoders.registry import encoder_names
 from lemon.errors import ConfigError
+from lemon.probe.tasks.catalogue import TASKS
 from lemon.report import figures
-from lemon.report.paper import PaperNumbers, read_paper
+from lemon.report.config import ReportConfig
+from lemon.report.paper import ARTEFACTS, CONTRADICTIONS, SHIPPED, PaperNumbers, plain_key, read_paper
 from lemon.report.sentences import study_sentences
 from lemon.report.sources import OutputTable, TrackedSettings, read_sweep
+from lemon.runtime.config import preset_names
 from lemon.runtime.store import Store
 from lemon.schema import SWEEP_FILE, SweepRow
 from lemon.sweep import studies
@@ -101,7 +107,7 @@ def test_splits_without_leaks_are_preferred_task_by_task() -> None:
     assert {task: [value.over.mean for value in own] for task, own in chosen.items()} == {"t": [0.5], "u": [0.7]}
 
 
-def test_figure_3_has_a_line_a_task_in_the_order_of_x_and_bars_of_standard_error() -> None:
+def test_figure_3_has_points_in_the_order_of_x_and_bars_of_standard_error() -> None:
     scores = {"1000": [0.7, 0.8, 0.75], "10": [0.5, 0.6], "100": [0.66]}
     figure = figures.scaling_figure("size", studies.study_values(rows_of(scores)))
     (axis,) = figure.axes
@@ -114,6 +120,56 @@ def test_figure_3_has_a_line_a_task_in_the_order_of_x_and_bars_of_standard_error
     assert segments[1][1][1] - segments[1][0][1] == pytest.approx(2 * stats.sem(scores["1000"]))
 
 
+def test_figure_3_is_the_mean_over_the_tasks_with_a_curve_an_encoder() -> None:
+    scores = {"10": [0.5, 0.6], "100": [0.7, 0.9]}
+    small = [each for task in ("t", "u") for each in rows_of(scores, task=task, encoder="vit_s8")]
+    large = rows_of({f"{name}0": [0.8, 0.8] for name in scores}, encoder="vit_b8")
+    large += rows_of({f"{name}0": [0.4, 0.6] for name in scores}, encoder="vit_b8", task="u")
+    large = [replace(each, point=f"b{each.point}") for each in large]
+    values = studies.study_values([*small, *large])
+    means = studies.task_means(values)
+    assert {value.task for value in means} == {"mean of 2 tasks"}
+    assert {value.point: value.by_seed for value in means if value.encoder == "vit_b8"} == {
+        "b100": {0: pytest.approx(0.6), 1: pytest.approx(0.7)},
+        "b1000": {0: pytest.approx(0.6), 1: pytest.approx(0.7)},
+    }
+    drawn = figures.scaling_figures("size", values)
+    assert {end: len(figure.axes) for end, figure in drawn.items()} == {"": 1, "_tasks": 2}
+    (axis,) = drawn[""].axes
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["ViT-S/8", "ViT-B/8"]
+    assert "mean of 2 tasks" in axis.get_ylabel()
+
+
+def test_a_point_or_a_seed_without_a_score_on_every_task_is_in_no_mean() -> None:
+    rows = [*rows_of({"10": [0.5, 0.6], "100": [0.7]}), *rows_of({"10": [0.7]}, task="u")]
+    (mean,) = studies.task_means(studies.study_values(rows))
+    assert (mean.point, mean.by_seed) == ("10", {0: pytest.approx(0.6)})
+    apart = studies.study_values([*rows_of({"10": [0.5]}), *rows_of({"100": [0.7]}, task="u")])
+    assert studies.task_means(apart) == []
+    assert {end: len(figure.axes) for end, figure in figures.scaling_figures("size", apart).items()} == {"": 2}
+
+
+def test_a_single_size_stands_in_the_middle() -> None:
+    (axis,) = figures.scaling_figure("size", studies.study_values(rows_of({"100": [0.5, 0.6]}))).axes
+    low, high = axis.get_xlim()
+    assert low * high == pytest.approx(100**2)
+
+
+def test_a_sweep_of_before_the_column_encoder_is_read(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write_table(SWEEP_FILE, SweepRow.table(rows_of({"10": [0.5]})).drop_columns(["encoder"]))
+    (only,) = read_sweep(store)
+    assert (only.mean, only.encoder) == (0.5, None)
+
+
+def test_encoders_are_told_apart_where_a_study_has_several(tmp_path: Path) -> None:
+    rows = rows_of({"10": [0.5], "100": [0.6]}, encoder="vit_s8")
+    rows += [replace(each, point=f"b{each.point}", encoder="vit_b8") for each in rows_of({"10": [0.9]})]
+    small, large = study_sentences(as_output(tmp_path, rows))
+    assert small.startswith("size, t (leak-free, vit_s8): from 10 to 100, 0.500 to 0.600")
+    assert large == "size, t (leak-free, vit_b8): b10 0.900, the only point with a result."
+
+
 def test_organs_have_a_panel_a_task_and_a_line_a_number_of_slides() -> None:
     found = [
         row(f"o{organs}-s{slides}", 0, 0.5, n_organs=organs, n_slides=slides, task=task)
@@ -121,7 +177,7 @@ def test_organs_have_a_panel_a_task_and_a_line_a_number_of_slides() -> None:
         for slides in (10, 40)
         for task in ("t", "u")
     ]
-    figure = figures.organs_figure(studies.study_values(found))
+    figure = figures.scaling_tasks_figure("organs", studies.study_values(found))
     assert [len(axis.lines) for axis in figure.axes] == [2, 2]
     assert [list(line.get_xdata()) for line in figure.axes[0].lines] == [[1, 5], [1, 5]]
 
@@ -180,3 +236,37 @@ def test_numbers_of_the_paper_are_found_however_names_are_spelt(tmp_path: Path) 
     assert numbers.find("table2", row=["a0"], column="nucls-super") is None
     assert numbers.left("table2") == []
     assert [each.row for each in numbers.left("figure3_size")] == ["1M"]
+
+
+def test_the_papers_scores_come_with_the_package_and_are_the_default() -> None:
+    assert ReportConfig().paper == SHIPPED
+    printed = read_paper(SHIPPED)
+    by_artefact = {key: sum(each.artefact == key for each in printed) for key in ARTEFACTS}
+    assert {key: n for key, n in by_artefact.items() if n} == {"table1": 55, "table2": 25, "table5": 8}
+    assert all(0 < each.spread < each.value < 1 for each in printed)
+    found = PaperNumbers(printed).find("table1", row=["lemon"], column="midog25-atypical")
+    assert found is not None
+    assert (found.value, found.spread) == (0.746, 0.015)
+
+
+def test_every_row_of_the_papers_tables_is_a_name_that_is_known_here() -> None:
+    """So that each number finds its place beside one of ours."""
+    printed = read_paper(SHIPPED)
+    assert {each.row for each in printed if each.artefact == "table1"} <= {*encoder_names()}
+    for key, group in (("table2", "views"), ("table5", "ssl")):
+        known = {plain_key(name) for name in preset_names(group)}
+        assert {plain_key(each.row) for each in printed if each.artefact == key} <= known
+    assert {each.column for each in printed} <= {*TASKS.names()}
+
+
+def test_what_contradicts_itself_in_the_paper_is_noted_with_its_own_numbers() -> None:
+    printed = read_paper(SHIPPED)
+    elsewhere = {0.773, 0.748, 0.147}  # in its text, or of a column that is not in the file
+    for each in CONTRADICTIONS:
+        numbers = {float(text) for text in re.findall(r"0\.\d{3}", each.text)} - elsewhere
+        assert numbers <= {one.value for one in printed}, each
+    assert sum(len(PaperNumbers(printed).notes(key)) for key in ARTEFACTS) == 4
+    assert PaperNumbers().notes("table1") == []
+    breast = {one.row: one.value for one in printed if (one.artefact, one.column) == ("table1", "hest-breast")}
+    better = {name for name, value in breast.items() if value > breast["lemon"]}
+    assert better == {"dinov2_g", "dinov2_s", "h-optimus-0"}

@@ -15,7 +15,7 @@ from lemon.views.policy import Blur, Crop, Jitter, Policy, ViewRecipe
 from lemon.views.stain import fit_stain_statistics
 from tests.views.stained import draw, seeded, stained_cells
 
-NAMES = ["a0", "a1", "a1_gmm1", "a1_gmm10", "a1_gray", "a1_macenko", "moco_asymmetric"]
+NAMES = ["a0", "a1", "a1_gmm1", "a1_gmm10", "a1_gray", "a1_gray_blur1", "a1_macenko", "moco_asymmetric"]
 
 
 @pytest.fixture(scope="module")
@@ -275,6 +275,13 @@ def test_impossible_local_crops_are_refused() -> None:
 def test_every_policy_file_is_valid_and_named_after_itself() -> None:
     assert policy_names() == NAMES
     assert [load_policy(name).name for name in NAMES] == NAMES
+
+
+def test_blur_is_a_choice_in_one_policy_and_of_every_view_in_another() -> None:
+    chosen, literal = load_policy("a1_gray"), load_policy("a1_gray_blur1")
+    assert (chosen.view_a.blur.p, literal.view_a.blur.p) == (0.5, 1.0)
+    assert (chosen.local.blur_p, literal.local.blur_p) == (0.5, 1.0)
+    assert literal.view_a.model_copy(update={"blur": chosen.view_a.blur}) == chosen.view_a
 
 
 def test_the_papers_numbers_are_in_the_policies() -> None:

@@ -16,13 +16,12 @@ import numpy as np
 import pandas as pd
 
 from lemon.probe.folds import (
-    PAPER,
     fold_faults,
     leak_free,
     look_alike_groups,
     missing_classes,
     one_name_each,
-    random_folds,
+    random_protocol,
 )
 from lemon.probe.task import Count, Protocol, Task, TaskError
 from lemon.runtime.tables import Column, Form, read_user_table
@@ -136,7 +135,7 @@ def by_group(column: str, *, seed: int, paper_at_random: bool = False) -> Folds:
         apart = leak_free(_text(rows[column]), labels=_text(rows["label"]), seed=seed)
         if not paper_at_random:
             return (apart,)
-        return Protocol(PAPER, random_folds(len(rows), seed=seed), inner_groups=None), apart
+        return random_protocol(len(rows), seed=seed), apart
 
     return make
 

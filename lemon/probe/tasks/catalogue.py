@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lemon.probe.inferred import inferences
 from lemon.probe.task import Task, TaskEntry, TaskError
 from lemon.runtime.registry import Registry, unknown
 from lemon.runtime.store import is_uri, local_copy, path_exists
@@ -81,7 +82,8 @@ def counts_table(task: Task) -> str:
     lines.append(("crops of the task", f"{len(task.images):,}", ""))
     wide = [max(len(line[column]) for line in (head, *lines)) for column in range(3)]
     table = [f"{a:<{wide[0]}}  {b:>{wide[1]}}  {c:>{wide[2]}}".rstrip() for a, b, c in (head, *lines)]
-    return "\n".join([*table, *(f"note: {note}" for note in task.notes)])
+    assumed = [f"note: inferred of the paper: {each.subject}: {each.assumed}" for each in inferences(task.name)]
+    return "\n".join([*table, *(f"note: {note}" for note in task.notes), *assumed])
 
 
 def _entry(name: str) -> TaskEntry:

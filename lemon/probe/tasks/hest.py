@@ -6,11 +6,12 @@ Expected folder, of each slide <id>:
     wsis/<id>.tif
     metadata/<id>.json                             pixel_size_um_estimated
     transcripts/<id>_transcripts.parquet           cell_id, feature_name, qv
-    xenium_seg/<id>_xenium_cell_seg.parquet        polygons in level-0 px, by cell_id
+    xenium_seg/<id>_xenium_cell_seg.parquet        polygons in level-0 px, by cell_id (_nucleus_ for centre="nucleus")
 
 Counts are made from the transcripts (``xenium.py``): ``st/<id>.h5ad`` has pooled spots, no cells. Cells are those with
 a counted transcript whose crop lies inside the slide; the 10,000 of lowest rank of a slide are a random sample that
-depends on no order. Crops are centred on the cell's polygon. Resolution is metadata's estimate: the one embedded
+depends on no order. Crops are centred on the cell's polygon (default), or on its nucleus's, where cells without one
+are left out; counts are the whole cell's in both. Resolution is metadata's estimate: the one embedded
 in the file is wrong by up to five times. Genes: those on every slide's panel, ranked within each slide by mean count
 over all its cells, ranks summed, the best 50; the ranking sees test slides, as the paper's does, but no image.
 
@@ -61,6 +62,7 @@ N_CELLS, N_GENES = 10_000, 50
 BLOCK_PX = 1024  # side at 0.25 um/px of what is read of a slide at once: 4 MB, whatever the slide's size
 
 Target = Literal["log1p", "counts"]
+Centre = Literal["cell", "nucleus"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def load(
     organ: str,
     seed: int = 0,
     target: Target = "log1p",
+    centre: Centre = "cell",
     n_cells: int = N_CELLS,
     n_genes: int = N_GENES,
     slides: Sequence[str] | None = None,
@@ -94,6 +97,7 @@ def load(
         organ: bowel, breast or lung.
         seed: which cells are drawn.
         target: what is regressed.
+        centre: on whose centroid crops are centred.
         n_cells: of each slide, at most.
         n_genes: at most.
         slides: some of the organ's; None: the paper's.
@@ -103,10 +107,12 @@ def load(
     """
     if target not in ("log1p", "counts"):
         raise TaskError(f"target: got {target!r}; expected log1p or counts")
+    if centre not in ("cell", "nucleus"):
+        raise TaskError(f"centre: got {centre!r}; expected cell or nucleus")
     chosen = tuple(slides or SLIDES[organ])
-    check_slides(folder, chosen, organ=organ)
+    check_slides(folder, chosen, organ=organ, centre=centre)
     names = tqdm(chosen, unit="slide", desc=f"hest-{organ} cells", disable=None)
-    samples = [take_cells(folder, slide_id, n_cells=n_cells, seed=seed) for slide_id in names]
+    samples = [take_cells(folder, slide_id, centre=centre, n_cells=n_cells, seed=seed) for slide_id in names]
     genes = common_genes(samples, n_genes=n_genes)
     images, readable = read_crops(folder, samples, desc=f"hest-{organ} crops")
     counts = np.concatenate([_columns(sample, genes) for sample in samples])[readable]
@@ -125,14 +131,14 @@ def load(
         protocols=protocols,
         cluster="patient",
         counts=_counts(samples, slide),
-        notes=_notes(protocols, target=target),
+        notes=_notes(protocols, target=target, centre=centre),
     )
 
 
-def check_slides(folder: Path, slides: Sequence[str], *, organ: str) -> None:
+def check_slides(folder: Path, slides: Sequence[str], *, organ: str, centre: Centre) -> None:
     """Raise TaskError, before anything is read, where a file of a slide is absent or all slides are of one donor."""
     for slide_id in slides:
-        for path in files_of(folder, slide_id):
+        for path in files_of(folder, slide_id, centre=centre):
             if not path.is_file():
                 raise TaskError(
                     f"{path}: no such file; expected the files of {', '.join(slides)}: {OBTAIN}, or slides=[...]"
@@ -143,26 +149,26 @@ def check_slides(folder: Path, slides: Sequence[str], *, organ: str) -> None:
         )
 
 
-def files_of(folder: Path, slide_id: str) -> tuple[Path, Path, Path, Path]:
-    """Slide, metadata, transcripts and segmentation."""
+def files_of(folder: Path, slide_id: str, *, centre: Centre) -> tuple[Path, Path, Path, Path]:
+    """Slide, metadata, transcripts and segmentation, of cells or of their nuclei."""
     return (
         folder / "wsis" / f"{slide_id}.tif",
         folder / "metadata" / f"{slide_id}.json",
         folder / "transcripts" / f"{slide_id}_transcripts.parquet",
-        folder / "xenium_seg" / f"{slide_id}_xenium_cell_seg.parquet",
+        folder / "xenium_seg" / f"{slide_id}_xenium_{centre}_seg.parquet",
     )
 
 
-def take_cells(folder: Path, slide_id: str, *, n_cells: int, seed: int) -> Sample:
+def take_cells(folder: Path, slide_id: str, *, centre: Centre, n_cells: int, seed: int) -> Sample:
     """Draw the cells of one slide and count their transcripts."""
-    slide, metadata, transcripts, segmentation = files_of(folder, slide_id)
+    slide, metadata, transcripts, segmentation = files_of(folder, slide_id, centre=centre)
     mpp = read_mpp(metadata)
     reader = open_slide(slide, mpp=mpp)
-    ids, centre = read_centroids(segmentation)
+    ids, centre_px = read_centroids(segmentation)
     expression = count_transcripts(transcripts, ids)
     width_px, height_px = size_at_crop_mpp(reader.width_px, reader.height_px, mpp=mpp)
     reader.close()
-    corner = corners(centre, mpp=mpp)
+    corner = corners(centre_px, mpp=mpp)
     expressed = np.asarray(expression.counts.sum(axis=1)).ravel() > 0
     usable = np.flatnonzero(expressed & is_whole(corner, width_px=width_px, height_px=height_px))
     names = np.array([f"{slide_id}_{name}" for name in ids.tolist()], str)
@@ -171,7 +177,7 @@ def take_cells(folder: Path, slide_id: str, *, n_cells: int, seed: int) -> Sampl
     tally = {
         "transcripts": expression.n_transcripts,
         f"transcripts of a gene, in a cell, qv >= {MIN_QV:g}": expression.n_counted,
-        "cells": len(ids),
+        "cells" if centre == "cell" else "cells with a nucleus": len(ids),
         "cells with a transcript": int(expressed.sum()),
         "whole crop inside the slide": len(usable),
     }
@@ -223,7 +229,7 @@ def read_crops(folder: Path, samples: Sequence[Sample], *, desc: str) -> tuple[n
     images, readable = np.empty((n_cells, CELL_PX, CELL_PX, 3), np.uint8), np.ones(n_cells, bool)
     start = 0
     for sample in tqdm(samples, unit="slide", desc=desc, disable=None):
-        reader = open_slide(files_of(folder, sample.slide_id)[0], mpp=sample.mpp)
+        reader = open_slide(folder / "wsis" / f"{sample.slide_id}.tif", mpp=sample.mpp)
         blocks, owner = np.unique(sample.corner_px // BLOCK_PX, axis=0, return_inverse=True)
         side = BLOCK_PX + CELL_PX
         for number, (x_px, y_px) in enumerate((blocks * BLOCK_PX).tolist()):
@@ -256,8 +262,9 @@ def _counts(samples: Sequence[Sample], slide: np.ndarray) -> tuple[Count, ...]:
     return (*totals, *taken, Count("cells", len(slide), N_CELLS * len(samples)))
 
 
-def _notes(protocols: tuple[Protocol, ...], *, target: Target) -> tuple[str, ...]:
-    notes = [f"target: {'log(1 + count)' if target == 'log1p' else 'count'} of transcripts in the cell"]
+def _notes(protocols: tuple[Protocol, ...], *, target: Target, centre: Centre) -> tuple[str, ...]:
+    counted = "log(1 + count)" if target == "log1p" else "count"
+    notes = [f"target: {counted} of transcripts in the cell", f"crops are centred on the centroid of the {centre}"]
     if len(protocols) == 1:
         notes.append("each slide is of another donor: the paper's protocol is the leak-free one")
     else:

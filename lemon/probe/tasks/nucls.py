@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from lemon.probe.folds import LEAK_FREE, N_FOLDS, PAPER, fold_faults, leak_free, official_folds
+from lemon.probe.folds import LEAK_FREE, N_FOLDS, fold_faults, leak_free, official_folds, random_protocol
 from lemon.probe.task import Count, Protocol, Task, TaskEntry, TaskError
 from lemon.probe.tasks.assemble import check_labels, classification_task, published, read_rows
 from lemon.probe.tasks.crops import cut_by_image
@@ -105,12 +105,12 @@ Splits = dict[str, tuple[frozenset[str], frozenset[str]]]  # by fold, the slides
 
 
 def load(folder: Path, *, level: str = "super", seed: int = 0) -> Task:
-    """Nuclei of the corrected single-rater set, with the authors' folds by hospital.
+    """Nuclei of the corrected single-rater set, with random folds (paper) and the authors' by hospital (leak-free).
 
     Args:
         folder: as the module's head says.
         level: ``super``, ``main`` or ``raw``.
-        seed: of folds by hospital, should the authors' ones divide one.
+        seed: of random folds, and of folds by hospital, should the authors' ones divide one.
 
     Raises:
         TaskError: a file or column is absent, or a class or file name is unknown.
@@ -141,7 +141,7 @@ def load(folder: Path, *, level: str = "super", seed: int = 0) -> Task:
         ),
         group="hospital",
         batch="hospital",
-        notes=(PATIENTS_NOTE, "the authors' folds are by hospital: the paper's protocol is the leak-free one"),
+        notes=(PATIENTS_NOTE, "leak-free: the authors' folds by hospital, or others by hospital if those divide one"),
     )
 
 
@@ -192,12 +192,10 @@ def _with_groups(nuclei: pd.DataFrame, hospitals: Mapping[str, str]) -> pd.DataF
 
 def _protocols(rows: pd.DataFrame, splits: Splits, *, seed: int) -> tuple[Protocol, ...]:
     hospitals = rows["hospital"].to_numpy(str)
-    official = Protocol(LEAK_FREE, official_folds(rows["slide"].to_numpy(str), splits), inner_groups=hospitals)
-    shared = [line for line in fold_faults(official) if "on both sides" in line]
-    if not shared:
-        return (official,)
-    apart = leak_free(hospitals, labels=rows["label"].to_numpy(str), seed=seed)
-    return Protocol(PAPER, official.folds, inner_groups=hospitals), apart
+    apart = Protocol(LEAK_FREE, official_folds(rows["slide"].to_numpy(str), splits), inner_groups=hospitals)
+    if any("on both sides" in line for line in fold_faults(apart)):
+        apart = leak_free(hospitals, labels=rows["label"].to_numpy(str), seed=seed)
+    return random_protocol(len(rows), seed=seed), apart
 
 
 SUPER, MAIN, RAW = (TaskEntry("nucls", partial(load, level=level), OBTAIN) for level in CLASSES)

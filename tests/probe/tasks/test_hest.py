@@ -12,9 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import shapely
 
+from lemon.probe.config import ProbeSettings
 from lemon.probe.folds import check_folds
 from lemon.probe.task import Task, TaskError
 from lemon.probe.tasks import hest
+from lemon.probe.tasks.catalogue import counts_table, open_task
 from lemon.probe.tasks.hest import SLIDES, common_genes
 from lemon.probe.tasks.xenium import count_transcripts, is_control, read_centroids
 from lemon.slides.reader import RegionError, SlideReader
@@ -149,6 +151,38 @@ def test_the_target_is_the_logarithm_unless_told_otherwise(folder: Path, task: T
     default = hest.load(folder, organ="bowel")
     assert np.allclose(default.target, np.log1p(task.target))
     assert "target: log(1 + count) of transcripts in the cell" in default.notes
+
+
+def test_crops_may_be_centred_on_the_nucleus_of_cells_that_have_one(tmp_path: Path) -> None:
+    for slide_id in ("TENX111", "TENX139"):
+        write_slide(tmp_path, slide_id, mpp=0.25)
+        path = tmp_path / "xenium_seg" / f"{slide_id}_xenium_nucleus_seg.parquet"
+        write_segmentation(path, centres_um()[:30] / 0.25 + (8, 0), ids="text")  # 8 px to the right; 19 have none
+    slides = ["TENX111", "TENX139"]
+    cell = hest.load(tmp_path, organ="bowel", slides=slides, target="counts")
+    nucleus = hest.load(tmp_path, organ="bowel", slides=slides, target="counts", centre="nucleus")
+    assert count(nucleus, "cells with a nucleus") == 2 * 30
+    at = {name: row for row, name in enumerate(cell.sample_ids.tolist())}
+    known = [(row, at[name]) for row, name in enumerate(nucleus.sample_ids.tolist()) if name in at]
+    assert len(known) > 20
+    for row, other in known:
+        np.testing.assert_array_equal(nucleus.images[row][:, :52], cell.images[other][:, 8:])
+    genes = [cell.target_names.index(name) for name in nucleus.target_names]
+    np.testing.assert_array_equal(
+        nucleus.target[[row for row, _ in known]], cell.target[[o for _, o in known]][:, genes]
+    )
+    assert "crops are centred on the centroid of the nucleus" in nucleus.notes
+
+
+def test_the_options_are_settings_of_the_probe_and_reach_the_loader(tmp_path: Path, folder: Path) -> None:
+    settings = ProbeSettings.model_validate({"hest": {"target": "counts"}})
+    assert settings.task_options("nucls-super") == {}
+    (tmp_path / "hest").symlink_to(folder)
+    task = open_task("hest-bowel", tmp_path, **settings.task_options("hest-bowel"))
+    assert "target: count of transcripts in the cell" in task.notes
+    text = counts_table(task)
+    assert "note: inferred of the paper: target: log(1 + count)" in text
+    assert "note: inferred of the paper: middle of a crop: " in text
 
 
 def test_slides_of_one_patient_are_one_donor(task: Task) -> None:
@@ -317,3 +351,7 @@ def test_absent_files_and_a_single_donor_are_told_before_anything_is_read(
         hest.load(tmp_path, organ="breast")
     with pytest.raises(TaskError, match=r"^target: got 'cpm'; expected log1p or counts"):
         hest.load(folder, organ="bowel", target="cpm")  # type: ignore[arg-type]
+    with pytest.raises(TaskError, match=r"^centre: got 'membrane'; expected cell or nucleus"):
+        hest.load(folder, organ="bowel", centre="membrane")  # type: ignore[arg-type]
+    with pytest.raises(TaskError, match=r"TENX149_xenium_nucleus_seg\.parquet: no such file"):
+        hest.load(folder, organ="bowel", centre="nucleus")

@@ -106,15 +106,20 @@ def test_groups_are_slide_patient_and_hospital(task: Task) -> None:
     assert len(set(task.sample_ids)) == len(task.sample_ids)
 
 
-def test_the_official_folds_by_hospital_are_the_one_protocol(task: Task) -> None:
-    (protocol,) = task.protocols
-    assert protocol.name == "leak-free"
-    assert [fold.name for fold in protocol.folds] == ["1", "2", "3", "4", "5"]
-    assert set(task.groups["hospital"][protocol.folds[4].test]) == {"BH", "C8"}
+def test_the_papers_folds_are_random_and_the_official_ones_by_hospital_are_leak_free(task: Task) -> None:
+    paper, apart = task.protocols
+    assert (paper.name, apart.name) == ("paper", "leak-free")
+    assert [fold.name for fold in apart.folds] == ["1", "2", "3", "4", "5"]
+    assert set(task.groups["hospital"][apart.folds[4].test]) == {"BH", "C8"}
+    n = len(task.images)
+    assert sorted(np.concatenate([fold.test for fold in paper.folds])) == list(range(n))
+    assert all(len(fold.test) == pytest.approx(n / 5, abs=1) for fold in paper.folds)
+    assert all(set(task.groups["hospital"][fold.test]) == set(HOSPITALS) for fold in paper.folds)
+    assert paper.inner_groups is None
     assert check_folds(task) == ()
 
 
-def test_folds_that_divide_a_hospital_are_the_papers_and_others_are_made(tmp_path: Path) -> None:
+def test_where_the_official_folds_divide_a_hospital_others_are_made(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "nucls", n_fields=2, raw=("tumor", "lymphocyte"))
     path = folder / "train_test_splits" / "fold_2_train.csv"
     path.write_text(path.read_text() + "99,TCGA-A2-A0SX-DX1,A2,train,2\n")
@@ -123,6 +128,7 @@ def test_folds_that_divide_a_hospital_are_the_papers_and_others_are_made(tmp_pat
     task = nucls.load(folder, level="super")
     assert [protocol.name for protocol in task.protocols] == ["paper", "leak-free"]
     assert fold_faults(task.protocols[1]) == ()
+    assert len(task.protocols[1].folds) == 5
 
 
 def test_the_main_level_separates_mitoses_and_drops_other_nuclei(tmp_path: Path) -> None:
