@@ -29,6 +29,8 @@ PATIENCE = 2
 """Steps along a path of rising C that fall below the best inner score before the search stops."""
 MAX_ITER = 500
 NEIGHBOURS = 20
+QUICK_C, QUICK_ALPHA = 0.01, 1000.0
+"""About what the search chooses for some hundred crops."""
 
 Features = Literal["raw", "pca256"]
 ClassWeight = Literal["balanced", "none"]
@@ -137,6 +139,13 @@ def fit_regressor(
     best = max(scores, key=lambda alpha: scores[alpha])
     model = make_pipeline(*preprocessing(features, embedding), Ridge(best))
     return Fitted(model.fit(embedding, targets), best, scores)
+
+
+def fit_quickly(embedding: np.ndarray, target: np.ndarray, *, classify: bool) -> Pipeline:
+    """Logistic or ridge regression whose C or alpha is given: no inner search, for a look during training."""
+    model = _logistic(QUICK_C, "balanced") if classify else Ridge(QUICK_ALPHA)
+    fitted: Pipeline = _quietly(make_pipeline(StandardScaler(), model).fit, embedding.astype(np.float64), target)
+    return fitted
 
 
 def fit_hest_bench(embedding: np.ndarray, targets: np.ndarray) -> Fitted:

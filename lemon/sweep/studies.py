@@ -137,6 +137,34 @@ def differences_to_first(values: Sequence[Value]) -> list[PointDifference]:
     return [each for each in all_differences if each is not None and each.point != each.against]
 
 
+class Leader(NamedTuple):
+    """The point of highest mean on a task by a protocol, and its difference to the next one, paired by seed."""
+
+    best: Value
+    lead: PointDifference | None
+    """None where there is no other point, or none with the same seeds."""
+
+    @property
+    def sentence(self) -> str:
+        """Who is best, with its interval, and whether that may be chance: 95 % intervals over seeds."""
+        best, over, lead = self.best, self.best.over, self.lead
+        interval = f" ({over.low:.3f} to {over.high:.3f} over {over.n} seeds)" if over.n > 1 else " (one seed)"
+        text = f"{best.task}, {best.protocol}: {best.point} has the highest {best.metric}, {over.mean:.3f}{interval}"
+        if lead is None:
+            return text
+        verdict = "is beyond chance" if lead.over.n > 1 and lead.over.low > 0 else "may be chance"
+        return f"{text}; its lead over {lead.against}, {lead.over.mean:.3f}, {verdict}"
+
+
+def leaders(values: Iterable[Value]) -> list[Leader]:
+    """Of each task and protocol the best point."""
+    columns: dict[tuple[str, str], list[Value]] = {}
+    for value in values:
+        columns.setdefault(value.column, []).append(value)
+    ranked = [sorted(each, key=lambda value: -value.over.mean) for each in columns.values()]
+    return [Leader(best, point_difference(best, others[0]) if others else None) for best, *others in ranked]
+
+
 def best_points(values: Iterable[Value]) -> dict[tuple[str, str], float]:
     """The highest mean of each column."""
     best: dict[tuple[str, str], float] = {}
