@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,17 +59,22 @@ class OnlineProbe:
         return cls(tasks, config.views)
 
     def __call__(self, encoder: nn.Module) -> dict[str, float]:
-        """``online/<task>/<metric>`` of a frozen encoder; draws no random number of torch's or numpy's own."""
+        """``online/<task>/<metric>`` of a frozen encoder, and what that took in ``online/seconds``.
+
+        Draws no random number of torch's or numpy's own.
+        """
+        start = time.perf_counter()
         crop_px = int(encoder.patch_embed.img_size[0])  # type: ignore[union-attr, index]
         mean, std = self.policy.mean, self.policy.std
         embeddings = SharedEmbeddings(
             lambda images: encode_cells(encoder, images, mean=mean, std=std, crop_px=crop_px).cpu().numpy()
         )
-        return {
+        scores = {
             f"online/{name}/{metric}": value
             for name, task in self.tasks.items()
             for metric, value in quick_scores(task, embeddings.of(task.images)).items()
         }
+        return scores | {"online/seconds": time.perf_counter() - start}
 
 
 def labelled_task(config: PretrainConfig) -> Task:

@@ -46,7 +46,7 @@ def main(config: UiConfig) -> int:
     is_served = uri.startswith("http")
     page = uri.rstrip("/") if is_served else f"http://{HOST}:{config.port}"
     if not is_served:
-        _check_port(config.port)
+        check_port(config.port)
     for name, experiment_id in experiments.items():
         logger.info(f"runs of {name}: {page}/#/experiments/{experiment_id}/runs?workflowType=machine_learning")
     if is_served:
@@ -59,7 +59,8 @@ def main(config: UiConfig) -> int:
     os.execve(sys.executable, [sys.executable, *words], {**QUIET, **os.environ, "MLFLOW_BACKEND_STORE_URI": uri})
 
 
-def _check_port(port: int) -> None:
+def check_port(port: int) -> None:
+    """Raise ConfigError for a port of this machine that is taken."""
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
