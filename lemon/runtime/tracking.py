@@ -249,14 +249,22 @@ def experiment_ids(uri: str) -> dict[str, str]:
     return {each.name: each.experiment_id for each in known if each.experiment_id != "0"}
 
 
-def find_runs(experiment: str) -> list[RunRecord]:
+def tag_experiment(uri: str, experiment_id: str, key: str, value: str) -> None:
+    """Set a tag of an experiment. Raises ConfigError where MLflow cannot be written."""
+    import mlflow
+
+    with _refused("MLFLOW_TRACKING_URI", uri):
+        mlflow.MlflowClient(uri).set_experiment_tag(experiment_id, key, value)
+
+
+def find_runs(experiment: str, *, uri: str | None = None) -> list[RunRecord]:
     """All runs of an experiment, the oldest first; none where the experiment or the database is absent.
 
-    Raises ConfigError where MLflow cannot be read.
+    Of the MLflow in use, unless ``uri`` names another. Raises ConfigError where MLflow cannot be read.
     """
     import mlflow
 
-    uri = tracking_uri()
+    uri = uri or tracking_uri()
     if _is_absent_database(uri):
         return []
     _require(uri)
