@@ -30,7 +30,7 @@ PATIENCE = 2
 MAX_ITER = 500
 NEIGHBOURS = 20
 QUICK_C, QUICK_ALPHA = 0.01, 1000.0
-"""About what the search chooses for some hundred crops."""
+"""Strong: a look is at some hundred crops, about as many as an embedding has values."""
 
 Features = Literal["raw", "pca256"]
 ClassWeight = Literal["balanced", "none"]

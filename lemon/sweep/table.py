@@ -100,7 +100,7 @@ def log_summary(rows: Sequence[SweepRow], output: Store, run: Run) -> None:
     run.log(metrics, step=0)
     run.log_text(text := summary(rows), "summary.md")
     run.set_tag(DESCRIPTION, text)
-    for name in (PARQUET, CSV):
+    for name in filter(output.exists, (PARQUET, CSV)):
         run.log_file(name, output.read_bytes(name))
 
 
