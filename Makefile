@@ -33,10 +33,10 @@ check: setup
 	$(RUN) -m mypy
 	$(VENV)/bin/lint-imports --no-cache
 
-# The MLflow page of a database, on this machine only.
+# MLflow's page of the runs in a database, on this machine only; it prints the links to the runs.
 DB ?= mlflow.db
 ui: setup
-	MLFLOW_DISABLE_TELEMETRY=$${MLFLOW_DISABLE_TELEMETRY:-true} $(VENV)/bin/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(abspath $(DB))
+	$(RUN) jobs/ui.py database=$(abspath $(DB))
 
 bench: setup
 	$(RUN) -m benchmarks.hoverfast

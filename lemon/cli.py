@@ -82,6 +82,7 @@ STAGES = (
     Stage(
         "report", "report", "lemon.report.config:ReportConfig", "lemon.report.job:main", "one page of what was found"
     ),
+    Stage("ui", "ui", "lemon.runtime.ui:UiConfig", "lemon.runtime.ui:main", "MLflow's page of all runs"),
     Stage("demo", "demo", "lemon.demo.config:DemoConfig", "lemon.demo.job:main", "all of these on one slide"),
     Stage(
         "verify",

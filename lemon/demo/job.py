@@ -103,7 +103,7 @@ def _pretrain(store: Store, output: Path) -> None:
     assert run is not None  # it has just ended
     history = metric_history(run, "loss")
     logger.info(f"loss {history[0][1]:.2f} at step {history[0][0]}, {history[-1][1]:.2f} at step {history[-1][0]}")
-    logger.info(f"curves in MLflow: mlflow ui --backend-store-uri sqlite:///{output / 'mlflow.db'}")
+    logger.info(f"curves and scores in MLflow: lemon ui database={output / 'mlflow.db'}")
 
 
 def _embed(store: Store, output: Path) -> None:

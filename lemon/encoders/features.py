@@ -49,13 +49,15 @@ def encode_cells(
     device = next((weights.device for weights in encoder.parameters()), cells.device)
     low, px = (CELL_PX - crop_px) // 2, input_px or crop_px
     center, scale = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (mean, std))
-    features = []
+    features: list[Tensor] = []
     known = cells if len(cells) else cells.new_zeros((1, CELL_PX, CELL_PX, 3))  # whose width is asked for
-    for part in known[:, low : low + crop_px, low : low + crop_px].split(batch or default_batch(px)):
-        seen = resize(part.to(device).permute(0, 3, 1, 2).float() / 255, px=px)  # [B, 3, px, px]
-        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-            features.append(encoder((seen - center) / scale).float())
-    encoder.train(training)
+    try:
+        for part in known[:, low : low + crop_px, low : low + crop_px].split(batch or default_batch(px)):
+            seen = resize(part.to(device).permute(0, 3, 1, 2).float() / 255, px=px)  # [B, 3, px, px]
+            with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+                features.append(encoder((seen - center) / scale).float())
+    finally:  # else an error that a caller gets over would leave a training without its regularisation
+        encoder.train(training)
     return torch.cat(features)[: len(cells)]
 
 

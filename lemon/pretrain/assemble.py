@@ -88,7 +88,6 @@ def build_trainer(
         resident=_fits(images, device),
     )
     watched = images[:: max(1, len(images) // WATCHED_CELLS)][:WATCHED_CELLS]
-    probe = OnlineProbe.open(config.probe, policy=config.views) if config.probe else None
     return Trainer(
         method=method,
         feed=feed,
@@ -98,7 +97,7 @@ def build_trainer(
         checkpoints=Checkpoints(Store(config.output), keep=config.keep_checkpoints),
         config=config.model_dump(mode="json"),
         log=log,
-        probe=probe,
+        probe=OnlineProbe.open(config) if rank == 0 else None,
         watched=np.array(watched),
         log_every=config.log_every,
         checkpoint_every=config.checkpoint_every,

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lemon.cells.cache import check_cache
 from lemon.cells.select import Selection
 from lemon.encoders.device import choose_device
 from lemon.errors import ConfigError
 from lemon.pretrain.assemble import select, with_stain
 from lemon.pretrain.config import MIN_CELLS, PretrainConfig
-from lemon.pretrain.online_probe import OnlineProbe
+from lemon.pretrain.online_probe import labelled_task
 from lemon.runtime.store import Store
 
 
 def with_absolute_paths(config: PretrainConfig) -> PretrainConfig:
     """Paths made absolute, because workers run elsewhere. Raises ConfigError where stain statistics are no good."""
-    cells, output = _store(config.cells, key="cells"), _store(config.output, key="output")
-    return with_stain(config.model_copy(update={"cells": cells.uri, "output": output.uri}))
+    paths: dict[str, Any] = {key: _store(getattr(config, key), key=key).uri for key in ("cells", "output")}
+    if (probe := config.probe) is not None:
+        given = {key: path for key in ("cells", "labels") if (path := getattr(probe, key)) is not None}
+        inside = {key: _store(path, key=f"probe.{key}").uri for key, path in given.items()}
+        paths["probe"] = probe.model_copy(update=inside)
+    return with_stain(config.model_copy(update=paths))
 
 
 def check(config: PretrainConfig) -> tuple[PretrainConfig, Selection]:
@@ -29,8 +35,8 @@ def check(config: PretrainConfig) -> tuple[PretrainConfig, Selection]:
     selection = select(config)
     if selection.n_cells < MIN_CELLS:
         raise ConfigError(f"cells: got {selection.n_cells}; expected {MIN_CELLS} at least, and better thousands")
-    if config.probe is not None:
-        OnlineProbe.open(config.probe, policy=config.views)
+    if config.probe is not None and config.probe.labels is not None:
+        labelled_task(config)
     if config.workers.in_process:  # others are on other machines, and report it themselves
         choose_device(config.device)
         check_cache(selection, cache=config.cache)

@@ -222,10 +222,13 @@ class SelectConfig(Settings):
 
 
 class OnlineProbeConfig(Settings):
-    """Labelled cells that the encoder is scored on with each checkpoint."""
+    """Some hundred cells that the encoder is scored on with each checkpoint: ``online/...`` in MLflow."""
 
-    cells: AnyPath = Field(description="a cells table")
-    labels: AnyPath = Field(description="CSV or Parquet with the columns cell_id, label")
+    n_cells: int = Field(500, ge=10, description="cells of morphometry and of restained, which need no labels")
+    labels: AnyPath | None = Field(
+        None, description="CSV or Parquet with the columns cell_id, label: scored too, and the best checkpoint is kept"
+    )
+    cells: AnyPath | None = Field(None, description="cells table of the labels; null: the one that is trained on")
 
 
 class TrainWorkers(Settings):
@@ -293,7 +296,9 @@ class PretrainConfig(Settings, CellsConfig):
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU")
     compile: bool | None = Field(None, description="null: on a GPU")
     workers: TrainWorkers = TrainWorkers()
-    probe: OnlineProbeConfig | None = None
+    probe: OnlineProbeConfig | None = Field(
+        OnlineProbeConfig(), description="what the encoder is scored on with each checkpoint; null: nothing"
+    )
     tasks: list[str] | Literal["auto"] | None = Field(
         "auto",
         description="what the encoder is scored on at the end, as of lemon probe; auto: morphometry and restained of "
@@ -323,9 +328,12 @@ class PretrainConfig(Settings, CellsConfig):
     @property
     def probe_tasks(self) -> list[str]:
         """Names of the tasks on which the encoder is scored at the end."""
-        if self.tasks == "auto":
-            return [f"morphometry:{self.cells}", f"restained:{self.cells}"]
-        return list(dict.fromkeys(self.tasks or []))
+        return self.unlabelled_tasks if self.tasks == "auto" else list(dict.fromkeys(self.tasks or []))
+
+    @property
+    def unlabelled_tasks(self) -> list[str]:
+        """Names of the tasks on the run's own cells that need no labels."""
+        return [f"morphometry:{self.cells}", f"restained:{self.cells}"]
 
     @model_validator(mode="after")
     def _fits_together(self) -> PretrainConfig:

@@ -50,7 +50,7 @@ def main(config: PretrainConfig) -> int:
 
 
 def _pretrain(config: PretrainConfig, selection: Selection, store: Store) -> int:
-    run = _open_run(config, store, cells_fingerprint=selection.fingerprint)
+    run = _open_run(config, store, selection)
     with run.ending():
         encoder = fit(config, run)
         metrics = score_encoder(config, run) if config.probe_tasks else {}
@@ -114,9 +114,7 @@ def fit(config: PretrainConfig, run: Run, *, log: Log | None = None) -> str:
         train(config, device=choose_device(config.device), log=_Logger(run, config, then=log))
     else:
         _train_on_ray(config, run)
-    encoder = f"{config.output}/{EXPORT}"
-    run.set_tag("encoder", encoder)
-    return encoder
+    return f"{config.output}/{EXPORT}"
 
 
 def register(name: str, encoder: str, run: Run, *, metrics: Mapping[str, float]) -> None:
@@ -198,8 +196,15 @@ def _ray_worker(settings: dict[str, Any]) -> None:
     train(config, device=ray.train.torch.get_device(), rank=rank, world=world, log=log)
 
 
-def _open_run(config: PretrainConfig, store: Store, *, cells_fingerprint: str) -> Run:
+def _open_run(config: PretrainConfig, store: Store, selection: Selection) -> Run:
     """The MLflow run of this output: a rerun goes on in the same one."""
-    tags = {"cells_fingerprint": cells_fingerprint}
+    tags = {"cells_fingerprint": selection.fingerprint, "encoder": f"{store.uri}/{EXPORT}"}
     name = f"{config.encoder.name}-{config.ssl.name}-{config.views.name}"
-    return start_run("pretrain", name, store=store, params=config.model_dump(mode="json"), tags=tags)
+    run = start_run("pretrain", name, store=store, params=parameters_of(config), tags=tags)
+    run.log_dataset("cells", digest=selection.fingerprint, source=selection.store.uri, context="training")
+    return run
+
+
+def parameters_of(config: PretrainConfig) -> dict[str, Any]:
+    """What MLflow keeps of the settings: without the folders that would be a difference between any two runs."""
+    return config.model_dump(mode="json", exclude={"output", "cache"})

@@ -20,8 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from lemon.cells.batches import Feed
 from lemon.encoders.features import effective_rank, encode_cells
 from lemon.encoders.finite import not_finite
-from lemon.errors import FatalError
+from lemon.errors import FatalError, one_line
 from lemon.pretrain.checkpoint import Checkpoints
+from lemon.pretrain.online_probe import LABELLED_METRIC
 from lemon.pretrain.schedules import Method, Schedules, set_optimizer
 from lemon.runtime.console import stage_logger
 from lemon.views.make import make_local_views, make_views
@@ -55,7 +56,7 @@ class Trainer:
         checkpoints: where state goes; only rank 0 writes.
         config: JSON-able settings, kept in checkpoints.
         log: (metrics, step), called every ``log_every`` steps on rank 0; None logs nothing.
-        probe: scores the exported encoder where labels are given; called with each checkpoint on rank 0.
+        probe: scores the exported encoder; called with each checkpoint on rank 0, and where it fails costs a line.
         watched: uint8 [N, 60, 60, 3], cells on which the effective rank is taken.
     """
 
@@ -172,13 +173,13 @@ class Trainer:
         if (wrong := next(not_finite(state), None)) is not None:  # on every worker, so that all stop alike
             raise TrainingStoppedError(f"{wrong} is not finite at step {self.step}; {self._good()}")
         if self.feed.rank == 0:
-            score = metrics.get("probe/balanced_accuracy")
+            score = metrics.get(LABELLED_METRIC)
             self.checkpoints.save({**state, "config": json.dumps(self.config)}, step=self.step, score=score)
             if self.log is not None and metrics:
                 self.log(metrics, self.step)
 
     def _indicators(self) -> dict[str, float]:
-        """Effective rank and, where labels are given, the probe; raises before a collapsed state could be saved.
+        """Effective rank and scores of the probe; raises before a collapsed state could be saved.
 
         Every worker computes the rank, so that all stop alike.
         """
@@ -194,7 +195,10 @@ class Trainer:
                     f"features collapsed by step {self.step}: effective rank {rank:.2f}; {self._good()}"
                 )
         if self.probe is not None and self.feed.rank == 0:
-            metrics |= {f"probe/{name}": value for name, value in self.probe(self.method.exported).items()}
+            try:
+                metrics |= self.probe(self.method.exported)
+            except Exception as error:  # whatever it is, training goes on  # noqa: BLE001
+                logger.warning(f"the encoder of step {self.step:,} is not scored: {one_line(error)}")
         return metrics
 
     def _good(self) -> str:

@@ -41,13 +41,14 @@ def score_encoder(config: PretrainConfig, run: Run) -> dict[str, float]:
     try:
         store = open_output(probe.output, names=probing.OUTPUT_NAMES)
         encoder = load_encoder(config.output, device=choose_device(config.device))
+        scorer = probing.Scorer(encoder, config=probe, store=store)
     except Exception as error:  # whatever it is, the encoder is trained  # noqa: BLE001
         logger.warning(f"the encoder is not scored: {one_line(error)}")
         return metrics
     for name in probe.tasks:
         try:
             task = open_task(name, probe.data, seed=probe.seed, **probe.task_options(name), **options)
-            rows = probing.probe_model(encoder, [task], config=probe, store=store, run=run)
+            rows = scorer.score(task, [run])
         except Exception as error:  # as above  # noqa: BLE001
             logger.warning(f"{name} is not scored: {one_line(error)}")
             run.set_tag(f"probe_failed/{probing.short_name(name)}", one_line(error))

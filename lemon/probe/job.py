@@ -10,21 +10,22 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
-from lemon.encoders.cost import Cost, count
+from lemon.encoders.cost import count
 from lemon.encoders.device import choose_device
 from lemon.encoders.open import Encoder, load_encoder, untrained_twin
 from lemon.encoders.registry import check_name
 from lemon.errors import EXIT_FAILURES, EXIT_OK, ConfigError
 from lemon.probe.config import ProbeConfig
+from lemon.probe.embedding import SharedEmbeddings
 from lemon.probe.figures import draw_cost
+from lemon.probe.folds import LEAK_FREE
 from lemon.probe.score import MAIN_METRICS, Score, fold_means, score_task
 from lemon.probe.tables import TWINS, write_table1
 from lemon.probe.task import Task, TaskError
@@ -33,18 +34,20 @@ from lemon.runtime.console import stage_logger
 from lemon.runtime.identifiers import file_stem
 from lemon.runtime.lease import hold
 from lemon.runtime.store import CIRCUMSTANCES, Store, fingerprint
-from lemon.runtime.tracking import Run, start_run, training_run_of
+from lemon.runtime.tracking import Run, reachable_run_of, start_run, training_run_of
 from lemon.schema import ScoreRow, marked
 
 logger = stage_logger(__name__, "probe")
 
-OUTPUT_NAMES = ("scores", "predictions", "embeddings", "costs", "runs", TWINS)
+RUNS = "runs"
+OUTPUT_NAMES = ("scores", "predictions", "embeddings", "costs", RUNS, TWINS)
 """Folders of a probe in its output."""
 
 SCORES = "intervals of means over folds"
 """What scores are; those of an output that were made otherwise are made again."""
 
-CROPS_A_TICK = 1024  # of the progress bar; the encoder chooses its own batches within
+ATTACHED = ("table1.md", "table1.csv", "differences.csv", "figure2.png")
+"""Files of an output that the MLflow run of each of its encoders gets."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def main(config: ProbeConfig) -> int:
         code = _score_all(config, store)
         draw_cost(store)
         logger.info(write_table1(store))
+        _attach(store)
         return code
 
 
@@ -152,28 +156,12 @@ def probe_model(
     Metrics go to ``run``, which stays open, or to an MLflow run of this probing that a rerun goes on with; and to the
     run that trained the encoder, where it is given.
     """
-    cost = count(encoder.model, px=encoder.cell_input.px)
-    probed_by = run or _open_run(encoder, config, store, cost=cost)
+    scorer = Scorer(encoder, config=config, store=store)
+    probed_by = run or _open_run(scorer)
     if trained_by is not None:
         probed_by.set_tag("training_run_id", trained_by.run_id)
-    store.write_json(f"costs/{stem_of(encoder)}.json", asdict(cost))
-    scores: list[ScoreRow] = []
-    for task in tasks:
-        data = data_fingerprint(task)
-        circumstances = fingerprint([SCORES, data, config.settings()])
-        unit = Unit(encoder.name, encoder.fingerprint, task.name, data, circumstances)
-        if not unit.is_done(store):
-            embedding = embed_task(encoder, task, unit=unit, store=store)
-            scored = score_task(task, embedding, config)
-            store.write_table(f"predictions/{unit.stem}.parquet", scored.predictions)
-            store.write_table(unit.scores, scores_table(scored.scores, unit, seed=config.seed))
-        rows = ScoreRow.read(store.read_table(unit.scores))
-        for each in (probed_by, *([trained_by] if trained_by else [])):
-            each.log(flat_metrics(rows), step=0)
-            each.log_dataset(task.name, digest=data, source=task.name.partition(":")[2] or config.data, context="probe")
-            each.set_tag(f"data_fingerprint/{short_name(task.name)}", data)
-        logger.info(f"{encoder.name} on {task.name}: {main_scores_line(rows)}")
-        scores += rows
+    runs = [probed_by, *([trained_by] if trained_by else [])]
+    scores = [row for task in tasks for row in scorer.score(task, runs)]
     if run is None:
         probed_by.close()
     return scores
@@ -184,17 +172,42 @@ def stem_of(encoder: Encoder) -> str:
     return f"{file_stem(encoder.name)}-{encoder.fingerprint}"
 
 
-def embed_task(encoder: Encoder, task: Task, *, unit: Unit, store: Store) -> np.ndarray:
-    """Embeddings float32 [N, D] of a task's crops; kept in the output, so that new settings cost no new pass."""
-    name = f"embeddings/{file_stem(task.name)}/{unit.model_fingerprint}-{unit.data_fingerprint}.npy"
-    if store.exists(name):
-        return np.load(io.BytesIO(store.read_bytes(name)))
-    starts = tqdm(range(0, len(task.images), CROPS_A_TICK), desc=f"{encoder.name} on {task.name}", disable=None)
-    parts = [encoder.embed(task.images[start : start + CROPS_A_TICK]).cpu().numpy() for start in starts]
-    embedding = np.concatenate(parts)
-    with store.write(name) as stream:
-        np.save(stream, embedding)
-    return embedding
+class Scorer:
+    """Scores one encoder on tasks into an output of probing. Its cost is counted once, each crop is encoded once."""
+
+    def __init__(self, encoder: Encoder, *, config: ProbeConfig, store: Store) -> None:
+        self.encoder, self.config, self.store = encoder, config, store
+        self.cost = count(encoder.model, px=encoder.cell_input.px)
+        store.write_json(f"costs/{stem_of(encoder)}.json", asdict(self.cost))
+        self._embeddings = SharedEmbeddings(lambda images: encoder.embed(images).cpu().numpy())
+
+    def score(self, task: Task, runs: Sequence[Run]) -> list[ScoreRow]:
+        """The rows of a task in the scores table, made where they are not there; their metrics go to ``runs``."""
+        encoder, store, data = self.encoder, self.store, data_fingerprint(task)
+        circumstances = fingerprint([SCORES, data, self.config.settings()])
+        unit = Unit(encoder.name, encoder.fingerprint, task.name, data, circumstances)
+        if not unit.is_done(store):
+            scored = score_task(task, self._embedding(task, unit), self.config)
+            store.write_table(f"predictions/{unit.stem}.parquet", scored.predictions)
+            store.write_table(unit.scores, scores_table(scored.scores, unit, seed=self.config.seed))
+        rows = ScoreRow.read(store.read_table(unit.scores))
+        source = task.name.partition(":")[2] or self.config.data
+        for run in runs:
+            run.log(flat_metrics(rows), step=0)
+            run.log_dataset(task.name, digest=data, source=source, context="probe")
+            run.set_tag(f"data_fingerprint/{short_name(task.name)}", data)
+        logger.info(f"{encoder.name} on {task.name}: {main_scores_line(rows)}")
+        return rows
+
+    def _embedding(self, task: Task, unit: Unit) -> np.ndarray:
+        """Embeddings float32 [N, D] of a task's crops; kept in the output, so that new settings cost no new pass."""
+        name = f"embeddings/{file_stem(task.name)}/{unit.model_fingerprint}-{unit.data_fingerprint}.npy"
+        if self.store.exists(name):
+            return np.load(io.BytesIO(self.store.read_bytes(name)))
+        embedding = self._embeddings.of(task.images, title=f"{unit.model} on {task.name}")
+        with self.store.write(name) as stream:
+            np.save(stream, embedding)
+        return embedding
 
 
 def scores_table(scores: list[Score], unit: Unit, *, seed: int) -> pa.Table:
@@ -234,9 +247,14 @@ def flat_metrics(rows: list[ScoreRow]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for task in dict.fromkeys(row.task for row in rows):
         for protocol, metric, value in _named_values([row for row in rows if row.task == task]):
-            group = "" if protocol in ("leak-free", "robustness") else f"{protocol}/"
-            metrics[f"probe/{short_name(task)}/{group}{metric}"] = value
+            metrics[metric_name(task, protocol, metric)] = value
     return {name: value for name, value in metrics.items() if np.isfinite(value)}
+
+
+def metric_name(task: str, protocol: str, metric: str, *, of: str = "probe") -> str:
+    """A score's name in MLflow: ``probe/<task>/<metric>``, with the protocol before the metric where it has leaks."""
+    group = "" if protocol in (LEAK_FREE, "robustness") else f"{protocol}/"
+    return f"{of}/{short_name(task)}/{group}{metric}"
 
 
 def _named_values(rows: list[ScoreRow]) -> Iterator[tuple[str, str, float]]:
@@ -263,8 +281,17 @@ def main_scores_line(rows: list[ScoreRow]) -> str:
     )
 
 
-def _open_run(encoder: Encoder, config: ProbeConfig, store: Store, *, cost: Cost) -> Run:
-    mark = f"runs/{stem_of(encoder)}.json"
-    params = {"model": encoder.name, "width": encoder.width, "cost": asdict(cost), **config.settings()}
+def _open_run(scorer: Scorer) -> Run:
+    encoder, store = scorer.encoder, scorer.store
+    mark = f"{RUNS}/{stem_of(encoder)}.json"
+    params = {"model": encoder.name, "width": encoder.width, "cost": asdict(scorer.cost), **scorer.config.settings()}
     tags = {"output": store.uri, "model_fingerprint": encoder.fingerprint}
     return start_run("probe", encoder.name, store=store, mark=mark, params=params, tags=tags)
+
+
+def _attach(store: Store) -> None:
+    """Give the tables and the figure of an output to the MLflow runs of all encoders in it."""
+    for mark in store.list(RUNS, suffix=".json"):
+        if (run := reachable_run_of(store, mark)) is not None:
+            for name in filter(store.exists, ATTACHED):
+                run.log_file(name, store.read_bytes(name))

@@ -31,6 +31,8 @@ ABOVE_CHANCE = 0.01
 """How far the best inner score must be above chance for the search to stop."""
 MAX_ITER = 500
 NEIGHBOURS = 20
+QUICK_C, QUICK_ALPHA = 0.01, 1000.0
+"""Strong: a look is at some hundred crops, about as many as an embedding has values."""
 
 Features = Literal["raw", "pca256"]
 ClassWeight = Literal["balanced", "none"]
@@ -143,6 +145,13 @@ def fit_regressor(
     best = max(scores, key=lambda alpha: scores[alpha])
     model = make_pipeline(*preprocessing(features, embedding), Ridge(best))
     return Fitted(model.fit(embedding, targets), best, scores)
+
+
+def fit_quickly(embedding: np.ndarray, target: np.ndarray, *, classify: bool) -> Pipeline:
+    """Logistic or ridge regression whose C or alpha is given: no inner search, for a look during training."""
+    model = _logistic(QUICK_C, "balanced") if classify else Ridge(QUICK_ALPHA)
+    fitted: Pipeline = _quietly(make_pipeline(StandardScaler(), model).fit, embedding.astype(np.float64), target)
+    return fitted
 
 
 def fit_hest_bench(embedding: np.ndarray, targets: np.ndarray) -> Fitted:

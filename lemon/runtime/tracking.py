@@ -42,6 +42,9 @@ UI = "http://127.0.0.1:5000"
 MLFLOW_PARENT = "mlflow.parentRunId"
 """The tag that MLflow gives a run which belongs to another."""
 
+DESCRIPTION = "mlflow.note.content"
+"""The tag that MLflow shows as a run's description, as Markdown."""
+
 _KEY = "lemon.key"
 _ENCODER = "encoder"  # the artifact of a registered model; lemon/served_encoder.py opens it by this name
 _MAX_PARAM = 6000  # characters that MLflow keeps of a parameter
@@ -59,7 +62,12 @@ logger = logging.getLogger(__name__)
 
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, else a SQLite database in the working directory, by its absolute path."""
-    return os.environ.get("MLFLOW_TRACKING_URI", "").strip() or f"sqlite:///{Path(DATABASE).absolute()}"
+    return os.environ.get("MLFLOW_TRACKING_URI", "").strip() or sqlite_uri(DATABASE)
+
+
+def sqlite_uri(database: str | Path) -> str:
+    """The address of a SQLite database by its file."""
+    return f"sqlite:///{Path(database).absolute()}"
 
 
 def version() -> str:
@@ -112,9 +120,15 @@ class Run:
         values = [Metric(name, float(value), now, step) for name, value in metrics.items()]
         self._send(f"metrics of step {step}", lambda client: client.log_batch(self.run_id, metrics=values))
 
-    def log_file(self, path: str | Path, folder: str = "") -> None:
-        """Attach a file."""
-        self._client().log_artifact(self.run_id, str(path), folder or None)
+    def log_file(self, name: str, content: bytes) -> None:
+        """Attach a file; its name may have folders."""
+        folder, _, base = name.rpartition("/")
+        with scratch_folder() as scratch:
+            (scratch / base).write_bytes(content)
+            try:
+                self._client().log_artifact(self.run_id, str(scratch / base), folder or None)
+            except Exception as error:  # an artifact store raises what its own library does  # noqa: BLE001
+                self._warn_of_loss(f"file {name}", error)
 
     def log_text(self, text: str, name: str) -> None:
         """Attach a text as a file of that name."""
@@ -192,7 +206,10 @@ class Run:
         try:
             _with_retries(lambda: call(self._client()))
         except MlflowException as error:
-            logger.warning("MLflow run %s: %s is lost: %s", self.run_id[:8], what, _first_line(error))
+            self._warn_of_loss(what, error)
+
+    def _warn_of_loss(self, what: str, error: Exception) -> None:
+        logger.warning("MLflow run %s: %s is lost: %s", self.run_id[:8], what, _first_line(error))
 
     def _client(self) -> Any:
         import mlflow
@@ -224,14 +241,37 @@ def _is_absent_database(uri: str) -> bool:
     return uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists()
 
 
-def find_runs(experiment: str) -> list[RunRecord]:
-    """All runs of an experiment, the oldest first; none where the experiment or the database is absent.
+def experiment_ids(uri: str) -> dict[str, str]:
+    """The id of each experiment in the MLflow at ``uri`` by its name, MLflow's own "Default" left out.
 
-    Raises ConfigError where MLflow cannot be read.
+    None where a SQLite database is absent. Raises ConfigError where MLflow cannot be read.
     """
     import mlflow
 
-    uri = tracking_uri()
+    if _is_absent_database(uri):
+        return {}
+    _require(uri)
+    with _refused("MLFLOW_TRACKING_URI", uri):
+        known = mlflow.MlflowClient(uri).search_experiments(order_by=["creation_time ASC"])
+    return {each.name: each.experiment_id for each in known if each.experiment_id != "0"}
+
+
+def tag_experiment(uri: str, experiment_id: str, key: str, value: str) -> None:
+    """Set a tag of an experiment. Raises ConfigError where MLflow cannot be written."""
+    import mlflow
+
+    with _refused("MLFLOW_TRACKING_URI", uri):
+        mlflow.MlflowClient(uri).set_experiment_tag(experiment_id, key, value)
+
+
+def find_runs(experiment: str, *, uri: str | None = None) -> list[RunRecord]:
+    """All runs of an experiment, the oldest first; none where the experiment or the database is absent.
+
+    Of the MLflow in use, unless ``uri`` names another. Raises ConfigError where MLflow cannot be read.
+    """
+    import mlflow
+
+    uri = uri or tracking_uri()
     if _is_absent_database(uri):
         return []
     _require(uri)
@@ -380,6 +420,18 @@ def run_of(store: Store, mark: str = RUN, *, uri: str) -> Run | None:
     return None if run_id is None else Run(uri, run_id)
 
 
+def reachable_run_of(store: Store, mark: str = RUN) -> Run | None:
+    """``run_of`` in the MLflow in use; None also where that does not answer."""
+    from mlflow.exceptions import MlflowException
+
+    if _is_absent_database(uri := tracking_uri()):
+        return None
+    try:
+        return run_of(store, mark, uri=uri)
+    except MlflowException:
+        return None
+
+
 def training_run_of(model: str) -> Run | None:
     """The run that trained an encoder, in the MLflow in use: of an output of pretraining, or of ``models:/...``.
 
@@ -400,7 +452,7 @@ def training_run_of(model: str) -> Run | None:
             version = by_alias(name, alias) if alias else by_number(name, number)
             return Run(uri, version.run_id) if version.run_id and _exists(client, version.run_id) else None
         store = Store(model)
-        return run_of(store, uri=uri) if store.exists(RUN) else None
+        return reachable_run_of(store) if store.exists(RUN) else None
     except (MlflowException, OSError, ValueError):
         return None
 

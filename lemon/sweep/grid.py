@@ -188,10 +188,11 @@ def selection_faults(config: PretrainConfig, select: Callable[..., Selection]) -
 def settings_faults(config: PretrainConfig, sweep: SweepConfig) -> list[str]:
     """What is wrong with a point's other settings on this machine."""
     faults = []
-    if sweep.asha and (config.probe is None or not config.workers.in_process):
-        faults.append("probe: asha=true needs the online probe (probe.cells, probe.labels) and one worker a trial")
-    if config.probe is not None and not path_exists(config.probe.labels):
-        faults.append(f"probe.labels: {config.probe.labels} not found; expected a CSV or Parquet file")
+    labels = None if config.probe is None else config.probe.labels
+    if sweep.asha and (labels is None or not config.workers.in_process):
+        faults.append("probe: asha=true needs labelled cells (probe.labels) and one worker a trial")
+    if labels is not None and not path_exists(labels):
+        faults.append(f"probe.labels: {labels} not found; expected a CSV or Parquet file")
     if config.views.stain.statistics is not None:
         faults += _fault_lines(with_absolute_paths, config)
     if not sweep.on_ray:
@@ -209,14 +210,9 @@ def trial_of(config: SweepConfig, point: Point, pretrain: PretrainConfig, *, see
     """A point's trial with one seed: of training; selections and folds do not depend on it."""
     name = f"{config.sweep.name}-{point.name}-s{seed}"
     folder = f"{output.uri}/{TRIALS}/{file_stem(name)}"
-    update = {
-        "output": folder,
-        "seed": seed,
-        "probe": pretrain.probe and pretrain.probe.model_copy(update=_absolute(pretrain)),
-    }
     return Trial(
         name=name,
-        pretrain=pretrain.model_copy(update=update),
+        pretrain=pretrain.model_copy(update={"output": folder, "seed": seed}),
         tasks=config.tasks,
         data=config.data,
         probe=config.probe,
@@ -236,12 +232,6 @@ def begun_faults(trial: Trial, select: Callable[..., Selection]) -> list[str]:
         return []  # stain statistics that are to be fitted
     place = trial.store.uri.rpartition("/")[0]
     return [f"{changed}: trials in {place} were begun with other settings; choose another output"] if changed else []
-
-
-def _absolute(config: PretrainConfig) -> dict[str, str]:
-    """Paths of the online probe: trials run in folders of their own."""
-    assert config.probe is not None
-    return {"cells": Store(config.probe.cells).uri, "labels": Store(config.probe.labels).uri}
 
 
 def _fault_lines(check: Callable[..., Any], argument: Any) -> list[str]:

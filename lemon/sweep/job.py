@@ -42,9 +42,12 @@ def _run_all(grid: Grid, config: SweepConfig, output: Store) -> int:
         f"{config.sweep.name}: {points} points with seeds {seeds}; {len(grid.entries) - len(pending)} trials "
         f"are done, {len(pending)} to do, in {output.uri}"
     )
-    if pending:
-        _run_pending(pending, grid, config, output)
-    rows = table.write(grid.entries, output, study=config.sweep.name)
+    parent = _open_parent(config, output)
+    with parent.ending():
+        if pending:
+            _run_pending(pending, grid, config, output, parent)
+        rows = table.write(grid.entries, output, study=config.sweep.name)
+        table.log_summary(rows, output, parent)
     statuses = Counter({row.trial: row.status for row in rows}.values())
     for row in rows:
         if row.status != "done":
@@ -63,19 +66,17 @@ def is_over(entry: GridTrial, config: SweepConfig) -> bool:
     return why is not None and why.status == "stopped" and config.asha
 
 
-def _run_pending(pending: list[GridTrial], grid: Grid, config: SweepConfig, output: Store) -> None:
-    parent = _open_parent(config, output)
-    with parent.ending():
-        try:
-            if config.on_ray:
-                from lemon.sweep.tune import run_on_ray
+def _run_pending(pending: list[GridTrial], grid: Grid, config: SweepConfig, output: Store, parent: Run) -> None:
+    try:
+        if config.on_ray:
+            from lemon.sweep.tune import run_on_ray
 
-                run_on_ray(pending, grid=grid, config=config, output=output, parent=parent)
-            else:
-                _run_here(pending, grid.tasks, parent=parent, tries=1 + config.max_failures)
-        finally:
-            for entry in grid.entries:
-                close_killed(entry.trial.store, uri=parent.uri)
+            run_on_ray(pending, grid=grid, config=config, output=output, parent=parent)
+        else:
+            _run_here(pending, grid.tasks, parent=parent, tries=1 + config.max_failures)
+    finally:
+        for entry in grid.entries:
+            close_killed(entry.trial.store, uri=parent.uri)
 
 
 def _run_here(pending: list[GridTrial], tasks: list[Task], *, parent: Run, tries: int) -> None:

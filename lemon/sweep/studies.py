@@ -144,6 +144,36 @@ def differences_to_first(values: Sequence[Value]) -> list[PointDifference]:
     return [each for each in all_differences if each is not None and each.point != each.against]
 
 
+class Best(NamedTuple):
+    """The point of highest mean on a task by a protocol, and its difference to the next one, paired by seed."""
+
+    value: Value
+    lead: PointDifference | None
+    """None where there is no other point, or none with the same seeds."""
+
+    @property
+    def sentence(self) -> str:
+        """Which it is, with its interval, and whether its lead may be chance: 95 % intervals over seeds."""
+        value, over, lead = self.value, self.value.over, self.lead
+        interval = f" ({over.low:.3f} to {over.high:.3f} over {over.n} seeds)" if over.n > 1 else " (one seed)"
+        text = (
+            f"{value.task}, {value.protocol}: {value.point} has the highest {value.metric}, {over.mean:.3f}{interval}"
+        )
+        if lead is None:
+            return text
+        verdict = "may be chance" if may_be_chance(lead) else "is beyond chance"
+        return f"{text}; its lead over {lead.against}, {lead.over.mean:.3f}, {verdict}"
+
+
+def best_points(values: Iterable[Value]) -> list[Best]:
+    """Of each task and protocol the best point."""
+    columns: dict[tuple[str, str], list[Value]] = {}
+    for value in values:
+        columns.setdefault(value.column, []).append(value)
+    ranked = [sorted(each, key=lambda value: -value.over.mean) for each in columns.values()]
+    return [Best(best, point_difference(best, others[0]) if others else None) for best, *others in ranked]
+
+
 def leading_points(values: Sequence[Value]) -> dict[tuple[str, str], set[str]]:
     """Column -> its best point with all that it cannot be told apart from over seeds; none where that is all."""
     columns: dict[tuple[str, str], dict[str, Value]] = {}

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from lemon.probe.job import metric_name
 from lemon.probe.tables import as_csv
 from lemon.runtime.config import Frozen
 from lemon.runtime.secrets import redacted
 from lemon.runtime.store import Store
-from lemon.runtime.tracking import run_id_of
+from lemon.runtime.tracking import DESCRIPTION, Run, run_id_of
 from lemon.schema import SWEEP_FILE, SweepRow
 from lemon.sweep.grid import GridTrial
-from lemon.sweep.studies import OverSeeds, point_names, study_values
+from lemon.sweep.studies import OverSeeds, best_points, is_number, point_names, study_values
 from lemon.sweep.trial import read_result
 
 NO_RESULT = "lost.json"
@@ -74,7 +75,7 @@ def write(entries: Sequence[GridTrial], output: Store, *, study: str) -> list[Sw
 
 
 def summary(rows: Sequence[SweepRow]) -> str:
-    """Points x (task, protocol) as Markdown: mean (s.d.) over seeds of the main metric of the linear probe."""
+    """As Markdown: points x (task, protocol) with mean (s.d.) over seeds of the linear probe, and which point leads."""
     by_cell = {(value.point, value.column): value.over for value in study_values(rows)}
     columns = list(dict.fromkeys(column for _, column in by_cell))
     lines = ["| " + " | ".join([rows[0].study, "seeds", *(f"{task}, {kind}" for task, kind in columns)]) + " |"]
@@ -83,7 +84,25 @@ def summary(rows: Sequence[SweepRow]) -> str:
         seeds = len({row.seed for row in rows if row.point == point and row.status == "done"})
         texts = [_mean_text(by_cell.get((point, column))) for column in columns]
         lines.append("| " + " | ".join([point, str(seeds), *texts]) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *(f"- {best.sentence}" for best in best_points(study_values(rows)))])
+
+
+def log_summary(rows: Sequence[SweepRow], output: Store, run: Run) -> None:
+    """Put onto the sweep's own run: its table, the summary, and of each task the best point with its interval.
+
+    Metrics are ``best/<task>[/<protocol>]/<metric>`` (mean over seeds) with ``_sd``, ``_low`` and ``_high``.
+    """
+    metrics: dict[str, float] = {}
+    for best, _ in best_points(study_values(rows)):
+        name = metric_name(best.task, best.protocol, best.metric, of="best")
+        parts = {"": best.over.mean, "_sd": best.over.sd, "_low": best.over.low, "_high": best.over.high}
+        metrics |= {name + part: value for part, value in parts.items() if is_number(value)}
+        run.set_tag(name, best.point)
+    run.log(metrics, step=0)
+    run.log_text(text := summary(rows), "summary.md")
+    run.set_tag(DESCRIPTION, text)
+    for name in filter(output.exists, (PARQUET, CSV)):
+        run.log_file(name, output.read_bytes(name))
 
 
 def _mean_text(over: OverSeeds | None) -> str:

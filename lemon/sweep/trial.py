@@ -25,7 +25,7 @@ from lemon.pretrain.config import PretrainConfig
 from lemon.pretrain.loop import Log
 from lemon.pretrain.score import PROBE_FOLDER
 from lemon.probe.config import ProbeConfig, ProbeSettings
-from lemon.probe.job import data_fingerprint, flat_metrics, fold_means, probe_model
+from lemon.probe.job import data_fingerprint, flat_metrics, fold_means, metric_name, probe_model
 from lemon.probe.task import Task
 from lemon.probe.tasks.catalogue import open_task
 from lemon.runtime.config import AnyPath, Frozen
@@ -114,6 +114,13 @@ class Result(Frozen):
     code_version: str
     scores: list[TrialScore]
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The scores by the names that they have in MLflow."""
+        named = {metric_name(each.task, each.protocol, each.metric): each for each in self.scores}
+        spreads = {f"{name}_sd": each.spread for name, each in named.items() if each.spread is not None}
+        return {name: each.mean for name, each in named.items()} | spreads
+
 
 def run(trial: Trial, *, tasks: list[Task] | None = None, parent: Run | None = None, log: Log | None = None) -> Result:
     """Pretrain an encoder and score it, or return what an earlier run found.
@@ -159,10 +166,10 @@ def _open_run(trial: Trial, selection: Selection, *, parent: Run | None) -> Run:
     tags = {
         "cells_fingerprint": selection.fingerprint,
         "config_fingerprint": trial.fingerprint,
-        "output": trial.store.uri,  # no parameter: it would be a difference between any two runs
+        "output": trial.store.uri,
     }
     settings = {"tasks": trial.tasks, "data": trial.data, "probing": trial.probe.model_dump(mode="json")}
-    params = trial.pretrain.model_dump(mode="json", exclude={"output", "cache"}) | settings | trial.params
+    params = pretraining.parameters_of(trial.pretrain) | settings | trial.params
     run = start_run(trial.experiment, trial.name, store=trial.store, params=params, tags=tags, parent=parent)
     run.log_dataset("cells", digest=selection.fingerprint, source=selection.store.uri, context="training")
     return run

@@ -17,6 +17,7 @@ from ray.tune.schedulers import ASHAScheduler
 from typing_extensions import TypedDict
 
 from lemon.pretrain import job as pretraining
+from lemon.pretrain.online_probe import LABELLED_METRIC
 from lemon.runtime.cluster import autoscaler_nodes, nodes, start_ray
 from lemon.runtime.console import install_in_worker, stage_logger
 from lemon.runtime.demand import allocate, gpus_of_worker, n_workers_that_fit
@@ -42,11 +43,7 @@ CURRENT = f"{TUNE_FOLDER}/current.json"
 MAX_TRIAL_FAILURES = 3
 """Times that a trial is begun again whose process was lost, as with its node: no fault of the trial's."""
 
-PROBED = "probe/balanced_accuracy"  # as pretraining logs it
-METRIC, STEP = (
-    "online_probe",
-    "step",
-)  # as reported to Tune: its own training_iteration begins anew after an interruption
+STEP = "step"  # as reported to Tune: its own training_iteration begins anew after an interruption
 _PLACE: dict[str, float] = {"memory": 1 << 20}  # of a trial whose workers Ray Train places; nothing at all is refused
 
 
@@ -145,24 +142,26 @@ def _settings(grid: Grid, config: SweepConfig) -> str:
 def _trainable(entries: list[GridTrial], config: SweepConfig, *, parent: Run) -> Any:
     """The function that Tune calls, with what each trial takes of the cluster."""
     by_name = {entry.trial.name: entry for entry in entries}
-    settings = {"parent": parent, "tries": 1 + config.max_failures, "reports": config.asha}
-    with_entries = tune.with_parameters(_trial, entries=by_name, **settings)
+    with_entries = tune.with_parameters(_trial, entries=by_name, parent=parent, tries=1 + config.max_failures)
     return tune.with_resources(with_entries, lambda settings: _resources(by_name[settings["trial"]].trial))
 
 
-def _trial(settings: dict[str, Any], *, entries: dict[str, GridTrial], parent: Run, tries: int, reports: bool) -> None:
+def _trial(settings: dict[str, Any], *, entries: dict[str, GridTrial], parent: Run, tries: int) -> None:
     """What Tune calls in a process of its own; to Tune a trial fails only with that process."""
     install_in_worker()
     entry = entries[settings["trial"]]
-    if trials.read_result(entry.trial) is not None:
-        return  # before an interruption; Tune had not noted it
-    os.environ["LOKY_MAX_CPU_COUNT"] = str(entry.trial.pretrain.workers.cpus)  # of the probes; else all of the machine
-    attempt(entry, tasks=None, parent=parent, tries=tries, log=_report if reports else None)
+    if trials.read_result(entry.trial) is None:  # else done before an interruption; Tune had not noted it
+        cpus = entry.trial.pretrain.workers.cpus
+        os.environ["LOKY_MAX_CPU_COUNT"] = str(cpus)  # of the probes; else all of the machine
+        attempt(entry, tasks=None, parent=parent, tries=tries, log=_report)
+    if (result := trials.read_result(entry.trial)) is not None:
+        tune.report(result.metrics)
 
 
 def _report(metrics: Mapping[str, float], step: int) -> None:
-    if PROBED in metrics:
-        tune.report({METRIC: metrics[PROBED], STEP: step})
+    """Tell Tune the scores of a checkpoint; without those of labelled cells ASHA passes over them."""
+    if scores := {name: value for name, value in metrics.items() if name.startswith("online/")}:
+        tune.report({**scores, STEP: step})
 
 
 def _resources(trial: Trial) -> Any:
@@ -189,7 +188,7 @@ def _asha(pending: list[GridTrial], config: SweepConfig) -> Any:
     grace = max(1, round(config.asha_settings.grace_share * steps))
     return ASHAScheduler(
         time_attr=STEP,
-        metric=METRIC,
+        metric=LABELLED_METRIC,
         mode="max",
         max_t=steps + 1,  # the last report must not end a trial: its probes are to come
         grace_period=grace,
@@ -247,5 +246,7 @@ def _start_ray() -> None:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # else Tune draws boxes, also with verbose=0
     os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # a traceback; ``_TrialCallback`` logs a line
     logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)  # the same
+    # The last report of a trial has its scores, and nothing for ASHA, which else might stop what is done.
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # else Tune returns after Ctrl-C as if all were done
     start_ray(dashboard=True)

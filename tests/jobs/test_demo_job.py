@@ -35,6 +35,25 @@ def trials(output: Path) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in (output / "sweep").glob("trials/*/result.json")}
 
 
+def assert_every_run_has_its_scores(uri: str) -> None:
+    """Finished runs of pretraining and trials carry ``probe/`` metrics, and the registry holds no trial."""
+    import mlflow
+
+    client = mlflow.MlflowClient(uri)
+    runs = {
+        name: client.search_runs([client.get_experiment_by_name(name).experiment_id], "status = 'FINISHED'")
+        for name in ("pretrain", "scaling_sweep")
+    }
+    children = [run for run in runs["scaling_sweep"] if "mlflow.parentRunId" in run.data.tags]
+    (parent,) = [run for run in runs["scaling_sweep"] if "mlflow.parentRunId" not in run.data.tags]
+    assert (len(runs["pretrain"]), len(children)) == (1, 6)
+    for run in (*runs["pretrain"], *children):
+        assert any(name.startswith("probe/morphometry") for name in run.data.metrics), run.info.run_name
+    assert any(name.startswith("best/morphometry") for name in parent.data.metrics)
+    registered = {version.run_id for version in client.search_model_versions("")}
+    assert registered == {run.info.run_id for run in runs["pretrain"]}
+
+
 def test_the_demo_killed_in_its_sweep_goes_on_and_ends_with_every_stage(tmp_path: Path) -> None:
     output = tmp_path / "demo"
     output.mkdir()
@@ -67,4 +86,5 @@ def test_the_demo_killed_in_its_sweep_goes_on_and_ends_with_every_stage(tmp_path
         "report/index.html",
     ):
         assert (output / name).stat().st_size > 0, name
+    assert_every_run_has_its_scores(f"sqlite:///{output / 'mlflow.db'}")
     assert json.loads((output / "encoder" / "encoder" / "config.json").read_text())["lemon"]["name"] == "vit_demo"

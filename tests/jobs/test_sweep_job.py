@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import time
 from pathlib import Path
 from subprocess import PIPE, STDOUT
+from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
@@ -82,6 +84,13 @@ def table_of(home: Path) -> list[dict]:
     return pq.read_table(home / "out" / table.PARQUET, schema=table.SweepRow.schema).to_pylist()
 
 
+def last_told_to_tune(home: Path) -> dict[str, dict[str, Any]]:
+    """The last result of each trial in Tune's own files."""
+    files = (home / "out" / ".lemon" / "ray").glob("sweep-*/*/result.json")
+    results = {path.parent.name: path.read_text().splitlines() for path in files}
+    return {name: json.loads(lines[-1]) for name, lines in results.items() if lines}
+
+
 def statuses(home: Path) -> dict[str, str]:
     """Status of every child of the sweep in MLflow, by name; a trial has one run only."""
     import mlflow
@@ -140,6 +149,9 @@ def test_ray_runs_trials_side_by_side_and_one_that_fails_stops_no_other(home: Pa
     assert {row["point"]: row["status"] for row in rows} == {"calm": "done", "wild": "failed", "tame": "done"}
     (failed,) = [row for row in rows if row["status"] == "failed"]
     assert failed["error"].startswith("TrainingStoppedError: the loss became")
+    assert last_told_to_tune(home).keys() == {"augmentation-calm-s0", "augmentation-tame-s0"}
+    for result in last_told_to_tune(home).values():
+        assert result["probe/mine/balanced_accuracy"] > 0
     names = ("calm", "wild", "tame")
     assert statuses(home) == {f"augmentation-{name}-s0": "FAILED" if name == "wild" else "FINISHED" for name in names}
 

@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from lemon.encoders import vit
+from lemon.cells.shard import images_from_arrow
+from lemon.encoders import features, vit
 from lemon.encoders.attention import CellAttention
 from lemon.encoders.export import NotFiniteError
 from lemon.encoders.features import effective_rank
 from lemon.encoders.mlp import CellMlp
 from lemon.errors import ConfigError
+from lemon.pretrain import online_probe
 from lemon.pretrain.assemble import build_trainer, export, train
 from lemon.pretrain.checkpoint import Checkpoints
 from lemon.pretrain.config import PretrainConfig
 from lemon.pretrain.loop import Trainer, TrainingStoppedError
-from lemon.pretrain.online_probe import OnlineProbe
+from lemon.pretrain.online_probe import LABELLED_METRIC, labelled_task
 from lemon.runtime.store import Store
 from lemon.views.policy import load_policy
 from tests.cells_table import synthetic_crops, write_slide
@@ -254,25 +256,67 @@ def test_the_exported_encoder_opens_in_timm_and_gives_the_same_features(cells: P
         assert torch.allclose(opened(images), trainer.method.exported.eval()(images), atol=1e-5)
 
 
-def test_the_online_probe_scores_held_out_slides(cells: Path, tmp_path: Path) -> None:
-    store = Store(cells)
-    rows = []
+def labels_of_brightness(cells: Path, folder: Path) -> Path:
+    """A table that says of each cell whether its nucleus is brighter than half of its slide's."""
+    store, rows = Store(cells), []
     for name in store.list("cells"):
         table = store.read_table(name, columns=["cell_id", "image"])
-        from lemon.cells.shard import images_from_arrow
-
         bright = images_from_arrow(table["image"])[:, 20:40, 20:40].mean(axis=(1, 2, 3))
         rows += [
             f"{cell_id},{value > np.median(bright)}"
             for cell_id, value in zip(table["cell_id"].to_pylist(), bright, strict=True)
         ]
-    labels = tmp_path / "labels.csv"
+    labels = folder / "labels.csv"
     labels.write_text("cell_id,label\n" + "\n".join(rows) + "\n")
-    log = Recorder()
-    config = config_for(cells, tmp_path, probe={"cells": str(cells), "labels": str(labels)})
-    trainer_for(config, log).run(until=4)
-    assert 0.5 < log.rows[4]["probe/balanced_accuracy"] <= 1
+    return labels
+
+
+def test_checkpoints_are_scored_on_labelled_cells_and_without_labels_and_the_best_is_kept(
+    cells: Path, tmp_path: Path
+) -> None:
+    labels, log = labels_of_brightness(cells, tmp_path), Recorder()
+    trainer_for(config_for(cells, tmp_path, probe={"labels": str(labels), "n_cells": 60}), log).run(until=4)
+    assert 0.5 < log.rows[4][LABELLED_METRIC] <= 1
+    assert 0 <= log.rows[4]["online/restained/recall_at_1"] <= 1
     assert Checkpoints(Store(tmp_path)).best()[0] == 4
+
+
+@pytest.mark.parametrize("ssl", [MOCO, DINO], ids=["mocov3", "dinov2"])
+def test_scores_at_checkpoints_or_their_failure_change_no_loss_by_a_bit(
+    cells: Path, tmp_path: Path, ssl: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train_all(name: str, **changes: Any) -> Recorder:
+        log = Recorder()
+        trainer_for(config_for(cells, tmp_path / name, ssl=ssl, checkpoint_every=3, **changes), log).run()
+        return log
+
+    without, scored = train_all("a", probe=None), train_all("b")
+    assert "online" not in str(without.rows)
+    assert [step for step, row in scored.rows.items() if "online/restained/recall_at_1" in row] == [3, 6, 9, 12]
+
+    def fail(encoder: torch.nn.Module, *_: Any, **__: Any) -> None:
+        features.encode_cells(encoder, cells_that_are_none, mean=[0] * 3, std=[1] * 3, crop_px=40)
+
+    cells_that_are_none = torch.full((2, 60, 60, 3), float("nan"))
+    monkeypatch.setattr(online_probe, "encode_cells", fail)
+    capsys.readouterr()
+    failed = train_all("c")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" is not scored: ")[0] for line in lines] == [
+        f"pretrain: the encoder of step {step}" for step in (3, 6, 9, 12)
+    ]
+    assert without.losses() == scored.losses() == failed.losses()
+
+
+def test_cells_without_measures_cost_a_line_and_no_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_slide(Store(tmp_path / "cells"), "alone", synthetic_crops(8))
+    log = Recorder()
+    config = config_for(tmp_path / "cells", tmp_path / "run", batch=4, images_per_epoch=8, checkpoint_every=2)
+    trainer_for(config, log).run(until=2)
+    assert "pretrain: checkpoints are not scored on restained:" in capsys.readouterr().err
+    assert log.rows[2]["effective_rank"] > 1
 
 
 @pytest.mark.parametrize(
@@ -290,6 +334,5 @@ def test_labels_that_cannot_be_used_are_told_in_one_line(
     if content is not None:
         path.write_text(content)
     config = config_for(cells, tmp_path, probe={"cells": str(cells), "labels": str(path)})
-    assert config.probe is not None
     with pytest.raises(ConfigError, match=part):
-        OnlineProbe.open(config.probe, policy=config.views)
+        labelled_task(config)

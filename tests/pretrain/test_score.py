@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lemon.encoders.open import Encoder
 from lemon.errors import EXIT_OK, ConfigError
 from lemon.pretrain import job as pretraining
 from lemon.pretrain.config import PretrainConfig
@@ -52,8 +53,15 @@ def run_in(home: Path) -> Any:
 
 
 @pytest.mark.slow
-def test_a_finished_run_has_probe_metrics_without_labels_and_its_version_carries_them(home: Path) -> None:
+def test_a_finished_run_has_probe_metrics_without_labels_and_its_version_carries_them(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded, counted = [], []
+    embed, count = Encoder.embed, probing.count
+    monkeypatch.setattr(Encoder, "embed", lambda self, images: encoded.append(len(images)) or embed(self, images))
+    monkeypatch.setattr(probing, "count", lambda *model, **facts: counted.append(model) or count(*model, **facts))
     assert pretraining.main(config_in(home)) == EXIT_OK
+    assert (sum(encoded), len(counted)) == (240, 1), "120 cells and their copies, once for both tasks"
     run = run_in(home)
     (cells,) = {name.split("/")[1].partition("_")[2] for name in run.data.metrics if name.startswith("probe/restained")}
     kinds = {f"morphometry_{cells}": "pearson", f"restained_{cells}": "recall_at_1"}
@@ -61,7 +69,12 @@ def test_a_finished_run_has_probe_metrics_without_labels_and_its_version_carries
         values = {part: run.data.metrics[f"probe/{task}/{metric}{part}"] for part in ("", "_low", "_high")}
         assert values["_low"] <= values[""] <= values["_high"]
     assert run.data.metrics[f"probe/morphometry_{cells}/pearson_sd"] >= 0
-    assert {each.dataset.name.partition(":")[0] for each in run.inputs.dataset_inputs} == {"morphometry", "restained"}
+    names = {each.dataset.name.partition(":")[0] for each in run.inputs.dataset_inputs}
+    assert names == {"cells", "morphometry", "restained"}
+    for metric in ("morphometry/pearson", "restained/recall_at_1"):
+        history = client_of(home).get_metric_history(run.info.run_id, f"online/{metric}")
+        assert [point.step for point in history] == [2, 4], "with each checkpoint"
+    assert not {"output", "cache"} & run.data.params.keys(), "no difference between runs"
     assert [each.path for each in client_of(home).list_artifacts(run.info.run_id, "probe")] == ["probe/table1.md"]
     version = client_of(home).get_model_version_by_alias("lemon", "newest")
     assert version.run_id == run.info.run_id

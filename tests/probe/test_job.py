@@ -117,6 +117,8 @@ def test_scores_are_in_mlflow_under_their_task_in_one_run_an_encoder(tmp_path, e
     for each in found:
         assert {"probe/light/balanced_accuracy", "probe/light/paper/balanced_accuracy"} <= each.data.metrics.keys()
         assert each.info.status == "FINISHED"
+        attached = {file.path for file in mlflow.MlflowClient(tracking).list_artifacts(each.info.run_id)}
+        assert attached == set(probing.ATTACHED)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lemon.probe.config import ProbeSettings
-from lemon.probe.score import OVER_FOLDS, Score, score_task
+from lemon.probe.score import OVER_FOLDS, Score, quick_scores, score_task
 from lemon.probe.task import Task
 from tests.probe.made_up import made_up, task_of
 
@@ -129,3 +129,13 @@ def test_a_task_with_one_protocol_is_scored_whatever_protocols_are_asked_for():
     single = dataclasses.replace(task, protocols=task.protocols[1:])
     settings = ProbeSettings(protocols=["paper"], probes=["linear"], bootstrap=100, robustness=False)
     assert {each.protocol for each in score_task(single, embedding, settings).scores} == {"leak-free"}
+
+
+def test_a_quick_look_tells_signal_from_noise_and_leaves_out_what_is_not_defined() -> None:
+    task, embedding = made_up()
+    (told,) = quick_scores(task, embedding).values()
+    noise = np.random.default_rng(0).normal(size=embedding.shape)
+    assert quick_scores(task, noise)["balanced_accuracy"] < 0.65 < 0.75 < told
+    measures = task_of(task.images, embedding[:, :2], task.groups["slide"])
+    assert quick_scores(measures, embedding)["pearson"] > 0.9
+    assert quick_scores(measures, np.zeros_like(embedding)) == {}

@@ -97,12 +97,13 @@ def test_a_run_keeps_parameters_metrics_parent_and_goes_on_after_an_interruption
     run.log({"loss": 2.0}, step=10)
     again = begin("pretrain", "one", params={"ssl": {"name": "dinov2"}}, parent=parent)
     again.log({"loss": 1.0}, step=20)
-    (here / "f.txt").write_text("hello")
-    again.log_file(here / "f.txt")
+    again.log_file("below/f.txt", b"hello")
     again.close()
     assert again.run_id == run.run_id
     assert metric_history(run, "loss") == [(10, 2.0), (20, 1.0)]
-    stored = mlflow.MlflowClient(tracking_uri()).get_run(run.run_id)
+    client = mlflow.MlflowClient(tracking_uri())
+    assert Path(client.download_artifacts(run.run_id, "below/f.txt")).read_bytes() == b"hello"
+    stored = client.get_run(run.run_id)
     assert stored.data.params["ssl.name"] == "mocov3"
     assert stored.data.tags["mlflow.parentRunId"] == parent.run_id
     assert stored.info.status == "FINISHED"

@@ -116,7 +116,7 @@ def test_plain_values_are_points_of_the_axis_and_large_numbers_have_short_names(
         (["pretrain.select.organs=[liver]"], ["select.organs: got 'liver'", "breast"]),
         (["pretrain.device=cuda"], ["device: got 'cuda'"]),
         (["pretrain.probe.cells=c", "pretrain.probe.labels=nowhere.csv"], ["probe.labels: nowhere.csv not found"]),
-        (["launcher=ray", "asha=true"], ["asha=true needs the online probe"]),
+        (["launcher=ray", "asha=true"], ["asha=true needs labelled cells"]),
         (
             ["launcher=ray", "pretrain.workers.count=900", "pretrain.batch=1800"],
             ["pretrain.workers.count: got 900, of 1 CPUs each; "],
@@ -243,6 +243,10 @@ def test_other_cells_or_other_labelled_nuclei_are_another_trial(
 
 
 @pytest.mark.slow
+def is_leak_free(row: dict, point: str) -> bool:
+    return row["protocol"] == "leak-free" and row["point"] == point
+
+
 def test_a_sweep_gives_a_whole_table_and_nested_runs_and_a_rerun_does_nothing(
     tmp_path: Path, circumstances: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -264,6 +268,15 @@ def test_a_sweep_gives_a_whole_table_and_nested_runs_and_a_rerun_does_nothing(
     client = mlflow.MlflowClient(circumstances)
     parent = Store(tmp_path / "out").read_json(RUN)["run_id"]
     assert client.get_run(parent).info.status == "FINISHED"
+    summary = client.get_run(parent).data
+    best = max(("a0", "a1"), key=lambda point: np.mean([row["mean"] for row in main if is_leak_free(row, point)]))
+    name = "best/light/balanced_accuracy"
+    assert summary.tags[name] == best
+    assert summary.metrics[name] == pytest.approx(np.mean([row["mean"] for row in main if is_leak_free(row, best)]))
+    assert summary.metrics[f"{name}_low"] <= summary.metrics[name] <= summary.metrics[f"{name}_high"]
+    assert f"light, leak-free: {best} has the highest balanced_accuracy" in summary.tags["mlflow.note.content"]
+    attached = {file.path for file in client.list_artifacts(parent)}
+    assert attached == {"summary.md", table.PARQUET, table.CSV}
     for row in main:
         child = client.get_run(row["run_id"])
         assert child.data.tags["mlflow.parentRunId"] == parent

@@ -1,0 +1,136 @@
+"""MLflow's page as ``lemon ui`` serves it: in a real browser the runs, and two of them compared."""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import requests
+from PIL import Image
+
+from benchmarks.processes import family, free_ports, kill
+from lemon.errors import EXIT_OK, ConfigError
+from lemon.pretrain import job as pretraining
+from lemon.pretrain.config import PretrainConfig
+from lemon.runtime import ui
+from lemon.runtime.config import load
+from lemon.runtime.store import Store
+from lemon.runtime.ui import UiConfig
+from lemon.schema import MORPHOMETRICS
+from tests.cells_table import synthetic_crops, write_slide
+from tests.jobs.warm import JOBS
+from tests.sweep.studies import TINY
+
+POLICIES = ("a0", "a1_gray")
+
+
+def wait(condition: Callable[[], Any], what: str, *, seconds: float = 60) -> Any:
+    """What a condition gives once it holds."""
+    end = time.monotonic() + seconds
+    while not (held := condition()):
+        assert time.monotonic() < end, f"waited in vain until {what}"
+        time.sleep(0.2)
+    return held
+
+
+def answers(page: str) -> bool:
+    try:
+        return requests.get(f"{page}/health", timeout=5).ok
+    except requests.RequestException:
+        return False
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of two short pretrainings of different views."""
+    home = tmp_path_factory.mktemp("ui")
+    generator = np.random.default_rng(0)
+    for slide in range(2):
+        measures = {name: generator.random(30) for name in MORPHOMETRICS}
+        write_slide(Store(home / "cells"), f"s{slide}", synthetic_crops(30, seed=slide), arrays=measures)
+    tiny = [word.removeprefix("pretrain.") for word in TINY]
+    places = [f"cells={home / 'cells'}", f"cache={home / 'cache'}", "epochs=3"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
+        patch.setenv("LOKY_MAX_CPU_COUNT", "1")
+        for views in POLICIES:
+            words = [*tiny, *places, f"views={views}", f"output={home / views}", "register_as=null"]
+            assert pretraining.main(load("pretrain", words, PretrainConfig)) == EXIT_OK
+    return home / "mlflow.db"
+
+
+@pytest.fixture(scope="module")
+def served(database: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process that serves the page, and the link to the runs of pretraining that it printed."""
+    (port,) = free_ports(1)
+    words = [sys.executable, str(JOBS / "ui.py"), f"database={database}", f"port={port}"]
+    environment = os.environ | {"PYTHONPATH": str(JOBS.parent)}
+    job = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    try:
+        assert job.stdout is not None
+        line = next(line for line in job.stdout if line.startswith("ui: pretrain: "))
+        wait(lambda: answers(f"http://127.0.0.1:{port}"), "the page answers", seconds=120)
+        yield job, line.split()[-1]
+    finally:
+        kill(family(job.pid))
+        job.wait()
+
+
+def test_without_runs_or_on_a_port_that_is_taken_there_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^database: sqlite:///.*holds no runs yet; lemon pretrain"):
+        ui.main(UiConfig(database=str(tmp_path / "mlflow.db")))
+    assert not list(tmp_path.iterdir()), "no database is made"
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        port = listening.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"^port: {port} on 127.0.0.1: .*; choose another, port={port + 1}$"):
+            ui.check_port(port)
+
+
+@pytest.mark.slow
+def test_the_page_is_for_this_machine_alone_and_no_workers_of_mlflows_jobs_are_started(
+    served: tuple[subprocess.Popen[str], str],
+) -> None:
+    processes = family(served[0].pid)
+    assert len(processes) <= 3, [process.cmdline() for process in processes]
+    places = {
+        connection.laddr.ip
+        for process in processes
+        for connection in psutil.Process(process.pid).net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert places == {"127.0.0.1"}
+
+
+@pytest.mark.slow
+def test_the_link_opens_scores_curves_and_the_parameters_that_differ_without_a_click(
+    served: tuple[subprocess.Popen[str], str], browser: Any
+) -> None:
+    browser.set_window_size(1600, 3000)  # the page draws what is in view
+    browser.get(served[1])
+
+    def text() -> str:
+        return str(browser.find_element("css selector", "body").text)
+
+    runs = [f"vit_tiny8-mocov3-{views}" for views in POLICIES]
+    scores = ["online/restained/recall_at_1", "online/morphometry", "probe/restained", "probe/morphometry"]
+    for part in (*runs, "Parameters that differ", "views.name", *POLICIES, *scores):
+        wait(lambda part=part: part in text(), f"the page shows {part}", seconds=120)
+    curves = ".js-plotly-plot .scatterlayer .trace .js-line"
+    wait(lambda: len(browser.find_elements("css selector", curves)) >= 2, "curves of both runs are drawn", seconds=120)
+    bars = ".js-plotly-plot .barlayer .trace .point"
+    wait(lambda: len(browser.find_elements("css selector", bars)) >= 2, "scores of both runs are drawn", seconds=120)
+    assert "Traces" not in text().partition("Runs")[0], "MLflow's view for models that are trained"
+    with Image.open(io.BytesIO(browser.get_screenshot_as_png())) as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 200
