@@ -47,7 +47,7 @@ STUDIES = {
 """Study -> what it is in the paper."""
 
 NUCLS_NOTE = (
-    "NuCLS comes from patients of TCGA-BRCA. Where pretraining is on TCGA, leave them out (select.exclude_patients): "
+    "NuCLS comes from patients of TCGA-BRCA. Where pretraining is on TCGA, leave them out (exclude_benchmarks=nucls): "
     "no trial here did."
 )
 
