@@ -167,7 +167,8 @@ def study_section(
     section = Section(stem, title, artefact)
     facts = sweep_facts(sweep, values, runs)
     section.facts = facts_of(artefact, facts)
-    if any(value.task.startswith("nucls") for value in values) and facts.get("Patients left out") == "none":
+    left_out, on_nucls = facts.get("Patients left out", ""), any(value.task.startswith("nucls") for value in values)
+    if on_nucls and left_out and not ("nucls" in left_out or "exclude_patients" in left_out):
         section.notes.append(NUCLS_NOTE)
     if values:
         section.pictures += study_figures(study, values, store, stem=stem)
@@ -297,9 +298,7 @@ def sweep_facts(sweep: OutputTable[SweepRow], values: Sequence[studies.Value], r
         "Batch": span(each.batch for each in settings),
         "Seeds": listed(str(row.seed) for row in sweep.rows),
         "Score": listed(f"{value.task} ({value.metric.replace('_', ' ')})" for value in values),
-        "Patients left out": listed(
-            "as select.exclude_patients says" if each.leaves_out_patients else "none" for each in settings
-        ),
+        "Patients left out": listed(each.patients_left_out for each in settings),
     }
     return {name: text for name, text in known.items() if text}
 
