@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-from lemon.cells.cache import IMAGE_BYTES
 from lemon.cells.ledger import read_ledger
 from lemon.cells.select import Selection
 from lemon.errors import EXIT_BAD_CONFIG, EXIT_OK, ConfigError
@@ -24,13 +23,14 @@ from lemon.pretrain.rates import checkpoint_bytes, rates_of
 from lemon.probe.tasks.catalogue import CURATED
 from lemon.runtime.console import stage_logger
 from lemon.runtime.store import Store, is_uri, path_exists
-from lemon.schema import SlideRow
+from lemon.schema import CELL_PX, SlideRow
 from lemon.sweep.config import Point, SweepConfig
 from lemon.sweep.points import PointFaults, cached_select, nested_organs, point_config, selection_faults
 
 logger = stage_logger(__name__, "sweep")
 
 GB = 1e9
+IMAGE_BYTES = CELL_PX * CELL_PX * 3  # of a cell, in a table and in the cache
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ def main(config: SweepConfig) -> int:
     logger.info(_table_line(config, rows))
     if excluded.line:
         logger.info(excluded.line)
-    for text in (_organs_table(rows), _points_table(plans), *_recipe_lines(plans, len(seeds))):
+    tables = [_organs_table(rows)] if rows else []
+    for text in (*tables, _points_table(plans), *_recipe_lines(plans, len(seeds))):
         logger.info(text)
     faults = [*_faults(config, plans, needs)]
     for line in (*map(str, needs), *(f"does not fit: {fault}" for fault in faults)):

@@ -27,7 +27,7 @@ def test_arithmetic_of_an_image_is_that_which_was_counted(encoder: str, gflop: f
     [
         ["variant=smoke"],
         ["variant=smoke", "ssl=dinov2_tiny"],
-        ["variant=smoke", "ssl=dinov2_tiny", "ssl.separate_ibot_head=true", "encoder.patch_px=20"],
+        ["variant=smoke", "ssl=dinov2_tiny", "ssl.separate_ibot_head=true", "encoder.patch_px=4"],
     ],
     ids=["mocov3", "dinov2", "two heads"],
 )

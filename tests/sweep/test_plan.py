@@ -26,10 +26,19 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def write_ledger(folder: Path, *, slides: int = 40, n_cells: int = 1000, n_nuclei: int = 90_000) -> Path:
     """A cells table as far as a plan reads it: its ledger. Half of the slides of each of two organs."""
-    ledger = cells_ledger(Store(folder), config_fingerprint="x")
-    for number in range(slides):
-        facts = {"organ": ("breast", "lung")[number % 2], "patient_id": f"p{number}"}
-        ledger.commit(SlideRow(f"s{number}", "", **facts, status="done", n_cells=n_cells, n_nuclei=n_nuclei))
+    rows = [
+        SlideRow(
+            f"s{number}",
+            "",
+            f"p{number}",
+            organ=("breast", "lung")[number % 2],
+            status="done",
+            n_cells=n_cells,
+            n_nuclei=n_nuclei,
+        )
+        for number in range(slides)
+    ]
+    Store(folder).write_table("slides/rows.parquet", SlideRow.table(rows))
     return folder
 
 
@@ -103,10 +112,7 @@ def test_without_a_table_the_plan_says_what_to_curate(tmp_path: Path, capsys: py
 
 
 def test_default_studies_fit_a_table_of_default_curation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ledger = cells_ledger(Store(tmp_path / "cells"), config_fingerprint="x")
-    for number in range(1000):
-        row = SlideRow(f"s{number}", "", organ=f"organ{number % 2}", status="done", n_cells=900, n_nuclei=90_000)
-        ledger.commit(row)
+    write_ledger(tmp_path / "cells", slides=1000, n_cells=900)
     for sweep, points in (("slides", "sweep.points=[100,1000]"), ("organs", "pretrain.epochs=10")):
         code, text = plan(tmp_path, capsys, f"sweep={sweep}", points, "pretrain.select.organs=null")
         lacking = [line for line in text.splitlines() if "n_cells" in line]
