@@ -40,7 +40,8 @@ def rates_of(config: PretrainConfig) -> Iterator[Rate]:
         ratios = {index: _row_flop(row) / cost for index, row in enumerate(rows) if row["device"] == device}
         nearest = min(ratios, key=lambda index: max(ratios[index], 1 / ratios[index]))
         row, ratio = rows[nearest], ratios[nearest]
-        how = f"{row['encoder']}, batch {row['batch']}, {row['date']}, {row['source']}"
+        views = " with local views" if local_views else ""
+        how = f"{row['encoder']}, {method}{views}, batch {row['batch']}, {row['date']}, {row['source']}"
         if row["encoder"] != config.encoder.name:
             how = f"arithmetic, {1 / ratio:.2g} times the work of {how}"
             # What is smaller than what was measured keeps a device less busy, so no gain is promised.

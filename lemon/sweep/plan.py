@@ -158,6 +158,7 @@ def _needs(config: SweepConfig, plans: Sequence[PointPlan]) -> list[Need]:
     images = [
         Need("uncompressed images, on each node that trains", "pretrain.cache", folder, size)
         for folder, size in by_folder.items()
+        if size
     ]
     return [*images, Need("checkpoints, about", "output", config.output, kept)]
 
@@ -166,6 +167,7 @@ def _recipe_lines(plans: Sequence[PointPlan], n_seeds: int) -> Iterator[str]:
     """Each kind of run with the points that have it, and the hours of all by each device that was measured."""
     points: dict[str, list[str]] = {}
     hours: dict[str, dict[str, float]] = {}
+    counted: dict[str, list[str]] = {}
     for plan in plans:
         if (config := plan.config) is None:
             continue
@@ -178,10 +180,13 @@ def _recipe_lines(plans: Sequence[PointPlan], n_seeds: int) -> Iterator[str]:
         for rate in rates_of(config):
             by_basis = hours.setdefault(rate.device, {})
             by_basis[rate.basis] = by_basis.get(rate.basis, 0) + n_seeds * rate.hours(images)
+            counted.setdefault(rate.device, []).append(plan.point.name)
     for recipe, names in points.items():
         yield f"each trial of {', '.join(names)}: {recipe}"
     for device, by_basis in hours.items():
-        yield f"pretraining on one {device}: {sum(by_basis.values()):,.1f} hours, probes not counted; rates of:"
+        some = f" of {', '.join(counted[device])} alone" if len(counted[device]) < len(plans) else ""
+        total = sum(by_basis.values())
+        yield f"pretraining{some} on one {device}: {total:,.1f} hours, probes not counted; rates of:"
         yield from (f"  {each:,.1f} h: {basis}" for basis, each in by_basis.items())
     if not hours:
         yield "pretraining: no rate of such a method was measured"
@@ -273,7 +278,8 @@ def _curation_of_nothing(plans: Sequence[PointPlan]) -> Iterator[str]:
     a_slide = max((plan.cells_a_slide or 0 for plan in plans), default=0)
     wanted = [plan.config.select.n_cells or 0 for plan in plans if plan.config]
     organs = max((plan.point.n_organs or 1 for plan in plans), default=1)
-    what = f"{slides:,} slides" if slides else f"slides with {max(wanted, default=0):,} cells in all"
+    cells = max(wanted, default=0)
+    what = f"{slides:,} slides" if slides else f"slides with {cells:,} cells in all" if cells else "slides"
     of_organs = f" of {organs} organs" if organs > 1 else ""
     limit = f" with cells_per_slide={_round_up(a_slide)} or more" if a_slide else ""
     yield f"curate {what}{of_organs}{limit}"

@@ -109,6 +109,10 @@ def test_without_a_table_the_plan_says_what_to_curate(tmp_path: Path, capsys: py
     assert code == EXIT_BAD_CONFIG
     assert "holds no cells yet" in text
     assert "to change: curate 400 slides of 10 organs with cells_per_slide=10000 or more" in text
+    code, text = plan(tmp_path, capsys, "sweep=ssl")
+    assert "pretraining on one NVIDIA H100 80GB HBM3, bf16: 11.7 hours" in text
+    assert "pretraining of mocov3 alone on one AMD EPYC, 2 cores: " in text, "no DINOv2 was measured there"
+    assert "uncompressed images" not in text, "how many cells is not known yet"
 
 
 def test_default_studies_fit_a_table_of_default_curation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
