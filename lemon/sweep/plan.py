@@ -310,7 +310,7 @@ def _smaller(config: SweepConfig, plans: Sequence[PointPlan]) -> Iterator[str]:
     there = [plan for plan in plans if plan.rows and plan.config and plan.config.select.n_cells]
     if config.sweep.axis != "select.n_cells" and any(plan.faults for plan in there):
         most = _round_down(min(sum(row.n_cells for row in plan.rows) for plan in there))
-        yield f"pretrain.select.n_cells={most} for all points"
+        yield f"pretrain.select.n_cells={most}, which all points with enough slides have"
 
 
 def _least_limit(nuclei: np.ndarray, wanted: int) -> int | None:

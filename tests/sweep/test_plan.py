@@ -60,17 +60,17 @@ def test_a_study_that_fits_is_told_with_its_trials_room_and_hours(
 ) -> None:
     write_ledger(tmp_path / "cells")
     code, text = plan(
-        tmp_path, capsys, "sweep=slides", "sweep.points=[10,20]", "pretrain.select.n_cells=5000", "seeds=[0,1,2]"
+        tmp_path, capsys, "sweep=slides", "sweep.points=[10,20]", "pretrain.select.n_cells=5000", "seeds=[0,1]"
     )
     assert code == EXIT_OK
-    assert "2 points with seeds 0, 1, 2 are 6 trials" in text
+    assert "2 points with seeds 0, 1 are 4 trials" in text
     assert "40,000 cells of 40 slides (1,000 to 1,000 a slide, 1,000 in the middle), of 3,600,000 nuclei" in text
     assert ["10", "10", "5,000", "500", "1,000", "yes"] in map(str.split, text.splitlines())
     assert ["breast", "20", "20,000", "1,000", "1,000"] in map(str.split, text.splitlines())
     images = 150 * 244 * 4096
     assert f"vit_s8, MoCo v3, 150 epochs, {images:,} images" in text
     assert "warmup 40 epochs" in text
-    hours = 6 * images / 34_496 / 3600
+    hours = 4 * images / 34_496 / 3600
     assert f"pretraining on one NVIDIA H100 80GB HBM3, bf16: {hours:.1f} hours" in text
     assert "uncompressed images, on each node that trains: 0.1 GB" in text
     assert "all of it fits" in text
@@ -86,7 +86,7 @@ def test_too_few_cells_a_slide_are_told_with_the_curation_and_the_study_that_wou
     assert "point 10: pretrain.select.n_cells: got 1,000,000; the 10 slides hold 10,000" in text
     assert "to change: point 10: all nuclei of its slides are too few" in text
     assert "to change: curate into another output with cells_per_slide=50000: 21.6 GB of cells" in text
-    assert "to change: pretrain.select.n_cells=10000 for all points" in text
+    assert "to change: pretrain.select.n_cells=10000, which all points" in text
     code, text = plan(tmp_path, capsys, "sweep=slides_paper", "sweep.points=[10,20]", "pretrain.select.n_cells=10000")
     assert (code, "all of it fits" in text) == (EXIT_OK, True), "what was proposed fits"
 
@@ -152,7 +152,7 @@ def test_neither_torch_nor_ray_nor_mlflow_is_imported(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=300,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == EXIT_OK, done.stderr
