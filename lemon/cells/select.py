@@ -107,7 +107,8 @@ def select_cells(
         order = np.argsort(rank_of(row.slide_id for row in kept), kind="stable")
         kept = [kept[index] for index in sorted(order[:n_slides])]
     if not kept:
-        raise ConfigError("select: no slide is left; loosen select.organs, select.slides or select.exclude_patients")
+        keys = "select.organs, select.slides, select.exclude_patients or exclude_benchmarks"
+        raise ConfigError(f"select: no slide is left; loosen {keys}")
     counts = [row.n_cells for row in kept]
     if n_cells is not None and n_cells < sum(counts):
         counts = _prefixes(store, [row.slide_id for row in kept], n_cells=n_cells)

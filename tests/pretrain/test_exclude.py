@@ -106,4 +106,4 @@ def test_a_benchmark_that_cannot_be_read_is_told_and_refused_where_it_was_asked_
 @pytest.mark.parametrize("name", ["nuclx", "morphometry:cells", "folder:"])
 def test_an_unknown_benchmark_is_one_line_before_anything_is_read(home: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=r"^exclude_benchmarks: got '[^\n]*expected one of [^\n]*nucls, [^\n]*$"):
-        config_of(home, f"exclude_benchmarks=[{name}]").check_inputs()
+        config_of(home, f"exclude_benchmarks={name}").check_inputs()
