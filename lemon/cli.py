@@ -73,7 +73,7 @@ STAGES = (
         "sweep",
         "scaling_sweep",
         "lemon.sweep.config:SweepConfig",
-        "lemon.sweep.job:main",
+        "lemon.sweep.start:main",
         "studies of many pretrainings and their scores",
     ),
     Stage(

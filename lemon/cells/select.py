@@ -86,8 +86,8 @@ def select_cells(
         organs, slides: keep slides of these organs, of these ids; None keeps all.
         n_slides: the slides of lowest rank of their id among those.
         n_cells: the cells of lowest rank among those slides.
-        exclude_patients: leave out slides of these patients (those of a benchmark, say): by the table's patient or by
-            the TCGA barcode in the slide's id, whatever the case and blanks. Names that match nothing are logged.
+        exclude_patients: leave out slides of these patients (those of a benchmark, say), as ``patients_by_slide`` names
+            them, whatever the case and blanks. Names that match nothing are logged.
 
     Raises:
         ConfigError: nothing is left, or a name is not in the table.
@@ -107,7 +107,8 @@ def select_cells(
         order = np.argsort(rank_of(row.slide_id for row in kept), kind="stable")
         kept = [kept[index] for index in sorted(order[:n_slides])]
     if not kept:
-        raise ConfigError("select: no slide is left; loosen select.organs, select.slides or select.exclude_patients")
+        keys = "select.organs, select.slides, select.exclude_patients or exclude_benchmarks"
+        raise ConfigError(f"select: no slide is left; loosen {keys}")
     counts = [row.n_cells for row in kept]
     if n_cells is not None and n_cells < sum(counts):
         counts = _prefixes(store, [row.slide_id for row in kept], n_cells=n_cells)
@@ -176,13 +177,22 @@ def _ranks(store: Store, name: str, groups: np.ndarray) -> np.ndarray:
         return file.read_row_groups(groups.tolist(), columns=["rank"], use_threads=False)["rank"].to_numpy()
 
 
-def _of_patients(rows: Sequence[SlideRow], patients: Sequence[str]) -> set[str]:
-    """Slides of some patients; too many rather than too few, as what is left in is a leak."""
-    wanted = {likely_name(name): name for name in patients}
-    named_patients: dict[str, set[str]] = {}
+def patients_by_slide(rows: Sequence[SlideRow]) -> dict[str, set[str]]:
+    """Slide id -> names of its patient, in one spelling: the table's, and that of the TCGA barcode in the slide's id.
+
+    Two names rather than one, as a patient who is left in is a leak. A slide that has neither is a patient of its own.
+    """
+    patients = {}
     for row in rows:
-        names = row.patient_id, tcga_patient(row.slide_id)
-        named_patients[row.slide_id] = {likely_name(name) for name in names if name} & wanted.keys()
+        names = filter(None, (row.patient_id, tcga_patient(row.slide_id)))
+        patients[row.slide_id] = {likely_name(name) for name in names} or {likely_name(row.slide_id)}
+    return patients
+
+
+def _of_patients(rows: Sequence[SlideRow], patients: Sequence[str]) -> set[str]:
+    """Slides of some patients."""
+    wanted = {likely_name(name): name for name in patients}
+    named_patients = {slide: names & wanted.keys() for slide, names in patients_by_slide(rows).items()}
     absent = wanted.keys() - set().union(*named_patients.values())
     if absent:
         examples = some(sorted(wanted[name] for name in absent))

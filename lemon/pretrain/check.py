@@ -10,6 +10,7 @@ from lemon.encoders.device import choose_device
 from lemon.errors import ConfigError
 from lemon.pretrain.assemble import select, with_stain
 from lemon.pretrain.config import MIN_CELLS, PretrainConfig
+from lemon.pretrain.exclude import without_benchmarks
 from lemon.pretrain.online_probe import labelled_task
 from lemon.runtime.store import Store
 
@@ -25,13 +26,13 @@ def with_absolute_paths(config: PretrainConfig) -> PretrainConfig:
 
 
 def check(config: PretrainConfig) -> tuple[PretrainConfig, Selection]:
-    """The config with its paths made absolute, and its cells. Writes nothing.
+    """The config with its paths made absolute and without patients of benchmarks, and its cells. Writes nothing.
 
     Raises:
         ConfigError: cells, statistics, labels, device or folders are not what the run needs.
         StorageError: the cache has no room.
     """
-    config = with_absolute_paths(config)
+    config = without_benchmarks(with_absolute_paths(config))
     selection = select(config)
     if selection.n_cells < MIN_CELLS:
         raise ConfigError(f"cells: got {selection.n_cells}; expected {MIN_CELLS} at least, and better thousands")

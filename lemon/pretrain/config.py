@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from lemon.cells.config import CellsConfig
 from lemon.encoders.config import EncoderConfig
 from lemon.errors import Fault
-from lemon.probe.config import check_tasks
+from lemon.probe.config import EXCLUDE_BENCHMARKS, BenchmarkNames, check_benchmarks, check_tasks
 from lemon.runtime.config import AnyPath, Choice, LocalPath, Settings, raise_faults
 from lemon.runtime.registry import Registry
 from lemon.schema import VIEW_PX
@@ -36,6 +36,9 @@ REGISTERED = r"""^[^\s/:.%"'\\][^\x00-\x1f/:.%"'\\]{0,199}$"""
 LOCAL_STEP_PX = 8
 """Sides of local views are multiples of this: patches of 8 px."""
 
+FULL_EPOCHS = 150
+"""Of the recipe that the methods' own warmups are of."""
+
 MIN_CELLS = 4
 """The features of fewer cells lie on a line or in a plane: every run would be reported as collapsed."""
 
@@ -43,8 +46,21 @@ MIN_CELLS = 4
 class MethodConfig(Settings):
     """Settings of a self-supervised method: what a new one derives its own from, with a ``name`` to be chosen by."""
 
+    durations: ClassVar[tuple[str, ...]] = ()
+    """Settings in epochs of a run of FULL_EPOCHS, which shrink with a shorter one unless they are given."""
+
     name: str
     warmup_epochs: float = 0.0
+
+    def fitted(self, epochs: float) -> Self:
+        """The same with the durations that nobody gave shortened to a run's epochs."""
+        share = min(1.0, epochs / FULL_EPOCHS)
+        defaults = {name: getattr(self, name) for name in self.durations if name not in self.model_fields_set}
+        return self.model_copy(update={name: value * share for name, value in defaults.items()}) if share < 1 else self
+
+    def head_weights(self, encoder: EncoderConfig) -> tuple[int, int]:  # noqa: ARG002
+        """About how many weights the heads of student and of teacher have, to estimate what a checkpoint takes."""
+        return 0, 0
 
     def build(self, encoder: EncoderConfig, *, seed: int) -> Method:
         """The method with student and teacher of an encoder, on the CPU."""
@@ -63,19 +79,28 @@ class MethodConfig(Settings):
 class MoCoV3Config(MethodConfig):
     """MoCo v3 for vision transformers; the LEMON paper states no other values."""
 
+    durations = ("warmup_epochs",)
+
     name: Literal["mocov3"] = "mocov3"
     hidden_dim: int = Field(4096, ge=1, description="width of projector and predictor")
     out_dim: int = Field(256, ge=1, description="width of queries and keys")
     temperature: float = Field(0.2, gt=0)
     momentum: float = Field(0.99, ge=0, le=1, description="of the teacher at the start; rises to 1 (cosine)")
     base_lr: float = Field(1.5e-4, gt=0, description="learning rate a 256 cells of batch")
-    warmup_epochs: float = Field(40, ge=0, description="linear warmup, then cosine to 0")
+    warmup_epochs: float = Field(
+        40, ge=0, description=f"linear warmup, then cosine to 0; shrinks by itself in runs below {FULL_EPOCHS} epochs"
+    )
     weight_decay: float = Field(0.1, ge=0, description="on all parameters")
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     freeze_patch_projection: bool = True
     chunk: int | None = Field(
         None, ge=1, description="crops whose activations are kept at a time: less memory, the same loss; null: all"
     )
+
+    def head_weights(self, encoder: EncoderConfig) -> tuple[int, int]:
+        """Projector and predictor; projector."""
+        projector = self.hidden_dim * (encoder.dim + self.hidden_dim + self.out_dim)
+        return projector + 2 * self.hidden_dim * self.out_dim, projector
 
     def build(self, encoder: EncoderConfig, *, seed: int) -> Method:
         """MoCo v3 of an encoder, on the CPU."""
@@ -96,6 +121,8 @@ class MoCoV3Config(MethodConfig):
 
 class DINOv2Config(MethodConfig):
     """DINOv2 with its default settings; weights and ablations as in the LEMON paper."""
+
+    durations = ("warmup_epochs", "teacher_temperature_epochs", "freeze_last_layer_epochs")
 
     name: Literal["dinov2"] = "dinov2"
 
@@ -130,22 +157,30 @@ class DINOv2Config(MethodConfig):
     sinkhorn_iterations: int = Field(3, ge=1)
     student_temperature: float = Field(0.1, gt=0)
     teacher_temperature: tuple[Positive, Positive] = Field((0.04, 0.07), description="at the start, after the warmup")
-    teacher_temperature_epochs: float = Field(30, ge=0)
+    teacher_temperature_epochs: float = Field(30, ge=0, description="shrinks as the warmup does")
     momentum: float = Field(0.992, ge=0, le=1, description="of the teacher at the start; rises to 1 (cosine)")
 
     base_lr: float = Field(4e-3, gt=0, description="learning rate at a batch of 1024; scaled by the square root")
     min_lr: float = Field(1e-6, ge=0)
-    warmup_epochs: float = Field(10, ge=0)
+    warmup_epochs: float = Field(10, ge=0, description=f"shrinks by itself in runs below {FULL_EPOCHS} epochs")
     weight_decay: tuple[NonNegative, NonNegative] = Field((0.04, 0.4), description="at the start, at the end (cosine)")
     layer_decay: float = Field(0.9, gt=0, le=1, description="factor of the learning rate a block, from the top")
     patch_embed_lr: float = Field(0.2, ge=0, description="further factor of the patch projection")
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     clip_norm: float | None = Field(3.0, gt=0, description="of backbone and of heads, each; null: none")
-    freeze_last_layer_epochs: float = Field(1, ge=0)
+    freeze_last_layer_epochs: float = Field(1, ge=0, description="shrinks as the warmup does")
 
     drop_path: float = Field(0.3, ge=0, lt=1)
     layer_scale: float | None = Field(1e-5, gt=0)
     head_dim: int | None = Field(64, ge=1, description="width of an attention head: 6 heads in ViT-S; null: encoder's")
+
+    def head_weights(self, encoder: EncoderConfig) -> tuple[int, int]:
+        """Of each, one head or two."""
+        head = self.hidden_dim * (encoder.dim + self.hidden_dim) + self.bottleneck_dim * (
+            self.hidden_dim + self.prototypes
+        )
+        heads = 2 * head if self.separate_ibot_head else head
+        return heads, heads
 
     def build(self, encoder: EncoderConfig, *, seed: int) -> Method:
         """DINOv2 of an encoder, on the CPU."""
@@ -288,7 +323,8 @@ class PretrainConfig(Settings, CellsConfig):
     views: Annotated[Policy, Choice("views", "a1_gray")] = Field({}, validate_default=True)
     encoder: Annotated[EncoderConfig, Choice("encoder", "vit_s8")] = Field({}, validate_default=True)
     select: SelectConfig = SelectConfig()
-    epochs: float = Field(150, gt=0)
+    exclude_benchmarks: BenchmarkNames = Field("auto", description=EXCLUDE_BENCHMARKS)
+    epochs: float = Field(FULL_EPOCHS, gt=0)
     images_per_epoch: int = Field(1_000_000, ge=1, description="an epoch is this many images, not a pass")
     batch: int = Field(4096, ge=2, description="of all workers together; ssl.chunk bounds the memory that it takes")
     seed: Seed = 0
@@ -315,7 +351,7 @@ class PretrainConfig(Settings, CellsConfig):
         description="name of the encoder in MLflow's model registry, without / : . % and quotes; null: in none",
     )
 
-    @field_validator("tasks", mode="before")
+    @field_validator("tasks", "exclude_benchmarks", mode="before")
     @classmethod
     def _wrap_single_task(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) and value != "auto" else value
@@ -324,6 +360,7 @@ class PretrainConfig(Settings, CellsConfig):
         """Raises ConfigError where ``cells`` is no cells table, and for a task that is not known."""
         super().check_inputs()
         check_tasks(self.probe_tasks)
+        check_benchmarks(self.exclude_benchmarks)
 
     @property
     def probe_tasks(self) -> list[str]:
@@ -337,6 +374,7 @@ class PretrainConfig(Settings, CellsConfig):
 
     @model_validator(mode="after")
     def _fits_together(self) -> PretrainConfig:
+        object.__setattr__(self, "ssl", self.ssl.fitted(self.epochs))  # the config is frozen for all others
         raise_faults([*self._run_faults(), *self._view_faults(), *self.ssl.faults(self.encoder, self.views)])
         return self
 

@@ -10,6 +10,13 @@ from pydantic import Field, field_validator
 from lemon.errors import ConfigError
 from lemon.runtime.config import AnyPath, Frozen, NameOrPath
 
+BenchmarkNames = list[str] | Literal["auto"]
+"""Of ``exclude_benchmarks``."""
+
+EXCLUDE_BENCHMARKS = (
+    "benchmarks whose patients are left out of the cells, as nucls or folder:mine; auto: those of tasks; []: none"
+)
+
 
 class HestSettings(Frozen):
     """What the paper does not say of its HEST tasks."""
@@ -106,6 +113,14 @@ def check_tasks(names: list[str]) -> None:
 
     if faults := name_faults(names, check_name):
         raise ConfigError(*faults)
+
+
+def check_benchmarks(names: BenchmarkNames) -> None:
+    """Raises ConfigError with a line for each of ``exclude_benchmarks`` whose name is not known; imports no loader."""
+    from lemon.probe.tasks.catalogue import check_benchmark
+
+    if names != "auto" and (faults := name_faults(list(names), check_benchmark)):
+        raise ConfigError(*(f"exclude_benchmarks: {fault}" for fault in faults))
 
 
 def name_faults(names: list[str], check: Callable[[str], None]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -94,8 +94,11 @@ class TaskEntry:
         folder: below the folder ``data``.
         load: ``load(folder, *, seed=0) -> Task``; raises TaskError where a file is not as expected.
         obtain: how to get the data, one line.
+        patients: ``patients(folder) -> names``, of patients or slides that a table of cells could have too, so that
+            they are left out of pretraining; of a folder that may be at s3://. None: no such name is known.
     """
 
     folder: str
     load: Callable[..., Task]
     obtain: str
+    patients: Callable[[str], Collection[str]] | None = None

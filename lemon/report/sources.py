@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import pyarrow as pa
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from lemon.errors import ConfigError
 from lemon.pretrain.config import steps_of
@@ -47,9 +47,15 @@ class TrackedSettings(BaseModel):
     batch: int
     epochs: float
     images_per_epoch: int
-    leaves_out_patients: Annotated[bool, BeforeValidator(lambda text: text != "[]")] = Field(
-        alias="select.exclude_patients"
-    )
+    exclude_patients: str = Field(alias="select.exclude_patients")
+    exclude_benchmarks: str = "[]"
+
+    @property
+    def patients_left_out(self) -> str:
+        """Whose cells the encoder has not seen, in words."""
+        if self.exclude_benchmarks != "[]":
+            return "those of " + self.exclude_benchmarks.strip("[]").replace("'", "")
+        return "none" if self.exclude_patients == "[]" else "as select.exclude_patients says"
 
     @property
     def images_seen(self) -> int:

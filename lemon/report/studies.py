@@ -45,7 +45,7 @@ STUDIES = {
 """Study -> what it is in the paper."""
 
 NUCLS_NOTE = (
-    "NuCLS comes from patients of TCGA-BRCA. Where pretraining is on TCGA, leave them out (select.exclude_patients): "
+    "NuCLS comes from patients of TCGA-BRCA. Where pretraining is on TCGA, leave them out (exclude_benchmarks=nucls): "
     "no trial here did."
 )
 
@@ -75,7 +75,8 @@ def _study_section(sweep: OutputTable[SweepRow], report: Report, *, stem: str, w
     facts = sweep_facts(sweep, values, runs)
     section = Section(stem, title + which, artefact, facts=facts_of(artefact, facts))
     section.found = list(study_sentences(sweep))
-    if any(value.task.startswith("nucls") for value in values) and facts.get("Patients left out") == "none":
+    left_out, on_nucls = facts.get("Patients left out", ""), any(value.task.startswith("nucls") for value in values)
+    if on_nucls and left_out and not ("nucls" in left_out or "exclude_patients" in left_out):
         section.notes.append(NUCLS_NOTE)
     if values:
         section.pictures += study_figures(sweep, values, store, stem=stem)
@@ -215,9 +216,7 @@ def sweep_facts(sweep: OutputTable[SweepRow], values: Sequence[studies.Value], r
         "Batch": span(each.batch for each in settings),
         "Seeds": listed(str(row.seed) for row in sweep.rows),
         "Score": listed(f"{value.task} ({value.metric.replace('_', ' ')})" for value in values),
-        "Patients left out": listed(
-            "as select.exclude_patients says" if each.leaves_out_patients else "none" for each in settings
-        ),
+        "Patients left out": listed(each.patients_left_out for each in settings),
     }
     return {name: text for name, text in known.items() if text}
 

@@ -9,11 +9,11 @@ from pydantic import Field, field_validator, model_validator
 
 from lemon.cells.config import CellsConfig
 from lemon.pretrain.config import Seed
-from lemon.probe.config import ProbeSettings, check_tasks
+from lemon.probe.config import EXCLUDE_BENCHMARKS, BenchmarkNames, ProbeSettings, check_benchmarks, check_tasks
 from lemon.runtime.cluster import ray_address
 from lemon.runtime.config import AnyPath, Choice, Frozen, Settings, plain_value
 
-RESERVED = ("cells", "output", "seed", "tasks", "data")
+RESERVED = ("cells", "output", "seed", "tasks", "data", "exclude_benchmarks")
 """Keys of the pretraining job that the sweep itself sets."""
 
 
@@ -76,7 +76,11 @@ class SweepConfig(Settings, CellsConfig):
     cells: AnyPath = Field(description="output of lemon curate")
     tasks: list[str] = Field(min_length=1, description="benchmarks, as of lemon probe")
     data: AnyPath = Field("benchmarks_data", description="folder with a subfolder for each benchmark")
+    exclude_benchmarks: BenchmarkNames = Field("auto", description=EXCLUDE_BENCHMARKS)
     output: AnyPath = Field(description="folder of the trials and the table; one sweep each")
+    plan: bool = Field(
+        False, description="only print trials, cells that they need, disk and GPU-hours, and what does not fit"
+    )
     seeds: list[Seed] | None = Field(None, min_length=1, description="of training; null: the study's")
     pretrain: dict[str, Any] = Field({}, description="overrides of lemon pretrain for all trials: pretrain.epochs=5")
     probe: ProbeSettings = ProbeSettings()
@@ -88,10 +92,10 @@ class SweepConfig(Settings, CellsConfig):
     asha: bool = Field(False, description="end trials early by their online probe (pretrain.probe.labels=...)")
     asha_settings: AshaConfig = AshaConfig()
 
-    @field_validator("tasks", "seeds", mode="before")
+    @field_validator("tasks", "seeds", "exclude_benchmarks", mode="before")
     @classmethod
     def _wrap_single_value(cls, value: Any) -> Any:
-        return [value] if isinstance(value, (str, int)) else value
+        return [value] if isinstance(value, (str, int)) and value != "auto" else value
 
     @field_validator("tasks")
     @classmethod
@@ -113,9 +117,14 @@ class SweepConfig(Settings, CellsConfig):
         return self
 
     def check_inputs(self) -> None:
-        """Raises ConfigError where ``cells`` is no cells table, or a task has no name that is known."""
-        super().check_inputs()
+        """Raises ConfigError where ``cells`` is no cells table, or a task or benchmark has no name that is known.
+
+        A plan may be of a table that is to be made.
+        """
+        if not self.plan:
+            super().check_inputs()
         check_tasks(self.tasks)
+        check_benchmarks(self.exclude_benchmarks)
 
     @property
     def all_seeds(self) -> list[int]:

@@ -90,6 +90,6 @@ def _run_here(pending: list[GridTrial], tasks: list[Task], *, parent: Run, tries
 def _open_parent(config: SweepConfig, output: Store) -> Run:
     """The sweep's own MLflow run, which a rerun goes on with. It makes the database before trials open it at once."""
     output.write_json(SWEEP_MARK, {"study": config.sweep.name})
-    settings = config.model_dump(mode="json")
+    settings = config.model_dump(mode="json", exclude={"plan"})
     tags = {"output": output.uri, "config_fingerprint": fingerprint(settings)}
     return start_run(EXPERIMENT, config.sweep.name, store=output, params=settings, tags=tags)

@@ -117,7 +117,14 @@ def test_a_sweep_on_ray_tune_at_s3_goes_on_after_it_was_killed(bucket: s3.Bucket
     write_crops(home / "data")
     store = Store(f"{bucket.uri}/out")
     words = [*TINY, f"cells={home / 'cells'}", f"output={store.uri}", f"pretrain.cache={home / 'cache'}"]
-    words += [f"data={home / 'data'}", "tasks=folder:mine", "sweep.points=[a0,a1]", "launcher=ray", "max_concurrent=1"]
+    words += [
+        f"data={home / 'data'}",
+        "tasks=folder:mine",
+        "exclude_benchmarks=[]",
+        "sweep.points=[a0,a1]",
+        "launcher=ray",
+        "max_concurrent=1",
+    ]
 
     def results() -> list[str]:
         return [name for name in store.list("trials") if name.endswith("result.json")]

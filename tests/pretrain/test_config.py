@@ -26,8 +26,11 @@ DINO = ["ssl=dinov2", "ssl.head_dim=64", "ssl.warmup_epochs=1"]
 
 REFUSED = {
     "warmup that never ends": (["ssl.warmup_epochs=10"], "ssl.warmup_epochs: got 10.0; expected less than epochs=10"),
-    "the default warmup": (["epochs=0.5"], "ssl.warmup_epochs: got 1.0; expected less than epochs=0.5"),
-    "frozen to the end": ([*DINO, "epochs=1", "ssl.warmup_epochs=0"], "ssl.freeze_last_layer_epochs: got 1; expected"),
+    "the variant's warmup": (["epochs=0.5"], "ssl.warmup_epochs: got 1.0; expected less than epochs=0.5"),
+    "frozen to the end": (
+        [*DINO, "epochs=1", "ssl.warmup_epochs=0", "ssl.freeze_last_layer_epochs=1"],
+        "ssl.freeze_last_layer_epochs: got 1.0; expected",
+    ),
     "no step": (["epochs=0.01", "ssl.warmup_epochs=0"], "epochs: got 0.01; expected 0.1 at least"),
     "endless": (["epochs=inf"], "epochs: got inf; expected"),
     "no number": (["epochs=nan"], "epochs: "),
@@ -99,8 +102,24 @@ def test_all_that_does_not_fit_together_is_told_at_once() -> None:
 @pytest.mark.parametrize("encoder", preset_names("encoder"))
 @pytest.mark.parametrize("ssl", preset_names("ssl"))
 def test_every_shipped_combination_fits_together(variant: str, encoder: str, ssl: str) -> None:
-    words = ["cells=c", "output=o", f"variant={variant}", f"encoder={encoder}", f"ssl={ssl}", "ssl.warmup_epochs=1"]
+    words = ["cells=c", "output=o", f"variant={variant}", f"encoder={encoder}", f"ssl={ssl}"]
     assert load("pretrain", words, PretrainConfig).encoder.name == encoder
+
+
+@pytest.mark.parametrize("ssl", ["mocov3", "dinov2"])
+def test_a_warmup_that_nobody_gave_shrinks_with_a_short_run_and_one_that_was_given_stays(ssl: str) -> None:
+    def durations(*words: str) -> dict[str, float]:
+        config = load("pretrain", ["cells=c", "output=o", f"ssl={ssl}", *words], PretrainConfig)
+        again = validate(config.model_dump(mode="json"), PretrainConfig)  # as a worker gets it
+        assert again.ssl == config.ssl
+        return {name: getattr(config.ssl, name) for name in config.ssl.durations}
+
+    full = durations()
+    assert full["warmup_epochs"] == {"mocov3": 40, "dinov2": 10}[ssl]
+    assert durations("epochs=300") == full
+    assert durations("epochs=15") == pytest.approx({name: value / 10 for name, value in full.items()})
+    given = durations("epochs=15", "ssl.warmup_epochs=7")
+    assert given == pytest.approx({name: value / 10 for name, value in full.items()} | {"warmup_epochs": 7})
 
 
 @pytest.mark.parametrize("name", ["lemon", "lemon-2", "Lemon nuclei", "zitrone_größe"])

@@ -202,7 +202,9 @@ def test_images_seen_are_whole_batches() -> None:
     told |= {"encoder.name": "small", "encoder.dim": "32", "encoder.depth": "1", "ssl.name": "mocov3"}
     settings = TrackedSettings.model_validate(told | {"select.exclude_patients": "[]"})
     assert settings.images_seen == 150 * 244 * 4096
-    assert not settings.leaves_out_patients
+    assert settings.patients_left_out == "none"
+    benchmarks = {"select.exclude_patients": "['TCGA-A2-A0SX']", "exclude_benchmarks": "['nucls-super', 'folder:mine']"}
+    assert TrackedSettings.model_validate(told | benchmarks).patients_left_out == "those of nucls-super, folder:mine"
 
 
 @pytest.mark.parametrize(

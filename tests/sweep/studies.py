@@ -46,6 +46,14 @@ def light_task() -> Task:
 
 
 def sweep_words(folder: Path, *words: str) -> list[str]:
-    """A sweep of two views in ``folder``, which holds ``cells``."""
+    """A sweep of two views in ``folder``, which holds ``cells``; their slides have the names of a labelled folder's."""
     places = [f"cells={folder / 'cells'}", f"output={folder / 'out'}", f"pretrain.cache={folder / 'cache'}"]
-    return [*TINY, *places, f"data={folder / 'data'}", "tasks=light", "sweep.points=[a0,a1]", *words]
+    return [
+        *TINY,
+        *places,
+        f"data={folder / 'data'}",
+        "tasks=light",
+        "exclude_benchmarks=[]",
+        "sweep.points=[a0,a1]",
+        *words,
+    ]

@@ -75,6 +75,33 @@ def open_task(name: str, data: str | Path, *, seed: int = 0, **options: Any) -> 
     raise TaskError(f"{name}: no folder {path}; expected {entry.obtain}")
 
 
+def check_benchmark(name: str) -> None:
+    """Raise TaskError for a name that ``benchmark_patients`` does not know; imports no loader."""
+    if not _tasks_of(name):
+        families = sorted({task.rpartition("-")[0] for task in TASKS.names()} - {""})
+        raise TaskError(unknown(name, [*families, *TASKS.names(), "folder:NAME"]))
+
+
+def benchmark_patients(name: str, data: str) -> list[str]:
+    """Names of the patients, or slides, of a benchmark; none where no name is known that a table of cells could have.
+
+    Args:
+        name: a task, or what several tasks' names begin with up to a hyphen: ``nucls`` is all tasks ``nucls-...``.
+        data: the folder that holds those of the data sets, also at s3://.
+
+    Raises TaskError: the name is unknown, or its folder, where that is needed, cannot be read.
+    """
+    check_benchmark(name)
+    entries = [_entry(task) for task in _tasks_of(name)]
+    return sorted({each for entry in entries if entry.patients for each in entry.patients(f"{data}/{entry.folder}")})
+
+
+def _tasks_of(name: str) -> list[str]:
+    if name in TASKS or (name.startswith(FOLDER) and name != FOLDER):
+        return [name]
+    return [task for task in TASKS.names() if task.startswith(f"{name}-")]
+
+
 def counts_table(task: Task) -> str:
     """What each filter left and how many crops each class has, beside the published numbers: lines of text."""
     head = (f"{task.name}: counts", "here", "published")
@@ -92,7 +119,7 @@ def _entry(name: str) -> TaskEntry:
     if name.startswith(FOLDER):
         from lemon.probe.tasks import folder
 
-        return TaskEntry(place, partial(folder.load, name=place), folder.OBTAIN)
+        return TaskEntry(place, partial(folder.load, name=place), folder.OBTAIN, folder.patients)
     if module := CURATED.get(kind + colon):
         return TaskEntry(place, importlib.import_module(module).load, "the output of lemon curate")
     try:

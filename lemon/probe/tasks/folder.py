@@ -48,6 +48,12 @@ FORM = Form(
 )
 
 
+def patients(folder: str) -> list[str]:
+    """Patients and slides that ``labels.csv`` names; raises TaskError as ``load`` does."""
+    columns = read_user_table(f"{folder}/labels.csv", form=FORM).columns
+    return sorted({name for key in ("patient", "slide") for name in columns.get(key, ()) if name})
+
+
 def load(folder: Path, *, name: str, seed: int = 0, min_support: int = MIN_SUPPORT) -> Task:
     """Labelled crops of ``labels.csv``; raises TaskError where a file, column or number is not as expected."""
     read = read_user_table(folder / "labels.csv", form=FORM)

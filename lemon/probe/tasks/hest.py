@@ -272,4 +272,8 @@ def _notes(protocols: tuple[Protocol, ...], *, target: Target, centre: Centre) -
     return tuple(notes)
 
 
-BOWEL, BREAST, LUNG = (TaskEntry("hest", partial(load, organ=organ), OBTAIN) for organ in SLIDES)
+def _entry(organ: str) -> TaskEntry:
+    return TaskEntry("hest", partial(load, organ=organ), OBTAIN, lambda _folder: SLIDES[organ])
+
+
+BOWEL, BREAST, LUNG = map(_entry, SLIDES)

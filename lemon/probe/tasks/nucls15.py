@@ -66,4 +66,4 @@ def load(folder: Path, *, seed: int = 0) -> Task:
     )
 
 
-ENTRY = TaskEntry("nucls15", load, OBTAIN)
+ENTRY = TaskEntry("nucls15", load, OBTAIN, nucls.patients)  # of which of them is not known
