@@ -23,9 +23,10 @@ from lemon.encoders.device import choose_device
 from lemon.encoders.open import Encoder, load_encoder
 from lemon.encoders.registry import check_name
 from lemon.errors import EXIT_FAILURES, EXIT_OK, ConfigError
+from lemon.probe.card import FOLDER, card_json, card_markdown, card_rows, write_cards
 from lemon.probe.config import ProbeConfig
 from lemon.probe.figures import draw_cost
-from lemon.probe.score import MAIN_METRICS, POOLED, Score, fold_means, score_task
+from lemon.probe.score import MAIN_METRICS, POOLED, ROBUSTNESS, Score, fold_means, score_task
 from lemon.probe.tables import write_table1
 from lemon.probe.task import Task, TaskError
 from lemon.probe.tasks.catalogue import counts_table, open_task
@@ -38,7 +39,7 @@ from lemon.schema import ScoreRow, marked
 
 logger = stage_logger(__name__, "probe")
 
-OUTPUT_NAMES = ("scores", "predictions", "embeddings", "costs", "runs")
+OUTPUT_NAMES = ("scores", "predictions", "embeddings", "costs", "runs", FOLDER)
 """Folders of a probe in its output."""
 
 CROPS_A_TICK = 1024  # of the progress bar; the encoder chooses its own batches within
@@ -75,6 +76,8 @@ def main(config: ProbeConfig) -> int:
         code = _score_all(config, store)
         draw_cost(store)
         logger.info(write_table1(store))
+        if cards := write_cards(store):
+            logger.info(f"{len(cards)} cards of robustness: {store.uri}/{FOLDER}/cards.md, {cards[0]}, ...")
         return code
 
 
@@ -145,6 +148,7 @@ def probe_model(
         probed_by.set_tag("training_run_id", trained_by.run_id)
     store.write_json(f"costs/{file_stem(encoder.name)}-{encoder.fingerprint}.json", asdict(cost))
     scores: list[ScoreRow] = []
+    runs = [probed_by, *([trained_by] if trained_by else [])]
     for task in tasks:
         data = data_fingerprint(task)
         circumstances = fingerprint([data, config.settings()])
@@ -155,12 +159,16 @@ def probe_model(
             store.write_table(f"predictions/{unit.stem}.parquet", scored.predictions)
             store.write_table(unit.scores, scores_table(scored.scores, unit, seed=config.seed))
         rows = ScoreRow.read(store.read_table(unit.scores))
-        for each in (probed_by, *([trained_by] if trained_by else [])):
+        for each in runs:
             each.log(flat_metrics(rows), step=0)
             each.log_dataset(task.name, digest=data, source=task.name.partition(":")[2] or config.data, context="probe")
             each.set_tag(f"data_fingerprint/{short_name(task.name)}", data)
         logger.info(f"{encoder.name} on {task.name}: {main_scores_line(rows)}")
         scores += rows
+    if card := card_rows(scores):
+        for each in runs:
+            each.log_text(card_markdown(card, name=encoder.name), "robustness/card.md")
+            each.log_text(card_json(card), "robustness/card.json")
     if run is None:
         probed_by.close()
     return scores
@@ -211,13 +219,17 @@ def flat_metrics(rows: list[ScoreRow]) -> dict[str, float]:
     """Metrics for MLflow: ``probe/<task>/<metric>`` without leaks, ``probe/<task>/<protocol>/<metric>`` otherwise.
 
     The metric is the mean over folds, ``_sd`` its standard deviation; ``_pooled`` is the value over all held-out crops,
-    and ``_low`` and ``_high`` are the bounds of its 95 % interval.
+    and ``_low`` and ``_high`` are the bounds of its 95 % interval. ``robustness/<task>/<measure>``: as on the card.
     """
     metrics: dict[str, float] = {}
     for task in dict.fromkeys(row.task for row in rows):
-        for protocol, metric, value in _named_values([row for row in rows if row.task == task]):
-            group = "" if protocol in ("leak-free", "robustness") else f"{protocol}/"
+        scored = [row for row in rows if row.task == task and row.protocol != ROBUSTNESS]
+        for protocol, metric, value in _named_values(scored):
+            group = "" if protocol == "leak-free" else f"{protocol}/"
             metrics[f"probe/{short_name(task)}/{group}{metric}"] = value
+    for row in card_rows(rows):
+        for end, value in (("", row.value), ("_low", row.low), ("_high", row.high)):
+            metrics[f"robustness/{short_name(row.task)}/{row.measure}{end}"] = float("nan") if value is None else value
     return {name: value for name, value in metrics.items() if np.isfinite(value)}
 
 
@@ -227,7 +239,7 @@ def _named_values(rows: list[ScoreRow]) -> Iterator[tuple[str, str, float]]:
         yield protocol, metric, mean
         yield protocol, f"{metric}_sd", spread
     for row in rows:
-        if row.protocol == "robustness" or row.metric.endswith(("_low", "_high")):
+        if row.metric.endswith(("_low", "_high")):
             yield row.protocol, row.metric, row.value
         elif row.fold == POOLED:
             yield row.protocol, f"{row.metric}_pooled", row.value

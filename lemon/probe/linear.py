@@ -85,8 +85,20 @@ def fit_classifier(
         if len(scores) > PATIENCE and max(list(scores.values())[-PATIENCE:]) < max(scores.values()):
             break
     best = max(scores, key=lambda c: scores[c])
-    model = make_pipeline(*preprocessing(features, embedding), _logistic(best, class_weight))
-    return Fitted(_quietly(model.fit, embedding, labels), best, scores)
+    return Fitted(fit_logistic(embedding, labels, c=best, features=features, class_weight=class_weight), best, scores)
+
+
+def fit_logistic(
+    embedding: np.ndarray,
+    labels: np.ndarray,
+    *,
+    c: float,
+    features: Features = "raw",
+    class_weight: ClassWeight = "balanced",
+) -> Pipeline:
+    """Logistic regression of labels int [N] on embeddings float32 [N, D] with a C that is known."""
+    model: Pipeline = make_pipeline(*preprocessing(features, embedding), _logistic(c, class_weight))
+    return _quietly(model.fit, embedding, labels)
 
 
 class _Path:

@@ -38,6 +38,7 @@ def test_every_protocol_fold_and_probe_has_its_rows_and_every_crop_is_predicted_
     low, middle, high = (value(scored.scores, "leak-free", f"balanced_accuracy{end}") for end in ("_low", "", "_high"))
     assert 0.7 < low < middle < high <= 1
     assert value(scored.scores, "robustness", "robustness_index") > 0.4
+    assert value(scored.scores, "robustness", "batches") == 2
 
 
 @pytest.mark.slow

@@ -1,0 +1,193 @@
+"""The robustness card of an encoder: what its embeddings hold of hospitals, scanners, stains and compression.
+
+It is made of the scores that ``lemon probe`` left, whatever tasks they are of, and says what was not measured. In words
+of the card a *site* is a hospital, a scanner or a laboratory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+from lemon.probe.card_figure import card_figure
+from lemon.probe.figures import save_figure
+from lemon.probe.folds import LEAK_FREE
+from lemon.probe.measures import MEASURES, place_of, shown_task
+from lemon.probe.score import POOLED, ROBUSTNESS
+from lemon.probe.tables import encoder_labels, encoder_stem, read_scores
+from lemon.runtime.store import Store, code_version
+from lemon.schema import RobustnessRow, ScoreRow
+
+FOLDER = "cards"
+"""In an output of ``lemon probe``: ``<encoder>/card.json``, ``.md``, ``.png``; ``robustness.parquet`` has all rows."""
+
+TABLE = f"{FOLDER}/robustness.parquet"
+
+
+class CardSection(NamedTuple):
+    """What a page shows of robustness: a table with a column for each encoder, whose cells are (value, interval).
+
+    ``head`` has the encoders' names; ``rows`` (measure, task, explanation, cells in the order of ``head``, with None
+    for what was not measured); ``missing`` a line for each kind of measure that no encoder has.
+    """
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, str, str, tuple[tuple[str, str] | None, ...]], ...]
+    missing: tuple[str, ...]
+
+
+def card_rows(rows: Iterable[ScoreRow]) -> list[RobustnessRow]:
+    """The measures of robustness among rows of the scores table, in the order of cards."""
+    units: dict[tuple[str, str, str, str], dict[tuple[str, str], ScoreRow]] = {}
+    for row in rows:
+        if row.fold == POOLED:
+            unit = (row.model, row.model_fingerprint, row.task, row.data_fingerprint)
+            units.setdefault(unit, {})[row.protocol, row.metric] = row
+    made = []
+    for (model, model_fingerprint, task, data_fingerprint), found in units.items():
+        batches = found.get((ROBUSTNESS, "batches"))
+        n_batches = int(batches.value) if batches else None
+        for (protocol, metric), row in found.items():
+            if (measure := measure_of(task, protocol, metric)) is None:
+                continue
+            low, high = (
+                bound and bound.value for bound in (found.get((protocol, f"{metric}_{e}")) for e in ("low", "high"))
+            )
+            made.append(
+                RobustnessRow(
+                    model=model,
+                    model_fingerprint=model_fingerprint,
+                    task=task,
+                    measure=measure,
+                    value=row.value,
+                    low=low,
+                    high=high,
+                    chance=chance_of(measure, n=row.n, n_batches=n_batches),
+                    n=row.n,
+                    n_batches=n_batches,
+                    data_fingerprint=data_fingerprint,
+                )
+            )
+    return sorted(
+        made, key=lambda row: (row.model, row.model_fingerprint, place_of(row.task), list(MEASURES).index(row.measure))
+    )
+
+
+def measure_of(task: str, protocol: str, metric: str) -> str | None:
+    """What a pooled score is called on cards; None where it is none of robustness."""
+    if task.startswith("site:") and (protocol, metric) == (LEAK_FREE, "balanced_accuracy"):
+        return "site_accuracy"
+    if metric == "recall_at_1" and protocol != LEAK_FREE:
+        metric = f"{metric}_{protocol}"
+    elif metric != "recall_at_1" and protocol != ROBUSTNESS:
+        return None
+    return metric if metric in MEASURES else None
+
+
+def chance_of(measure: str, *, n: int, n_batches: int | None) -> float | None:
+    """What embeddings without information get."""
+    if measure.startswith("recall_at_1"):
+        return 1 / n
+    if MEASURES[measure].best is None and n_batches:
+        return 1 / n_batches
+    return MEASURES[measure].neutral
+
+
+def write_cards(store: Store) -> list[str]:
+    """Write a card of each encoder of an output of ``lemon probe``, and all of them in one table and one picture.
+
+    Returns the names of the cards' texts; none where no task says anything of robustness.
+    """
+    rows = card_rows(read_scores(store))
+    if not rows:
+        return []
+    store.write_table(TABLE, RobustnessRow.table(rows))
+    store.write_bytes(f"{FOLDER}/cards.md", comparison_markdown(rows).encode())
+    save_figure(card_figure(rows), store, f"{FOLDER}/cards")
+    names = []
+    for stem, label in encoder_labels(rows).items():
+        own = [row for row in rows if encoder_stem(row) == stem]
+        store.write_bytes(f"{FOLDER}/{stem}/card.json", card_json(own).encode())
+        store.write_bytes(f"{FOLDER}/{stem}/card.md", card_markdown(own, name=label).encode())
+        save_figure(card_figure(own), store, f"{FOLDER}/{stem}/card")
+        names.append(f"{FOLDER}/{stem}/card.md")
+    return names
+
+
+def card_json(rows: Sequence[RobustnessRow]) -> str:
+    """The card of one encoder as JSON: its measures, as in the table, and what was not measured."""
+    record: dict[str, Any] = {
+        "encoder": rows[0].model,
+        "model_fingerprint": rows[0].model_fingerprint,
+        "lemon": code_version(),
+        "measures": [{key: value for key, value in asdict(row).items() if not key.startswith("model")} for row in rows],
+        "not_measured": not_measured(rows),
+    }
+    return json.dumps(record, indent=1, allow_nan=False) + "\n"
+
+
+def card_markdown(rows: Sequence[RobustnessRow], *, name: str) -> str:
+    """The card of one encoder as Markdown."""
+    lines = [f"# Robustness of {name}", "", "| measure | on | value | 95 % interval | chance | nuclei | sites |"]
+    lines.append("|---|---|--:|--:|--:|--:|--:|")
+    for row in rows:
+        value, interval = shown(row)
+        chance, sites = ("" if number is None else f"{number:.3g}" for number in (row.chance, row.n_batches))
+        place = shown_task(row.task)
+        lines.append(
+            f"| {MEASURES[row.measure].title} | {place} | {value} | {interval} | {chance} | {row.n:,} | {sites} |"
+        )
+    return "\n".join([*lines, "", *_legend(rows)]) + "\n"
+
+
+def comparison_markdown(rows: Sequence[RobustnessRow]) -> str:
+    """All encoders as Markdown, one a column."""
+    section = robustness_section(rows)
+    lines = [f"| measure | on | {' | '.join(section.head)} |", "|---|---|" + "--:|" * len(section.head)]
+    for title, task, _, cells in section.rows:
+        texts = [" ".join([cell[0], f"({cell[1]})" if cell[1] else ""]).strip() if cell else "" for cell in cells]
+        lines.append(f"| {title} | {task} | {' | '.join(texts)} |")
+    return "\n".join([*lines, "", *_legend(rows)]) + "\n"
+
+
+def robustness_section(rows: Sequence[RobustnessRow]) -> CardSection:
+    """What a page shows of the cards of some encoders."""
+    labels = encoder_labels(rows)
+    cells = {(row.task, row.measure, encoder_stem(row)): shown(row) for row in rows}
+    keys = sorted({(place_of(row.task), list(MEASURES).index(row.measure), row.task, row.measure) for row in rows})
+    lines = tuple(
+        (
+            MEASURES[measure].title,
+            shown_task(task),
+            MEASURES[measure].about,
+            tuple(cells.get((task, measure, stem)) for stem in labels),
+        )
+        for _, _, task, measure in keys
+    )
+    return CardSection(tuple(labels.values()), lines, tuple(not_measured(rows)))
+
+
+def shown(row: RobustnessRow) -> tuple[str, str]:
+    """A value and its interval as text, the second empty where there is none."""
+    interval = "" if row.low is None or row.high is None else f"{row.low:.3f} to {row.high:.3f}"
+    return f"{row.value:.3f}", interval
+
+
+def not_measured(rows: Iterable[RobustnessRow]) -> list[str]:
+    """A line for each kind of measure that is absent: what it is, and the task that measures it."""
+    present = {row.measure for row in rows}
+    kinds = {
+        "croma": "class against site: tasks=nucls-super, midogpp-mitosis, or folder:NAME with hospital or scanner",
+        "site_accuracy": "site without labels: tasks=site:PATH of cells that were curated with the column site",
+        "recall_at_1": "another stain: tasks=restained:PATH of curated cells",
+        "recall_at_1_turned": "compression: tasks=jpeg:PATH of curated cells",
+    }
+    return [line for measure, line in kinds.items() if measure not in present]
+
+
+def _legend(rows: Sequence[RobustnessRow]) -> list[str]:
+    used = [MEASURES[measure] for measure in MEASURES if any(row.measure == measure for row in rows)]
+    lines = [f"- {measure.title}: {measure.about}" for measure in used]
+    return lines + [f"- Not measured: {line}" for line in not_measured(rows)]
