@@ -7,15 +7,16 @@ of the card a *site* is a hospital, a scanner or a laboratory.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from lemon.probe.card_figure import card_figure
 from lemon.probe.figures import save_figure
 from lemon.probe.folds import LEAK_FREE
-from lemon.probe.measures import MEASURES, place_of, shown_task
-from lemon.probe.score import POOLED, ROBUSTNESS
+from lemon.probe.measures import MEASURES, Measure, place_of, shown_task
+from lemon.probe.score import POOLED, ROBUSTNESS, fold_means
 from lemon.probe.tables import encoder_labels, encoder_stem, read_scores
 from lemon.runtime.store import Store, code_version
 from lemon.schema import RobustnessRow, ScoreRow
@@ -26,53 +27,62 @@ FOLDER = "cards"
 TABLE = f"{FOLDER}/robustness.parquet"
 
 
-class CardSection(NamedTuple):
-    """What a page shows of robustness: a table with a column for each encoder, whose cells are (value, interval).
+class CardLine(NamedTuple):
+    """A measure on a task: a row of each encoder in their order, None where it was not measured."""
 
-    ``head`` has the encoders' names; ``rows`` (measure, task, explanation, cells in the order of ``head``, with None
-    for what was not measured); ``missing`` a line for each kind of measure that no encoder has.
-    """
+    measure: Measure
+    task: str
+    rows: tuple[RobustnessRow | None, ...]
 
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, str, str, tuple[tuple[str, str] | None, ...]], ...]
+
+class Cards(NamedTuple):
+    """Cards beside each other: encoders' names, a line for each measure, and a sentence for each kind without any."""
+
+    encoders: tuple[str, ...]
+    lines: tuple[CardLine, ...]
     missing: tuple[str, ...]
 
 
 def card_rows(rows: Iterable[ScoreRow]) -> list[RobustnessRow]:
     """The measures of robustness among rows of the scores table, in the order of cards."""
-    units: dict[tuple[str, str, str, str], dict[tuple[str, str], ScoreRow]] = {}
+    units: dict[tuple[str, str, str, str], list[ScoreRow]] = {}
     for row in rows:
-        if row.fold == POOLED:
-            unit = (row.model, row.model_fingerprint, row.task, row.data_fingerprint)
-            units.setdefault(unit, {})[row.protocol, row.metric] = row
-    made = []
-    for (model, model_fingerprint, task, data_fingerprint), found in units.items():
-        batches = found.get((ROBUSTNESS, "batches"))
-        n_batches = int(batches.value) if batches else None
-        for (protocol, metric), row in found.items():
-            if (measure := measure_of(task, protocol, metric)) is None:
-                continue
-            low, high = (
-                bound and bound.value for bound in (found.get((protocol, f"{metric}_{e}")) for e in ("low", "high"))
-            )
-            made.append(
-                RobustnessRow(
-                    model=model,
-                    model_fingerprint=model_fingerprint,
-                    task=task,
-                    measure=measure,
-                    value=row.value,
-                    low=low,
-                    high=high,
-                    chance=chance_of(measure, n=row.n, n_batches=n_batches),
-                    n=row.n,
-                    n_batches=n_batches,
-                    data_fingerprint=data_fingerprint,
-                )
-            )
-    return sorted(
-        made, key=lambda row: (row.model, row.model_fingerprint, place_of(row.task), list(MEASURES).index(row.measure))
-    )
+        units.setdefault((row.model, row.model_fingerprint, row.task, row.data_fingerprint), []).append(row)
+    made = [row for unit_rows in units.values() for row in _unit_rows(unit_rows)]
+    return sorted(made, key=lambda row: (row.model, row.model_fingerprint, _order(row)))
+
+
+def _unit_rows(rows: Sequence[ScoreRow]) -> Iterator[RobustnessRow]:
+    """Of one encoder on one task: means over folds, and what is of all folds together."""
+    pooled = {(row.protocol, row.metric): row for row in rows if row.fold == POOLED}
+    values = {(protocol, metric): mean for protocol, metric, mean, _ in fold_means(rows)}
+    values |= {key: row.value for key, row in pooled.items() if row.protocol == ROBUSTNESS}
+    batches = values.get((ROBUSTNESS, "batches"))
+    for (protocol, metric), value in values.items():
+        if (measure := measure_of(rows[0].task, protocol, metric)) is None or not math.isfinite(value):
+            continue
+        bounds = [pooled.get((protocol, f"{metric}_{end}")) for end in ("low", "high")]
+        low, high = (bound.value if bound and math.isfinite(bound.value) else None for bound in bounds)
+        n = sum(row.n for row in rows if (row.protocol, row.metric) == (protocol, metric) and row.fold != POOLED)
+        n = n or pooled[protocol, metric].n
+        n_batches = None if batches is None else int(batches)
+        yield RobustnessRow(
+            model=rows[0].model,
+            model_fingerprint=rows[0].model_fingerprint,
+            task=rows[0].task,
+            measure=measure,
+            value=value,
+            low=low,
+            high=high,
+            chance=chance_of(measure, n=n, n_batches=n_batches),
+            n=n,
+            n_batches=n_batches,
+            data_fingerprint=rows[0].data_fingerprint,
+        )
+
+
+def _order(row: RobustnessRow) -> tuple[int, str, int]:
+    return (*place_of(row.task), list(MEASURES).index(row.measure))
 
 
 def measure_of(task: str, protocol: str, metric: str) -> str | None:
@@ -144,29 +154,29 @@ def card_markdown(rows: Sequence[RobustnessRow], *, name: str) -> str:
 
 def comparison_markdown(rows: Sequence[RobustnessRow]) -> str:
     """All encoders as Markdown, one a column."""
-    section = robustness_section(rows)
-    lines = [f"| measure | on | {' | '.join(section.head)} |", "|---|---|" + "--:|" * len(section.head)]
-    for title, task, _, cells in section.rows:
-        texts = [" ".join([cell[0], f"({cell[1]})" if cell[1] else ""]).strip() if cell else "" for cell in cells]
-        lines.append(f"| {title} | {task} | {' | '.join(texts)} |")
+    cards = beside(rows)
+    lines = [f"| measure | on | {' | '.join(cards.encoders)} |", "|---|---|" + "--:|" * len(cards.encoders)]
+    for measure, task, of_encoders in cards.lines:
+        texts = [_with_interval(row) if row else "" for row in of_encoders]
+        lines.append(f"| {measure.title} | {task} | {' | '.join(texts)} |")
     return "\n".join([*lines, "", *_legend(rows)]) + "\n"
 
 
-def robustness_section(rows: Sequence[RobustnessRow]) -> CardSection:
-    """What a page shows of the cards of some encoders."""
+def beside(rows: Sequence[RobustnessRow]) -> Cards:
+    """The cards of some encoders beside each other: what a page shows of them."""
     labels = encoder_labels(rows)
-    cells = {(row.task, row.measure, encoder_stem(row)): shown(row) for row in rows}
-    keys = sorted({(place_of(row.task), list(MEASURES).index(row.measure), row.task, row.measure) for row in rows})
-    lines = tuple(
-        (
-            MEASURES[measure].title,
-            shown_task(task),
-            MEASURES[measure].about,
-            tuple(cells.get((task, measure, stem)) for stem in labels),
-        )
-        for _, _, task, measure in keys
+    found = {(row.task, row.measure, encoder_stem(row)): row for row in rows}
+    keys = dict.fromkeys((row.task, row.measure) for row in sorted(rows, key=_order))
+    lines = (
+        CardLine(MEASURES[measure], shown_task(task), tuple(found.get((task, measure, stem)) for stem in labels))
+        for task, measure in keys
     )
-    return CardSection(tuple(labels.values()), lines, tuple(not_measured(rows)))
+    return Cards(tuple(labels.values()), tuple(lines), tuple(not_measured(rows)))
+
+
+def _with_interval(row: RobustnessRow) -> str:
+    value, interval = shown(row)
+    return f"{value} ({interval})" if interval else value
 
 
 def shown(row: RobustnessRow) -> tuple[str, str]:

@@ -91,29 +91,26 @@ CONFUSION_METRICS = {"balanced_accuracy": balanced_accuracy_of, "macro_f1": macr
 def interval(confusion: np.ndarray, draws: np.ndarray, *, metric: str) -> Interval:
     """A metric over all clusters [M, K, K] with its bootstrap interval."""
     of = CONFUSION_METRICS[metric]
-    return percentile_interval(float(of(confusion.sum(axis=0))), of(drawn_sums(confusion, draws)))
+    return _interval(float(of(confusion.sum(axis=0))), of(_drawn(confusion, draws)))
 
 
 def paired_difference(first: np.ndarray, second: np.ndarray, draws: np.ndarray, *, metric: str) -> Interval:
     """``first`` minus ``second`` on the same nuclei, with the interval of the difference over the same draws."""
     of = CONFUSION_METRICS[metric]
     value = float(of(first.sum(axis=0)) - of(second.sum(axis=0)))
-    return percentile_interval(value, of(drawn_sums(first, draws)) - of(drawn_sums(second, draws)))
+    return _interval(value, of(_drawn(first, draws)) - of(_drawn(second, draws)))
 
 
 def mean_interval(values: np.ndarray, draws: np.ndarray) -> Interval:
     """Mean of one value a cluster [M] (a correlation within each slide, say), with its bootstrap interval."""
-    return percentile_interval(float(values.mean()), draws @ values / draws.sum(axis=1))
+    return _interval(float(values.mean()), draws @ values / draws.sum(axis=1))
 
 
-def drawn_sums(counts: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """Sums [draws, ...] of what each cluster counts [M, ...], by how often it is drawn [draws, M]."""
-    return np.tensordot(draws, counts, axes=(1, 0))
+def _drawn(confusion: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    return np.tensordot(draws, confusion, axes=(1, 0))  # [draws, K, K]
 
 
-def percentile_interval(value: float, samples: np.ndarray) -> Interval:
-    """A value with the middle 95 % of what it is over draws; draws in which it is undefined (NaN) do not count."""
+def _interval(value: float, samples: np.ndarray) -> Interval:
     tail = (1 - LEVEL) / 2
-    known = samples[np.isfinite(samples)]
-    low, high = np.quantile(known, [tail, 1 - tail]) if len(known) else (np.nan, np.nan)
+    low, high = np.nanquantile(samples, [tail, 1 - tail])
     return Interval(value, float(low), float(high))

@@ -17,23 +17,15 @@ of rows, where a slide here holds nuclei of all classes, and it looks at neighbo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from sklearn.preprocessing import StandardScaler
 
 from lemon.probe.folds import N_FOLDS
 from lemon.probe.linear import fit_classifier, fit_logistic
-from lemon.probe.metrics import (
-    DRAWS,
-    Interval,
-    cluster_draws,
-    confusion_by_cluster,
-    drawn_sums,
-    interval,
-    percentile_interval,
-)
-from lemon.probe.nuclei import Nuclei
+from lemon.probe.metrics import DRAWS, Interval, balanced_accuracy_of, cluster_draws
+from lemon.probe.nuclei import Nuclei, confusions, over_draws, resampled
 from lemon.probe.shortcut import shortcut_loss
 from lemon.probe.unseen import unseen_batches
 
@@ -148,26 +140,18 @@ def neighbour_measures(nuclei: Nuclei, *, seed: int, draws: int) -> dict[str, In
     Intervals are over slides whose nuclei keep their neighbours.
     """
     found = neighbourhoods(nuclei)
+    counts = resampled(np.stack(found[:2], axis=1), nuclei.slide, seed=seed, draws=draws)
+    total = counts.sum(axis=1)
+    index = np.divide(counts[:, 0], total, out=np.full(len(total), np.nan), where=total > 0)
     names, member = np.unique(nuclei.slide, return_inverse=True)
-    drawn = cluster_draws(len(names), seed=seed, draws=draws)
-    counts = np.stack([np.bincount(member, weights=each, minlength=len(names)) for each in found[:2]], axis=1)
     scored = np.isfinite(found.margin)
     margin, owner = found.margin[scored], member[scored]
-    resampled = [np.repeat(margin, draw[owner]) for draw in drawn]
+    drawn = [margin, *(np.repeat(margin, times[owner]) for times in cluster_draws(len(names), seed=seed, draws=draws))]
     return {
-        "robustness_index": percentile_interval(_share(counts.sum(axis=0)), _share(drawn_sums(counts, drawn))),
-        "croma": percentile_interval(_median(margin), np.array([_median(each) for each in resampled])),
-        "croma_tail": percentile_interval(_worst(margin), np.array([_worst(each) for each in resampled])),
+        "robustness_index": over_draws(index),
+        "croma": over_draws(np.array([np.median(each) if len(each) else np.nan for each in drawn])),
+        "croma_tail": over_draws(np.array([_worst(each) for each in drawn])),
     }
-
-
-def _share(counts: np.ndarray) -> Any:
-    total = counts.sum(axis=-1)
-    return np.divide(counts[..., 0], total, out=np.full(total.shape, np.nan), where=total > 0)
-
-
-def _median(margin: np.ndarray) -> float:
-    return float(np.median(margin)) if len(margin) else float("nan")
 
 
 def _worst(margin: np.ndarray) -> float:
@@ -186,8 +170,8 @@ def batch_accuracy(nuclei: Nuclei, *, seed: int, draws: int) -> Interval:
         train, test = nuclei.take(fold != number), fold == number
         c = c or fit_classifier(train.embedding, target[~test], groups=train.slide, seed=seed).chosen
         predicted[test] = fit_logistic(train.embedding, target[~test], c=c).predict(nuclei.embedding[test])
-    confusion = confusion_by_cluster(target, predicted, nuclei.slide, classes=len(names))
-    return interval(confusion, cluster_draws(len(confusion), seed=seed, draws=draws), metric="balanced_accuracy")
+    hits = confusions(target, predicted, classes=len(names))
+    return over_draws(balanced_accuracy_of(resampled(hits, nuclei.slide, seed=seed, draws=draws)))
 
 
 def _dealt_folds(nuclei: Nuclei, *, seed: int) -> np.ndarray:

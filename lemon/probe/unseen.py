@@ -8,15 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lemon.probe.linear import class_probabilities, fit_classifier
-from lemon.probe.metrics import (
-    Interval,
-    balanced_accuracy_of,
-    cluster_draws,
-    confusion_by_cluster,
-    drawn_sums,
-    percentile_interval,
-)
-from lemon.probe.nuclei import Nuclei
+from lemon.probe.metrics import Interval, balanced_accuracy_of
+from lemon.probe.nuclei import Nuclei, confusions, over_draws, resampled
 
 BINS = 15
 """Of confidence, as in Guo et al. 2017."""
@@ -43,19 +36,18 @@ def unseen_batches(nuclei: Nuclei, *, seed: int, draws: int) -> dict[str, Interv
     fewer.
     """
     drops, errors = [], []  # a value and its draws, [1 + draws]; errors [2, 1 + draws]: seen, unseen
-    generator = np.random.default_rng(seed)
+    generator, drawing = np.random.default_rng(seed), {"seed": seed, "draws": draws}
     for sides in leave_each_batch_out(nuclei, seed=seed):
-        seen, unseen = (_with_draws(_confusion(side), seed=seed, draws=draws) for side in sides)
-        drops.append(1 - balanced_accuracy_of(unseen) / balanced_accuracy_of(seen))
+        seen, unseen = (balanced_accuracy_of(resampled(_confusions(side), side.slide, **drawing)) for side in sides)
+        drops.append(1 - unseen / seen)
         n = min(len(side.truth) for side in sides)
         alike = [side.take(generator.choice(len(side.truth), n, replace=False)) for side in sides]
-        errors.append([calibration_error(_with_draws(confidence_bins(side), seed=seed, draws=draws)) for side in alike])
+        errors.append([calibration_error(resampled(confidence_bins(side), side.slide, **drawing)) for side in alike])
     if not drops:
         return {}
     seen, unseen = np.mean(errors, axis=0)
     values = {"performance_drop": np.mean(drops, axis=0), "ece_seen": seen, "ece_unseen": unseen}
-    values["calibration_shift"] = unseen - seen
-    return {name: percentile_interval(float(each[0]), each[1:]) for name, each in values.items()}
+    return {name: over_draws(each) for name, each in (values | {"calibration_shift": unseen - seen}).items()}
 
 
 def leave_each_batch_out(nuclei: Nuclei, *, seed: int) -> Iterator[tuple[Scored, Scored]]:
@@ -79,18 +71,17 @@ def leave_each_batch_out(nuclei: Nuclei, *, seed: int) -> Iterator[tuple[Scored,
 
 
 def confidence_bins(scored: Scored) -> np.ndarray:
-    """Nuclei, confidences and hits, summed: [M, bins, 3] of M slides; confidence is that of the likeliest class."""
-    names, member = np.unique(scored.slide, return_inverse=True)
+    """(1, confidence, hit) at the bin of each nucleus' confidence, that of its likeliest class: [N, bins, 3]."""
     confidence = scored.probability.max(axis=1)
     hit = scored.probability.argmax(axis=1) == scored.truth
-    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    sums = np.zeros((len(names), BINS, 3))
-    np.add.at(sums, (member, bins), np.stack([np.ones_like(confidence), confidence, hit], axis=1))
-    return sums
+    at = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    bins = np.zeros((len(at), BINS, 3))
+    bins[np.arange(len(at)), at] = np.stack([np.ones_like(confidence), confidence, hit], axis=1)
+    return bins
 
 
 def calibration_error(sums: np.ndarray) -> np.ndarray:
-    """Expected calibration error of ``confidence_bins`` that are summed over slides: [..., bins, 3] gives [...].
+    """Expected calibration error of ``confidence_bins`` that are summed over nuclei: [..., bins, 3] gives [...].
 
     |mean confidence - share of hits|, averaged over bins by their nuclei. Source: Guo et al., On Calibration of Modern
     Neural Networks (arXiv 1706.04599).
@@ -99,12 +90,5 @@ def calibration_error(sums: np.ndarray) -> np.ndarray:
     return np.asarray(np.abs(confidence - hits).sum(axis=-1) / count.sum(axis=-1))
 
 
-def _confusion(scored: Scored) -> np.ndarray:
-    predicted = scored.probability.argmax(axis=1)
-    return confusion_by_cluster(scored.truth, predicted, scored.slide, classes=scored.probability.shape[1])
-
-
-def _with_draws(counts: np.ndarray, *, seed: int, draws: int) -> np.ndarray:
-    """Sums over all clusters of [M, ...], then over each draw of them: [1 + draws, ...]."""
-    drawn = drawn_sums(counts, cluster_draws(len(counts), seed=seed, draws=draws))
-    return np.concatenate([counts.sum(axis=0)[None], drawn])
+def _confusions(scored: Scored) -> np.ndarray:
+    return confusions(scored.truth, scored.probability.argmax(axis=1), classes=scored.probability.shape[1])

@@ -10,12 +10,12 @@ import pytest
 from lemon.probe.card import (
     FOLDER,
     TABLE,
+    beside,
     card_json,
     card_markdown,
     card_rows,
     comparison_markdown,
     not_measured,
-    robustness_section,
     write_cards,
 )
 from lemon.probe.card_figure import card_figure
@@ -48,7 +48,7 @@ def scores(model: str = "enc", *, shift: float = 0.0) -> list[ScoreRow]:
             model=model,
             task=task,
             protocol=protocol,
-            fold=-1,
+            fold=-1 if protocol == "robustness" or metric.endswith(("_low", "_high")) else 0,
             metric=metric,
             value=value,
             n=n,
@@ -95,11 +95,15 @@ def test_the_card_says_what_was_not_measured_and_how_to_measure_it() -> None:
 
 def test_a_comparison_has_a_column_for_each_encoder_and_gaps_where_one_lacks_a_measure() -> None:
     rows = card_rows(scores("a") + [row for row in scores("b", shift=0.05) if row.task.startswith("site")])
-    section = robustness_section(rows)
-    assert section.head == ("a", "b")
-    lines = {(title, task): cells for title, task, _, cells in section.rows}
-    assert lines["robustness index", "nucls-super"] == (("0.600", "0.500 to 0.700"), None)
-    assert lines["site told, no labels", "site of cells"][1] == ("0.450", "0.350 to 0.550")
+    cards = beside(rows)
+    assert cards.encoders == ("a", "b")
+    lines = {(line.measure.title, line.task): line.rows for line in cards.lines}
+    first, second = lines["robustness index", "nucls-super"]
+    assert first is not None
+    assert first.value == 0.6
+    assert second is None
+    assert [row and round(row.value, 3) for row in lines["site told, no labels", "site of cells"]] == [0.4, 0.45]
+    assert cards.missing == ()
     assert "| robustness index | nucls-super | 0.600 (0.500 to 0.700) |  |" in comparison_markdown(rows)
 
 

@@ -35,11 +35,11 @@ def test_the_calibration_error_is_the_mean_gap_of_confidence_and_hits() -> None:
     hits = np.tile(np.arange(10) < 6, 2)
     scored = Scored(np.where(hits, 0, 1), np.stack([confidence, 1 - confidence], axis=1), np.tile(["a", "b"], 10))
     bins = confidence_bins(scored)
-    assert bins.shape == (2, BINS, 3)
+    assert bins.shape == (20, BINS, 3)
     assert calibration_error(bins.sum(axis=0)) == pytest.approx(0.15)
 
 
 def test_a_sure_probe_falls_into_the_last_bin() -> None:
     sure = Scored(np.zeros(3, int), np.tile([1.0, 0.0], (3, 1)), np.array(["a"] * 3))
-    assert confidence_bins(sure)[0, -1].tolist() == [3, 3, 3]
-    assert calibration_error(confidence_bins(sure)).tolist() == [0]
+    assert confidence_bins(sure)[:, -1].tolist() == [[1, 1, 1]] * 3
+    assert calibration_error(confidence_bins(sure).sum(axis=0)) == 0
