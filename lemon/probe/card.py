@@ -74,7 +74,7 @@ def _unit_rows(rows: Sequence[ScoreRow]) -> Iterator[RobustnessRow]:
             value=value,
             low=low,
             high=high,
-            chance=chance_of(measure, n=n, n_batches=n_batches),
+            chance=values.get((protocol, f"{metric}_chance"), chance_of(measure, n=n, n_batches=n_batches)),
             n=n,
             n_batches=n_batches,
             data_fingerprint=rows[0].data_fingerprint,
@@ -97,12 +97,10 @@ def measure_of(task: str, protocol: str, metric: str) -> str | None:
 
 
 def chance_of(measure: str, *, n: int, n_batches: int | None) -> float | None:
-    """What embeddings without information get."""
+    """What embeddings without information get, where it follows from counts."""
     if measure.startswith("recall_at_1"):
         return 1 / n
-    if MEASURES[measure].best is None and n_batches:
-        return 1 / n_batches
-    return MEASURES[measure].neutral
+    return 1 / n_batches if MEASURES[measure].best is None and n_batches else None
 
 
 def write_cards(store: Store) -> list[str]:
@@ -155,9 +153,16 @@ def card_markdown(rows: Sequence[RobustnessRow], *, name: str) -> str:
 def comparison_markdown(rows: Sequence[RobustnessRow]) -> str:
     """All encoders as Markdown, one a column."""
     cards = beside(rows)
-    lines = [f"| measure | on | {' | '.join(cards.encoders)} |", "|---|---|" + "--:|" * len(cards.encoders)]
+    lines = [
+        f"| measure | on | chance | {' | '.join(cards.encoders)} |",
+        "|---|---|--:|" + "--:|" * len(cards.encoders),
+    ]
     for measure, task, of_encoders in cards.lines:
-        texts = [_with_interval(row) if row else "" for row in of_encoders]
+        chances = sorted({f"{row.chance:.2g}" for row in of_encoders if row and row.chance is not None}, key=float)
+        texts = [
+            " to ".join(chances[:1] + chances[1:][-1:]),
+            *(_with_interval(row) if row else "" for row in of_encoders),
+        ]
         lines.append(f"| {measure.title} | {task} | {' | '.join(texts)} |")
     return "\n".join([*lines, "", *_legend(rows)]) + "\n"
 

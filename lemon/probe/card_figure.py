@@ -18,7 +18,7 @@ _ROW_IN = 0.27
 
 
 def card_figure(rows: Sequence[RobustnessRow]) -> Figure:
-    """A point with its interval for each measure and encoder; the tick is where class and site count alike.
+    """A point with its interval for each measure and encoder; the tick is chance.
 
     All measures run from their worst value on the left to their best on the right, so that they can be read together;
     the numbers are at the right for a single encoder.
@@ -34,8 +34,8 @@ def card_figure(rows: Sequence[RobustnessRow]) -> Figure:
         of_line = [row for row in rows if (row.task, row.measure) == (task, measure)]
         axis.plot([0, 1], [y, y], color=_GREY, lw=1, zorder=1)
         axis.text(-0.02, y, MEASURES[measure].title, ha="right", va="center", fontsize=8)
-        if MEASURES[measure].neutral is not None:
-            axis.plot([_position(of_line[0], MEASURES[measure].neutral)] * 2, [y - 0.3, y + 0.3], color="0.5", lw=1)
+        if of_line[0].chance is not None:
+            axis.plot([_position(of_line[0], of_line[0].chance)] * 2, [y - 0.3, y + 0.3], color="0.5", lw=1)
         for row in of_line:
             _point(axis, row, y, number=list(labels).index(encoder_stem(row)), among=len(labels))
     _finish(axis, [plain(label) for label in labels.values()], n_slots=len(slots))
@@ -51,11 +51,10 @@ def _slots(rows: Sequence[RobustnessRow]) -> list[tuple[str, str | None]]:
     return slots
 
 
-def _position(row: RobustnessRow, value: float | None) -> float:
+def _position(row: RobustnessRow, value: float) -> float:
     """From 0, the worst, to 1, the best; what lies beyond is drawn at the end."""
     measure = MEASURES[row.measure]
     best = measure.best if measure.best is not None else row.chance or 0.0
-    assert value is not None
     return float(np.clip((value - measure.worst) / (best - measure.worst), 0, 1))
 
 

@@ -228,7 +228,7 @@ def flat_metrics(rows: list[ScoreRow]) -> dict[str, float]:
             group = "" if protocol == "leak-free" else f"{protocol}/"
             metrics[f"probe/{short_name(task)}/{group}{metric}"] = value
     for row in card_rows(rows):
-        for end, value in (("", row.value), ("_low", row.low), ("_high", row.high)):
+        for end, value in (("", row.value), ("_low", row.low), ("_high", row.high), ("_chance", row.chance)):
             metrics[f"robustness/{short_name(row.task)}/{row.measure}{end}"] = float("nan") if value is None else value
     return {name: value for name, value in metrics.items() if np.isfinite(value)}
 

@@ -13,33 +13,30 @@ QUALITIES = (80, 50, 20)
 
 
 class Measure(NamedTuple):
-    """``best`` None: what chance gives. ``neutral``: where class and site count alike."""
+    """``best`` None: what chance gives."""
 
     title: str
     about: str
     worst: float
     best: float | None
-    neutral: float | None = None
 
 
 MEASURES = {
     "robustness_index": Measure(
         "robustness index",
         "of the 50 nearest nuclei on other slides, those of the class from another site against those of another class "
-        "from the site; 0 to 1, 0.5 where class and site count alike",
+        "from the site; from 0 to 1",
         0,
         1,
-        0.5,
     ),
     "croma": Measure(
         "CRoMa",
-        "how much nearer the five nearest of the first kind are than the five of the second, median over nuclei; -1 to "
-        "1, 0 where both are as near",
+        "how much nearer the five nearest of the first kind are than the five of the second, from -1 to 1: median over "
+        "nuclei",
         -1,
         1,
-        0,
     ),
-    "croma_tail": Measure("CRoMa, worst tenth", "its mean over the tenth of nuclei where it is the least", -1, 1, 0),
+    "croma_tail": Measure("CRoMa, worst tenth", "its mean over the tenth of nuclei where it is the least", -1, 1),
     "batch_accuracy": Measure(
         "site told",
         "balanced accuracy of a linear probe of the site, on slides that it has not seen, classes even in every site; "

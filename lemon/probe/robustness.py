@@ -46,9 +46,13 @@ _CHUNK = 512  # nuclei whose distances to all others are in memory at once
 
 @dataclass(frozen=True)
 class Robustness:
-    """Measures by name, each with its interval over slides (NaN where it has none), and what they are over."""
+    """Measures by name, each with its interval over slides (NaN where it has none), and what they are over.
+
+    ``chance``: what a measure is of embeddings without any information, by the same names where it is known.
+    """
 
     measures: dict[str, Interval]
+    chance: dict[str, float]
     n: int
     n_batches: int
 
@@ -65,11 +69,13 @@ def robustness(nuclei: Nuclei, *, seed: int, draws: int = DRAWS) -> Robustness |
     if not len(chosen):
         return None
     nuclei = nuclei.take(chosen)
+    n_batches = len(np.unique(nuclei.batch))
     measures = neighbour_measures(nuclei, seed=seed, draws=draws)
     measures["batch_accuracy"] = batch_accuracy(nuclei, seed=seed, draws=draws)
     measures |= unseen_batches(nuclei, seed=seed, draws=draws)
     measures["nipd"] = Interval(shortcut_loss(nuclei, seed=seed), np.nan, np.nan)
-    return Robustness(measures, n=len(chosen), n_batches=len(np.unique(nuclei.batch)))
+    chance = neighbour_chance(nuclei, seed=seed) | {"batch_accuracy": 1 / n_batches}
+    return Robustness(measures, chance, n=len(chosen), n_batches=n_batches)
 
 
 def balanced_sample(nuclei: Nuclei, *, seed: int, most: int = MAX_A_PAIR) -> np.ndarray:
@@ -135,7 +141,7 @@ def _mean_of_nearest(distance: np.ndarray, nearest: int) -> np.ndarray:
 
 
 def neighbour_measures(nuclei: Nuclei, *, seed: int, draws: int) -> dict[str, Interval]:
-    """The index in [0, 1], 0.5 where class and batch count alike; CRoMa in (-1, 1), 0 there; and CRoMa's worst tenth.
+    """The index in [0, 1], CRoMa in (-1, 1), and CRoMa's mean over its worst tenth; more is better.
 
     Intervals are over slides whose nuclei keep their neighbours.
     """
@@ -152,6 +158,16 @@ def neighbour_measures(nuclei: Nuclei, *, seed: int, draws: int) -> dict[str, In
         "croma": over_draws(np.array([np.median(each) if len(each) else np.nan for each in drawn])),
         "croma_tail": over_draws(np.array([_worst(each) for each in drawn])),
     }
+
+
+def neighbour_chance(nuclei: Nuclei, *, seed: int) -> dict[str, float]:
+    """The same of these embeddings dealt to the nuclei at random: 0.5 and 0 for two batches of many slides, else more.
+
+    With more batches than classes there are more nuclei of the class elsewhere than others in the batch.
+    """
+    order = np.random.default_rng(seed).permutation(len(nuclei.labels))
+    dealt = Nuclei(nuclei.embedding[order], nuclei.labels, nuclei.batch, nuclei.slide)
+    return {name: found.value for name, found in neighbour_measures(dealt, seed=seed, draws=1).items()}
 
 
 def _worst(margin: np.ndarray) -> float:

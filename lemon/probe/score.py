@@ -247,4 +247,5 @@ def _robustness_scores(task: Task, embedding: np.ndarray, target: np.ndarray, se
     values: dict[str, float] = {"batches": found.n_batches}
     for measure, (value, low, high) in found.measures.items():
         values |= {measure: value, f"{measure}_low": low, f"{measure}_high": high}
+    values |= {f"{measure}_chance": value for measure, value in found.chance.items()}
     return [Score(ROBUSTNESS, POOLED, name, value, found.n) for name, value in values.items() if np.isfinite(value)]

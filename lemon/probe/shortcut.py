@@ -43,7 +43,7 @@ def shortcut_loss(nuclei: Nuclei, *, seed: int) -> float:
     for column, split in enumerate(splits):
         for row, training in enumerate(split.training):
             part, test = nuclei.take(training), nuclei.take(split.test)
-            c = c or fit_classifier(part.embedding, part.labels, groups=part.slide, seed=seed).chosen
+            c = c or _choose_c(part, seed=seed)
             hits = fit_logistic(part.embedding, part.labels, c=c).predict(test.embedding) == test.labels
             accuracies[row, column] = hits.mean()  # classes are even in the test part: the balanced accuracy
     return degradation(accuracies, STRENGTHS, chance=1 / _n_classes(nuclei)) if splits else float("nan")
@@ -113,6 +113,10 @@ def _training_part(trains: list[list[np.ndarray]], own: list[int], *, size: int,
             share = (1 - strength) / n_classes + (strength if number == home else 0)
             rows.append(pair[: round(size * share)])
     return np.concatenate(rows)
+
+
+def _choose_c(part: Nuclei, *, seed: int) -> float:
+    return fit_classifier(part.embedding, part.labels, groups=part.slide, seed=seed, criterion="log_loss").chosen
 
 
 def _n_classes(nuclei: Nuclei) -> int:

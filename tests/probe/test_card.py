@@ -24,6 +24,7 @@ from lemon.schema import ROBUSTNESS, RobustnessRow, ScoreRow
 
 LABELLED = {
     "robustness_index": 0.6,
+    "robustness_index_chance": 0.55,
     "robustness_index_low": 0.5,
     "robustness_index_high": 0.7,
     "croma": 0.1,
@@ -33,7 +34,10 @@ LABELLED = {
 
 def scores(model: str = "enc", *, shift: float = 0.0) -> list[ScoreRow]:
     """Rows that a labelled task, one of sites, and two of copies leave, with others that are not of robustness."""
-    found = [("nucls-super", "robustness", metric, value + shift, 600) for metric, value in LABELLED.items()]
+    found = [
+        ("nucls-super", "robustness", metric, value + shift * (not metric.endswith("chance")), 600)
+        for metric, value in LABELLED.items()
+    ]
     found += [
         ("nucls-super", "robustness", "batches", 3, 600),
         ("nucls-super", "leak-free", "balanced_accuracy", 0.7, 900),
@@ -67,7 +71,7 @@ def test_a_card_has_every_measure_once_with_interval_and_chance() -> None:
         *("recall_at_1", "recall_at_1_turned", "recall_at_1_q50"),
     ]
     index, site = rows["nucls-super", "robustness_index"], rows["site:/a/cells", "site_accuracy"]
-    assert (index.value, index.low, index.high, index.chance, index.n_batches) == (0.6, 0.5, 0.7, 0.5, 3)
+    assert (index.value, index.low, index.high, index.chance, index.n_batches) == (0.6, 0.5, 0.7, 0.55, 3)
     assert (site.value, site.low, site.chance, site.n) == (0.4, 0.3, 0.25, 400)
     assert rows["restained:/a/cells", "recall_at_1"].chance == 1 / 200
     assert rows["nucls-super", "nipd"].low is None
@@ -83,7 +87,7 @@ def test_the_card_says_what_was_not_measured_and_how_to_measure_it() -> None:
     alone = [row for row in rows if row.task == "nucls-super"]
     text = card_markdown(alone, name="enc")
     assert text.startswith("# Robustness of enc\n")
-    assert "| robustness index | nucls-super | 0.600 | 0.500 to 0.700 | 0.5 | 600 | 3 |" in text
+    assert "| robustness index | nucls-super | 0.600 | 0.500 to 0.700 | 0.55 | 600 | 3 |" in text
     assert "| nIPD | nucls-super | -0.200 |  |  | 600 | 3 |" in text
     for task in ("site:PATH", "restained:PATH", "jpeg:PATH"):
         assert f"tasks={task}" in text
@@ -104,7 +108,7 @@ def test_a_comparison_has_a_column_for_each_encoder_and_gaps_where_one_lacks_a_m
     assert second is None
     assert [row and round(row.value, 3) for row in lines["site told, no labels", "site of cells"]] == [0.4, 0.45]
     assert cards.missing == ()
-    assert "| robustness index | nucls-super | 0.600 (0.500 to 0.700) |  |" in comparison_markdown(rows)
+    assert "| robustness index | nucls-super | 0.55 | 0.600 (0.500 to 0.700) |  |" in comparison_markdown(rows)
 
 
 @pytest.mark.parametrize("models", [["a"], ["a", "b", "c"]])
@@ -128,7 +132,7 @@ def test_cards_are_files_and_a_table_of_an_output(tmp_path: Path) -> None:
     table = store.read_table(TABLE)
     assert table.schema.equals(ROBUSTNESS, check_metadata=True)
     assert {row.model for row in RobustnessRow.read(table)} == {"a", "b"}
-    assert "| a | b |" in (tmp_path / FOLDER / "cards.md").read_text()
+    assert "| chance | a | b |" in (tmp_path / FOLDER / "cards.md").read_text()
 
 
 def test_an_output_without_robustness_has_no_cards(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from tests.probe.made_up_nuclei import nuclei
 
 
 def test_training_parts_have_the_association_that_they_stand_for_and_one_size() -> None:
-    given = nuclei(1800)
+    given = nuclei(1200)
     splits = list(biased_splits(given, seed=0))
     assert len(splits) == REPEATS
     for split in splits:
@@ -19,12 +19,12 @@ def test_training_parts_have_the_association_that_they_stand_for_and_one_size() 
             counts = np.zeros((3, 2), int)
             np.add.at(counts, (np.unique(given.batch, return_inverse=True)[1][rows], given.labels[rows]), 1)
             counts = counts[counts.any(axis=1)]  # two of the hospitals, one for each class
-            assert association(counts, method="cramer") == pytest.approx(strength, abs=0.02)
+            assert association(counts, method="cramer") == pytest.approx(strength, abs=0.03)
             assert len(rows) == pytest.approx(len(split.training[0]), abs=2)
 
 
 def test_the_test_part_is_even_and_of_slides_that_never_train() -> None:
-    given = nuclei(900)
+    given = nuclei(300)
     for split in biased_splits(given, seed=0):
         pairs = list(zip(given.labels[split.test], given.batch[split.test], strict=True))
         assert len({pairs.count(pair) for pair in pairs}) == 1
@@ -32,7 +32,7 @@ def test_the_test_part_is_even_and_of_slides_that_never_train() -> None:
 
 
 def test_a_site_free_encoder_loses_nothing_and_one_of_sites_falls_to_chance() -> None:
-    free, mixed = (shortcut_loss(nuclei(600, **of), seed=0) for of in ({"of_class": 6}, {"of_class": 2, "of_batch": 6}))
+    free, mixed = (shortcut_loss(nuclei(240, **of), seed=0) for of in ({"of_class": 6}, {"of_class": 2, "of_batch": 6}))
     assert abs(free) < 0.03
     assert mixed < -0.25
 

@@ -10,17 +10,17 @@ from tests.probe.made_up_nuclei import nuclei
 
 
 def test_a_probe_drops_on_a_hospital_whose_stain_mimics_the_other_class() -> None:
-    alike, mimicked = (unseen_batches(nuclei(of_class=3, mimicry=by), seed=0, draws=100) for by in (0, 3))
-    assert abs(alike["performance_drop"].value) < 0.03
+    alike, mimicked = (unseen_batches(nuclei(300, of_class=3, mimicry=by), seed=0, draws=100) for by in (0, 3))
+    assert abs(alike["performance_drop"].value) < 0.04
     assert mimicked["performance_drop"].low > 0.05
-    assert abs(alike["calibration_shift"].value) < 0.03
+    assert abs(alike["calibration_shift"].value) < 0.05
     assert mimicked["calibration_shift"].low > 0.03
     shift = mimicked["ece_unseen"].value - mimicked["ece_seen"].value
     assert mimicked["calibration_shift"].value == pytest.approx(shift)
 
 
 def test_each_hospital_is_left_out_once_and_scored_slides_never_train() -> None:
-    given = nuclei(300, of_class=3)
+    given = nuclei(120, of_class=3)
     hospital = dict(zip(given.slide, given.batch, strict=True))
     parts = list(leave_each_batch_out(given, seed=0))
     assert [{hospital[slide] for slide in unseen.slide} for _, unseen in parts] == [{"h0"}, {"h1"}, {"h2"}]
