@@ -181,7 +181,7 @@ def batch_accuracy(nuclei: Nuclei, *, seed: int, draws: int) -> Interval:
     Classes weigh alike in every batch, so that their mixture does not tell it. C is chosen on the first fold alone.
     """
     names, target = np.unique(nuclei.batch, return_inverse=True)
-    fold, predicted, c = _dealt_folds(nuclei, seed=seed), np.empty_like(target), None
+    fold, predicted, c = _dealt_folds(nuclei, seed=seed), np.empty_like(target), 0.0
     for number in range(fold.max() + 1):
         train, test = nuclei.take(fold != number), fold == number
         c = c or fit_classifier(train.embedding, target[~test], groups=train.slide, seed=seed).chosen

@@ -33,12 +33,14 @@ class Split(NamedTuple):
 
 
 def shortcut_loss(nuclei: Nuclei, *, seed: int) -> float:
-    """nIPD: 0 where the shortcut costs nothing, -0.5 for a straight fall to chance, NaN where there is nothing to lose.
+    """nIPD: 0 where the shortcut costs nothing, -0.5 for a straight fall to chance.
+
+    NaN where there is nothing to lose: without association the probe is not above chance by two standard errors.
 
     DEVIATION: C is chosen once, where there is no association, and not anew in each training part, whose own validation
     part would follow the shortcut too.
     """
-    splits, c = list(biased_splits(nuclei, seed=seed)), None
+    splits, c = list(biased_splits(nuclei, seed=seed)), 0.0
     accuracies = np.empty((len(STRENGTHS), len(splits)))
     for column, split in enumerate(splits):
         for row, training in enumerate(split.training):
@@ -46,7 +48,12 @@ def shortcut_loss(nuclei: Nuclei, *, seed: int) -> float:
             c = c or _choose_c(part, seed=seed)
             hits = fit_logistic(part.embedding, part.labels, c=c).predict(test.embedding) == test.labels
             accuracies[row, column] = hits.mean()  # classes are even in the test part: the balanced accuracy
-    return degradation(accuracies, STRENGTHS, chance=1 / _n_classes(nuclei)) if splits else float("nan")
+    if len(splits) < 2:
+        return float("nan")
+    chance, error = 1 / _n_classes(nuclei), accuracies[0].std(ddof=1) / len(splits) ** 0.5
+    return (
+        degradation(accuracies, STRENGTHS, chance=chance) if accuracies[0].mean() > chance + 2 * error else float("nan")
+    )
 
 
 def degradation(accuracies: np.ndarray, strengths: tuple[float, ...], *, chance: float) -> float:

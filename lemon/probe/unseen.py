@@ -35,7 +35,8 @@ def unseen_batches(nuclei: Nuclei, *, seed: int, draws: int) -> dict[str, Interv
     slides of the others, ``ece_unseen`` - ``ece_seen``, each over as many nuclei, since the error grows as they get
     fewer.
     """
-    drops, errors = [], []  # a value and its draws, [1 + draws]; errors [2, 1 + draws]: seen, unseen
+    drops: list[np.ndarray] = []  # [1 + draws] each: the value, and that of every draw
+    errors: list[list[np.ndarray]] = []  # the same of (seen, unseen)
     generator, drawing = np.random.default_rng(seed), {"seed": seed, "draws": draws}
     for sides in leave_each_batch_out(nuclei, seed=seed):
         seen, unseen = (balanced_accuracy_of(resampled(_confusions(side), side.slide, **drawing)) for side in sides)

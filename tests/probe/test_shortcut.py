@@ -39,6 +39,7 @@ def test_a_site_free_encoder_loses_nothing_and_one_of_sites_falls_to_chance() ->
 
 def test_an_encoder_at_chance_has_nothing_to_lose() -> None:
     assert np.isnan(degradation(np.full((5, 3), 0.5), STRENGTHS, chance=0.5))
+    assert np.isnan(shortcut_loss(nuclei(120, of_batch=6), seed=0))
 
 
 def test_a_straight_fall_to_chance_is_one_half() -> None:
