@@ -30,6 +30,9 @@ from lemon.schema import RobustnessRow
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- cards:begin -->", "<!-- cards:end -->"
+PICTURE = (
+    "![A line for each measure, a point with its interval for each encoder: the table's numbers](images/robustness.svg)"
+)
 COLLECTIONS = {
     "monuseg_train": "several organs",
     "consep_train": "colon",
@@ -101,7 +104,7 @@ def write_page(store: Store) -> None:
     page = DOCS / "robustness.md"
     before, rest = page.read_text().split(BEGIN)
     table = store.read_bytes(f"{FOLDER}/cards.md").decode().partition("\n\n")[0]
-    page.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+    page.write_text(f"{before}{BEGIN}\n{table}\n\n{PICTURE}\n{END}{rest.split(END)[1]}")
     (DOCS / "images" / "robustness.svg").write_bytes(store.read_bytes(f"{FOLDER}/cards.svg"))
 
 

@@ -74,6 +74,9 @@ def _finish(axis: Any, labels: list[str], *, n_slots: int) -> None:
     axis.set_xticks([0, 1], ["worst", "best"], fontsize=8)
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)
+    axis.plot([], [], "|", color="0.5", ms=9, label="chance")
     for number, label in enumerate(labels):
         axis.plot([], [], "o", color=f"C{number % 10}", ms=4.5, label=label)
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=min(3, len(labels)), fontsize=8, frameon=False)
+    axis.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=min(4, len(labels) + 1), fontsize=8, frameon=False
+    )
