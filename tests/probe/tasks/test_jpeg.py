@@ -23,10 +23,10 @@ def test_compression_changes_more_the_lower_the_quality_and_keeps_colours() -> N
     cells = tissue_cells(N)
     error = [np.abs(compressed(cells, quality=quality).astype(int) - cells).mean() for quality in (100, *QUALITIES)]
     assert error == sorted(error)
-    assert error[0] < 3
+    assert error[0] < 6  # colours have half the resolution
     assert error[-1] < 20
     change = compressed(cells, quality=80).mean(axis=(0, 1, 2)) - cells.mean(axis=(0, 1, 2))
-    assert np.abs(change).max() < 2  # red stays red
+    assert np.abs(change).max() < 3  # red stays red
 
 
 def test_each_quality_is_a_protocol_and_all_copies_of_a_cell_lie_alike(tmp_path: Path) -> None:
