@@ -27,7 +27,7 @@ from lemon.probe.card import FOLDER, card_json, card_markdown, card_rows, write_
 from lemon.probe.config import ProbeConfig
 from lemon.probe.figures import draw_cost
 from lemon.probe.score import MAIN_METRICS, POOLED, ROBUSTNESS, Score, fold_means, score_task
-from lemon.probe.tables import encoder_stem, read_scores, write_table1
+from lemon.probe.tables import read_scores, write_table1
 from lemon.probe.task import Task, TaskError
 from lemon.probe.tasks.catalogue import counts_table, open_task
 from lemon.runtime.console import stage_logger
@@ -165,8 +165,8 @@ def probe_model(
             each.set_tag(f"data_fingerprint/{short_name(task.name)}", data)
         logger.info(f"{encoder.name} on {task.name}: {main_scores_line(rows)}")
         scores += rows
-    stem = f"{file_stem(encoder.name)}-{encoder.fingerprint}"
-    if card := [row for row in card_rows(read_scores(store)) if encoder_stem(row) == stem]:  # of earlier calls, too
+    rows = read_scores(store) if scores else []  # of earlier calls, too
+    if card := [row for row in card_rows(rows) if row.model_fingerprint == encoder.fingerprint]:
         for each in runs:
             each.log_text(card_markdown(card, name=encoder.name), "robustness/card.md")
             each.log_text(card_json(card), "robustness/card.json")
