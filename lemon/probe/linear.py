@@ -198,7 +198,12 @@ def inner_splits(
         splitter = GroupKFold(**options) if by_group else KFold(**options)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The least populated class")
-        return list(splitter.split(np.zeros(len(target)), target if classify else None, groups if by_group else None))
+        splits = list(splitter.split(np.zeros(len(target)), target if classify else None, groups if by_group else None))
+        if not (classify and by_group):
+            return splits
+    # Where classes are sites, leaving out a group may leave a single one.
+    usable = [(train, test) for train, test in splits if len(np.unique(target[train])) > 1]
+    return usable or inner_splits(target, None, seed=seed, classify=classify)
 
 
 def _logistic(c: float, class_weight: ClassWeight, *, warm_start: bool = False) -> LogisticRegression:
