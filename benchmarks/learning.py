@@ -124,17 +124,22 @@ def told(name: str, scores: dict[str, float]) -> dict[str, float]:
     return scores
 
 
-def write_collection(folder: Path, store: Store) -> int:
-    """Every nucleus of a collection as a cell, an image a slide; returns how many there are."""
+def write_collection(folder: Path, store: Store, *, most: int | None = None, **slide: str) -> int:
+    """Every nucleus of a collection as a cell, an image a slide; returns how many there are.
+
+    ``most``: cells of an image, taken evenly from all of it. ``slide``: what is known of all slides, as organ and site.
+    """
     done = set(store.list("slides"))
     total = 0
     for path in sorted(folder.glob("*_inst.npz")):
         slide_id = f"{folder.name}-{path.name.removesuffix('_inst.npz')}"
         image, inst = read_pair(path)
         crops = crops_of(image, inst)
+        if most is not None and len(crops) > most:
+            crops = crops[np.linspace(0, len(crops) - 1, most).astype(int)]
         total += len(crops)
         if not any(slide_id in name for name in done) and len(crops):
-            write_slide(store, slide_id, crops)
+            write_slide(store, slide_id, crops, **slide)
     return total
 
 
@@ -166,21 +171,21 @@ def crops_of(image: np.ndarray, inst: np.ndarray) -> np.ndarray:
     return cut_crops(image, corners_of(centroid))
 
 
-def write_slide(store: Store, slide_id: str, crops: np.ndarray) -> None:
+def write_slide(store: Store, slide_id: str, crops: np.ndarray, **slide: str) -> None:
     """A shard of cells in rank order, and its row in the ledger."""
     ids = np.array([f"{slide_id}_{index}" for index in range(len(crops))], object)
     rank = rank_of(ids)
     order = np.argsort(rank)
     values: dict[str, Any] = {"cell_id": ids[order], "rank": rank[order], "image": images_to_arrow(crops[order])}
     values |= {"slide_id": [slide_id] * len(ids), "polygon": [b""] * len(ids)}
-    absent: dict[str, Any] = dict.fromkeys(("patient_id", "organ", "site"), [None] * len(ids))
-    columns = {name: values.get(name, absent.get(name, np.zeros(len(ids)))) for name in CELLS.names}
+    known: dict[str, Any] = {name: [slide.get(name)] * len(ids) for name in ("patient_id", "organ", "site")}
+    columns = {name: values.get(name, known.get(name, np.zeros(len(ids)))) for name in CELLS.names}
     table = pa.table({name: pa.array(column) for name, column in columns.items()}).cast(CELLS)
     with write_shard(store, shard_name(slide_id), CELLS, **PARQUET_OPTIONS) as shard:
         shard.write(table)
     counts = {"n_cells": len(ids), "n_nuclei": len(ids)}
     cells_ledger(store, config_fingerprint="masks").commit(
-        SlideRow(slide_id, "", status="done", cells_digest=shard.digest, **counts)
+        SlideRow(slide_id, "", status="done", cells_digest=shard.digest, **counts, **slide)  # type: ignore[arg-type]
     )
 
 

@@ -82,6 +82,7 @@ _MADE_BY = {
     "embeddings": "embed",
     "clusters": "embed",
     "scores": "probe",
+    "robustness": "probe",
     "sweep": "sweep",
     "downloads": "fetch",
     "map": "atlas",
@@ -283,6 +284,27 @@ class ScoreRow(Row, table="scores"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RobustnessRow(Row, table="robustness"):
+    """One measure of an encoder's robustness on a task; the cards of ``lemon probe`` are made of them.
+
+    ``low`` and ``high`` bound the 95 % interval over slides, where there is one. ``chance`` is what embeddings without
+    any information get, where that is known. ``n`` counts nuclei, ``n_batches`` hospitals, scanners or sites.
+    """
+
+    model: str
+    model_fingerprint: str
+    task: str
+    measure: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    chance: float | None = None
+    n: int
+    n_batches: int | None = None
+    data_fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class SweepRow(Row, table="sweep"):
     """A sweep: one row a trial, task, protocol and metric; a trial without a result has one row, with its reason.
 
@@ -316,6 +338,7 @@ class SweepRow(Row, table="sweep"):
 
 COHORT, DOWNLOADS, SLIDES = Slide.schema, DownloadRow.schema, SlideRow.schema
 EMBEDDED, SCORES, SWEEP = EmbeddedRow.schema, ScoreRow.schema, SweepRow.schema
+ROBUSTNESS = RobustnessRow.schema
 
 SWEEP_FILE = "sweep.parquet"
 """That table in the output of a sweep."""

@@ -33,6 +33,10 @@ FILES = {
         model:str task:str protocol:str fold:int32 metric:str value:float? n:int? seed:int?
         model_fingerprint:str? data_fingerprint:str?
     """,
+    schema.RobustnessRow: """
+        model:str model_fingerprint:str task:str measure:str value:float low:float? high:float? chance:float?
+        n:int n_batches:int? data_fingerprint:str
+    """,
     schema.SweepRow: """
         study:str point:str value:str seed:int trial:str status:str error:str? task:str? protocol:str?
         metric:str? mean:float? spread:float? n_cells:int? n_slides:int? n_organs:int?
@@ -62,6 +66,9 @@ ROWS = [
         seed=0,
         model_fingerprint="f",
         data_fingerprint="d",
+    ),
+    schema.RobustnessRow(
+        model="m", model_fingerprint="f", task="t", measure="croma", value=0.1, low=0.0, n=7, data_fingerprint="d"
     ),
     schema.SweepRow(study="size", point="10", value="10", seed=0, trial="size-10-s0", status="failed", error="no luck"),
 ]

@@ -22,12 +22,13 @@ from lemon.encoders.device import choose_device
 from lemon.encoders.open import Encoder, load_encoder, untrained_twin
 from lemon.encoders.registry import check_name
 from lemon.errors import EXIT_FAILURES, EXIT_OK, ConfigError
+from lemon.probe.card import FOLDER, card_json, card_markdown, card_rows, write_cards
 from lemon.probe.config import ProbeConfig
 from lemon.probe.embedding import SharedEmbeddings
 from lemon.probe.figures import draw_cost
 from lemon.probe.folds import LEAK_FREE
-from lemon.probe.score import MAIN_METRICS, Score, fold_means, score_task
-from lemon.probe.tables import TWINS, write_table1
+from lemon.probe.score import MAIN_METRICS, ROBUSTNESS, Score, fold_means, score_task
+from lemon.probe.tables import TWINS, read_scores, write_table1
 from lemon.probe.task import Task, TaskError
 from lemon.probe.tasks.catalogue import counts_table, open_task
 from lemon.runtime.console import stage_logger
@@ -40,7 +41,7 @@ from lemon.schema import ScoreRow, marked
 logger = stage_logger(__name__, "probe")
 
 RUNS = "runs"
-OUTPUT_NAMES = ("scores", "predictions", "embeddings", "costs", RUNS, TWINS)
+OUTPUT_NAMES = ("scores", "predictions", "embeddings", "costs", RUNS, TWINS, FOLDER)
 """Folders of a probe in its output."""
 
 SCORES = "intervals of means over folds"
@@ -81,6 +82,8 @@ def main(config: ProbeConfig) -> int:
         code = _score_all(config, store)
         draw_cost(store)
         logger.info(write_table1(store))
+        if cards := write_cards(store):
+            logger.info(f"{len(cards)} cards of robustness: {store.uri}/{FOLDER}/cards.md, {cards[0]}, ...")
         _attach(store)
         return code
 
@@ -162,6 +165,11 @@ def probe_model(
         probed_by.set_tag("training_run_id", trained_by.run_id)
     runs = [probed_by, *([trained_by] if trained_by else [])]
     scores = [row for task in tasks for row in scorer.score(task, runs)]
+    rows = read_scores(store) if scores else []  # of earlier calls, too
+    if card := [row for row in card_rows(rows) if row.model_fingerprint == encoder.fingerprint]:
+        for each in runs:
+            each.log_text(card_markdown(card, name=encoder.name), "robustness/card.md")
+            each.log_text(card_json(card), "robustness/card.json")
     if run is None:
         probed_by.close()
     return scores
@@ -242,18 +250,22 @@ def flat_metrics(rows: list[ScoreRow]) -> dict[str, float]:
     """Metrics for MLflow: ``probe/<task>/<metric>`` without leaks, ``probe/<task>/<protocol>/<metric>`` otherwise.
 
     The metric is the mean over folds, ``_sd`` the standard deviation over them; ``_low`` and ``_high`` are the bounds
-    of the mean's 95 % interval.
+    of the mean's 95 % interval. ``robustness/<task>/<measure>``: as on the card.
     """
     metrics: dict[str, float] = {}
     for task in dict.fromkeys(row.task for row in rows):
-        for protocol, metric, value in _named_values([row for row in rows if row.task == task]):
+        scored = [row for row in rows if row.task == task and row.protocol != ROBUSTNESS]
+        for protocol, metric, value in _named_values(scored):
             metrics[metric_name(task, protocol, metric)] = value
+    for row in card_rows(rows):
+        for end, value in (("", row.value), ("_low", row.low), ("_high", row.high), ("_chance", row.chance)):
+            metrics[f"robustness/{short_name(row.task)}/{row.measure}{end}"] = float("nan") if value is None else value
     return {name: value for name, value in metrics.items() if np.isfinite(value)}
 
 
 def metric_name(task: str, protocol: str, metric: str, *, of: str = "probe") -> str:
     """A score's name in MLflow: ``probe/<task>/<metric>``, with the protocol before the metric where it has leaks."""
-    group = "" if protocol in (LEAK_FREE, "robustness") else f"{protocol}/"
+    group = "" if protocol == LEAK_FREE else f"{protocol}/"
     return f"{of}/{short_name(task)}/{group}{metric}"
 
 
@@ -263,7 +275,7 @@ def _named_values(rows: list[ScoreRow]) -> Iterator[tuple[str, str, float]]:
         yield protocol, metric, mean
         yield protocol, f"{metric}_sd", spread
     for row in rows:
-        if row.protocol == "robustness" or row.metric.endswith(("_low", "_high")):
+        if row.metric.endswith(("_low", "_high")):
             yield row.protocol, row.metric, row.value
 
 

@@ -36,6 +36,7 @@ QUICK_C, QUICK_ALPHA = 0.01, 1000.0
 
 Features = Literal["raw", "pca256"]
 ClassWeight = Literal["balanced", "none"]
+Criterion = Literal["balanced_accuracy", "log_loss"]
 
 
 class Fitted(NamedTuple):
@@ -62,9 +63,10 @@ def fit_classifier(
     seed: int,
     features: Features = "raw",
     class_weight: ClassWeight = "balanced",
+    criterion: Criterion = "balanced_accuracy",
     grid: Sequence[float] = C_GRID,
 ) -> Fitted:
-    """Logistic regression whose C has the best inner balanced accuracy.
+    """Logistic regression whose C has the best inner balanced accuracy, or log loss.
 
     Each inner fold follows C upwards from a warm start, where fits are cheap, and the search ends when ``PATIENCE``
     steps in a row were worse than the best, once that is above chance: the costly, hardly penalised fits at the end of
@@ -77,10 +79,11 @@ def fit_classifier(
         seed: of the inner split.
         features: as they are, or their first 256 principal components.
         class_weight: ``balanced`` weighs classes alike, as balanced accuracy does.
+        criterion: of C. Balanced accuracy may not fall for a C that is far too small, whose probabilities mean nothing.
         grid: values of C, rising.
     """
     paths = [
-        _Path(embedding, labels, train, test, features=features, class_weight=class_weight)
+        _Path(embedding, labels, train, test, features=features, class_weight=class_weight, criterion=criterion)
         for train, test in inner_splits(labels, groups, seed=seed, classify=True)
     ]
     scores: dict[float, float] = {}
@@ -93,8 +96,20 @@ def fit_classifier(
         if is_worse and max(scores.values()) > chance + ABOVE_CHANCE:
             break
     best = max(scores, key=lambda c: scores[c])
-    model = make_pipeline(*preprocessing(features, embedding), _logistic(best, class_weight))
-    return Fitted(_quietly(model.fit, embedding, labels), best, scores)
+    return Fitted(fit_logistic(embedding, labels, c=best, features=features, class_weight=class_weight), best, scores)
+
+
+def fit_logistic(
+    embedding: np.ndarray,
+    labels: np.ndarray,
+    *,
+    c: float,
+    features: Features = "raw",
+    class_weight: ClassWeight = "balanced",
+) -> Pipeline:
+    """Logistic regression of labels int [N] on embeddings float32 [N, D] with a C that is known."""
+    model: Pipeline = make_pipeline(*preprocessing(features, embedding), _logistic(c, class_weight))
+    return _quietly(model.fit, embedding, labels)
 
 
 class _Path:
@@ -109,16 +124,23 @@ class _Path:
         *,
         features: Features,
         class_weight: ClassWeight,
+        criterion: Criterion,
     ) -> None:
         prepared = make_pipeline(*preprocessing(features, embedding[train])).fit(embedding[train])
         self._train, self._test = prepared.transform(embedding[train]), prepared.transform(embedding[test])
         self._labels, self._truth = labels[train], labels[test]
         self._model = _logistic(1.0, class_weight, warm_start=True)
+        self._criterion = criterion
 
     def score(self, c: float) -> float:
-        """Balanced accuracy on the inner test part."""
+        """The criterion on the inner test part, more being better."""
         self._model.set_params(C=c)
-        predicted = _quietly(self._model.fit, self._train, self._labels).predict(self._test)
+        model = _quietly(self._model.fit, self._train, self._labels)
+        if self._criterion == "log_loss":
+            classes = max(self._labels.max(), self._truth.max()) + 1
+            probability = class_probabilities(model, self._test, classes=classes)
+            return float(np.log(np.maximum(probability[np.arange(len(self._truth)), self._truth], 1e-12)).mean())
+        predicted = model.predict(self._test)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="y_pred contains classes not in y_true")
             return float(balanced_accuracy_score(self._truth, predicted))
@@ -171,7 +193,7 @@ def fit_neighbours(embedding: np.ndarray, labels: np.ndarray, *, features: Featu
     return Fitted(model.fit(embedding, labels), float(neighbours.n_neighbors), {})
 
 
-def class_probabilities(model: Pipeline, embedding: np.ndarray, *, classes: int) -> np.ndarray:
+def class_probabilities(model: Pipeline | LogisticRegression, embedding: np.ndarray, *, classes: int) -> np.ndarray:
     """Probabilities float32 [N, K] with a column for every class, also one that the training part lacked."""
     out = np.zeros((len(embedding), classes), np.float32)
     out[:, model.classes_] = model.predict_proba(embedding)
@@ -191,7 +213,12 @@ def inner_splits(
         splitter = GroupKFold(**options) if by_group else KFold(**options)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The least populated class")
-        return list(splitter.split(np.zeros(len(target)), target if classify else None, groups if by_group else None))
+        splits = list(splitter.split(np.zeros(len(target)), target if classify else None, groups if by_group else None))
+        if not (classify and by_group):
+            return splits
+    # Where classes are sites, leaving out a group may leave a single one.
+    usable = [(train, test) for train, test in splits if len(np.unique(target[train])) > 1]
+    return usable or inner_splits(target, None, seed=seed, classify=classify)
 
 
 def _logistic(c: float, class_weight: ClassWeight, *, warm_start: bool = False) -> LogisticRegression:

@@ -13,12 +13,16 @@ from joblib import Parallel, delayed
 from lemon.probe import linear, metrics
 from lemon.probe.config import ProbeSettings
 from lemon.probe.folds import PAPER
+from lemon.probe.nuclei import Nuclei
 from lemon.probe.robustness import robustness
 from lemon.probe.task import Fold, Task
 from lemon.schema import ScoreRow
 
 OVER_FOLDS = -1
 """The fold of a row that is of all folds: a mean over folds, or a bound of its interval."""
+
+ROBUSTNESS = "robustness"
+"""The protocol of rows that are measures of robustness; ``batches`` is the number of hospitals, scanners or sites."""
 
 MAIN_METRICS = ("balanced_accuracy", "pearson", "recall_at_1")
 """What tables show: of classification, of regression, of retrieval."""
@@ -96,7 +100,7 @@ def score_task(task: Task, embedding: np.ndarray, settings: ProbeSettings) -> Sc
         scores += [Score(name, fold, prefix + metric, value, n) for fold, metric, value, n in values]
         tables += [_predictions(task, target, folds, protocol=name, probe=probe)]
     if settings.robustness:
-        scores += _robustness_scores(task, embedding, target, seed=settings.seed)
+        scores += _robustness_scores(task, embedding, target, settings)
     return Scored(scores, pa.concat_tables(tables))
 
 
@@ -258,11 +262,19 @@ def list_column(values: np.ndarray) -> pa.ListArray:
     return pa.ListArray.from_arrays(offsets, values.ravel())
 
 
-def _robustness_scores(task: Task, embedding: np.ndarray, target: np.ndarray, *, seed: int) -> list[Score]:
+def _robustness_scores(task: Task, embedding: np.ndarray, target: np.ndarray, settings: ProbeSettings) -> list[Score]:
+    """Measures with the bounds of their intervals; of a task that asks for the batch itself only how many there are."""
     if task.batch is None or task.kind != "classification":
         return []
-    result = robustness(embedding, target, task.groups[task.batch], slide=task.groups["slide"], seed=seed)
-    if result is None:
+    batch = task.groups[task.batch]
+    if np.array_equal(batch, task.target):
+        return [Score(ROBUSTNESS, OVER_FOLDS, "batches", len(task.target_names), len(target))]
+    nuclei = Nuclei(embedding, target, batch, task.groups["slide"])
+    found = robustness(nuclei, seed=settings.seed, draws=settings.bootstrap)
+    if found is None:
         return []
-    values = {"robustness_index": result.index, "performance_drop": result.drop}
-    return [Score("robustness", OVER_FOLDS, metric, value, result.n) for metric, value in values.items()]
+    values: dict[str, float] = {"batches": found.n_batches}
+    for measure, (value, low, high) in found.measures.items():
+        values |= {measure: value, f"{measure}_low": low, f"{measure}_high": high}
+    values |= {f"{measure}_chance": value for measure, value in found.chance.items()}
+    return [Score(ROBUSTNESS, OVER_FOLDS, name, value, found.n) for name, value in values.items() if np.isfinite(value)]

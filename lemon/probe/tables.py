@@ -22,7 +22,7 @@ from lemon.probe.metrics import Bootstrapped, bootstrap, counts_of
 from lemon.probe.score import MAIN_METRICS, OVER_FOLDS, fold_means
 from lemon.runtime.identifiers import file_stem
 from lemon.runtime.store import Store
-from lemon.schema import SCORES, ScoreRow
+from lemon.schema import SCORES, RobustnessRow, ScoreRow
 
 TWINS = "untrained"
 """Folder of an output: for an encoder, which one has the same shape and no training."""
@@ -105,12 +105,12 @@ def table1_records(rows: Sequence[ScoreRow]) -> list[dict[str, Any]]:
     ]
 
 
-def encoder_stem(row: ScoreRow) -> str:
+def encoder_stem(row: ScoreRow | RobustnessRow) -> str:
     """What the files of a row's encoder are called: ``<model>-<fingerprint>``."""
     return f"{file_stem(row.model)}-{row.model_fingerprint}"
 
 
-def encoder_labels(rows: Iterable[ScoreRow]) -> dict[str, str]:
+def encoder_labels(rows: Iterable[ScoreRow | RobustnessRow]) -> dict[str, str]:
     """Stem -> the encoder's name; two encoders of one name, as a run before and after, also show their fingerprints."""
     models = {encoder_stem(row): row.model for row in rows}
     shared = {model for model, count in Counter(models.values()).items() if count > 1}

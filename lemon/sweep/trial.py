@@ -26,6 +26,8 @@ from lemon.pretrain.loop import Log
 from lemon.pretrain.score import PROBE_FOLDER
 from lemon.probe.config import ProbeConfig, ProbeSettings
 from lemon.probe.job import data_fingerprint, flat_metrics, fold_means, metric_name, probe_model
+from lemon.probe.measures import MEASURES
+from lemon.probe.score import ROBUSTNESS
 from lemon.probe.task import Task
 from lemon.probe.tasks.catalogue import open_task
 from lemon.runtime.config import AnyPath, Frozen
@@ -201,11 +203,12 @@ def _probed(trial: Trial, selection: Selection, run: Run, *, tasks: list[Task]) 
 
 
 def scores_of(rows: list[ScoreRow]) -> list[TrialScore]:
-    """Mean and spread over folds of every metric in rows of the scores table; robustness as it is."""
+    """Mean and spread over folds of every metric in rows of the scores table; measures of robustness as they are."""
     scores = []
     for task in dict.fromkeys(row.task for row in rows):
         task_rows = [row for row in rows if row.task == task]
-        robustness = [(row.protocol, row.metric, row.value, None) for row in task_rows if row.protocol == "robustness"]
+        measures = [row for row in task_rows if row.protocol == ROBUSTNESS and row.metric in MEASURES]
+        robustness = [(row.protocol, row.metric, row.value, None) for row in measures]
         for protocol, metric, mean, spread in [*fold_means(task_rows), *robustness]:
             known = None if spread is None or not np.isfinite(spread) else spread
             facts = {"task": task, "data_fingerprint": task_rows[0].data_fingerprint}

@@ -15,7 +15,7 @@ from lemon.probe import figures, tables
 from lemon.probe import job as probing
 from lemon.probe.config import ProbeConfig
 from lemon.runtime.store import Store
-from tests.cells_table import synthetic_crops
+from tests.cells_table import synthetic_crops, write_slide
 from tests.probe.made_up import made_up, task_of
 
 pytestmark = pytest.mark.usefixtures("console")
@@ -200,3 +200,23 @@ def test_no_encoder_at_all_is_a_wrong_argument(tmp_path, tasks):
 )
 def test_a_task_is_one_part_of_a_metrics_name_in_mlflow(task: str, name: str) -> None:
     assert probing.short_name(task) == name
+
+
+def test_a_card_of_robustness_is_in_the_output_and_in_mlflow(tmp_path, encoders, tracking):
+    import mlflow
+
+    cells = tmp_path / "cells"
+    for number in range(4):
+        images = synthetic_crops(25, seed=number)
+        write_slide(Store(cells), f"s{number}", images, site=("north", "south")[number % 2])
+    asked = config(tmp_path, encoders, tasks=[f"site:{cells}", f"restained:{cells}"], probes=["linear"])
+    assert probing.main(asked) == 0
+    (card, *others) = sorted((tmp_path / "out" / "cards").glob("*/card.md"))
+    assert len(others) == 1
+    assert "site told, no labels" in card.read_text()
+    client = mlflow.MlflowClient(tracking)
+    for run in client.search_runs([client.get_experiment_by_name("probe").experiment_id]):
+        of_site = {name.rpartition("/")[2] for name in run.data.metrics if name.startswith("robustness/site_")}
+        assert of_site == {f"site_accuracy{end}" for end in ("", "_low", "_high", "_chance")}
+        names = {artifact.path for artifact in client.list_artifacts(run.info.run_id, "robustness")}
+        assert names == {"robustness/card.md", "robustness/card.json"}

@@ -13,7 +13,7 @@ from lemon.probe.score import OVER_FOLDS, Score, quick_scores, score_task
 from lemon.probe.task import Task
 from tests.probe.made_up import made_up, task_of
 
-SETTINGS = ProbeSettings(bootstrap=200)
+SETTINGS = ProbeSettings(bootstrap=200, robustness=False)
 
 
 def value(scores: list[Score], protocol: str, metric: str, *, fold: int = OVER_FOLDS) -> float:
@@ -24,7 +24,7 @@ def value(scores: list[Score], protocol: str, metric: str, *, fold: int = OVER_F
 @pytest.mark.slow
 def test_every_protocol_fold_and_probe_has_its_rows_and_every_crop_is_predicted_once():
     task, embedding = made_up()
-    scored = score_task(task, embedding, SETTINGS)
+    scored = score_task(task, embedding, ProbeSettings(bootstrap=200))
     for protocol in ("paper", "leak-free"):
         for prefix in ("", "knn_"):
             for metric in ("balanced_accuracy", "macro_f1", "auroc"):
@@ -38,6 +38,7 @@ def test_every_protocol_fold_and_probe_has_its_rows_and_every_crop_is_predicted_
     low, middle, high = (value(scored.scores, "leak-free", f"balanced_accuracy{end}") for end in ("_low", "", "_high"))
     assert 0.7 < low < middle < high <= 1
     assert value(scored.scores, "robustness", "robustness_index") > 0.4
+    assert value(scored.scores, "robustness", "batches") == 2
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ TASKS = Registry(
 FOLDER = "folder:"
 """Begins the name of a task of labelled crops, ``folder:NAME``."""
 
-CURATED = {"morphometry:": f"{_HERE}.morphometry", "restained:": f"{_HERE}.restained"}
+CURATED = {f"{kind}:": f"{_HERE}.{kind}" for kind in ("morphometry", "restained", "jpeg", "site")}
 """What begins the name of a task of curated cells, ``morphometry:PATH``, and the module that reads it."""
 
 
@@ -50,7 +50,7 @@ def open_task(name: str, data: str | Path, *, seed: int = 0, **options: Any) -> 
     """Read a benchmark.
 
     Args:
-        name: one of ``TASKS.names()``, ``folder:NAME``, ``morphometry:PATH`` or ``restained:PATH``.
+        name: one of ``TASKS.names()``, ``folder:NAME``, or ``KIND:PATH`` for the kinds of ``CURATED``.
         data: the folder that holds those of the data sets; of one at s3:// the task's own is copied here to be read.
         seed: of folds and samples.
         options: of the loader, such as ``target="counts"`` of HEST.

@@ -16,44 +16,23 @@ import numpy as np
 import torch
 
 from lemon.probe.folds import LEAK_FREE
-from lemon.probe.task import Fold, Protocol, Task, TaskError
-from lemon.probe.tasks.curated import CuratedCells, read_cells
+from lemon.probe.task import Task
+from lemon.probe.tasks.copies import retrieval_task, turned
+from lemon.probe.tasks.curated import read_cells
 from lemon.views.macenko import draw_perturbations, perturb_stains
 from lemon.views.policy import load_policy
 
 POLICY = "a1_macenko"
 """Whose ranges of stain the copies are drawn from."""
 
-LEAST_CELLS = 10
-"""Fewer say nothing: one is found by chance."""
-
 _CHUNK = 1024
 
 
 def load(folder: str, *, seed: int = 0, n_cells: int = 10_000) -> Task:
     """Retrieval of re-stained copies of a table's cells; raises TaskError where there is none, or of too few cells."""
-    return retrieval_task(read_cells(folder, task="restained", n_cells=n_cells), name=f"restained:{folder}", seed=seed)
-
-
-def retrieval_task(cells: CuratedCells, *, name: str, seed: int) -> Task:
-    """Cells as queries and their copies as what is searched; the copies come after all cells."""
-    n = len(cells.rows)
-    if n < LEAST_CELLS:
-        raise TaskError(f"restained: {n} cells; expected {LEAST_CELLS} at least")
-    images, ids = cells.images, cells.cell_ids
-    everything = Fold(train=np.arange(n, 2 * n), test=np.arange(n), name="all")
-    return Task(
-        name=name,
-        kind="retrieval",
-        images=np.concatenate([images, restained_copies(images, seed=seed)]),
-        target=np.concatenate([ids, ids]),
-        target_names=(),
-        sample_ids=np.concatenate([ids, np.char.add(ids, "_copy")]),
-        groups={group: np.concatenate([values, values]) for group, values in cells.groups.items()},
-        protocols=(Protocol(LEAK_FREE, (everything,), None),),
-        cluster=cells.cluster,
-        counts=cells.counts,
-    )
+    cells = read_cells(folder, task="restained", n_cells=n_cells)
+    copies = {LEAK_FREE: restained_copies(cells.images, seed=seed)}
+    return retrieval_task(cells, name=f"restained:{folder}", copies=copies)
 
 
 def restained_copies(images: np.ndarray, *, seed: int) -> np.ndarray:
@@ -65,9 +44,5 @@ def restained_copies(images: np.ndarray, *, seed: int) -> np.ndarray:
             count=len(part), p=1.0, scale=stain.alpha, shift=stain.beta, generator=generator, device=part.device
         )
         (stained,) = perturb_stains(part, [draw])
-        orientation = torch.randint(1, 8, (len(part),), generator=generator)
-        for number in range(1, 8):
-            turned = torch.rot90(stained[orientation == number], number % 4, dims=(1, 2))
-            stained[orientation == number] = turned.flip(2) if number >= 4 else turned
-        copies.append(stained)
+        copies.append(turned(stained, generator))
     return torch.cat(copies).numpy()

@@ -50,7 +50,7 @@ def test_an_empty_folder_is_one_line(tmp_path: Path, name: str) -> None:
 def test_an_unknown_name_is_told_the_closest_ones(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"^tasks: got 'nucls-sup'; expected one of .*; did you mean nucls-super\?$"):
         open_task("nucls-sup", tmp_path)
-    listed = r"nucls-super, .*, folder:NAME, morphometry:PATH, restained:PATH"
+    listed = r"nucls-super, .*, folder:NAME, morphometry:PATH, restained:PATH, jpeg:PATH, site:PATH"
     with pytest.raises(TaskError, match=rf"^tasks: got 'qqq'; expected one of {listed}$"):
         open_task("qqq", tmp_path)
     with pytest.raises(TaskError, match=r"^tasks: got 'folder:'"):

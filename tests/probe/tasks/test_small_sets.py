@@ -48,6 +48,7 @@ def test_amibr_has_the_majoritys_label_and_drops_crops_cut_at_an_edge(tmp_path: 
     assert (task.target == "atypical").sum() == 36
     assert len(set(task.groups["slide"])) == 12  # a slide of one name in two collections is two
     assert set(task.groups["source"]) == {"MIDOG21", "TUPAC16"}
+    assert set(task.groups["scanner"]) == {"Hamamatsu XR", "MIDOG21", "TUPAC16"}  # of 001.tiff on; of 000.tiff unknown
     assert [protocol.name for protocol in task.protocols] == ["paper", "leak-free"]
     assert check_folds(task) == ()
     assert_centred(task.images[::9])
@@ -60,6 +61,7 @@ def test_the_real_amibr_has_its_counts() -> None:
     assert counts(task)["not cut at a slide's edge"] == len(task.images) == 3_178
     assert (counts(task)["class normal"], counts(task)["class atypical"]) == (2_468, 710)
     assert len(set(task.groups["slide"])) == 162
+    assert set(task.groups["scanner"]) == {*amibr.SCANNERS, "TUPAC16"}
     assert check_folds(task) == ()
     # The figure is the darkest thing in a crop, and in its middle.
     mean = task.images.mean(axis=(0, 3))
