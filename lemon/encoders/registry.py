@@ -220,6 +220,7 @@ _ENTRIES = (
         input_px=40,
         mean=LEMON_MEAN,
         std=LEMON_STD,
+        family="LEMON",
     ),
     EncoderEntry(
         name="efficientnet_lite0",

@@ -24,7 +24,7 @@ class SharedEmbeddings:
 
     def of(self, images: np.ndarray, *, title: str | None = None) -> np.ndarray:
         """Embeddings float32 [N, D] of crops uint8 [N, 60, 60, 3], N > 0; with a title, a bar shows the progress."""
-        keys = [hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest() for image in images]
+        keys = [hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest() for image in images]
         fresh = {key: index for index, key in enumerate(keys) if key not in self._known}
         names, rows = list(fresh), np.array(list(fresh.values()), np.int64)
         hidden = True if title is None else None  # None: where there is no terminal

@@ -258,8 +258,9 @@ def flat_metrics(rows: list[ScoreRow]) -> dict[str, float]:
         for protocol, metric, value in _named_values(scored):
             metrics[metric_name(task, protocol, metric)] = value
     for row in card_rows(rows):
-        for end, value in (("", row.value), ("_low", row.low), ("_high", row.high), ("_chance", row.chance)):
-            metrics[f"robustness/{short_name(row.task)}/{row.measure}{end}"] = float("nan") if value is None else value
+        ends = {"": row.value, "_low": row.low, "_high": row.high, "_chance": row.chance}
+        known = {end: value for end, value in ends.items() if value is not None}
+        metrics |= {f"robustness/{short_name(row.task)}/{row.measure}{end}": value for end, value in known.items()}
     return {name: value for name, value in metrics.items() if np.isfinite(value)}
 
 

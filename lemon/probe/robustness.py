@@ -125,11 +125,13 @@ def neighbourhoods(nuclei: Nuclei, *, k: int = NEIGHBOURS, nearest: int = NEARES
         kinds = same_class & ~same_batch, ~same_class & same_batch
         near = np.argpartition(distance, min(k, len(values)) - 1, axis=1)[:, :k]
         near_is_other_slide = np.isfinite(np.take_along_axis(distance, near, axis=1))
-        counts = [(np.take_along_axis(kind, near, axis=1) & near_is_other_slide).sum(axis=1) for kind in kinds]
+        of_class, of_batch = (
+            (np.take_along_axis(kind, near, axis=1) & near_is_other_slide).sum(axis=1) for kind in kinds
+        )
         to_class, to_batch = (_mean_of_nearest(np.where(kind, distance, np.inf), nearest) for kind in kinds)
         total = to_batch + to_class
         margin = np.divide(to_batch - to_class, total, out=np.full(len(rows), np.nan), where=total > 0)
-        parts.append(Neighbourhoods(*counts, margin))
+        parts.append(Neighbourhoods(of_class, of_batch, margin))
     return Neighbourhoods(*map(np.concatenate, zip(*parts, strict=True)))
 
 

@@ -7,6 +7,7 @@ encoder is called best whose lead over another may be chance. ``lemon report`` s
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import itertools
 from collections import Counter
@@ -184,10 +185,11 @@ def leading_encoders(
         for each in differences
         if not each.may_be_chance
     }
-    return {
-        column: leaders(scores, lambda first, second, at=column: (*at, frozenset((first, second))) not in sure)
-        for column, scores in columns.items()
-    }
+
+    def is_chance(column: tuple[str, str], first: str, second: str) -> bool:
+        return (*column, frozenset((first, second))) not in sure
+
+    return {column: leaders(scores, functools.partial(is_chance, column)) for column, scores in columns.items()}
 
 
 def paired_differences(store: Store, rows: Sequence[ScoreRow]) -> list[PairedDifference]:

@@ -116,7 +116,7 @@ def _score_tables(scored: _Scored, numbers: PaperNumbers, *, stem: str) -> Itera
     lines = []
     for encoder in scored.in_order:
         label = scored.labels[encoder]
-        head = TableCell(label, "untrained" if scored.is_untrained(encoder) else "", href=scored.href(encoder))
+        first = TableCell(label, "untrained" if scored.is_untrained(encoder) else "", href=scored.href(encoder))
         cells = {
             key: TableCell(
                 bracketed(cell.mean, cell.spread),
@@ -126,7 +126,7 @@ def _score_tables(scored: _Scored, numbers: PaperNumbers, *, stem: str) -> Itera
             )
             for key, cell in scored.cells[encoder].items()
         }
-        lines.append(Line([head], [label], cells))
+        lines.append(Line([first], [label], cells))
     for protocol in sorted({protocol for _, protocol in scored.keys}, key=lambda name: (name != LEAK_FREE, name)):
         keys = [key for key in scored.keys if key[1] == protocol]
         head, body = score_grid(

@@ -57,7 +57,7 @@ def inline_svg(content: bytes, *, prefix: str) -> Markup:
     width = round(float(root.get("width", "0").removesuffix("pt")) * _PT)
     for key in ("width", "height", "version"):
         root.attrib.pop(key, None)
-    root.set("style", f"width: {width}px; min-width: {round(0.55 * width)}px")
+    root.set("style", f"width: {width}px; min-width: {round(0.8 * width)}px")
     # ElementTree has escaped all that is text.
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 

@@ -20,6 +20,7 @@ from lemon.report.encoders import cost_sections, encoder_sections
 from lemon.report.paper import ARTEFACTS, SHIPPED, SOURCE, PaperNumbers, read_paper
 from lemon.report.pasted import atlas_sections, views_sections
 from lemon.report.provenance import FILE, provenance_sections
+from lemon.report.robustness import robustness_sections
 from lemon.report.sources import Report, find_sources
 from lemon.report.studies import STUDIES, study_sections
 from lemon.runtime.console import stage_logger
@@ -37,6 +38,7 @@ OUTPUT_NAMES = (NAME, FILE)
 SECTIONS: tuple[Callable[[Report], Iterator[Section]], ...] = (
     encoder_sections,
     cost_sections,
+    robustness_sections,
     study_sections,
     atlas_sections,
     views_sections,

@@ -141,13 +141,14 @@ def study_sentences(sweep: OutputTable[SweepRow]) -> Iterator[str]:
     values = studies.study_values(sweep.rows)
     names, lead = task_labels(value.task for value in values), studies.leading_points(values)
     for task, task_values in studies.main_values(values).items():
-        head, column = f"{study}, {names[task]} ({task_values[0].protocol}", task_values[0].column
-        encoders = dict.fromkeys(value.encoder for value in task_values) if study in AXES else {}
-        if len(encoders) < 2:
-            yield f"{head}): {_verdict(study, task_values, lead[column])}"
-        for encoder in encoders if len(encoders) > 1 else ():
-            own = [value for value in task_values if value.encoder == encoder]
-            yield f"{head}, {encoder}): {_verdict(study, own, lead[column])}"
+        head, those = f"{study}, {names[task]} ({task_values[0].protocol}", lead[task_values[0].column]
+        by_encoder: dict[str, list[Value]] = {}
+        for value in task_values:
+            by_encoder.setdefault(value.encoder, []).append(value)
+        if study in AXES and len(by_encoder) > 1:
+            yield from (f"{head}, {encoder}): {_verdict(study, own, those)}" for encoder, own in by_encoder.items())
+        else:
+            yield f"{head}): {_verdict(study, task_values, those)}"
     lost = {each.trial for each in studies.missing_results(sweep.rows)}
     if lost:
         yield f"{study}: {plural(len(lost), 'trial')} without a result, listed with the reason below."

@@ -108,12 +108,12 @@ def study_table(
         own = [value for value in values if value.point == point]
         most = max((value.over.n for value in own), default=0)
         name = own[0].value if own else point
-        head = [TableCell(point, name if name != point else ""), TableCell(plural(most, "seed"), value=most)]
+        first = [TableCell(point, name if name != point else ""), TableCell(plural(most, "seed"), value=most)]
         for count in ("n_cells", "n_slides", "n_organs") if is_scale else ():
             known = [getattr(value, count) for value in own if getattr(value, count)]
-            head.append(TableCell(span(known), value=max(known, default=None)))
+            first.append(TableCell(span(known), value=max(known, default=None)))
         cells = {value.column: _study_cell(value, best=point in lead[value.column], most=most) for value in own}
-        lines.append(Line(head, [point, name], cells))
+        lines.append(Line(first, [point, name], cells))
     keys = list(dict.fromkeys(value.column for value in values))
     unlike = "" if _is_papers_scale(sweep, report.sources.runs) else "other training"
     head, rows = score_grid(

@@ -6,6 +6,7 @@ mean +- t(0.975, n - 1) s.d. / sqrt(n). They cover the chance of training, not t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -179,10 +180,13 @@ def leading_points(values: Sequence[Value]) -> dict[tuple[str, str], set[str]]:
     columns: dict[tuple[str, str], dict[str, Value]] = {}
     for value in values:
         columns.setdefault(value.column, {})[value.point] = value
+
+    def is_chance(points: dict[str, Value], first: str, second: str) -> bool:
+        return may_be_chance(point_difference(points[first], points[second]))
+
     return {
         column: leaders(
-            {point: value.over.mean for point, value in points.items()},
-            lambda first, second, points=points: may_be_chance(point_difference(points[first], points[second])),
+            {point: value.over.mean for point, value in points.items()}, functools.partial(is_chance, points)
         )
         for column, points in columns.items()
     }
@@ -222,10 +226,16 @@ def task_means(values: Sequence[Value]) -> list[Value]:
     for own in by_point.values():
         seeds = sorted(set.intersection(*({*value.by_seed} for value in own)))
         if len(own) == len(by_task) and seeds:
-            words = {name: " / ".join(dict.fromkeys(getattr(v, name) for v in own)) for name in ("protocol", "metric")}
             by_seed = {seed: float(np.mean([value.by_seed[seed] for value in own])) for seed in seeds}
-            name = f"mean of {len(own)} tasks"
-            means.append(replace(own[0], task=name, **words, by_seed=by_seed, fold_spread=math.nan))
+            mean = replace(
+                own[0],
+                task=f"mean of {len(own)} tasks",
+                protocol=" / ".join(dict.fromkeys(value.protocol for value in own)),
+                metric=" / ".join(dict.fromkeys(value.metric for value in own)),
+                by_seed=by_seed,
+                fold_spread=math.nan,
+            )
+            means.append(mean)
     return means
 
 

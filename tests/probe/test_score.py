@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lemon.probe.config import ProbeSettings
-from lemon.probe.score import OVER_FOLDS, Score, quick_scores, score_task
+from lemon.probe.score import OVER_FOLDS, Score, class_weight_of, quick_scores, score_task
 from lemon.probe.task import Task
 from tests.probe.made_up import made_up, task_of
 
@@ -69,8 +69,17 @@ def test_scores_do_not_depend_on_how_many_processes_share_the_folds(monkeypatch)
     assert first.predictions.equals(second.predictions)
 
 
+@pytest.mark.parametrize(
+    ("setting", "paper", "leak_free"),
+    [("protocol", "none", "balanced"), ("none", "none", "none"), ("balanced", "balanced", "balanced")],
+)
+def test_class_weights_follow_the_protocol_unless_told_otherwise(setting, paper, leak_free):
+    settings = ProbeSettings(class_weight=setting)
+    assert (class_weight_of("paper", settings), class_weight_of("leak-free", settings)) == (paper, leak_free)
+
+
 @pytest.mark.slow
-def test_the_papers_protocol_is_plain_and_the_leak_free_one_weighs_classes_alike_unless_told_otherwise():
+def test_the_papers_protocol_is_plain_and_the_leak_free_one_weighs_classes_alike():
     task, embedding = made_up(160, signal=1.0)
     rare = np.flatnonzero((task.target == "tumour") | (np.arange(160) % 3 == 0))  # classes of unlike size
     task = task_of(task.images[rare], task.target[rare], task.groups["slide"][rare])

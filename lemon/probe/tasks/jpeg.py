@@ -8,6 +8,8 @@ the fall from ``turned``. Cells of slides that hold JPEG were compressed once be
 
 from __future__ import annotations
 
+from typing import Any
+
 import cv2
 import numpy as np
 import torch
@@ -31,4 +33,5 @@ def compressed(images: np.ndarray, *, quality: int) -> np.ndarray:
     colours = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420]
     options = [cv2.IMWRITE_JPEG_QUALITY, quality, *colours]
     encoded = (cv2.imencode(".jpg", image[..., ::-1], options)[1] for image in images)
-    return np.stack([cv2.imdecode(each, cv2.IMREAD_COLOR)[..., ::-1] for each in encoded])
+    decoded: list[Any] = [cv2.imdecode(each, cv2.IMREAD_COLOR) for each in encoded]
+    return np.stack(decoded)[..., ::-1]
