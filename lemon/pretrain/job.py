@@ -149,7 +149,7 @@ class _Logger:
 
 
     def _count(self, metrics: Mapping[str, float], step: int) -> None:
-        """Count the window of steps that ends here; each begins at the last log or checkpoint, as a resumed run does."""
+        """Count the window of steps that ends here; it began at the last log or checkpoint, as a resumed run does."""
         every = (self._config.log_every, self._config.checkpoint_every)
         images = (step - max((step - 1) // n * n for n in every)) * self._config.batch
         seconds = images / metrics["images_per_s"]
