@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.request import urlopen
 
 import psutil
 
@@ -101,6 +102,7 @@ class LocalCluster:
         }
         self.tracking_uri = f"http://127.0.0.1:{self.mlflow_port}"
         self._nodes: list[subprocess.Popen[bytes]] = []
+        self._metrics_ports: list[int] = []
 
     def start(self, *, nodes: int = 2, cpus: int = 2) -> None:
         """The head, of CPU 0, and so many nodes; returns when all have joined."""
@@ -143,10 +145,11 @@ class LocalCluster:
 
     def _own_options(self) -> str:
         """What nodes on one machine must not share, and a small object store."""
+        self._metrics_ports.append(next(self._ports))
         return (
             f"--block --temp-dir={self.folder}/r --object-store-memory=200000000 --disable-usage-stats "
             f"--dashboard-agent-listen-port={next(self._ports)} --dashboard-agent-grpc-port={next(self._ports)} "
-            f"--metrics-export-port={next(self._ports)} --runtime-env-agent-port={next(self._ports)}"
+            f"--metrics-export-port={self._metrics_ports[-1]} --runtime-env-agent-port={next(self._ports)}"
         )
 
     def submit(self, *words: str) -> subprocess.Popen[str]:
@@ -155,6 +158,14 @@ class LocalCluster:
         return subprocess.Popen(
             command, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
+
+    def metrics(self) -> list[str]:
+        """What the nodes tell Prometheus, line by line."""
+        lines = []
+        for port in self._metrics_ports:
+            with contextlib.suppress(OSError), urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+                lines += answer.read().decode().splitlines()
+        return lines
 
     def run(self, *words: str) -> Submitted:
         """Submit a job and wait for its end."""

@@ -147,7 +147,6 @@ class _Logger:
         if self._then is not None:
             self._then(metrics, step)
 
-
     def _count(self, metrics: Mapping[str, float], step: int) -> None:
         """Count the window of steps that ends here; it began at the last log or checkpoint, as a resumed run does."""
         every = (self._config.log_every, self._config.checkpoint_every)
