@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -37,6 +38,7 @@ def actions(document: dict[str, Any]) -> set[str]:
     return {action for each in listed for action in ([each] if isinstance(each, str) else each)}
 
 
+@functools.cache
 def service_model(service: str) -> Any:
     return botocore.session.get_session().get_service_model(service)
 
@@ -44,6 +46,7 @@ def service_model(service: str) -> Any:
 # --- the policies -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_policies_name_single_actions_that_exist_and_bound_resources_where_aws_can() -> None:
     assert [path.stem for path in POLICIES] == ["launch", "node", "operator", "trust"]
     sizes = {}
@@ -107,6 +110,7 @@ def documented_commands() -> Iterator[list[str]]:
         yield shlex.split(re.sub(r"\$\(.*", "", found).replace('"$(', "").replace('"', ""), comments=True, posix=False)
 
 
+@pytest.mark.slow
 def test_every_documented_aws_command_is_one_of_awss_with_options_that_it_has() -> None:
     commands = list(documented_commands())
     assert len(commands) >= 25
@@ -153,6 +157,7 @@ def account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
         yield yaml.safe_load(text)
 
 
+@pytest.mark.slow
 def test_rays_launcher_and_autoscaler_ask_for_what_the_policy_allows_and_for_all_of_it(
     account: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
