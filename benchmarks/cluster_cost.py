@@ -37,7 +37,7 @@ REGION_PX, OVERLAP_PX, MPP = 1024, 128, 0.25  # of curation; lemon/curate/config
 REGION_MM2 = ((REGION_PX - OVERLAP_PX) * MPP / 1000) ** 2  # of tissue that a region adds, its overlap taken off
 CELL_GB = 60 * 60 * 3 / 1e9
 PRICES = Path(__file__).with_name("prices.yaml")
-SIDES_PX, BORDER_PX = {"hematoxylin": (1500, 3000, 5000), "hoverfast": (1500, 2500, 4000)}, 60
+SIDES_PX, BORDER_PX = {"hematoxylin": (1500, 2500, 4000), "hoverfast": (1500, 2000, 3000)}, 60
 CPUS_A_CORE = 2  # of the nodes of cluster/aws.yaml: Ray's CPUs are hardware threads
 
 
