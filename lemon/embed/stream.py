@@ -12,6 +12,7 @@ import pyarrow as pa
 from lemon import schema
 from lemon.cells.shard import images_from_arrow
 from lemon.encoders.open import Encoder
+from lemon.runtime.metrics import Stopwatch
 from lemon.runtime.shards import ShardError, read_shard, write_shard
 from lemon.runtime.store import Store
 
@@ -50,6 +51,7 @@ def embed_shard(
     precision: str = "fp32",
     digest: str | None = None,
     progress: Callable[[int], object] = lambda _: None,
+    device: Stopwatch | None = None,
 ) -> str:
     """Write the embeddings of a shard, in its order, atomically; returns the digest of the table.
 
@@ -62,6 +64,7 @@ def embed_shard(
         precision: fp32 or bf16, of the arithmetic.
         digest: of the rows that the shard must hold; None takes any.
         progress: called with the number of cells of each batch.
+        device: runs while the encoder does.
 
     Raises:
         ShardError: the shard cannot be read, is damaged or has other rows, or a vector does not fit dtype.
@@ -74,7 +77,8 @@ def embed_shard(
         contextlib.closing(read_ahead(cells, shard, schema=schema.CELLS, columns=COLUMNS, digest=digest)) as batches,
     ):
         for batch in batches:
-            vectors = _vectors(batch["image"], encoder=encoder, dtype=dtype, precision=precision)
+            with (device or Stopwatch()).running():
+                vectors = _vectors(batch["image"], encoder=encoder, dtype=dtype, precision=precision)
             written.write(_rows(batch, vectors, table=table, fingerprint=encoder.fingerprint))
             progress(len(batch))
         if written.n_rows != n_cells:

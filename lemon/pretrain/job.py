@@ -24,6 +24,7 @@ from lemon.runtime.cluster import nodes, start_ray
 from lemon.runtime.console import install_in_worker, stage_logger
 from lemon.runtime.demand import Demand, allocate, gpus_of_worker
 from lemon.runtime.lease import hold
+from lemon.runtime.metrics import count_cells
 from lemon.runtime.records import INTERNAL_FOLDER
 from lemon.runtime.settings import check_settings, settings_difference
 from lemon.runtime.store import Store, local_copy, open_output
@@ -130,17 +131,26 @@ def register(name: str, encoder: str, run: Run, *, metrics: Mapping[str, float])
 
 
 class _Logger:
-    """Metrics to MLflow, and to who watches."""
+    """Metrics to MLflow, to Prometheus, and to who watches."""
 
     def __init__(self, run: Run, config: PretrainConfig, *, then: Log | None = None) -> None:
-        self._run, self._then = run, then
+        self._run, self._config, self._then = run, config, then
         self._progress = Progress(config.total_steps, batch=config.batch)
 
     def __call__(self, metrics: Mapping[str, float], step: int) -> None:
         self._run.log(metrics, step=step)
+        if "loss" in metrics:
+            self._count(metrics, step)
         self._progress(metrics, step)
         if self._then is not None:
             self._then(metrics, step)
+
+    def _count(self, metrics: Mapping[str, float], step: int) -> None:
+        """Count the window of steps that ends here; it began at the last log or checkpoint, as a resumed run does."""
+        every = (self._config.log_every, self._config.checkpoint_every)
+        images = (step - max((step - 1) // n * n for n in every)) * self._config.batch
+        seconds = images / metrics["images_per_s"]
+        count_cells("pretrain", images, seconds=seconds, device_s=seconds * (1 - metrics["data_wait_share"]))
 
 
 def _train_on_ray(config: PretrainConfig, run: Run) -> None:

@@ -13,6 +13,7 @@ import functools
 import logging
 import pickle
 import threading
+import time
 import uuid
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -28,6 +29,7 @@ from lemon.runtime.cluster import quiet_ray_data
 from lemon.runtime.console import install_in_worker
 from lemon.runtime.demand import Allocation
 from lemon.runtime.ledger import Ledger
+from lemon.runtime.metrics import count_slide
 
 logger = logging.getLogger(__name__)
 
@@ -68,14 +70,18 @@ class Worker(ABC, Generic[ItemT, RowT]):
     """Works on one item at a time and commits what became of it; lives in this process or in an actor.
 
     Attributes:
+        stage: what its work is called in metrics.
         ledger: where it commits.
         fatal: errors of ``work`` that say that it cannot commit there.
         progress: for ``work`` to call with how much of an item is done, where it takes long.
+        device_s: seconds in which it has run a network so far; ``work`` adds to it.
     """
 
+    stage: str = "work"
     ledger: Ledger[Any]
     fatal: tuple[type[Exception], ...] = ()
     progress: Callable[[int], object] = staticmethod(lambda _: None)
+    device_s: float = 0.0
 
     def ready(self, item: ItemT) -> contextlib.AbstractContextManager[ItemT]:
         """The item with all that ``work`` needs, for the length of a block; may take long while another is worked on.
@@ -174,7 +180,11 @@ def _work_on_item(
     """An item's row, whatever happens; None for one that is absent. Raises FatalError."""
     try:
         with worker.ready(item) as prepared, turn:
-            return _attempt(prepared, worker, run_id=run_id, max_attempts=max_attempts)
+            start, device_s = time.perf_counter(), worker.device_s
+            row = _attempt(prepared, worker, run_id=run_id, max_attempts=max_attempts)
+            seconds, device_s = time.perf_counter() - start, worker.device_s - device_s
+            count_slide(worker.stage, status=row.status, n_cells=row.n_cells, seconds=seconds, device_s=device_s)
+            return row
     except AbsentError:
         return None
     except OSError as error:  # of the ledger: what ``work`` raises does not come here

@@ -6,6 +6,7 @@ import functools
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -87,6 +88,17 @@ def test_stored_embeddings_are_the_encoders_in_the_order_of_the_shard(
         expected = encoder.embed(images_from_arrow(shard["image"]).copy()).numpy()
         got = np.array(stored["embedding"].to_pylist(), np.float32)
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)  # batches differ, and with them the rounding
+
+
+def test_slides_are_counted_with_the_seconds_in_which_the_encoder_ran(
+    model: Path, cells: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[dict[str, Any]] = []
+    monkeypatch.setattr(pool, "count_slide", lambda stage, **figures: counted.append({"stage": stage, **figures}))
+    embedding.run(config_for(model, cells, tmp_path / "out", "format=geojson"))
+    for stage in ("embed", "formats"):
+        assert [each["n_cells"] for each in counted if each["stage"] == stage] == list(SLIDES.values())
+    assert all(0 < each["device_s"] < each["seconds"] for each in counted if each["stage"] == "embed")
 
 
 def test_half_precision_is_the_default_and_costs_a_thousandth(model: Path, cells: Store, tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks.local_cluster import CURATE, LocalCluster, check_cells, expect_one_done, local_cluster, make_slides
+from lemon.runtime.metrics import COUNTERS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -37,3 +39,17 @@ def test_the_same_job_submitted_twice_at_once_and_again_leaves_each_cell_once(cl
     again = cluster.run(*words)
     assert again.driver_code == 0, again.told
     assert "2 of an earlier run" in again.told
+
+
+def test_prometheus_would_find_what_the_actors_counted(cluster: LocalCluster) -> None:
+    """Of the two slides above; Ray collects counters every 10 s."""
+    lines = cluster.metrics()
+    deadline = time.monotonic() + 60
+    while not any("ray_lemon_slides_total" in line for line in lines) and time.monotonic() < deadline:
+        time.sleep(1)
+        lines = cluster.metrics()
+    counted = [line for line in lines if line.startswith("ray_lemon_slides_total{")]
+    assert sum(float(line.split()[-1]) for line in counted) == 2
+    assert all('stage="curate"' in line and 'status="done"' in line for line in counted)
+    for name in COUNTERS:
+        assert any(line.startswith(f"ray_{name}{{") for line in lines), name

@@ -129,6 +129,19 @@ def test_an_item_that_is_absent_has_no_row(run: Any) -> None:
 
 
 @both
+def test_each_item_that_came_to_an_end_is_counted_once(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[tuple[str, str, int]] = []
+
+    def note(stage: str, *, status: str, n_cells: int, seconds: float, device_s: float) -> None:
+        assert 0 <= device_s <= seconds
+        counted.append((stage, status, n_cells))
+
+    monkeypatch.setattr(pool, "count_slide", note)
+    run(Doer(), "work", "absent", "crash once", "strange")
+    assert counted == [("work", "done", 1), ("work", "done", 1), ("work", "failed", 0)]
+
+
+@both
 @pytest.mark.parametrize(
     ("do", "line"),
     [
