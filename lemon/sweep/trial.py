@@ -161,7 +161,7 @@ def _open_run(trial: Trial, selection: Selection, *, parent: Run | None) -> Run:
         "output": trial.store.uri,  # no parameter: it would be a difference between any two runs
     }
     settings = {"tasks": trial.tasks, "data": trial.data, "probing": trial.probe.model_dump(mode="json")}
-    params = trial.pretrain.model_dump(mode="json", exclude={"output", "cache"}) | settings | trial.params
+    params = trial.pretrain.model_dump(mode="json", exclude={"output", "cache", "cache_gb"}) | settings | trial.params
     run = start_run(trial.experiment, trial.name, store=trial.store, params=params, tags=tags, parent=parent)
     run.log_dataset("cells", digest=selection.fingerprint, source=selection.store.uri, context="training")
     return run
