@@ -382,6 +382,7 @@ def test_who_comes_second_waits_for_a_file_that_another_writes(selection: Select
         assert not second.end.poll(0.3)
         stream.write(content)
         stream.flush()
+        fcntl.flock(stream, fcntl.LOCK_UN)  # closing it does not unlock what the other process has from the fork
     assert second.found()[1] == 0
     second.finish()
 
