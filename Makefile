@@ -43,6 +43,7 @@ bench: setup
 	$(RUN) -m benchmarks.encoding
 	$(RUN) -m benchmarks.memory
 	$(RUN) -m benchmarks.views
+	$(RUN) -m benchmarks.feed
 	$(RUN) -m benchmarks.pretrain
 	$(RUN) -m benchmarks.embed
 	$(RUN) -m benchmarks.probe

@@ -34,7 +34,9 @@ from torchvision.transforms import Compose, Normalize
 from benchmarks.encoding import synthetic_crops
 from benchmarks.record import record
 from benchmarks.views import pil_steps
-from lemon.cells.batches import Feed, Order
+from lemon.cells.batches import Feed
+from lemon.cells.images import ImagesInMemory
+from lemon.cells.order import Permutation
 from lemon.encoders import config as encoders
 from lemon.pretrain.checkpoint import Checkpoints
 from lemon.pretrain.config import DINOv2Config, MoCoV3Config
@@ -101,10 +103,10 @@ def build(options: argparse.Namespace, images: np.ndarray, folder: Path) -> Trai
     if cuda:
         torch.set_float32_matmul_precision("high")
     method = method_of(options, chunk=options.chunk).to(device)
-    order = Order(len(images), seed=0)
+    order = Permutation(len(images), seed=0)
     return Trainer(
         method=method,
-        feed=Feed(images, order, batch=options.batch, device=device, resident=cuda),
+        feed=Feed(ImagesInMemory(images), order, batch=options.batch, device=device, resident=cuda),
         policy=load_policy(options.policy),
         schedules=method.schedules(epochs=1000, steps_per_epoch=100, batch=options.batch),
         seed=0,
@@ -181,7 +183,8 @@ def profile(trainer: Trainer, options: argparse.Namespace) -> None:
 
 def feed_rate(images: np.ndarray, options: argparse.Namespace) -> float:
     """Images a second of the feed from host memory (the harder case) with nothing to do."""
-    feed = Feed(images, Order(len(images), seed=0), batch=options.batch, device=torch.device(options.device))
+    order, device = Permutation(len(images), seed=0), torch.device(options.device)
+    feed = Feed(ImagesInMemory(images), order, batch=options.batch, device=device)
     batches = feed.batches(0, 202)
     next(batches)
     start = time.perf_counter()

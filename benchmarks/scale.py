@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ import pyarrow.parquet as pq
 
 from benchmarks.record import record
 from lemon import schema
-from lemon.cells.batches import Order
 from lemon.cells.ledger import read_ledger
 from lemon.cells.names import shard_name
+from lemon.cells.order import Order, Permutation, Stream
 from lemon.cells.select import select_cells
 from lemon.cells.shard import PARQUET_OPTIONS, ROW_GROUP_ROWS
 from lemon.curate import job as curate
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--slides", type=int, default=10_000)
     parser.add_argument("--cells", type=int, default=50_000, help="of a slide")
     parser.add_argument("--curated", type=int, default=2000, help="slides of the curation that segments nothing")
-    parser.add_argument("--ordered", type=int, default=500_000_000, help="cells whose order is made; 8 bytes each")
+    parser.add_argument("--ordered", type=int, default=500_000_000, help="cells whose order is made")
     parser.add_argument("--steps", nargs="+", default=[name for name in STEPS if name != "nothing"], choices=STEPS)
     parser.add_argument("--step", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -189,9 +190,10 @@ def rerun(options: argparse.Namespace) -> str:
     return f"{summary.n_skipped:,} skipped"
 
 
-def order_cells(options: argparse.Namespace) -> str:
+def order_cells(options: argparse.Namespace, make: Callable[[tuple[int, ...]], Order]) -> str:
     """The first batch, and one that lies in two passes."""
-    order = Order(options.ordered, seed=0)
+    sizes = (options.cells,) * (options.ordered // options.cells)
+    order = make(sizes)
     order.indices(0, 4096)
     return f"{len(order.indices(order.n_cells - 2048, 4096)):,} indices over the end of a pass"
 
@@ -204,7 +206,8 @@ STEPS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "select 1M cells": lambda options: select(options, n_cells=1_000_000),
     "select half of the cells": lambda options: select(options, n_cells=options.slides * options.cells // 2),
     "rerun, all done": rerun,
-    "order of training": order_cells,
+    "order of training": partial(order_cells, make=lambda sizes: Permutation(sum(sizes), seed=0)),
+    "order of a stream": partial(order_cells, make=lambda sizes: Stream(sizes, seed=0, batch=4096)),
     "curate nothing": curate_nothing,
 }
 

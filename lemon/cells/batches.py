@@ -1,46 +1,45 @@
-"""From images of cells to uint8 batches on the device, in an order fixed by the seed and resumable at a step."""
+"""From the images of cells to uint8 batches on the device, in an order fixed by the seed and resumable at a step."""
 
 from __future__ import annotations
 
-import functools
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from lemon.cells.cache import CachedImages, bytes_in_cache
+from lemon.cells.images import Images
+from lemon.cells.order import Order, Permutation, Stream
+from lemon.cells.select import Selection
+from lemon.cells.stream import StreamedImages
 from lemon.schema import CELL_PX
 
+_RESIDENT_ROWS = 8192  # copied to the device at a time
 
-@dataclass(frozen=True)
-class Order:
-    """The order in which cells are seen: one random permutation after another, without end.
 
-    Position ``p`` lies in pass ``p // n_cells``. An epoch is a number of images, not a pass.
+def is_streamed(selection: Selection, *, cache_gb: float) -> bool:
+    """Whether a selection is larger than the cache may be."""
+    return bytes_in_cache(selection) > cache_gb * 1e9
+
+
+def open_images(
+    selection: Selection, *, cache: str | Path, cache_gb: float, seed: int, batch: int
+) -> tuple[Images, Order]:
+    """The images of a selection and the order that suits them: from the cache, uniform; or streamed from the table.
+
+    Raises ConfigError and StorageError as ``CachedImages`` does.
     """
-
-    n_cells: int
-    seed: int
-
-    def indices(self, start: int, count: int) -> np.ndarray:
-        """Cells at positions ``start`` to ``start + count``: int64 [count]."""
-        parts = []
-        while count:
-            turn, offset = divmod(start, self.n_cells)
-            part = _permutation(self.n_cells, self.seed, turn)[offset : offset + count].astype(np.int64)
-            parts.append(part)
-            start, count = start + len(part), count - len(part)
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(n_cells: int, seed: int, turn: int) -> np.ndarray:
-    order = np.arange(n_cells, dtype=np.uint32 if n_cells <= 1 << 32 else np.int64)
-    np.random.default_rng([seed, turn]).shuffle(order)
-    return order
+    if is_streamed(selection, cache_gb=cache_gb):
+        sizes = tuple(part.n_rows for part in selection.parts)
+        return StreamedImages(selection), Stream(sizes, seed=seed, batch=batch)
+    images = CachedImages(selection, cache=cache, cache_gb=cache_gb)
+    return images, Permutation(selection.n_cells, seed=seed)
 
 
 @dataclass
@@ -49,10 +48,11 @@ class Feed:
     whatever the number of workers. Where that number does not divide the batch, as in an elastic run, each share is
     rounded up, and the last worker reaches into the positions of the next batch by less than a cell a worker.
 
-    ``resident`` keeps all images on the device, where they fit; else a thread gathers ``ahead`` batches in advance.
+    ``resident`` keeps all images on the device, where they fit. Else a thread reads ``ahead`` batches in advance, and
+    says ``announced`` batches in advance which cells it will read.
     """
 
-    images: np.ndarray  # [N, 60, 60, 3] uint8
+    images: Images
     order: Order
     batch: int
     device: torch.device
@@ -60,11 +60,16 @@ class Feed:
     world: int = 1
     resident: bool = False
     ahead: int = 3
+    announced: int = 8
     wait_s: float = field(default=0.0, init=False)
     """Seconds that the consumer waited for data so far."""
 
     def __post_init__(self) -> None:
-        self._on_device = torch.from_numpy(np.asarray(self.images)).to(self.device) if self.resident else None
+        self._on_device = self._load() if self.resident else None
+
+    def close(self) -> None:
+        """Let go of the images' files."""
+        self.images.close()
 
     def batches(self, first_step: int, last_step: int) -> Iterator[torch.Tensor]:
         """uint8 [ceil(batch / world), 60, 60, 3] on the device: steps ``first_step`` to ``last_step`` (exclusive)."""
@@ -91,22 +96,38 @@ class Feed:
             stop.set()
             thread.join()
 
+    def _load(self) -> torch.Tensor:
+        """All images, on the device."""
+        shape = (self.order.n_cells, CELL_PX, CELL_PX, 3)
+        images = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        for first in range(0, len(images), _RESIDENT_ROWS):
+            some = images[first : first + _RESIDENT_ROWS]
+            some.copy_(self._read(np.arange(first, first + len(some))))
+        return images
+
     def _indices(self, step: int) -> np.ndarray:
         per_worker = -(-self.batch // self.world)
         return self.order.indices(step * self.batch + self.rank * per_worker, per_worker)
 
+    def _read(self, numbers: np.ndarray) -> torch.Tensor:
+        shape = (len(numbers), CELL_PX, CELL_PX, 3)
+        batch = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        self.images.read(numbers, batch.numpy())
+        return batch
+
     def _gather(self, first: int, last: int, ready: queue.Queue, stop: threading.Event) -> None:
         try:
-            flat = self.images.reshape(len(self.images), -1)
-            for step in range(first, last):
-                indices = self._indices(step)
-                pinned = self.device.type == "cuda"
-                batch = torch.empty((len(indices), flat.shape[1]), dtype=torch.uint8, pin_memory=pinned)
-                np.take(flat, indices, axis=0, out=batch.numpy(), mode="clip")  # "clip" writes without a copy
-                if not _put(ready, batch.view(-1, CELL_PX, CELL_PX, 3), stop):
+            coming: deque[np.ndarray] = deque()
+            for step in range(first, last + self.announced):
+                if step < last:
+                    coming.append(self._indices(step))
+                    self.images.prepare(coming[-1])
+                if step >= first + self.announced and not _put(ready, self._read(coming.popleft()), stop):
                     return
         except Exception as error:  # handed to the consumer, which raises it  # noqa: BLE001
             _put(ready, error, stop)
+        finally:
+            self.images.forget()
 
 
 def _put(ready: queue.Queue, item: torch.Tensor | BaseException, stop: threading.Event) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +18,7 @@ from lemon.cells.names import shard_name
 from lemon.errors import ConfigError
 from lemon.runtime.identifiers import likely_name, some, tcga_patient
 from lemon.runtime.shards import ShardError, read_shard
-from lemon.runtime.store import READERS, Store, fingerprint
+from lemon.runtime.store import BATCH_ROWS, READERS, Store, fingerprint
 from lemon.schema import CELLS, SlideRow
 
 logger = logging.getLogger(__name__)
@@ -54,19 +56,40 @@ class Selection:
         """Cells in all."""
         return sum(part.n_rows for part in self.parts)
 
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Where each part begins among all cells: int64 [P]."""
+        sizes = np.array([part.n_rows for part in self.parts], np.int64)
+        return sizes.cumsum() - sizes
+
     @property
     def fingerprint(self) -> str:
         """Names the selected cells by their content: equal for equal cells, wherever the table lies."""
         return fingerprint([(part.digest, part.n_rows) for part in self.parts])
 
-    def batches(self, part: Part, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """The selected rows of one part, in their order, a batch at a time. Raises ShardError."""
-        left = part.n_rows
-        for batch in read_shard(self.store, part.name, schema=CELLS, columns=columns, digest=part.digest):
-            yield batch.slice(0, left)
-            left -= min(left, len(batch))
-            if not left:
-                return
+    def batches(
+        self,
+        part: Part,
+        columns: Sequence[str],
+        *,
+        first: int = 0,
+        last: int | None = None,
+        batch_rows: int = BATCH_ROWS,
+    ) -> Iterator[pa.RecordBatch]:
+        """Rows ``first`` to ``last`` (exclusive; None: all selected) of one part, in their order, a batch at a time.
+
+        Raises ShardError.
+        """
+        left = (part.n_rows if last is None else last) - first
+        rows = read_shard(
+            self.store, part.name, schema=CELLS, columns=columns, digest=part.digest, first=first, batch_rows=batch_rows
+        )
+        with contextlib.closing(rows):
+            for batch in rows:
+                yield batch.slice(0, left)
+                left -= min(left, len(batch))
+                if not left:
+                    return
         raise ShardError(f"{part.name}: lacks {left:,} of its cells")
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 
-import numpy as np
 import torch
 
-from lemon.cells.batches import Feed, Order
-from lemon.cells.cache import open_images, read_images
+from lemon.cells.batches import Feed, is_streamed, open_images
+from lemon.cells.images import read_images, sample_images
 from lemon.cells.select import Selection, select_cells
 from lemon.encoders.export import CellInput, NotFiniteError, export_encoder
 from lemon.errors import ConfigError
@@ -18,6 +18,7 @@ from lemon.pretrain.config import FitStainConfig, PretrainConfig
 from lemon.pretrain.loop import Log, Trainer, TrainingStoppedError
 from lemon.pretrain.online_probe import OnlineProbe
 from lemon.runtime.store import Store, code_version, fingerprint, path_exists
+from lemon.schema import CELL_BYTES
 from lemon.views.make import statistics_of
 from lemon.views.stain import fit_stain_statistics, statistics_name
 
@@ -74,20 +75,14 @@ def build_trainer(
 ) -> Trainer:
     """One worker, at the start of its run (``resume`` takes it to its newest checkpoint)."""
     selection = select(config)
-    images = open_images(selection, cache=config.cache)
+    images, order = open_images(
+        selection, cache=config.cache, cache_gb=config.cache_gb, seed=config.seed, batch=config.batch
+    )
     method = config.ssl.build(config.encoder, seed=config.seed).to(device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # what stays float32 (prototypes) may use TF32
-    feed = Feed(
-        images,
-        Order(len(images), seed=config.seed),
-        batch=config.batch,
-        device=device,
-        rank=rank,
-        world=world,
-        resident=_fits(images, device),
-    )
-    watched = images[:: max(1, len(images) // WATCHED_CELLS)][:WATCHED_CELLS]
+    resident = not is_streamed(selection, cache_gb=config.cache_gb) and _fits(selection, device)
+    feed = Feed(images, order, batch=config.batch, device=device, rank=rank, world=world, resident=resident)
     return Trainer(
         method=method,
         feed=feed,
@@ -98,7 +93,7 @@ def build_trainer(
         config=config.model_dump(mode="json"),
         log=log,
         probe=OnlineProbe.open(config) if rank == 0 else None,
-        watched=np.array(watched),
+        watched=sample_images(selection, count=WATCHED_CELLS),
         log_every=config.log_every,
         checkpoint_every=config.checkpoint_every,
         bf16=config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda"),
@@ -122,13 +117,14 @@ def train(
     step = 0
     try:
         trainer = build_trainer(config, device=device, rank=rank, world=world, log=log)
-        step = trainer.resume()
-        try:
-            trainer.run(on_checkpoint=on_checkpoint)
-            if rank == 0:
-                export(trainer, config)
-        finally:
-            step = trainer.step
+        with closing(trainer.feed):
+            step = trainer.resume()
+            try:
+                trainer.run(on_checkpoint=on_checkpoint)
+                if rank == 0:
+                    export(trainer, config)
+            finally:
+                step = trainer.step
     except OSError as error:
         raise TrainingStoppedError(f"storage failed at step {step}: {error}; rerun goes on") from None
     except NotFiniteError as error:
@@ -152,9 +148,9 @@ def export(trainer: Trainer, config: PretrainConfig) -> None:
     export_encoder(trainer.method.exported, folder, cell_input=cell_input, facts=facts)
 
 
-def _fits(images: np.ndarray, device: torch.device) -> bool:
-    """Whether all images can stay on a GPU; on a CPU the memory map serves."""
+def _fits(selection: Selection, device: torch.device) -> bool:
+    """Whether all images can stay on a GPU; to a CPU they come from the cache as fast."""
     if device.type != "cuda":
         return False
     free, _ = torch.cuda.mem_get_info(device)
-    return images.nbytes < _RESIDENT_SHARE * free
+    return selection.n_cells * CELL_BYTES < _RESIDENT_SHARE * free

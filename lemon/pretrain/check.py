@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lemon.cells.batches import is_streamed
 from lemon.cells.cache import check_cache
 from lemon.cells.select import Selection
 from lemon.encoders.device import choose_device
@@ -40,7 +41,8 @@ def check(config: PretrainConfig) -> tuple[PretrainConfig, Selection]:
         labelled_task(config)
     if config.workers.in_process:  # others are on other machines, and report it themselves
         choose_device(config.device)
-        check_cache(selection, cache=config.cache)
+        if not is_streamed(selection, cache_gb=config.cache_gb):
+            check_cache(selection, cache=config.cache, cache_gb=config.cache_gb)
     return config, selection
 
 

@@ -344,7 +344,10 @@ class PretrainConfig(Settings, CellsConfig):
     log_every: int = Field(50, ge=1, description="steps")
     checkpoint_every: int = Field(1000, ge=1, description="steps")
     keep_checkpoints: int = Field(2, ge=1, description="newest ones that are kept, besides the best")
-    cache: LocalPath = Field("~/.cache/lemon", description="local folder of uncompressed images")
+    cache: LocalPath = Field("~/.cache/lemon", description="local folder of uncompressed images, shared by all runs")
+    cache_gb: float = Field(
+        200, ge=0, description="GB that the cache may take; cells that take more are streamed from the table"
+    )
     register_as: str | None = Field(
         "lemon",
         pattern=REGISTERED,

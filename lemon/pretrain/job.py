@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from lemon.cells.batches import is_streamed
 from lemon.cells.select import Selection
 from lemon.encoders.device import choose_device
 from lemon.encoders.export import CONFIG, CellInput
@@ -85,8 +86,12 @@ def begin_output(config: PretrainConfig, selection: Selection, store: Store) -> 
 
 
 def settings_of(config: PretrainConfig, selection: Selection) -> dict[str, Any]:
-    """The settings that change the encoder; cells and stain statistics by their content, wherever they lie."""
-    settings = config.result_settings() | {"cells": selection.fingerprint}
+    """The settings that change the encoder; cells and stain statistics by their content, wherever they lie.
+
+    ``order`` is that of the cells, which another ``cache_gb`` may change.
+    """
+    order = "streamed" if is_streamed(selection, cache_gb=config.cache_gb) else "permuted"
+    settings = config.result_settings() | {"cells": selection.fingerprint, "order": order}
     if config.views.stain.kind == "gmm":
         stain = settings["views"]["stain"] | {"statistics": statistics_of(config.views.stain).fingerprint}
         settings["views"] = settings["views"] | {"stain": stain}
@@ -217,4 +222,4 @@ def _open_run(config: PretrainConfig, store: Store, selection: Selection) -> Run
 
 def parameters_of(config: PretrainConfig) -> dict[str, Any]:
     """What MLflow keeps of the settings: without the folders that would be a difference between any two runs."""
-    return config.model_dump(mode="json", exclude={"output", "cache"})
+    return config.model_dump(mode="json", exclude={"output", "cache", "cache_gb"})

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lemon.runtime.store import Store
+from lemon.runtime.store import BATCH_ROWS, Store, rows_of
 from lemon.schema import DIGEST, fault_of
 
 
@@ -94,28 +94,37 @@ class ShardError(Exception):
 
 
 def read_shard(
-    store: Store, name: str, *, schema: pa.Schema, columns: Sequence[str], digest: str | None = None
+    store: Store,
+    name: str,
+    *,
+    schema: pa.Schema,
+    columns: Sequence[str],
+    digest: str | None = None,
+    first: int = 0,
+    batch_rows: int = BATCH_ROWS,
 ) -> Generator[pa.RecordBatch]:
-    """A shard's rows, ``BATCH_ROWS`` or fewer at a time, in order; checksums of pages are compared.
+    """A shard's rows, ``batch_rows`` or fewer at a time, in order; checksums of pages are compared.
 
     Args:
         store, name: where it is.
         schema: of the table that it must be a part of.
         columns: to read.
         digest: that its metadata must state; None takes any.
+        first: the row to begin with.
+        batch_rows: fewer than BATCH_ROWS: little is held of a row group, which is read as it is needed.
 
     Raises ShardError.
     """
     try:
-        with store.open_parquet(name) as file:
+        with store.open_parquet(name, piecewise=batch_rows < BATCH_ROWS) as file:
             fault = fault_of(file.schema_arrow, schema)
             absent = [column for column in columns if column not in file.schema_arrow.names]
             stated = digest_in(file)
-        if fault or absent:
-            raise ShardError(f"{name}: {fault or f'has no column {absent[0]}'}")
-        if digest is not None and stated != digest:
-            raise ShardError(f"{name}: holds other rows than its ledger says (digest {stated}, not {digest})")
-        yield from store.iter_batches(name, columns=columns)
+            if fault or absent:
+                raise ShardError(f"{name}: {fault or f'has no column {absent[0]}'}")
+            if digest is not None and stated != digest:
+                raise ShardError(f"{name}: holds other rows than its ledger says (digest {stated}, not {digest})")
+            yield from rows_of(file, columns=columns, first=first, batch_rows=batch_rows)
     except (OSError, pa.ArrowException) as error:
         raise ShardError(f"{name}: cannot be read: {' '.join(str(error).split())}") from None
 

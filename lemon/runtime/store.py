@@ -39,6 +39,9 @@ BATCH_ROWS = 2048
 CIRCUMSTANCES = "lemon.circumstances"
 """Key in a Parquet file's metadata: a fingerprint of all that the file was made from."""
 
+PIECE_BYTES = 1 << 18
+"""Of a column that is read as it is needed: what a request to object storage fetches at least."""
+
 NOTICE_S = 10.0
 """Seconds without an answer after which a user is informed what a job waits for."""
 
@@ -332,10 +335,13 @@ class Store:
         return pa.concat_tables([schema.empty_table(), *(table.cast(schema) for table in tables)])
 
     @contextlib.contextmanager
-    def open_parquet(self, name: str) -> Iterator[pq.ParquetFile]:
-        """A Parquet file to read piece by piece. Raises FileNotFoundError."""
+    def open_parquet(self, name: str, *, piecewise: bool = False) -> Iterator[pq.ParquetFile]:
+        """A Parquet file to read piece by piece. Raises FileNotFoundError.
+
+        ``piecewise`` reads a column of a row group as it is needed, in place of all of it at once.
+        """
         with self._plain_errors(name), self.filesystem.open_input_file(self.path(name)) as source:
-            yield pq.ParquetFile(source, page_checksum_verification=True)
+            yield pq.ParquetFile(source, page_checksum_verification=True, buffer_size=PIECE_BYTES if piecewise else 0)
 
     def circumstances(self, name: str) -> str | None:
         """What a Parquet file says that it was made from; None where it is absent or does not say."""
@@ -349,9 +355,7 @@ class Store:
     def iter_batches(self, name: str, *, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """One Parquet file, ``BATCH_ROWS`` rows or fewer at a time, in order. Raises FileNotFoundError."""
         with self.open_parquet(name) as file:
-            # Row group by row group: over several, pyarrow keeps what it has read (measured: 655 MB of a 666 MB file).
-            for group in range(file.num_row_groups):
-                yield from file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[*columns])
+            yield from rows_of(file, columns=columns)
 
     def remove_temporaries(self) -> None:
         """Remove what writers that were killed left in this output (local only: S3 leaves nothing).
@@ -388,6 +392,21 @@ class Store:
             if s3.GONE.search(str(error)):
                 raise FileNotFoundError(f"{self.uri}/{name}: no such file") from None
             raise StorageError(f"{self.uri}/{name}: {reason}") from None
+
+
+def rows_of(
+    file: pq.ParquetFile, *, columns: Sequence[str], first: int = 0, batch_rows: int = BATCH_ROWS
+) -> Iterator[pa.RecordBatch]:
+    """The rows of a Parquet file from ``first`` on, ``batch_rows`` or fewer at a time, in order."""
+    # Row group by row group: over several, pyarrow keeps what it has read (measured: 655 MB of a 666 MB file).
+    for group in range(file.num_row_groups):
+        if first >= (count := file.metadata.row_group(group).num_rows):
+            first -= count
+            continue
+        for batch in file.iter_batches(batch_rows, row_groups=[group], columns=[*columns]):
+            if first < len(batch):
+                yield batch.slice(first)
+            first = max(0, first - len(batch))
 
 
 def parse_json(content: bytes, kind: Any, *, label: str) -> Any:

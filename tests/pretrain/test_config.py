@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from lemon.cells.batches import Feed, Order
+from lemon.cells.batches import Feed
+from lemon.cells.images import ImagesInMemory
+from lemon.cells.order import Permutation
 from lemon.errors import ConfigError
 from lemon.pretrain.checkpoint import Checkpoints
 from lemon.pretrain.config import DINOv2Config, PretrainConfig
@@ -197,7 +199,12 @@ def test_every_combination_that_is_taken_trains_with_finite_losses(tmp_path: Pat
         assert isinstance(config.ssl, DINOv2Config)
         method = DINOv2(config.ssl, config.encoder, seed=0)
         run = method.schedules(epochs=config.epochs, steps_per_epoch=config.steps_per_epoch, batch=config.batch)
-        feed = Feed(synthetic_crops(20), Order(20, seed=0), batch=config.batch, device=torch.device("cpu"))
+        feed = Feed(
+            ImagesInMemory(synthetic_crops(20)),
+            Permutation(20, seed=0),
+            batch=config.batch,
+            device=torch.device("cpu"),
+        )
         checkpoints = Checkpoints(Store(tmp_path))
         trainer = Trainer(method, feed, config.views, run, seed=0, checkpoints=checkpoints, config={})
         for images in feed.batches(0, min(2, config.total_steps)):

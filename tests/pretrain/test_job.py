@@ -103,7 +103,7 @@ def test_what_the_data_or_this_machine_refute_is_told_before_anything_is_written
     )
     stain.unlink()
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
-    assert "120 cells take 0.001 GB" in refused(config_in(tmp_path))
+    assert "images of 0.001 GB are to be written" in refused(config_in(tmp_path))
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "cache").exists()
     assert not list((tmp_path / "db").iterdir())
@@ -141,6 +141,15 @@ def test_an_output_in_which_nothing_was_made_takes_new_settings_and_a_run_of_its
     assert Store(tmp_path / "run").read_json(RUN)["run_id"] == runs[1], "the same settings go on in the same run"
     told = refused(config_in(tmp_path, "seed=3", "register_as=null"))
     assert "was begun with other settings (seed 2 then, 3 now); choose another output" in told
+
+
+def test_an_output_keeps_its_order_of_cells(tmp_path: Path, uri: str) -> None:
+    write_cells(tmp_path / "cells")
+    assert pretraining.main(config_in(tmp_path, "register_as=null")) == EXIT_OK
+    assert "other settings (order permuted then, streamed now)" in refused(config_in(tmp_path, "cache_gb=0"))
+    settings = Store(tmp_path / "run").read_json("pretrain.json")
+    Store(tmp_path / "run").write_json("pretrain.json", {key: settings[key] for key in settings if key != "order"})
+    assert "other settings (order None then, permuted now)" in refused(config_in(tmp_path)), "of an earlier version"
 
 
 def test_a_moved_table_goes_on_and_another_one_at_its_place_does_not(tmp_path: Path, uri: str) -> None:

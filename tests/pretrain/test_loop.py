@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from lemon.cells.images import ImagesInMemory, read_images
 from lemon.cells.shard import images_from_arrow
 from lemon.encoders import features, vit
 from lemon.encoders.attention import CellAttention
@@ -18,7 +19,7 @@ from lemon.encoders.features import effective_rank
 from lemon.encoders.mlp import CellMlp
 from lemon.errors import ConfigError
 from lemon.pretrain import online_probe
-from lemon.pretrain.assemble import build_trainer, export, train
+from lemon.pretrain.assemble import build_trainer, export, select, train
 from lemon.pretrain.checkpoint import Checkpoints
 from lemon.pretrain.config import PretrainConfig
 from lemon.pretrain.loop import Trainer, TrainingStoppedError
@@ -90,12 +91,27 @@ def trainer_for(config: PretrainConfig, log: Recorder | None = None) -> Trainer:
     return build_trainer(config, device=CPU, log=log)
 
 
-@pytest.mark.parametrize("ssl", [MOCO, DINO], ids=["mocov3", "dinov2"])
-def test_a_run_that_was_interrupted_equals_one_that_was_not_bit_for_bit(cells: Path, tmp_path: Path, ssl: dict) -> None:
+def test_a_run_from_the_cache_equals_one_from_memory_bit_for_bit(cells: Path, tmp_path: Path) -> None:
+    cached, memory = Recorder(), Recorder()
+    trainer_for(config_for(cells, tmp_path / "a"), cached).run()
+    config = config_for(cells, tmp_path / "b")
+    trainer = trainer_for(config, memory)
+    trainer.feed.images = ImagesInMemory(read_images(select(config)))
+    trainer.run()
+    assert len(cached.losses()) == 12
+    assert cached.losses() == memory.losses()
+
+
+@pytest.mark.parametrize(
+    ("ssl", "cache_gb"), [(MOCO, 1), (DINO, 1), (MOCO, 0)], ids=["mocov3", "dinov2", "mocov3, streamed"]
+)
+def test_a_run_that_was_interrupted_equals_one_that_was_not_bit_for_bit(
+    cells: Path, tmp_path: Path, ssl: dict, cache_gb: int
+) -> None:
     whole, first, second = Recorder(), Recorder(), Recorder()
-    undisturbed = trainer_for(config_for(cells, tmp_path / "a", ssl=ssl), whole)
+    undisturbed = trainer_for(config_for(cells, tmp_path / "a", ssl=ssl, cache_gb=cache_gb), whole)
     undisturbed.run()
-    config = config_for(cells, tmp_path / "b", ssl=ssl)
+    config = config_for(cells, tmp_path / "b", ssl=ssl, cache_gb=cache_gb)
     trainer_for(config, first).run(until=7)  # dies after step 7; checkpoints are of steps 4 and 7
     (tmp_path / "b" / "checkpoints" / "step-00000007.pt").unlink()
     resumed = trainer_for(config, second)
