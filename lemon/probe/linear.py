@@ -6,6 +6,7 @@ alpha are chosen on an inner split that never divides a group.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -27,8 +28,6 @@ ALPHA_GRID = tuple(10.0 ** np.linspace(-2, 8, 11))
 INNER_FOLDS = 3
 PATIENCE = 2
 """Steps along a path of rising C that fall below the best inner score before the search stops."""
-ABOVE_CHANCE = 0.01
-"""How far the best inner score must be above chance for the search to stop."""
 MAX_ITER = 500
 NEIGHBOURS = 20
 QUICK_C, QUICK_ALPHA = 0.01, 1000.0
@@ -69,8 +68,8 @@ def fit_classifier(
     """Logistic regression whose C has the best inner balanced accuracy, or log loss.
 
     Each inner fold follows C upwards from a warm start, where fits are cheap, and the search ends when ``PATIENCE``
-    steps in a row were worse than the best, once that is above chance: the costly, hardly penalised fits at the end of
-    the grid are seldom made.
+    steps in a row were worse than the best: the costly, hardly penalised fits at the end of the grid are seldom made.
+    Steps up to the last one where one class takes all do not count.
 
     Args:
         embedding: float32 [N, D].
@@ -87,15 +86,17 @@ def fit_classifier(
         for train, test in inner_splits(labels, groups, seed=seed, classify=True)
     ]
     scores: dict[float, float] = {}
+    candidates: list[float] = []
     chance = 1 / len(np.unique(labels))
     for c in grid:
         scores[c] = float(np.mean([path.score(c) for path in paths]))
-        # Below, not as good as: at the least C all crops are given the largest class, C after C. A few that are not may
-        # all be wrong ones, so that nothing ends before the best is better than chance.
-        is_worse = len(scores) > PATIENCE and max(list(scores.values())[-PATIENCE:]) < max(scores.values())
-        if is_worse and max(scores.values()) > chance + ABOVE_CHANCE:
+        # Under a strong penalty one class takes all. A better score at a stronger one still, where all crops are about
+        # even, was an accident.
+        candidates = [] if math.isclose(scores[c], chance) else [*candidates, c]
+        so_far = [scores[each] for each in candidates]
+        if len(so_far) > PATIENCE and max(so_far[-PATIENCE:]) < max(so_far):
             break
-    best = max(scores, key=lambda c: scores[c])
+    best = max(candidates or scores, key=lambda c: scores[c])
     return Fitted(fit_logistic(embedding, labels, c=best, features=features, class_weight=class_weight), best, scores)
 
 

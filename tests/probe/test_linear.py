@@ -53,13 +53,17 @@ def test_the_search_gets_past_a_penalty_so_strong_that_one_class_takes_all():
     assert fitted.inner_scores[fitted.chosen] > 0.8
 
 
-def test_the_search_gets_past_a_penalty_so_strong_that_the_few_of_another_class_are_wrong():
-    task, embedding = made_up(480, signal=0.0, per_slide=8.0)  # without weights 0.5 at the least C, then a little less
+def test_the_search_does_not_end_where_one_class_takes_all_after_a_lucky_start():
+    task, embedding = made_up(480, signal=0.0, per_slide=8.0)
     train = task.protocols[0].folds[1].train
     labels = (task.target[train] == "tumour").astype(int)
     fitted = linear.fit_classifier(embedding[train], labels, groups=None, seed=0, class_weight="none")
-    assert fitted.inner_scores[linear.C_GRID[0]] == 0.5
-    assert fitted.inner_scores[fitted.chosen] > 0.8
+    scores = list(fitted.inner_scores.values())
+    assert scores[0] > 0.9
+    assert min(scores[1:4]) == 0.5
+    assert fitted.inner_scores[fitted.chosen] > 0.9
+    assert fitted.chosen > 1e-6
+    assert fitted.model.score(embedding[train], labels) > 0.9  # with the first C alone, one class takes all
 
 
 def test_inner_splits_never_divide_a_slide():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -166,7 +167,9 @@ def test_crops_may_be_centred_on_the_nucleus_of_cells_that_have_one(tmp_path: Pa
     known = [(row, at[name]) for row, name in enumerate(nucleus.sample_ids.tolist()) if name in at]
     assert len(known) > 20
     for row, other in known:
-        np.testing.assert_array_equal(nucleus.images[row][:, :52], cell.images[other][:, 8:])
+        shifts = itertools.product((-1, 0, 1), (7, 8, 9))  # centres of the made-up cells lie between two pixels
+        moved = [cell.images[other][2 + y : 58 + y, 2 + x : 50 + x] for y, x in shifts]
+        assert any(np.array_equal(nucleus.images[row][2:58, 2:50], each) for each in moved)
     genes = [cell.target_names.index(name) for name in nucleus.target_names]
     np.testing.assert_array_equal(
         nucleus.target[[row for row, _ in known]], cell.target[[o for _, o in known]][:, genes]
