@@ -25,7 +25,7 @@ GRAFANA = Path(__file__).resolve().parents[1] / "cluster" / "grafana" / "lemon.j
 def postgres_programs() -> Path | None:
     """The folder of PostgreSQL's programs; Debian keeps ``initdb`` out of PATH."""
     found = shutil.which("initdb")
-    folders = [Path(found).parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    folders = [Path(found).resolve().parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     return folders[-1] if folders else None
 
 
@@ -39,7 +39,7 @@ class Database:
 
     def uri(self, name: str = "mlflow") -> str:
         """As MLflow takes it: without the password."""
-        return f"postgresql://mlflow@127.0.0.1:{self.port}/{name}"
+        return f"postgresql+psycopg2://mlflow@127.0.0.1:{self.port}/{name}"
 
     def run(self, program: str, *words: str) -> str:
         """One of PostgreSQL's client programs, as the user mlflow; returns what it printed."""

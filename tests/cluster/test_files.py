@@ -362,5 +362,5 @@ def test_what_outlives_the_cluster_is_selected_by_its_services_and_kept_from_oth
     ]
     assert backup["metadata"]["labels"]["lemon"] in rule["values"]
     server = one(items, "Deployment", "mlflow")["spec"]["template"]["spec"]["containers"][0]
-    assert "--backend-store-uri=postgresql://mlflow@lemon-postgres:5432/mlflow" in server["args"]
+    assert "--backend-store-uri=postgresql+psycopg2://mlflow@lemon-postgres:5432/mlflow" in server["args"]
     assert not [item["metadata"]["name"] for item in items if "password:" in yaml.safe_dump(item)]  # only references

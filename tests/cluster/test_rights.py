@@ -247,7 +247,7 @@ def test_the_set_up_runs_twice_on_a_stand_in_and_fills_in_the_cluster_file(aws_s
     assert filled[0] == filled[1]
     assert secrets[0] == secrets[1]
     assert "EDIT" not in "\n".join(line.partition("#")[0] for line in filled[0].splitlines())
-    database = re.search(r"postgresql://mlflow@(\S+):5432/mlflow", filled[0])
+    database = re.search(r"postgresql\+psycopg2://mlflow@(\S+):5432/mlflow", filled[0])
     assert database
     assert secrets[0]["pgpass"] == f"{database[1]}:5432:mlflow:mlflow:{secrets[0]['password']}\n"
     for path in (home / ".ssh" / "lemon", *(home / ".lemon-cluster").iterdir()):
