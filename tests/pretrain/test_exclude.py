@@ -33,7 +33,7 @@ SLIDES = {
 def home(tmp_path: Path) -> Path:
     ledger = cells_ledger(Store(tmp_path / "cells"), config_fingerprint="x")
     for slide_id, patient in SLIDES.items():
-        ledger.commit(SlideRow(slide_id, "", patient, status="done", n_cells=10))
+        ledger.commit(SlideRow(slide_id, "", patient, status="done", n_cells=10, cells_digest=slide_id))
     return tmp_path
 
 

@@ -19,10 +19,11 @@ from lemon.probe.task import Task, TaskError
 from lemon.runtime.config import load, preset_names
 from lemon.runtime.store import Store
 from lemon.runtime.tracking import RUN
-from lemon.sweep import grid, points, table
+from lemon.sweep import grid, table
 from lemon.sweep import job as sweep
 from lemon.sweep import trial as trials
 from lemon.sweep.config import SweepConfig
+from lemon.sweep.points import nested_organs
 from tests.cells_table import synthetic_crops, write_slide
 from tests.sweep.studies import ORGANS, light_task, sweep_words, write_cells
 
@@ -176,7 +177,7 @@ def test_selections_are_nested_and_copy_nothing(home: Path) -> None:
 def test_organs_are_nested_in_the_order_of_their_hash_and_the_number_of_cells_is_fixed(home: Path) -> None:
     points = ",".join(f"{{name: o{n}, n_organs: {n}, overrides: {{select: {{n_slides: 2}}}}}}" for n in (1, 2, 3))
     config = config_of(home, "sweep=organs", f"sweep.points=[{points}]", "pretrain.select.n_cells=30")
-    order = points.nested_organs(Store(home / "cells"))
+    order = nested_organs(Store(home / "cells"))
     assert sorted(order) == list(ORGANS)
     for number, entry in enumerate(grid.build_grid(config).entries, 1):
         select = entry.trial.pretrain.select
