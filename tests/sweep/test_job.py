@@ -23,7 +23,7 @@ from lemon.sweep import grid, table
 from lemon.sweep import job as sweep
 from lemon.sweep import trial as trials
 from lemon.sweep.config import SweepConfig
-from lemon.sweep.points import nested_organs
+from lemon.sweep.points import nested_organs, point_config
 from tests.cells_table import synthetic_crops, write_slide
 from tests.sweep.studies import ORGANS, light_task, sweep_words, write_cells
 
@@ -71,14 +71,14 @@ def test_every_shipped_study_composes_and_gives_a_pretraining_job_a_point(home: 
     given = [f"variant={variant}", f"sweep={study}", f"cells={home / 'cells'}", "tasks=light", "output=o"]
     config = load("scaling_sweep", given, SweepConfig)
     organs = [f"organ{number}" for number in range(10)]
-    made = [points.point_config(config, point, organs=organs) for point in config.sweep.points]
+    made = [point_config(config, point, organs=organs) for point in config.sweep.points]
     assert study.startswith(config.sweep.name)  # ssl_tiny is the study ssl
     assert len({repr(each) for each in made}) == len(made) >= 3
 
 
 def test_later_words_win_the_study_then_the_sweep_then_the_point(home: Path) -> None:
     config = config_of(home, "sweep=slides", "sweep.points=[2,3]", "pretrain.select.n_cells=40")
-    made = points.point_config(config, config.sweep.points[1], organs=[])
+    made = point_config(config, config.sweep.points[1], organs=[])
     assert (made.select.n_slides, made.select.n_cells) == (3, 40)
 
 
@@ -87,7 +87,7 @@ def test_the_pretraining_job_takes_a_choice_and_values_inside_it_in_any_order(ho
     for more in (["pretrain.ssl=dinov2_tiny", *inside], [*inside, "pretrain.ssl=dinov2_tiny"]):
         given = [f"cells={home / 'cells'}", "tasks=light", "output=o", "pretrain.probe=null", *more]
         config = load("scaling_sweep", given, SweepConfig)
-        made = points.point_config(config, config.sweep.points[0], organs=[])
+        made = point_config(config, config.sweep.points[0], organs=[])
         assert isinstance(made.ssl, DINOv2Config)
         assert (made.ssl.prototypes, made.ssl.teacher_temperature) == (64, (0.1, 0.2))
         assert made.ssl.centering == "sinkhorn"  # of the choice
