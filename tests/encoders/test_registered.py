@@ -40,7 +40,8 @@ def test_a_registered_encoder_opens_by_its_version_and_by_its_alias(here: Path) 
 
     folders = [here / "one", here / "two"]
     assert [register(folder, seed=seed) for seed, folder in enumerate(folders)] == [1, 2]
-    client = mlflow.MlflowClient(f"sqlite:///{here / 'runs' / 'mlflow.db'}")
+    database = f"sqlite:///{here / 'runs' / 'mlflow.db'}"
+    client = mlflow.MlflowClient(database, registry_uri=database)  # else the one that a test before may have set
     client.set_registered_model_alias("nuclei", "best", "2")
     images = synthetic_crops(3)
     expected = [load_encoder(folder).embed(images) for folder in folders]
