@@ -106,7 +106,10 @@ class Line:
 
 def newest(name: str, **having: Any) -> dict[str, Any]:
     """The last line of a file of results that has these values."""
-    lines = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+    path = RESULTS / f"{name}.jsonl"
+    if not path.exists():
+        raise SystemExit(f"cluster_cost: {path.name} is not measured yet: python -m benchmarks.cluster_cost --measure")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
     return next(line for line in reversed(lines) if having.items() <= line.items())
 
 

@@ -256,14 +256,6 @@ def experiment_ids(uri: str) -> dict[str, str]:
     return {each.name: each.experiment_id for each in known if each.experiment_id != "0"}
 
 
-def tag_experiment(uri: str, experiment_id: str, key: str, value: str) -> None:
-    """Set a tag of an experiment. Raises ConfigError where MLflow cannot be written."""
-    import mlflow
-
-    with _refused("MLFLOW_TRACKING_URI", uri):
-        mlflow.MlflowClient(uri).set_experiment_tag(experiment_id, key, value)
-
-
 def find_runs(experiment: str, *, uri: str | None = None) -> list[RunRecord]:
     """All runs of an experiment, the oldest first; none where the experiment or the database is absent.
 

@@ -5,11 +5,9 @@ Without them MLflow (3.17) opens an experiment as one of language models, with t
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import sys
-from collections.abc import Iterable
 
 from pydantic import Field
 
@@ -17,17 +15,12 @@ from lemon.errors import EXIT_OK, ConfigError
 from lemon.runtime.config import Frozen, LocalPath
 from lemon.runtime.console import stage_logger
 from lemon.runtime.secrets import redacted
-from lemon.runtime.tracking import RunRecord, experiment_ids, find_runs, sqlite_uri, tag_experiment, tracking_uri
+from lemon.runtime.tracking import experiment_ids, sqlite_uri, tracking_uri
 
 HOST = "127.0.0.1"
 
-VIEW = "lemon"
-"""The name of the view that the links open."""
-
-QUERY = f"viewStateShareKey={VIEW}&compareRunsMode=CHART&workflowType=machine_learning"
-"""Charts of all runs, in MLflow's view for models that are trained."""
-
-MOST_COLUMNS = 8
+QUERY = "workflowType=machine_learning"
+"""MLflow's view for models that are trained."""
 
 # No jobs of MLflow's own (evaluations of language models), which take seven processes.
 QUIET = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
@@ -58,7 +51,6 @@ def main(config: UiConfig) -> int:
     if not is_served:
         check_port(config.port)
     for name, experiment_id in experiments.items():
-        tag_experiment(uri, experiment_id, f"mlflow.sharedViewState.{VIEW}", shared_view(find_runs(name, uri=uri)))
         logger.info(f"{name}: {page}/#/experiments/{experiment_id}/runs?{QUERY}")
     if is_served:
         return EXIT_OK
@@ -68,28 +60,6 @@ def main(config: UiConfig) -> int:
     words += ["--uvicorn-opts", "--log-level warning"]
     # The address by the environment: the arguments of a process are for all to see, and it may hold a password.
     os.execve(sys.executable, [sys.executable, *words], {**QUIET, **os.environ, "MLFLOW_BACKEND_STORE_URI": uri})
-
-
-def shared_view(runs: Iterable[RunRecord]) -> str:
-    """How MLflow shows an experiment's runs, in the form in which its page keeps a view that is shared (3.17).
-
-    Beside the charts of all metrics, which the page makes itself, the parameters that differ; in its list, scores that
-    have an interval and the name of the views as columns.
-    """
-    scores = sorted({name for run in runs for name in run.metrics if f"{name}_low" in run.metrics})
-    section = {"uuid": VIEW, "name": "parameters that differ", "display": True, "isReordered": False}
-    chart = {
-        "type": "DIFFERENCE",
-        "uuid": f"{VIEW}-parameters",
-        "metricSectionId": VIEW,
-        "chartName": "Parameters that differ",
-        "compareGroups": ["Parameters"],
-        "showDifferencesOnly": True,
-        "showChangeFromBaseline": False,
-        "baselineColumnUuid": "",
-    }
-    columns = [*(f"metrics.`{name}`" for name in scores[:MOST_COLUMNS]), "params.`views.name`"]
-    return json.dumps({"selectedColumns": columns, "compareRunCharts": [chart], "compareRunSections": [section]})
 
 
 def check_port(port: int) -> None:

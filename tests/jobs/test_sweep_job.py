@@ -151,7 +151,7 @@ def test_ray_runs_trials_side_by_side_and_one_that_fails_stops_no_other(home: Pa
     assert failed["error"].startswith("TrainingStoppedError: the loss became")
     assert last_told_to_tune(home).keys() == {"augmentation-calm-s0", "augmentation-tame-s0"}
     for result in last_told_to_tune(home).values():
-        assert result["probe/mine/balanced_accuracy"] > 0
+        assert result["probe/folder_mine/balanced_accuracy"] > 0
     names = ("calm", "wild", "tame")
     assert statuses(home) == {f"augmentation-{name}-s0": "FAILED" if name == "wild" else "FINISHED" for name in names}
 

@@ -1,8 +1,7 @@
-"""MLflow's page as ``lemon ui`` serves it: in a real browser the runs, and two of them compared."""
+"""MLflow's page as ``lemon ui`` serves it."""
 
 from __future__ import annotations
 
-import io
 import os
 import socket
 import subprocess
@@ -16,7 +15,6 @@ import numpy as np
 import psutil
 import pytest
 import requests
-from PIL import Image
 
 from benchmarks.processes import family, free_ports, kill
 from lemon.errors import EXIT_OK, ConfigError
@@ -111,26 +109,3 @@ def test_the_page_is_for_this_machine_alone_and_no_workers_of_mlflows_jobs_are_s
         if connection.status == psutil.CONN_LISTEN
     }
     assert places == {"127.0.0.1"}
-
-
-@pytest.mark.slow
-def test_the_link_opens_scores_curves_and_the_parameters_that_differ_without_a_click(
-    served: tuple[subprocess.Popen[str], str], browser: Any
-) -> None:
-    browser.set_window_size(1600, 3000)  # the page draws what is in view
-    browser.get(served[1])
-
-    def text() -> str:
-        return str(browser.find_element("css selector", "body").text)
-
-    runs = [f"vit_tiny8-mocov3-{views}" for views in POLICIES]
-    scores = ["online/restained/recall_at_1", "online/morphometry", "probe/restained", "probe/morphometry"]
-    for part in (*runs, "Parameters that differ", "views.name", *POLICIES, *scores):
-        wait(lambda part=part: part in text(), f"the page shows {part}", seconds=120)
-    curves = ".js-plotly-plot .scatterlayer .trace .js-line"
-    wait(lambda: len(browser.find_elements("css selector", curves)) >= 2, "curves of both runs are drawn", seconds=120)
-    bars = ".js-plotly-plot .barlayer .trace .point"
-    wait(lambda: len(browser.find_elements("css selector", bars)) >= 2, "scores of both runs are drawn", seconds=120)
-    assert "Traces" not in text().partition("Runs")[0], "MLflow's view for models that are trained"
-    with Image.open(io.BytesIO(browser.get_screenshot_as_png())) as picture:
-        assert len(picture.convert("RGB").getcolors(1 << 24)) > 200
