@@ -160,18 +160,20 @@ def _optimus(version: int, licence: str) -> EncoderEntry:
     )
 
 
+def _sees_cells(name: str, **facts: Any) -> EncoderEntry:
+    """One of LEMON's sizes: it sees the crop as it is, normalised as the released LEMON."""
+    return EncoderEntry(name=name, input_px=40, mean=LEMON_MEAN, std=LEMON_STD, **{"family": "LEMON"} | facts)
+
+
 def _untrained(size: str, width: int) -> EncoderEntry:
-    return EncoderEntry(
-        name=f"untrained_{size}",
+    return _sees_cells(
+        f"untrained_{size}",
         source="untrained",
         where="seed 0, the initialisation of MoCo v3",
         architecture=size,
         width=width,
         licence="none",
         files=(),
-        input_px=40,
-        mean=LEMON_MEAN,
-        std=LEMON_STD,
         family="untrained",
     )
 
@@ -184,43 +186,31 @@ _DINOV2_SIZES = (
 )
 
 _ENTRIES = (
-    EncoderEntry(
-        name="lemon",
+    _sees_cells(
+        "lemon",
         source="hub",
         where="aliceblondel/LEMON",
         architecture="vit_s8",
         width=384,
         licence="MIT",
         files=("lemon.pth.tar",),
-        input_px=40,
-        mean=LEMON_MEAN,
-        std=LEMON_STD,
-        family="LEMON",
     ),
-    EncoderEntry(
-        name="lemon_mini",
+    _sees_cells(
+        "lemon_mini",
         source="bundled",
         where="python -m benchmarks.learning",
         architecture="vit_mini8",
         width=192,
         # The licences of the nuclei that it has seen: docs/probes.md.
         licence="research only",
-        input_px=40,
-        mean=LEMON_MEAN,
-        std=LEMON_STD,
-        family="LEMON",
     ),
-    EncoderEntry(
-        name="lemon_small",
+    _sees_cells(
+        "lemon_small",
         source="release",
         where="the page of LEMON's releases",
         architecture="vit_s8",
         width=384,
         licence="research only",
-        input_px=40,
-        mean=LEMON_MEAN,
-        std=LEMON_STD,
-        family="LEMON",
     ),
     EncoderEntry(
         name="efficientnet_lite0",

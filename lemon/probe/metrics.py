@@ -42,11 +42,11 @@ class Bootstrapped(NamedTuple):
 
     def interval(self) -> Interval:
         """The mean with its bounds."""
-        return _interval(self.mean, self.draws)
+        return interval(self.mean, self.draws)
 
     def less(self, other: Bootstrapped) -> Interval:
         """The difference to another on the same nuclei, over the same draws."""
-        return _interval(self.mean - other.mean, self.draws - other.draws)
+        return interval(self.mean - other.mean, self.draws - other.draws)
 
 
 def classification_scores(truth: np.ndarray, probability: np.ndarray) -> dict[str, float]:
@@ -186,7 +186,8 @@ def _mean(values: np.ndarray) -> np.ndarray:
     return _ratio(np.nansum(values, axis=-1), np.isfinite(values).sum(axis=-1))
 
 
-def _interval(value: float, samples: np.ndarray) -> Interval:
+def interval(value: float, samples: np.ndarray) -> Interval:
+    """A value with the middle 95 % of its samples over draws; a draw in which it is undefined does not count."""
     samples = samples[np.isfinite(samples)]
     if not len(samples):
         return Interval(value, np.nan, np.nan)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lemon.probe.metrics import LEVEL, Interval, cluster_draws
+from lemon.probe.metrics import Interval, cluster_draws, interval
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,5 @@ def confusions(truth: np.ndarray, predicted: np.ndarray, *, classes: int) -> np.
 
 
 def over_draws(values: np.ndarray) -> Interval:
-    """Of [1 + draws] the first, and the middle 95 % of the others; a draw in which it is undefined does not count."""
-    tail, known = (1 - LEVEL) / 2, values[1:][np.isfinite(values[1:])]
-    low, high = np.quantile(known, [tail, 1 - tail]) if len(known) else (np.nan, np.nan)
-    return Interval(float(values[0]), float(low), float(high))
+    """Of [1 + draws] the first, with its interval by the others."""
+    return interval(float(values[0]), values[1:])

@@ -52,12 +52,17 @@ class PairedDifference(NamedTuple):
     @property
     def may_be_chance(self) -> bool:
         """Whether the interval holds 0, or is not known."""
-        return not (self.low > 0 or self.high < 0)
+        return holds_zero(self.low, self.high)
 
     def turned(self) -> PairedDifference:
         """The same from the other's side."""
         task, protocol, encoder, against, difference, low, high = self
         return PairedDifference(task, protocol, against, encoder, -difference, -high, -low)
+
+
+def holds_zero(low: float, high: float) -> bool:
+    """Whether an interval of a difference holds 0, or is not known."""
+    return not (low > 0 or high < 0)
 
 
 METRIC_NAMES = {"balanced_accuracy": "balanced accuracy", "pearson": "Pearson r", "recall_at_1": "recall at 1"}

@@ -36,8 +36,8 @@ RUN = "run.json"
 NEWEST = "newest"
 """The alias of a registered model's newest version: models:/lemon@newest."""
 
-UI = "http://127.0.0.1:5000"
-"""Where ``make ui`` serves MLflow's pages."""
+UI_HOST, UI_PORT = "127.0.0.1", 5000
+"""Where ``lemon ui`` serves MLflow's pages."""
 
 MLFLOW_PARENT = "mlflow.parentRunId"
 """The tag that MLflow gives a run which belongs to another."""
@@ -256,14 +256,14 @@ def experiment_ids(uri: str) -> dict[str, str]:
     return {each.name: each.experiment_id for each in known if each.experiment_id != "0"}
 
 
-def find_runs(experiment: str, *, uri: str | None = None) -> list[RunRecord]:
+def find_runs(experiment: str) -> list[RunRecord]:
     """All runs of an experiment, the oldest first; none where the experiment or the database is absent.
 
-    Of the MLflow in use, unless ``uri`` names another. Raises ConfigError where MLflow cannot be read.
+    Raises ConfigError where MLflow cannot be read.
     """
     import mlflow
 
-    uri = uri or tracking_uri()
+    uri = tracking_uri()
     if _is_absent_database(uri):
         return []
     _require(uri)
@@ -277,7 +277,9 @@ def find_runs(experiment: str, *, uri: str | None = None) -> list[RunRecord]:
             token = page and page.token
             page = client.search_runs([known.experiment_id], order_by=["attributes.start_time"], page_token=token)
             runs += page
-    site = f"{uri if uri.startswith('http') else UI}/#/experiments/{known.experiment_id}/runs"
+    site = (
+        f"{uri if uri.startswith('http') else f'http://{UI_HOST}:{UI_PORT}'}/#/experiments/{known.experiment_id}/runs"
+    )
     return [
         RunRecord(
             Run(uri, run.info.run_id),

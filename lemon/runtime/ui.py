@@ -15,9 +15,7 @@ from lemon.errors import EXIT_OK, ConfigError
 from lemon.runtime.config import Frozen, LocalPath
 from lemon.runtime.console import stage_logger
 from lemon.runtime.secrets import redacted
-from lemon.runtime.tracking import experiment_ids, sqlite_uri, tracking_uri
-
-HOST = "127.0.0.1"
+from lemon.runtime.tracking import UI_HOST, UI_PORT, experiment_ids, sqlite_uri, tracking_uri
 
 QUERY = "workflowType=machine_learning"
 """MLflow's view for models that are trained."""
@@ -34,7 +32,7 @@ class UiConfig(Frozen):
     database: LocalPath | None = Field(
         None, description="SQLite file of the runs; null: MLFLOW_TRACKING_URI, else mlflow.db in the working folder"
     )
-    port: int = Field(5000, ge=1, le=65535, description="where the page is served, on 127.0.0.1")
+    port: int = Field(UI_PORT, ge=1, le=65535, description="where the page is served, on 127.0.0.1")
 
 
 def main(config: UiConfig) -> int:
@@ -47,7 +45,7 @@ def main(config: UiConfig) -> int:
     if not experiments:
         raise ConfigError(f"database: {redacted(uri)} holds no runs yet; lemon pretrain, probe and sweep make them")
     is_served = uri.startswith("http")
-    page = uri.rstrip("/") if is_served else f"http://{HOST}:{config.port}"
+    page = uri.rstrip("/") if is_served else f"http://{UI_HOST}:{config.port}"
     if not is_served:
         check_port(config.port)
     for name, experiment_id in experiments.items():
@@ -56,7 +54,7 @@ def main(config: UiConfig) -> int:
         return EXIT_OK
     logger.info("the page answers in some seconds; Ctrl-C ends it")
     sys.stdout.flush()
-    words = ["-m", "mlflow", "server", "--host", HOST, "--port", str(config.port), "--workers", "1"]
+    words = ["-m", "mlflow", "server", "--host", UI_HOST, "--port", str(config.port), "--workers", "1"]
     words += ["--uvicorn-opts", "--log-level warning"]
     # The address by the environment: the arguments of a process are for all to see, and it may hold a password.
     os.execve(sys.executable, [sys.executable, *words], {**QUIET, **os.environ, "MLFLOW_BACKEND_STORE_URI": uri})
@@ -67,6 +65,6 @@ def check_port(port: int) -> None:
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            taken.bind((HOST, port))
+            taken.bind((UI_HOST, port))
         except OSError as error:
-            raise ConfigError(f"port: {port} on {HOST}: {error.strerror}; choose another, port={port + 1}") from None
+            raise ConfigError(f"port: {port} on {UI_HOST}: {error.strerror}; choose another, port={port + 1}") from None

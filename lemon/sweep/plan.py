@@ -23,14 +23,13 @@ from lemon.pretrain.rates import checkpoint_bytes, rates_of
 from lemon.probe.tasks.catalogue import CURATED
 from lemon.runtime.console import stage_logger
 from lemon.runtime.store import Store, is_uri, path_exists
-from lemon.schema import CELL_PX, SlideRow
+from lemon.schema import CELL_BYTES, SlideRow
 from lemon.sweep.config import Point, SweepConfig
 from lemon.sweep.points import PointFaults, cached_select, nested_organs, point_config, selection_faults
 
 logger = stage_logger(__name__, "sweep")
 
 GB = 1e9
-IMAGE_BYTES = CELL_PX * CELL_PX * 3  # of a cell, in a table and in the cache
 
 
 @dataclass(frozen=True)
@@ -144,14 +143,15 @@ def _slides_of(config: PretrainConfig, select: Callable[..., Selection]) -> tupl
 
 
 def _needs(config: SweepConfig, plans: Sequence[PointPlan]) -> list[Need]:
-    """Room for images of all selections, each once, and for checkpoints and encoders of all trials."""
-    caches: dict[tuple[str, frozenset[str] | str, int], int] = {}
+    """Room for images, which selections of the same slides share, and for checkpoints and encoders of all trials."""
+    caches: dict[tuple[str, frozenset[str] | str], int] = {}
     kept = 0
     for plan in plans:
         if plan.config is None:
             continue
         slides = frozenset(row.slide_id for row in plan.rows) or repr(plan.config.select)
-        caches[plan.config.cache, slides, plan.n_cells or 0] = (plan.n_cells or 0) * IMAGE_BYTES
+        place = plan.config.cache, slides
+        caches[place] = max(caches.get(place, 0), (plan.n_cells or 0) * CELL_BYTES)
         copies = plan.config.keep_checkpoints + (plan.config.probe is not None)  # the best one beside the newest
         kept += len(config.all_seeds) * copies * checkpoint_bytes(plan.config)
     by_folder = {folder: sum(size for key, size in caches.items() if key[0] == folder) for folder, *_ in caches}
@@ -294,7 +294,7 @@ def _curation(plans: Sequence[PointPlan], rows: Sequence[SlideRow]) -> Iterator[
             limits[plan.point.name] = _least_limit(nuclei, plan.config.select.n_cells)
     if enough := [limit for limit in limits.values() if limit is not None]:
         limit = _round_up(max(enough))
-        size = sum(min(_nuclei(row), limit) for row in rows) * IMAGE_BYTES
+        size = sum(min(_nuclei(row), limit) for row in rows) * CELL_BYTES
         yield f"curate into another output with cells_per_slide={limit}: {size / GB:,.1f} GB of cells"
     if lacking := [name for name, limit in limits.items() if limit is None]:
         yield f"point {', '.join(lacking)}: all nuclei of its slides are too few; only fewer cells or more slides help"

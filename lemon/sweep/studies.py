@@ -17,7 +17,7 @@ from scipy import stats
 
 from lemon.probe.folds import LEAK_FREE
 from lemon.probe.score import MAIN_METRICS
-from lemon.probe.tables import leaders
+from lemon.probe.tables import holds_zero, leaders
 from lemon.schema import SweepRow
 
 ENCODERS = {"vit_s8": "ViT-S/8", "vit_b8": "ViT-B/8"}
@@ -194,7 +194,7 @@ def leading_points(values: Sequence[Value]) -> dict[tuple[str, str], set[str]]:
 
 def may_be_chance(difference: PointDifference | None) -> bool:
     """Whether the interval of a difference holds 0, or is not known, as with a single seed."""
-    return difference is None or not (difference.over.low > 0 or difference.over.high < 0)
+    return difference is None or holds_zero(difference.over.low, difference.over.high)
 
 
 def main_values(values: Sequence[Value]) -> dict[str, list[Value]]:

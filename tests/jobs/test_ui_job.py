@@ -11,25 +11,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 import requests
 
 from benchmarks.processes import family, free_ports, kill
-from lemon.errors import EXIT_OK, ConfigError
-from lemon.pretrain import job as pretraining
-from lemon.pretrain.config import PretrainConfig
+from lemon.errors import ConfigError
 from lemon.runtime import ui
-from lemon.runtime.config import load
 from lemon.runtime.store import Store
+from lemon.runtime.tracking import start_run
 from lemon.runtime.ui import UiConfig
-from lemon.schema import MORPHOMETRICS
-from tests.cells_table import synthetic_crops, write_slide
 from tests.jobs.warm import JOBS
-from tests.sweep.studies import TINY
-
-POLICIES = ("a0", "a1_gray")
 
 
 def wait(condition: Callable[[], Any], what: str, *, seconds: float = 60) -> Any:
@@ -50,20 +42,11 @@ def answers(page: str) -> bool:
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of two short pretrainings of different views."""
+    """Of a run of pretraining."""
     home = tmp_path_factory.mktemp("ui")
-    generator = np.random.default_rng(0)
-    for slide in range(2):
-        measures = {name: generator.random(30) for name in MORPHOMETRICS}
-        write_slide(Store(home / "cells"), f"s{slide}", synthetic_crops(30, seed=slide), arrays=measures)
-    tiny = [word.removeprefix("pretrain.") for word in TINY]
-    places = [f"cells={home / 'cells'}", f"cache={home / 'cache'}", "epochs=3"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
-        patch.setenv("LOKY_MAX_CPU_COUNT", "1")
-        for views in POLICIES:
-            words = [*tiny, *places, f"views={views}", f"output={home / views}", "register_as=null"]
-            assert pretraining.main(load("pretrain", words, PretrainConfig)) == EXIT_OK
+        start_run("pretrain", "vit_tiny8-mocov3-a0", store=Store(home / "run"), params={}).close()
     return home / "mlflow.db"
 
 
