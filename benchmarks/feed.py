@@ -276,7 +276,7 @@ def mixture(_store: Store, _options: argparse.Namespace) -> Iterator[dict[str, A
             "stream": Stream(sizes, seed=0, batch=BATCH),
         }
         for name, order in orders.items():
-            figures: dict[str, Any] = {"table_slides": n_slides, "table_cells": sum(sizes), "order": name}
+            figures: dict[str, Any] = {"table_slides": n_slides, "table_cells": int(sum(sizes)), "order": name}
             for batches in (1, 10, 100):
                 starts = random.integers(0, order.n_cells, 20)
                 windows = [order.indices(int(start), BATCH * batches) for start in starts]
