@@ -341,7 +341,8 @@ class Store:
         ``piecewise`` reads a column of a row group as it is needed, in place of all of it at once.
         """
         with self._plain_errors(name), self.filesystem.open_input_file(self.path(name)) as source:
-            yield pq.ParquetFile(source, page_checksum_verification=True, buffer_size=PIECE_BYTES if piecewise else 0)
+            buffer = PIECE_BYTES if piecewise else 0
+            yield pq.ParquetFile(source, page_checksum_verification=True, buffer_size=buffer, pre_buffer=not piecewise)
 
     def circumstances(self, name: str) -> str | None:
         """What a Parquet file says that it was made from; None where it is absent or does not say."""

@@ -17,8 +17,8 @@ from lemon.runtime.console import stage_logger
 from lemon.runtime.secrets import redacted
 from lemon.runtime.tracking import UI_HOST, UI_PORT, experiment_ids, sqlite_uri, tracking_uri
 
-QUERY = "workflowType=machine_learning"
-"""MLflow's view for models that are trained."""
+QUERY = "workflowType=machine_learning&compareRunsMode=CHART"
+"""MLflow's view for models that are trained: the runs beside their curves and scores."""
 
 # No jobs of MLflow's own (evaluations of language models), which take seven processes.
 QUIET = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}

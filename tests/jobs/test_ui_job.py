@@ -11,17 +11,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import requests
 
 from benchmarks.processes import family, free_ports, kill
 from lemon.errors import ConfigError
+from lemon.pretrain import job as pretraining
+from lemon.pretrain.config import PretrainConfig
 from lemon.runtime import ui
+from lemon.runtime.config import load
 from lemon.runtime.store import Store
-from lemon.runtime.tracking import start_run
 from lemon.runtime.ui import UiConfig
+from lemon.schema import MORPHOMETRICS
+from tests.cells_table import synthetic_crops, write_slide
 from tests.jobs.warm import JOBS
+from tests.sweep.studies import TINY
 
 
 def wait(condition: Callable[[], Any], what: str, *, seconds: float = 60) -> Any:
@@ -42,11 +48,18 @@ def answers(page: str) -> bool:
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a run of pretraining."""
+    """Of two runs of pretraining by different views."""
     home = tmp_path_factory.mktemp("ui")
+    for number in range(6):
+        random = np.random.default_rng(number)
+        arrays = {name: random.random(40) for name in MORPHOMETRICS}
+        write_slide(Store(home / "cells"), f"s{number}", synthetic_crops(40, seed=number), arrays=arrays)
+    words = [f"cells={home / 'cells'}", f"cache={home / 'cache'}", "epochs=4"]
+    words += [word.removeprefix("pretrain.") for word in TINY]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
-        start_run("pretrain", "vit_tiny8-mocov3-a0", store=Store(home / "run"), params={}).close()
+        for views in ("a0", "a1_gray"):
+            pretraining.main(load("pretrain", [*words, f"views={views}", f"output={home / views}"], PretrainConfig))
     return home / "mlflow.db"
 
 
@@ -92,3 +105,35 @@ def test_the_page_is_for_this_machine_alone_and_no_workers_of_mlflows_jobs_are_s
         if connection.status == psutil.CONN_LISTEN
     }
     assert places == {"127.0.0.1"}
+
+
+@pytest.mark.slow
+def test_two_runs_stand_beside_each_other_with_their_probe_metrics_curves_and_what_differs(
+    served: tuple[subprocess.Popen[str], str], browser: Any, tmp_path: Path
+) -> None:
+    def shown(words: list[str], charts: str) -> Callable[[], bool]:
+        def condition() -> bool:
+            drawn = browser.find_elements("css selector", charts)
+            return bool(drawn) and all(word in browser.page_source for word in words)
+
+        return condition
+
+    browser.set_window_size(1700, 1500)
+    browser.get(served[1])
+    curves = ["vit_tiny8-mocov3-a0", "vit_tiny8-mocov3-a1_gray", "online/morphometry", "online/restained", "probe/"]
+    wait(shown(curves, ".js-plotly-plot .scatterlayer .trace"), "the curves are drawn", seconds=300)
+    lines = browser.find_elements("css selector", ".js-plotly-plot .scatterlayer .trace")
+    assert len(lines) >= 4, "two runs by two scores"
+    browser.save_screenshot(str(tmp_path / "runs.png"))
+    for box in browser.find_elements("css selector", "[role=row] input[type=checkbox], .is-select-all input"):
+        browser.execute_script("if (!arguments[0].checked) arguments[0].click()", box)
+    compare = wait(
+        lambda: next((b for b in browser.find_elements("css selector", "button, a") if b.text == "Compare"), None),
+        "the runs can be compared",
+    )
+    compare.click()
+    wait(lambda: "compare-runs" in browser.current_url, "the comparison opens")
+    differ = ["views.name", "a1_gray", "probe/morphometry", "online/restained/recall_at_1"]
+    wait(shown(differ, ".js-plotly-plot canvas, .js-plotly-plot svg"), "the comparison is drawn", seconds=120)
+    browser.save_screenshot(str(tmp_path / "comparison.png"))
+    assert "Something went wrong" not in browser.find_element("css selector", "body").text
