@@ -24,8 +24,8 @@ PARQUET_OPTIONS = {
     "compression": {name: "none" if name == "image" else "zstd" for name in schema.CELLS.names},
     "use_dictionary": ["slide_id", "patient_id", "organ", "site"],
     "write_statistics": ["rank"],
-    # Pages of 32 crops (346 KB): a reader holds a page at least. At its defaults Arrow looks at the size of a page every
-    # 1,024 rows, and a page of crops is 11 MB (``benchmarks.feed``: 512 readers held 12 GB).
+    # Pages of 32 crops (346 KB), as a reader holds a page at least: at its defaults Arrow looks at a page's size every
+    # 1,024 rows, which are 11 MB of crops.
     "write_batch_size": 32,
     "data_page_size": 300_000,
 }
