@@ -1,11 +1,13 @@
 """A miniature of the paper's studies on real nuclei: augmentation, method and size, each with several seeds.
 
-python -m benchmarks.study --data FOLDER --work FOLDER [--seeds 0 1 2] [--studies augmentation ssl size] [key=value ...]
+python -m benchmarks.study --data FOLDER --work FOLDER [--seeds 0 1 2] [--studies augmentation ssl size]
+  [--weights FOLDER] [key=value ...]
 
 FOLDER holds ``masks/`` (see benchmarks.learning) and ``amibr/``. Every nucleus of the masks becomes a cell to pretrain
 on, without its label; the encoders are scored on cell types of CoNSeP (folds by image) and on AMi-Br (folds by slide).
 Below ``--work``: the cells, a sweep a study (``jobs/scaling_sweep.py``; the same command goes on after an interruption)
-and ``report/index.html``. Further words are overrides of every sweep.
+and ``report/index.html``, where the encoders of ``--weights`` (see benchmarks.robustness), lemon_mini and untrained twins
+stand beside them, scored alike. Further words are overrides of every sweep.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from pathlib import Path
 
 from benchmarks.learning import COLLECTIONS, write_collection
 from benchmarks.record import record
+from benchmarks.robustness import exported
+from lemon.probe import job as probing
+from lemon.probe.config import ProbeConfig
 from lemon.report import job as report
 from lemon.report.config import ReportConfig
 from lemon.report.sources import read_sweep
@@ -35,6 +40,7 @@ PRETRAIN = (
     "pretrain.log_every=20 pretrain.checkpoint_every=200"
 )
 PROBE = "probe.probes=[linear] probe.protocols=[leak-free] probe.robustness=false probe.bootstrap=100"
+TASKS = "consep-type,amibr"
 MOCO = "pretrain.ssl.base_lr=1.0e-3 pretrain.ssl.out_dim=128"
 STUDIES = {
     "augmentation": f"sweep=augmentation sweep.points=[a0,a1_gray,a1_gray_blur1] {MOCO}",
@@ -50,6 +56,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES))
+    parser.add_argument("--weights", type=Path, help="a folder of exported encoders")
     parser.add_argument("overrides", nargs="*", help="of every sweep")
     options = parser.parse_args()
     work = options.work.absolute()
@@ -57,10 +64,10 @@ def main() -> None:
     cells = Store(work / "cells")
     count = sum(write_collection(options.data / "masks" / name, cells) for name in COLLECTIONS)
     print(f"{count:,} cells to pretrain on, in {cells.uri}")
+    scored = [f"data={benchmarks_folder(options.data.absolute(), work / 'benchmarks_data')}", f"tasks=[{TASKS}]"]
     common = [
         f"cells={cells.uri}",
-        f"data={benchmarks_folder(options.data.absolute(), work / 'benchmarks_data')}",
-        "tasks=[consep-type,amibr]",
+        *scored,
         f"seeds=[{','.join(map(str, options.seeds))}]",
         f"pretrain.cache={work / 'cache'}",
         *PRETRAIN.split(),
@@ -74,8 +81,13 @@ def main() -> None:
     record(
         "study", {"seeds": options.seeds, "overrides": options.overrides, "studies": found}, packages=("torch", "ray")
     )
+    models = ",".join(["lemon_mini", *exported(options.weights, work / "encoders")])
+    probes = [word.removeprefix("probe.") for word in PROBE.split()]
+    words = [*scored, *probes, f"models=[{models}]", f"output={work / 'probe'}"]
+    framed("probe", functools.partial(probing.main, load("probe", words, ProbeConfig)))
     sweeps = ",".join(str(work / study) for study in found)
-    words = [f"output={work / 'report'}", f"sweeps=[{sweeps}]", "probes=[]", "title=Miniature studies on real nuclei"]
+    words = [f"output={work / 'report'}", f"sweeps=[{sweeps}]", f"probes=[{work / 'probe'}]"]
+    words.append("title=Miniature studies on real nuclei")
     framed("report", functools.partial(report.main, load("report", words, ReportConfig)))
 
 
