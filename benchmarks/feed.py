@@ -56,7 +56,7 @@ from lemon.runtime.store import Store
 
 BATCH = 4096
 SMALL = (
-    "encoder.name=small encoder.dim=64 encoder.depth=2 encoder.heads=1 batch=1024 images_per_epoch=10240 epochs=2 "
+    "encoder.name=small encoder.dim=64 encoder.depth=2 encoder.heads=1 batch=256 images_per_epoch=2560 epochs=2 "
     "device=cpu register_as=null tasks=null ssl.hidden_dim=128 ssl.warmup_epochs=1"
 )
 CPU = torch.device("cpu")

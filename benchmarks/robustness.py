@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.learning import write_collection
 from benchmarks.record import record
+from lemon.encoders.config import CONFIG, WEIGHTS
 from lemon.probe import job as probing
 from lemon.probe.card import FOLDER, TABLE
 from lemon.probe.config import ProbeConfig
@@ -83,14 +84,17 @@ def main() -> None:
 
 def exported(weights: Path | None, folder: Path) -> list[str]:
     """Folders that ``lemon.load_encoder`` opens, of all encoders in a folder; float16 is written out as float32."""
-    found = sorted(weights.glob("*/config.json")) if weights else []
-    for config in found:
-        target = folder / config.parent.name
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(config, target / config.name)
-        (stored,) = config.parent.glob("model*.safetensors")
-        save_file({name: value.float() for name, value in load_file(stored).items()}, target / "model.safetensors")
-    return [str(folder / config.parent.name) for config in found]
+    found = sorted(config.parent for config in weights.glob("*/config.json")) if weights else []
+    return [str(exported_one(encoder, folder / encoder.name)) for encoder in found]
+
+
+def exported_one(encoder: Path, target: Path) -> Path:
+    """One encoder, its weights as float32, in the folder ``target``."""
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(encoder / CONFIG, target / CONFIG)
+    (stored,) = encoder.glob("model*.safetensors")
+    save_file({name: value.float() for name, value in load_file(stored).items()}, target / WEIGHTS)
+    return target
 
 
 def values_of(row: RobustnessRow) -> dict[str, object]:

@@ -143,7 +143,7 @@ def test_views_losses_and_probes_take_arrays_of_cells(tissue: SyntheticTissue) -
 
 def test_an_encoder_says_in_two_lines_what_it_is_and_what_embed_gives() -> None:
     first, second = repr(lemon.load_encoder("lemon_mini")).splitlines()
-    assert first == "Encoder 'lemon_mini': 1.8 M parameters on cpu"
+    assert first == "Encoder 'lemon_mini': 2.7 M parameters on cpu"
     assert second == "  embed(uint8 [N, 60, 60, 3], RGB at 0.25 um/px) -> torch.float32 [N, 192]"
 
 

@@ -294,10 +294,9 @@ class _Folder:
         surplus = max(in_use + idle_bytes - cache_gb * 1e9, growth - free)
         gone = list(abandoned)
         for path in idle:
-            if surplus <= 0:
-                break
-            gone.append(path)
-            surplus -= present[path].st_size
+            if surplus > 0 or not present[path].st_size:  # empty: a killed process made it and wrote nothing
+                gone.append(path)
+                surplus -= present[path].st_size
         return gone
 
     def _files(self) -> list[Path]:

@@ -400,6 +400,14 @@ def test_what_a_killed_process_claimed_can_go(tmp_path: Path) -> None:
     assert [path.name for path in files(folder)] == names(slides[:1])
 
 
+def test_a_file_that_a_killed_process_made_and_did_not_write_goes_though_it_takes_no_room(tmp_path: Path) -> None:
+    slides, folder = one_slide_each(tmp_path / "cells", 2), tmp_path / "cache"
+    through(slides[0], folder)
+    (folder / "cells" / names(slides[1:])[0]).touch()
+    through(slides[0], folder, gb=1000)
+    assert [path.name for path in files(folder)] == names(slides[:1])
+
+
 def test_a_fill_that_is_killed_at_any_moment_leaves_nothing_that_is_wrong_or_stays(tmp_path: Path) -> None:
     store, _ = small_table(tmp_path / "cells")
     write_slide(store, "d", numbered(2000))

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 
-from lemon.cells.select import select_cells
+from lemon.cells.select import Part, select_cells
 from lemon.cells.shard import images_from_arrow
 from lemon.errors import ConfigError
 from lemon.probe.folds import N_FOLDS
 from lemon.probe.task import Count, TaskError
-from lemon.runtime.store import Store
+from lemon.runtime.shards import ShardError
+from lemon.runtime.store import BATCH_ROWS, READERS, Store
 
 BLOCK_UM = 250.0
 _COLUMNS = ["cell_id", "slide_id", "x_level0_px", "y_level0_px", "mpp", "image"]
@@ -67,5 +69,14 @@ def read_cells(folder: str, *, task: str, n_cells: int, columns: Sequence[str] =
     except ConfigError as error:
         raise TaskError(f"{task}: {error}") from None
     names = [*_COLUMNS, *columns]
-    parts = [selection.store.read_table(part.name, columns=names).slice(0, part.n_rows) for part in selection.parts]
-    return CuratedCells(pa.concat_tables(parts), len(selection.parts))
+
+    def lowest(part: Part) -> list[pa.RecordBatch]:
+        # No more is read than the rows that are kept: a table may have 10,000 slides, each of hundreds of MB.
+        return list(selection.batches(part, names, batch_rows=min(part.n_rows, BATCH_ROWS)))
+
+    try:
+        with ThreadPoolExecutor(READERS) as pool:
+            batches = [batch for of_slide in pool.map(lowest, selection.parts) for batch in of_slide]
+    except ShardError as error:
+        raise TaskError(f"{task}: {folder}/{error}; curate the slide again") from None
+    return CuratedCells(pa.Table.from_batches(batches), len(selection.parts))

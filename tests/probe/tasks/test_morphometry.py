@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from lemon.cells.names import shard_name
+from lemon.cells.select import Selection, rank_of
 from lemon.probe.task import TaskError
 from lemon.probe.tasks.catalogue import open_task
 from lemon.runtime.store import Store
+from lemon.schema import CELL_BYTES
 from tests.cells_table import numbered, write_slide
 
 
@@ -19,14 +22,9 @@ def table(folder: Path, *, slides: int) -> Store:
     """Slides of 80 cells on a diagonal of 1.2 mm, whose area is their number."""
     store = Store(folder)
     for index in range(slides):
-        write_slide(store, f"s{index}", numbered(80))
-        rows = store.read_table(shard_name(f"s{index}"))
-        number = np.array([int(cell_id.split("_")[-1]) for cell_id in rows["cell_id"].to_pylist()], float)
+        number = np.argsort(rank_of([f"s{index}_{cell}_{cell}" for cell in range(80)])).astype(float)  # as in a shard
         values = {"x_level0_px": number * 60, "y_level0_px": number * 60, "mpp": np.full(80, 0.25), "area_um2": number}
-        for name, column in values.items():
-            at = rows.schema.get_field_index(name)
-            rows = rows.set_column(at, rows.schema.field(name), pa.array(column, rows.schema.field(name).type))
-        store.write_table(shard_name(f"s{index}"), rows)
+        write_slide(store, f"s{index}", numbered(80), arrays=values)
     return store
 
 
@@ -60,3 +58,17 @@ def test_a_folder_without_cells_is_one_line(tmp_path: Path) -> None:
         open_task(f"morphometry:{tmp_path}", Path("nowhere"))
     with pytest.raises(TaskError, match=r"no folder .*nothing; expected the output of lemon curate"):
         open_task(f"morphometry:{tmp_path}/nothing", Path("nowhere"))
+
+
+def test_no_more_is_read_of_a_shard_than_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri, read = table(tmp_path, slides=6).uri, []
+    batches = Selection.batches
+
+    def counted(*args: Any, **options: Any) -> Iterator[pa.RecordBatch]:
+        for batch in batches(*args, **options):
+            read.append(pa.Table.from_batches([batch]).get_total_buffer_size())
+            yield batch
+
+    monkeypatch.setattr(Selection, "batches", counted)
+    open_task(f"morphometry:{uri}", Path("nowhere"), n_cells=30)
+    assert sum(read) < 2 * 30 * CELL_BYTES
