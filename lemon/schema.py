@@ -39,6 +39,8 @@ _BY_LEDGER = ""
 
 T = TypeVar("T")
 
+Rows = TypeVar("Rows", pa.Table, pa.RecordBatch)
+
 _NULLABLE = "nullable"
 
 Filled = Annotated[T, _NULLABLE]
@@ -87,6 +89,14 @@ _MADE_BY = {
     "downloads": "fetch",
     "map": "atlas",
 }
+
+
+def with_absent(rows: Rows, expected: pa.Schema) -> Rows:
+    """Rows with the columns of a schema that they lack as nulls, where it allows that: those of an earlier version."""
+    for field in expected:
+        if field.nullable and field.name not in rows.schema.names:
+            rows = rows.append_column(field, pa.nulls(len(rows), field.type))
+    return rows
 
 
 def fault_of(got_schema: pa.Schema, expected: pa.Schema) -> str | None:
@@ -183,6 +193,8 @@ class SlideRow(Slide, table="slides"):
     source_mtime_ns: int | None = None
     source_digest: str | None = None
     mask_digest: str | None = None
+    # Of the file of nuclei, where another program found them (cells_from=).
+    nuclei_digest: str | None = None
     cells_digest: str | None = None
     config_fingerprint: str = _BY_LEDGER
     code_version: str = _BY_LEDGER
@@ -205,10 +217,19 @@ CELLS = _table(
         pa.field("hematoxylin_od_mean", pa.float32(), nullable=False),
         pa.field("polygon", pa.binary(), nullable=False),
         pa.field("rank", pa.float64(), nullable=False),
+        pa.field("foreign_id", pa.string()),
+        pa.field("foreign_class", pa.string()),
+        pa.field("foreign_probability", pa.float32()),
         pa.field("image", pa.binary(CELL_BYTES), nullable=False, metadata=_IMAGE_METADATA),
     ],
 )
-"""One row a nucleus. ``mpp`` is the slide's own; ``polygon`` is WKB in level-0 px; ``rank`` is uniform in [0, 1)."""
+"""One row a nucleus. ``mpp`` is the slide's own; ``polygon`` is WKB in level-0 px; ``rank`` is uniform in [0, 1).
+
+``foreign_*`` is what the program says that found it, of nuclei given by ``cells_from=``; null of others. Tables that
+were written before there were these columns are read as if they were null.
+"""
+
+FOREIGN = ("foreign_id", "foreign_class", "foreign_probability")
 
 
 MORPHOMETRICS = ("area_um2", "eccentricity", "solidity", "hematoxylin_od_mean")

@@ -112,7 +112,7 @@ class Curator(pool.Worker[LocatedSlide, SlideRow]):
     def __init__(self, config: CurateConfig, *, ledger: Ledger[SlideRow], source: SlideAccess = IN_PLACE) -> None:
         self.config, self.locate = config, source.open()
         self.ledger = ledger
-        self.segmenter = config.segmenter.build()
+        self.segmenter = config.segmenter.build() if config.cells_from is None else None
         self.processes = start_processes(config.workers.cpus)
 
     @contextlib.contextmanager
@@ -165,7 +165,10 @@ def check(config: CurateConfig) -> list[Slide]:
             raise ConfigError(
                 f"slides: {slide.path} lies in the folder of a table of output={config.output}; expected another output"
             )
-    config.segmenter.check()
+    if config.cells_from is None:
+        config.segmenter.check()
+    else:
+        config.cells_from.check([slide.slide_id for slide in slides])
     if config.tissue.masks is not None and not path_exists(config.tissue.masks):
         raise ConfigError(f"tissue.masks: got {config.tissue.masks!r}; expected a folder of <slide_id>.png")
     return slides
@@ -200,6 +203,7 @@ def _pending(
         "have another um/px in the cohort": {
             row.slide_id for row in finished if mpp[row.slide_id] not in (None, row.mpp)
         },
+        "have other nuclei in cells_from": set() if config.cells_from is None else config.cells_from.changed(finished),
         "have other tissue masks": changed_masks(finished, config.tissue.masks, stem=file_stem),
         "lost their cells": ledger.without_file((row.slide_id for row in finished if row.n_cells), shard_name),
         "have no GeoJSON": ledger.without_file(drawn, geojson_name),
@@ -221,7 +225,7 @@ def _demand(config: CurateConfig, *, n_slides: int, key: str = "workers") -> Dem
     workers = config.workers
     return Demand(
         cpus=workers.cpus,
-        gpus=workers.gpus if config.segmenter.uses_gpu else workers.gpus or 0,
+        gpus=workers.gpus if config.uses_gpu else workers.gpus or 0,
         shares_gpus=True,
         wanted_workers=min(workers.actors or 1, n_slides),
         may_shrink="cpus" not in workers.model_fields_set,
