@@ -45,7 +45,7 @@ def write_geojson(slide: EmbeddedSlide) -> None:
         slide.store.write(geojson_name(slide.slide_id)) as stream,
         GeoJsonWriter(stream, origin_px=slide.origin_px()) as writer,
     ):
-        for rows in slide.rows("cell_id", "polygon", *MEASUREMENTS.values()):
+        for rows in slide.rows("cell_id", "polygon", "foreign_id", *MEASUREMENTS.values()):
             cluster_names = None if codes is None else [classes[code] for code in codes[done : done + len(rows)]]
             writer.write(rows, classifications=cluster_names)
             done += len(rows)

@@ -33,6 +33,7 @@ from lemon.slides.reader import SlideReader
 NAMES = "QuPath's GeoJSON, or the JSON of CellViT, HistoPLUS, HoVer-Net or StarDist"
 
 _BLANK = re.compile(r"[ \t\r\n]*")
+_BEGIN = object()
 _decode = json.JSONDecoder().raw_decode
 
 
@@ -46,7 +47,8 @@ def read_document(path: Path, reader: SlideReader) -> GivenNuclei:
                 rest[part] = value
                 continue
             taker = taker or _TAKERS[part](reader)
-            taker.take(key, value)
+            if value is not _BEGIN:
+                taker.take(key, value)
         if taker is not None:
             return taker.nuclei(rest)
         if "coord" in rest or "points" in rest:
@@ -55,8 +57,6 @@ def read_document(path: Path, reader: SlideReader) -> GivenNuclei:
         raise GivenError(f"no JSON, or not all of it ({error})") from None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise GivenError(f"an entry is not as {NAMES} have it ({type(error).__name__}: {error})") from None
-    if rest.keys() & _TAKERS.keys() or rest.get("type") == "Feature":
-        raise GivenError("holds no nuclei")
     raise GivenError(f"has {some(sorted(rest)) or 'nothing'}; expected {NAMES}")
 
 
@@ -114,15 +114,20 @@ class _Cursor:
 
 
 def _walk(text: str) -> Iterator[tuple[str, str | None, Any]]:
-    """Part, key and value: of parts with nuclei each entry, of others the whole. A list is the part ``features``."""
+    """Part, key and value: of parts with nuclei _BEGIN and then each entry, of others the whole.
+
+    A list is taken for the part ``features``.
+    """
     cursor = _Cursor(text)
     if cursor.sign() == "[":
+        yield "features", None, _BEGIN
         for key in cursor.entries():
             yield "features", key, cursor.value()
         return
     for part in cursor.entries():
         assert part is not None
-        if part in _TAKERS and cursor.sign() in ("[", "{"):
+        if part in _TAKERS:
+            yield part, None, _BEGIN
             for key in cursor.entries():
                 yield part, key, cursor.value()
         else:

@@ -164,7 +164,7 @@ def _matlab(path: Path, reader: SlideReader) -> GivenNuclei:
         arrays = io.loadmat(path)
     except NotImplementedError:  # MATLAB 7.3 is HDF5
         raise GivenError("is of MATLAB 7.3; expected scipy's or MATLAB's version 5: save it with -v7") from None
-    except (ValueError, OSError, TypeError, EOFError) as error:
+    except (io.matlab.MatReadError, ValueError, OSError, TypeError, EOFError) as error:
         raise GivenError(f"cannot be read as MATLAB's: {error}") from None
     if "inst_map" not in arrays:
         names = ", ".join(name for name in arrays if not name.startswith("__")) or "nothing"
