@@ -83,6 +83,7 @@ _MADE_BY = {
     "embedded": "embed",
     "embeddings": "embed",
     "clusters": "embed",
+    "morphometry": "embed",
     "scores": "probe",
     "robustness": "probe",
     "sweep": "sweep",
@@ -234,6 +235,33 @@ FOREIGN = ("foreign_id", "foreign_class", "foreign_probability")
 
 MORPHOMETRICS = ("area_um2", "eccentricity", "solidity", "hematoxylin_od_mean")
 """What the cells table measures of each nucleus."""
+
+
+MORPHOMETRY = _table(
+    "morphometry",
+    [
+        pa.field("cell_id", pa.string(), nullable=False),
+        pa.field("perimeter_um", pa.float32()),
+        pa.field("major_axis_um", pa.float32()),
+        pa.field("minor_axis_um", pa.float32()),
+        pa.field("circularity", pa.float32()),
+        pa.field("hematoxylin_od_sd", pa.float32()),
+        pa.field("hematoxylin_od_contrast", pa.float32()),
+        pa.field("eosin_od_mean", pa.float32()),
+        pa.field("gradient_od_um", pa.float32()),
+        pa.field("glcm_contrast", pa.float32()),
+        pa.field("glcm_homogeneity", pa.float32()),
+        pa.field("glcm_correlation", pa.float32()),
+        pa.field("glcm_entropy", pa.float32()),
+        pa.field("nearest_um", pa.float32()),
+        pa.field("nearest_5_um", pa.float32()),
+        pa.field("density_per_mm2", pa.float32()),
+    ],
+)
+"""What is measured of each nucleus beside MORPHOMETRICS (lemon.cells.morphometry says how), in the order of its cells.
+
+NaN where a nucleus has no pixel; the last three are NaN where only a sample of a slide's nuclei was kept.
+"""
 
 
 def embeddings(width: int, *, dtype: pa.DataType | None = None) -> pa.Schema:

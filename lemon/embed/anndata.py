@@ -46,6 +46,8 @@ def annotate(slide: EmbeddedSlide) -> anndata.AnnData:
     for column in (name for name in FOREIGN if rows[name].null_count < len(rows)):
         values = rows[column].combine_chunks()
         obs[column] = (values.dictionary_encode() if column == "foreign_class" else values).to_pandas().array
+    if (measured := slide.morphometry()) is not None:
+        obs = obs.join(measured.to_pandas().set_axis(obs.index))
     uns: dict[str, object] = {"lemon": slide.facts(mpp=float(rows["mpp"][0].as_py()) if len(rows) else float("nan"))}
     codes = slide.cluster_codes()
     if slide.clusters is not None and codes is not None:
