@@ -1,4 +1,4 @@
-"""Clusters or classes to what is different about each: python jobs/describe.py embeddings=... cells=... output=describe/."""
+"""Groups to what is different about each: python jobs/describe.py embeddings=... cells=... output=describe/."""
 
 import sys
 
