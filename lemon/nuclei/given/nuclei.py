@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -78,7 +79,7 @@ class Gathered:
         self.classes.append(None if label is None or label == "" else str(label))
         self.probability.append(float(probability) if isinstance(probability, (int, float)) else np.nan)
 
-    def nuclei(self, **facts: object) -> GivenNuclei:
+    def nuclei(self, **facts: Any) -> GivenNuclei:
         """All of them; ``facts`` are those fields of GivenNuclei that they have in common."""
         sizes = [len(outline) for outline in self.outlines]
         points = np.concatenate(self.outlines) if self.outlines else np.empty((0, 2))
@@ -93,7 +94,7 @@ def gathered(
     ids: Sequence[str] | pa.Array | None = None,
     classes: Sequence[str | None] | pa.Array | None = None,
     probability: Sequence[float] | np.ndarray | None = None,
-    **facts: object,
+    **facts: Any,
 ) -> GivenNuclei:
     """Nuclei out of their points [V, 2] and how many of them each has [N]; what is None is not known."""
     count = len(sizes)
@@ -103,16 +104,16 @@ def gathered(
         ids=pa.array(map(str, range(count)) if ids is None else ids, pa.string()),
         classes=pa.nulls(count, pa.string()) if classes is None else pa.array(classes, pa.string()),
         probability=np.full(count, np.nan, np.float32) if probability is None else np.asarray(probability, np.float32),
-        **facts,  # type: ignore[arg-type]
+        **facts,
     )
 
 
-def from_polygons(polygons: np.ndarray, **columns: object) -> GivenNuclei:
+def from_polygons(polygons: np.ndarray, **columns: Any) -> GivenNuclei:
     """Nuclei out of shapely's geometries [N]: of several polygons the largest; a point is a centroid."""
     largest = np.where(shapely.get_type_id(polygons) == _POINT, polygons, largest_polygons(polygons))
     rings = np.where(shapely.get_type_id(largest) == _POLYGON, shapely.get_exterior_ring(largest), largest)
     points, of = shapely.get_coordinates(rings, return_index=True)
-    return gathered(points, np.bincount(of, minlength=len(polygons)), **columns)  # type: ignore[arg-type]
+    return gathered(points, np.bincount(of, minlength=len(polygons)), **columns)
 
 
 def largest_polygons(geometries: np.ndarray) -> np.ndarray:
