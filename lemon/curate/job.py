@@ -14,6 +14,7 @@ from lemon.cells.names import FOLDERS, SETTINGS, geojson_name, shard_name
 from lemon.curate.config import CurateConfig
 from lemon.curate.slide import OutputError, curate_slide, start_processes
 from lemon.errors import ConfigError
+from lemon.nuclei.given.config import CellsFrom
 from lemon.runtime import pool
 from lemon.runtime.console import stage_logger
 from lemon.runtime.demand import Demand, allocate, is_new_output
@@ -174,6 +175,13 @@ def check(config: CurateConfig) -> list[Slide]:
     return slides
 
 
+def _located(config: CurateConfig) -> CellsFrom | None:
+    if config.cells_from is None:
+        return None
+    given = config.cells_from.model_dump(include={"path", "alignment"}, exclude_none=True)
+    return config.cells_from.model_copy(update={name: _absolute(path) for name, path in given.items()})
+
+
 def _absolute(path: str) -> str:
     """A path with its links followed; a URI as it is."""
     return path if is_uri(path) else str(Path(path).expanduser().resolve())
@@ -238,7 +246,7 @@ def _curate_all(slides: list[Slide], *, config: CurateConfig, ledger: Ledger[Sli
     allocation = allocate(_demand(config, n_slides=len(slides)), stage="curate")
     workers = config.workers.model_copy(update={"cpus": allocation.cpus})
     # Paths are made absolute here: actors run elsewhere.
-    located = config.model_copy(update={"output": ledger.store.uri, "workers": workers})
+    located = config.model_copy(update={"output": ledger.store.uri, "workers": workers, "cells_from": _located(config)})
     make = functools.partial(Curator, located, ledger=ledger, source=source)
     actors = pool.ActorPool(allocation, max_actors=workers.actors, ahead=source.ahead)
     items = [LocatedSlide(slide, slide.path) for slide in slides]
