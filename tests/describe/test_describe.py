@@ -105,7 +105,7 @@ def test_clusters_are_described_where_nothing_else_is_asked_for(tmp_path: Path, 
 
 def test_groups_that_are_none_are_one_line(tmp_path: Path, outputs: tuple[Path, Path]) -> None:
     embeddings, cells = map(str, outputs)
-    (tmp_path / "l.csv").write_text("cell_id,label\nnone,a\n")
+    (tmp_path / "l.csv").write_text("cell_id,label\nelsewhere,a\n")
     config = DescribeConfig(
         embeddings=embeddings, cells=cells, output=str(tmp_path / "o"), labels=str(tmp_path / "l.csv")
     )
