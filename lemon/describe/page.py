@@ -26,10 +26,13 @@ SHOWN = 6
 
 JPEG_QUALITY = 80
 
+_SIGNS = {"um2": "µm²", "um": "µm", "OD/um": "OD/µm", "1/mm2": "/mm²"}
+"""Units as a person writes them; columns have them in ASCII."""
+
 _ASSETS = Path(__file__).resolve().parent / "assets"
 
 # Orange for more and blue for less, as light as the effect is small: told apart without red and green.
-_MORE, _LESS = np.array([214, 117, 20]), np.array([33, 102, 172])
+_MORE, _LESS = np.array([176, 86, 0]), np.array([33, 102, 172])
 
 
 def write_page(store: Store, groups: Sequence[Group], cells: DescribedCells, *, title: str) -> int:
@@ -44,7 +47,14 @@ def write_page(store: Store, groups: Sequence[Group], cells: DescribedCells, *, 
         notes=cells.notes,
         style=(_ASSETS / "style.css").read_text(encoding="utf-8"),
         groups=[_group(group, len(cells.groups)) for group in groups],
-        measures=[{"measure": measure, "cells": _row(measure.column, groups)} for measure in MEASURES],
+        measures=[
+            {
+                "measure": measure,
+                "unit": _SIGNS.get(measure.unit, measure.unit),
+                "cells": _row(measure.column, groups),
+            }
+            for measure in MEASURES
+        ],
     )
     content = page.encode(errors="replace")
     store.write_bytes("describe.html", content)
@@ -65,6 +75,7 @@ def _effect(effect: Effect) -> dict[str, Any]:
     side = abs(effect.delta) * 50
     return {
         "measure": effect.measure,
+        "unit": _SIGNS.get(effect.measure.unit, effect.measure.unit),
         "delta": effect.delta,
         "left": 50 - side if effect.delta < 0 else 50,
         "width": side,
@@ -80,7 +91,7 @@ def _row(column: str, groups: Sequence[Group]) -> list[dict[str, Any] | None]:
     return [
         next(
             (
-                {"delta": effect.delta, "ground": _color(effect.delta), "dark": abs(effect.delta) > 0.6}
+                {"delta": effect.delta, "ground": _color(effect.delta), "dark": abs(effect.delta) > 0.85}
                 for effect in group.effects
                 if effect.measure.column == column
             ),
