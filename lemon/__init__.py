@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lemon.cells.crop import crop_nuclei as crop
     from lemon.cells.crop import measure
     from lemon.cells.shard import images_from_arrow
+    from lemon.embed.join import join_embeddings
     from lemon.encoders.open import Encoder, load_encoder
     from lemon.encoders.registry import encoder_names
     from lemon.encoders.weights import MissingWeightsError
@@ -55,6 +56,8 @@ _PLACES = {
     "crop": "lemon.cells.crop:crop_nuclei",
     "measure": "lemon.cells.crop:measure",
     "images_from_arrow": "lemon.cells.shard:images_from_arrow",
+    # results under the ids that another program gave its nuclei; needs the extra "pipeline"
+    "join_embeddings": "lemon.embed.join:join_embeddings",
     # views and losses of self-supervised training
     "load_policy": "lemon.views.policy:load_policy",
     "policy_names": "lemon.views.policy:policy_names",
@@ -85,6 +88,7 @@ __all__ = [
     "encoder_names",
     "find_tissue",
     "images_from_arrow",
+    "join_embeddings",
     "load_encoder",
     "load_policy",
     "load_segmenter",

@@ -80,6 +80,13 @@ STAGES = (
         "atlas", "atlas", "lemon.atlas.config:AtlasConfig", "lemon.atlas.job:main", "a map of nuclei by their vectors"
     ),
     Stage(
+        "describe",
+        "describe",
+        "lemon.describe.config:DescribeConfig",
+        "lemon.describe.job:main",
+        "what is different about each cluster or class",
+    ),
+    Stage(
         "report", "report", "lemon.report.config:ReportConfig", "lemon.report.job:main", "one page of what was found"
     ),
     Stage("ui", "ui", "lemon.runtime.ui:UiConfig", "lemon.runtime.ui:main", "MLflow's page of all runs"),

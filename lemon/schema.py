@@ -39,6 +39,8 @@ _BY_LEDGER = ""
 
 T = TypeVar("T")
 
+Rows = TypeVar("Rows", pa.Table, pa.RecordBatch)
+
 _NULLABLE = "nullable"
 
 Filled = Annotated[T, _NULLABLE]
@@ -81,12 +83,21 @@ _MADE_BY = {
     "embedded": "embed",
     "embeddings": "embed",
     "clusters": "embed",
+    "morphometry": "embed",
     "scores": "probe",
     "robustness": "probe",
     "sweep": "sweep",
     "downloads": "fetch",
     "map": "atlas",
 }
+
+
+def with_absent(rows: Rows, expected: pa.Schema) -> Rows:
+    """Rows with the columns of a schema that they lack as nulls, where it allows that: those of an earlier version."""
+    for field in expected:
+        if field.nullable and field.name not in rows.schema.names:
+            rows = rows.append_column(field, pa.nulls(len(rows), field.type))
+    return rows
 
 
 def fault_of(got_schema: pa.Schema, expected: pa.Schema) -> str | None:
@@ -183,6 +194,8 @@ class SlideRow(Slide, table="slides"):
     source_mtime_ns: int | None = None
     source_digest: str | None = None
     mask_digest: str | None = None
+    # Of the file of nuclei, where another program found them (cells_from=).
+    nuclei_digest: str | None = None
     cells_digest: str | None = None
     config_fingerprint: str = _BY_LEDGER
     code_version: str = _BY_LEDGER
@@ -205,14 +218,50 @@ CELLS = _table(
         pa.field("hematoxylin_od_mean", pa.float32(), nullable=False),
         pa.field("polygon", pa.binary(), nullable=False),
         pa.field("rank", pa.float64(), nullable=False),
+        pa.field("foreign_id", pa.string()),
+        pa.field("foreign_class", pa.string()),
+        pa.field("foreign_probability", pa.float32()),
         pa.field("image", pa.binary(CELL_BYTES), nullable=False, metadata=_IMAGE_METADATA),
     ],
 )
-"""One row a nucleus. ``mpp`` is the slide's own; ``polygon`` is WKB in level-0 px; ``rank`` is uniform in [0, 1)."""
+"""One row a nucleus. ``mpp`` is the slide's own; ``polygon`` is WKB in level-0 px; ``rank`` is uniform in [0, 1).
+
+``foreign_*`` is what the program says that found it, of nuclei given by ``cells_from=``; null of others. Tables that
+were written before there were these columns are read as if they were null.
+"""
+
+FOREIGN = ("foreign_id", "foreign_class", "foreign_probability")
 
 
 MORPHOMETRICS = ("area_um2", "eccentricity", "solidity", "hematoxylin_od_mean")
 """What the cells table measures of each nucleus."""
+
+
+MORPHOMETRY = _table(
+    "morphometry",
+    [
+        pa.field("cell_id", pa.string(), nullable=False),
+        pa.field("perimeter_um", pa.float32()),
+        pa.field("major_axis_um", pa.float32()),
+        pa.field("minor_axis_um", pa.float32()),
+        pa.field("circularity", pa.float32()),
+        pa.field("hematoxylin_od_sd", pa.float32()),
+        pa.field("hematoxylin_od_contrast", pa.float32()),
+        pa.field("eosin_od_mean", pa.float32()),
+        pa.field("gradient_od_um", pa.float32()),
+        pa.field("glcm_contrast", pa.float32()),
+        pa.field("glcm_homogeneity", pa.float32()),
+        pa.field("glcm_correlation", pa.float32()),
+        pa.field("glcm_entropy", pa.float32()),
+        pa.field("nearest_um", pa.float32()),
+        pa.field("nearest_5_um", pa.float32()),
+        pa.field("density_per_mm2", pa.float32()),
+    ],
+)
+"""What is measured of each nucleus beside MORPHOMETRICS (lemon.cells.morphometry says how), in the order of its cells.
+
+NaN where a nucleus has no pixel; the last three are NaN where only a sample of a slide's nuclei was kept.
+"""
 
 
 def embeddings(width: int, *, dtype: pa.DataType | None = None) -> pa.Schema:

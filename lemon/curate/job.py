@@ -14,6 +14,7 @@ from lemon.cells.names import FOLDERS, SETTINGS, geojson_name, shard_name
 from lemon.curate.config import CurateConfig
 from lemon.curate.slide import OutputError, curate_slide, start_processes
 from lemon.errors import ConfigError
+from lemon.nuclei.given.config import CellsFrom
 from lemon.runtime import pool
 from lemon.runtime.console import stage_logger
 from lemon.runtime.demand import Demand, allocate, is_new_output
@@ -112,7 +113,7 @@ class Curator(pool.Worker[LocatedSlide, SlideRow]):
     def __init__(self, config: CurateConfig, *, ledger: Ledger[SlideRow], source: SlideAccess = IN_PLACE) -> None:
         self.config, self.locate = config, source.open()
         self.ledger = ledger
-        self.segmenter = config.segmenter.build()
+        self.segmenter = config.segmenter.build() if config.cells_from is None else None
         self.processes = start_processes(config.workers.cpus)
 
     @contextlib.contextmanager
@@ -165,10 +166,20 @@ def check(config: CurateConfig) -> list[Slide]:
             raise ConfigError(
                 f"slides: {slide.path} lies in the folder of a table of output={config.output}; expected another output"
             )
-    config.segmenter.check()
+    if config.cells_from is None:
+        config.segmenter.check()
+    else:
+        config.cells_from.check([slide.slide_id for slide in slides])
     if config.tissue.masks is not None and not path_exists(config.tissue.masks):
         raise ConfigError(f"tissue.masks: got {config.tissue.masks!r}; expected a folder of <slide_id>.png")
     return slides
+
+
+def _located(config: CurateConfig) -> CellsFrom | None:
+    if config.cells_from is None:
+        return None
+    given = config.cells_from.model_dump(include={"path", "alignment"}, exclude_none=True)
+    return config.cells_from.model_copy(update={name: _absolute(path) for name, path in given.items()})
 
 
 def _absolute(path: str) -> str:
@@ -200,6 +211,7 @@ def _pending(
         "have another um/px in the cohort": {
             row.slide_id for row in finished if mpp[row.slide_id] not in (None, row.mpp)
         },
+        "have other nuclei in cells_from": set() if config.cells_from is None else config.cells_from.changed(finished),
         "have other tissue masks": changed_masks(finished, config.tissue.masks, stem=file_stem),
         "lost their cells": ledger.without_file((row.slide_id for row in finished if row.n_cells), shard_name),
         "have no GeoJSON": ledger.without_file(drawn, geojson_name),
@@ -221,7 +233,7 @@ def _demand(config: CurateConfig, *, n_slides: int, key: str = "workers") -> Dem
     workers = config.workers
     return Demand(
         cpus=workers.cpus,
-        gpus=workers.gpus if config.segmenter.uses_gpu else workers.gpus or 0,
+        gpus=workers.gpus if config.uses_gpu else workers.gpus or 0,
         shares_gpus=True,
         wanted_workers=min(workers.actors or 1, n_slides),
         may_shrink="cpus" not in workers.model_fields_set,
@@ -234,7 +246,7 @@ def _curate_all(slides: list[Slide], *, config: CurateConfig, ledger: Ledger[Sli
     allocation = allocate(_demand(config, n_slides=len(slides)), stage="curate")
     workers = config.workers.model_copy(update={"cpus": allocation.cpus})
     # Paths are made absolute here: actors run elsewhere.
-    located = config.model_copy(update={"output": ledger.store.uri, "workers": workers})
+    located = config.model_copy(update={"output": ledger.store.uri, "workers": workers, "cells_from": _located(config)})
     make = functools.partial(Curator, located, ledger=ledger, source=source)
     actors = pool.ActorPool(allocation, max_actors=workers.actors, ahead=source.ahead)
     items = [LocatedSlide(slide, slide.path) for slide in slides]

@@ -24,6 +24,8 @@ from lemon.cells.names import geojson_name, shard_name
 from lemon.cells.qupath import GeoJsonWriter
 from lemon.cells.shard import SlideShard
 from lemon.curate.config import CurateConfig
+from lemon.nuclei.given.place import PlacedNuclei
+from lemon.nuclei.given.segmenter import GivenSegmenter, read_placed
 from lemon.nuclei.segmenter import Postprocess, Segmenter
 from lemon.runtime.identifiers import file_stem
 from lemon.runtime.store import Store
@@ -94,12 +96,12 @@ def _end_with_parent() -> None:
 
 
 def curate_slide(
-    slide: Slide, *, config: CurateConfig, segmenter: Segmenter, processes: Executor, store: Store
+    slide: Slide, *, config: CurateConfig, segmenter: Segmenter | None, processes: Executor, store: Store
 ) -> SlideRow:
-    """Segment a slide and commit its cells; returns its row of the slides table (without provenance columns).
+    """Segment a slide, or take the nuclei given for it, and commit its cells; returns its row of the slides table.
 
-    A slide that cannot be used gives a failed row with the reason. Raises OutputError when nothing can be written, and
-    BrokenProcessPool when a worker process died.
+    The row is without provenance columns. A slide that cannot be used gives a failed row with the reason. Raises
+    OutputError when nothing can be written, and BrokenProcessPool when a worker process died.
     """
     start, tally = time.perf_counter(), Tally()
     row = SlideRow(**vars(replace(slide, mpp=None)), status="failed", n_cells=0)
@@ -115,6 +117,8 @@ def curate_slide(
                         source_digest=source.digest,
                     )
                 row = replace(row, mask_digest=mask_digest(config.tissue.masks, file_stem(slide.slide_id)))
+                if config.cells_from is not None:
+                    row = replace(row, nuclei_digest=config.cells_from.digest(slide.slide_id))
                 reader = SlideReader(path, default_mpp=config.default_mpp, mpp=slide.mpp, limit_s=config.region_limit_s)
             stack.callback(reader.close)
             row = replace(row, mpp=reader.mpp, mpp_assumed=reader.mpp_assumed)
@@ -134,11 +138,16 @@ def _curate_open(
     *,
     slide: Slide,
     config: CurateConfig,
-    segmenter: Segmenter,
+    segmenter: Segmenter | None,
     processes: Executor,
     store: Store,
     tally: Tally,
 ) -> None:
+    given = None
+    if config.cells_from is not None:
+        with tally.clock("instances"):
+            given = read_placed(slide.slide_id, reader, config.cells_from)
+            tally.notes.extend(given.notes)
     with tally.clock("open"):
         tally.notes.extend(reader.notes)
         if reader.mpp > config.max_mpp:
@@ -146,13 +155,20 @@ def _curate_open(
                 f"{reader.mpp:.3g} um/px is coarser than max_mpp={config.max_mpp:g}: nuclei cannot be resolved"
             )
         overview, overview_mpp = _overview(reader, tally=tally)
-        regions = _plan(reader, overview, overview_mpp=overview_mpp, slide=slide, config=config, tally=tally)
+        regions = _plan(
+            reader, overview, overview_mpp=overview_mpp, slide=slide, config=config, tally=tally, given=given
+        )
+        if given is not None:
+            segmenter = GivenSegmenter(given, regions)
+        assert segmenter is not None
         samples = _samples(reader, regions)
         if overview is None and samples:  # where it could not be seen as a whole, by its parts
             _check_stain(np.concatenate(samples), mpp=CELL_MPP, config=config)
         calibration = segmenter.calibrate(samples) if samples else None
     tally.n_regions = len(regions)
     frame = Frame(slide=slide, mpp=reader.mpp, scale=reader.scale, bounds_px=reader.bounds_base_px)
+    if given is not None:
+        frame = replace(frame, seam_px=0)
     # One batch in the network, one behind it in the processes: what lies in memory does not depend on the slide.
     batch = getattr(config.segmenter, "batch", 1)
     with contextlib.closing(SlideShard(keep=config.cells_per_slide)) as shard, contextlib.ExitStack() as stack:
@@ -166,7 +182,7 @@ def _curate_open(
             processes,
             _postprocess_and_claim,
             (
-                (segmenter.postprocess, image, prediction, calibration, region, frame, shard.rank_below)
+                (_postprocess_of(segmenter, region), image, prediction, calibration, region, frame, shard.rank_below)
                 for region, image, prediction in predicted
             ),
             ahead=config.workers.cpus + batch,
@@ -201,10 +217,13 @@ def _plan(
     slide: Slide,
     config: CurateConfig,
     tally: Tally,
+    given: PlacedNuclei | None,
 ) -> list[Region]:
-    """Regions with tissue; raises SlideError for a slide that must not be used."""
+    """Regions with tissue, or with given nuclei; raises SlideError for a slide that must not be used."""
     mask = None if overview is None else _check_stain(overview, mpp=overview_mpp, config=config)
-    if config.tissue.masks is not None:
+    if given is not None:
+        mask = None
+    elif config.tissue.masks is not None:
         mask = read_mask(f"{config.tissue.masks}/{file_stem(slide.slide_id)}.png").mask
     regions = plan_regions(
         reader.bounds_base_px,
@@ -213,6 +232,9 @@ def _plan(
         tissue=mask,
         min_tissue_share=config.tissue.min_share,
     )
+    if given is not None:
+        members = given.in_regions(regions)
+        regions = [region for region in regions if region.index in members]
     if not regions:
         tally.notes.append("no tissue found")
     return regions
@@ -274,6 +296,10 @@ def _predict(
             predictions = segmenter.predict(np.stack([image for _, image in group]))
         for (region, image), prediction in zip(group, predictions, strict=True):
             yield region, image, prediction
+
+
+def _postprocess_of(segmenter: Segmenter, region: Region) -> Postprocess:
+    return segmenter.postprocess_of(region) if isinstance(segmenter, GivenSegmenter) else segmenter.postprocess
 
 
 def _postprocess_and_claim(

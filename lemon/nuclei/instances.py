@@ -31,6 +31,10 @@ class Nucleus:
 
     contour_px: np.ndarray  # [N, 2] float32, x, y in region pixels, N >= 3, first point not repeated
     centroid_px: tuple[float, float]  # x, y
+    # What the program that found it says of it, where it was not LEMON:
+    foreign_id: str | None = None
+    foreign_class: str | None = None
+    foreign_probability: float | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def find_nuclei(
         piece = piece_ids[box] == piece_id
         own_markers = markers[box] * piece
         for cell in _divided(piece, markers=own_markers, relief=relief[box], opened=opened[box]):
-            contour = _simplified(_outer_contour(cell, x0_px=x_px, y0_px=y_px), simplify=_SIMPLIFY)
+            contour = _simplified(outer_contour(cell, x0_px=x_px, y0_px=y_px), simplify=_SIMPLIFY)
             if cv2.contourArea(contour) > min_area_px:
                 contours.append(contour)
     return _nuclei(contours)
@@ -207,11 +211,11 @@ def polygons_from_labels(labels: np.ndarray, *, min_area_px: float, simplify: fl
         cell = labels[box] == label
         if np.count_nonzero(cell) < min_area_px:
             continue
-        contours.append(_simplified(_outer_contour(cell, x0_px=box[1].start, y0_px=box[0].start), simplify=simplify))
+        contours.append(_simplified(outer_contour(cell, x0_px=box[1].start, y0_px=box[0].start), simplify=simplify))
     return _nuclei(contours)
 
 
-def _outer_contour(cell: np.ndarray, *, x0_px: int, y0_px: int) -> np.ndarray:
+def outer_contour(cell: np.ndarray, *, x0_px: int, y0_px: int) -> np.ndarray:
     """Longest outer contour of a non-empty bool [h, w] crop, as int32 [N, 1, 2] in the frame of the region."""
     contours, _ = cv2.findContours(
         cell.view(np.uint8) if cell.dtype == bool else cell,

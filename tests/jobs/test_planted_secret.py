@@ -44,6 +44,7 @@ REQUIRED = {
     "atlas": ("embeddings=e", "cells=c"),
     "curate": ("slides=s", "output=o"),
     "demo": (),
+    "describe": ("embeddings=e", "cells=c"),
     "embed": ("model=lemon_mini", "cells=c", "output=o"),
     "fetch_tcga": ("organs=BRCA", "slides_per_organ=1", "output=o"),
     "fit_stain": ("cells=c",),

@@ -335,6 +335,7 @@ NO_CELLS = "cells: {here}/nowhere holds no cells; expected the output of lemon c
         ("embed", ["cells=nowhere", "output=o", "model=lemon_mini"], NO_CELLS),
         ("scaling_sweep", ["cells=nowhere", "output=o", "tasks=amibr"], NO_CELLS),
         ("atlas", ["cells=nowhere", "embeddings=e"], NO_CELLS),
+        ("describe", ["cells=nowhere", "embeddings=e"], NO_CELLS),
         ("embed", ["slides=s", "output=o", "model=lemon_mnii"], "lemon_mnii: no such file, folder or encoder; did you"),
         ("probe", ["models=lemon_mnii", "tasks=amibr"], "lemon_mnii: no such file, folder or encoder; did you"),
         ("probe", ["models=lemon_mini", "tasks=ambir"], "tasks: got 'ambir'; expected one of nucls-super, "),
