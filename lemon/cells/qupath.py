@@ -54,10 +54,11 @@ class GeoJsonWriter:
         Without classifications a nucleus has the class of the program that found it, or that of all nuclei. An id of
         QuPath's stays a nucleus' id, so that QuPath knows the object again.
         """
+        classes: Sequence[Mapping[str, object]]
         if classifications is None:
             classes = [{"name": name} if name else NUCLEUS for name in _optional(rows, "foreign_class")]
         else:
-            classes = list(classifications)
+            classes = classifications
         polygons = shapely.from_wkb(rows["polygon"].to_numpy(zero_copy_only=False))
         measured = {name: rows[column].to_pylist() for name, column in MEASUREMENTS.items()}
         foreign_ids, cell_ids = _optional(rows, "foreign_id"), rows["cell_id"].to_pylist()
