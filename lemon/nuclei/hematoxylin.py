@@ -317,7 +317,7 @@ def _joined(tables: list[dict[str, np.ndarray]], *, levels: list[np.ndarray]) ->
 def score(pieces: dict[str, np.ndarray], *, gates: Sequence[Gate] = GATES, scale: float = SCALE) -> np.ndarray:
     """How much each piece looks like a nucleus, float [N] in [0, 1]: the product of its gates.
 
-    The gates are fitted to the IoU of pieces with hand-drawn nuclei by ``benchmarks/segmentation.py --fit``.
+    The gates are fitted to the IoU of pieces with hand-drawn nuclei by ``benchmarks/gates.py``.
     """
     if len(pieces["level"]) == 0:
         return np.zeros(0)
