@@ -1,8 +1,10 @@
 """The gates of the segmenter that needs no weights, fitted anew to drawn nuclei, and how they carry over.
 
-    python -m benchmarks.gates --data <folder with one folder a data set>
+    python -m benchmarks.gates --data <folder with one folder a data set> --empty CMU-1-Small-Region.svs
 
-A data set is a folder that ``lemon.nuclei.training.images.read_folder`` reads. The gates are printed as they stand in
+A data set is a folder that ``lemon.nuclei.training.images.read_folder`` reads. The slide lends windows of keratin, in
+which no piece is a nucleus; they are others than those that ``benchmarks.segmentation`` counts false nuclei in, of the
+same slide. The gates are printed as they stand in
 ``lemon/nuclei/hematoxylin.py``. Then they are fitted to part of the images and F1 within 3 um of the others is told,
 means over images; a line goes to ``benchmarks/results/gates.jsonl``.
 """
@@ -22,12 +24,18 @@ import numpy as np
 from scipy import optimize
 
 from benchmarks.record import record
+from benchmarks.segmentation import tissue_samples
 from lemon.nuclei.hematoxylin import Gate, calibrate, candidates, choose, score
 from lemon.nuclei.scores import centroids, detection
 from lemon.nuclei.training.images import Labelled, read_folder
+from lemon.slides.reader import SlideReader
 
+MIDDLE_PX = 512
 MIN_AREA_PX = 80  # 5 um2
 DEVELOPMENT = ("monuseg_train", "consep_train", "gbm40")
+KERATIN = ((1380, 930, 220, 240), (1180, 1640, 260, 200))
+"""Windows of CMU-1-Small-Region (x, y, width, height in px of level 0), chosen by eye."""
+KERATIN_TIMES = 4  # how often each window counts
 PULL = 0.003  # keeps gates that hardly matter near where they start; a free fit pushes them far outside the data
 FEATURES = (
     ("log_area", 1),
@@ -62,9 +70,11 @@ class Example:
 
 
 def example(data: str, image: Labelled) -> Example:
-    """Pieces of an image of which both sides are cut to multiples of 4."""
-    height, width = (side // 4 * 4 for side in image.instances.shape)
-    region, drawn = np.ascontiguousarray(image.image[:height, :width]), image.instances[:height, :width]
+    """Pieces of the middle of an image, up to 512 px a side."""
+    height, width = (min(side // 4 * 4, MIDDLE_PX) for side in image.instances.shape)
+    y, x = ((side - own) // 2 for side, own in zip(image.instances.shape, (height, width), strict=True))
+    box = slice(y, y + height), slice(x, x + width)
+    region, drawn = np.ascontiguousarray(image.image[box]), image.instances[box]
     _, _, pieces, levels = candidates(region, calibration=calibrate([region]))
     half = np.ascontiguousarray(drawn[::2, ::2])
     drawn_px = np.bincount(half.ravel())
@@ -79,6 +89,19 @@ def example(data: str, image: Labelled) -> Example:
         np.maximum.at(best, piece, overlap)
         iou.append(best[1:])
     return Example(data, pieces, np.concatenate(iou), centroids(drawn))
+
+
+def keratin(slide: Path) -> list[Example]:
+    """The windows of keratin, with the calibration of their slide."""
+    reader = SlideReader(str(slide))
+    calibration, factor = calibrate(tissue_samples(reader)), reader.mpp / 0.25
+    examples = []
+    for window in KERATIN:
+        x, y, width, height = (round(value * factor) // 4 * 4 for value in window)
+        region = reader.region(x, y, width_px=width, height_px=height)
+        pieces = candidates(region, calibration=calibration)[2]
+        examples.append(Example("keratin", pieces, np.zeros(len(pieces["level"])), np.empty((0, 2))))
+    return examples
 
 
 def fitted(examples: Sequence[Example], *, every: int = 10) -> tuple[list[Gate], float]:
@@ -115,19 +138,20 @@ def f1_of(examples: Sequence[Example], *, gates: Sequence[Gate], scale: float, m
     return round(float(np.mean(values)), 4)
 
 
-def fit(data: Path) -> dict:
-    """Fit on everything; then on part of it, and test on the rest."""
+def fit(data: Path, slide: Path) -> dict[str, Any]:
+    """Fit on everything; then on part of the images, and test on the rest."""
     examples = [example(name, image) for name in DEVELOPMENT for image in labelled_images(data / name)]
-    gates, scale = fitted(examples)
+    empty = keratin(slide) * KERATIN_TIMES
+    gates, scale = fitted([*examples, *empty])
     for gate in gates:
         print(f'    Gate("{gate.feature}", {gate.middle:.3g}, {gate.slope:.3g}),')
     print(f"SCALE = {scale:.3g}")
-    by_half, half_scale = fitted(examples[::2])
+    by_half, half_scale = fitted([*examples[::2], *empty])
     transfer = []
     for name in DEVELOPMENT:
         own = [e for e in examples if e.data == name]
         half = [e for e in examples[1::2] if e.data == name]
-        by_others, others_scale = fitted([e for e in examples if e.data != name])
+        by_others, others_scale = fitted([*(e for e in examples if e.data != name), *empty])
         transfer.append(
             {
                 "data": name,
@@ -160,8 +184,10 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with one folder a data set")
+    parser.add_argument("--empty", type=Path, required=True, help="CMU-1-Small-Region")
+    options = parser.parse_args()
     cv2.setNumThreads(1)
-    results = fit(parser.parse_args().data)
+    results = fit(options.data, options.empty)
     print(transfer_table(results["transfer"]))
     record("gates", results)
 

@@ -202,6 +202,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 # --- where there are none ---------------------------------------------------------------------------------------------
 
 
+def tissue_samples(reader: SlideReader) -> list[np.ndarray]:
+    """Four tissue regions of a slide to calibrate on, uint8 [512, 512, 3] each."""
+    overview, mpp = reader.overview(mpp=OVERVIEW_MPP)
+    tissue = find_tissue(overview, mpp=mpp).mask
+    regions = spread(plan_regions(reader.bounds_base_px, size_px=512, overlap_px=128, tissue=tissue), 4)
+    return [reader.region(r.x_px, r.y_px, width_px=r.size_px, height_px=r.size_px) for r in regions]
+
+
 def empty_windows(reader: SlideReader) -> dict[str, np.ndarray]:
     """Windows at 0.25 um/px, and what a fold and pens make of some of them."""
     factor = reader.mpp / 0.25
@@ -237,10 +245,7 @@ def _pen(shape: tuple[int, ...], colour: tuple[int, int, int]) -> np.ndarray:
 def count_where_empty(slide: Path, segmenters: Mapping[str, Segmenter]) -> list[dict[str, Any]]:
     """Nuclei found in each window, and a mm2 of it, by segmenters calibrated on four tissue regions of the slide."""
     reader = SlideReader(str(slide))
-    overview, mpp = reader.overview(mpp=OVERVIEW_MPP)
-    tissue = find_tissue(overview, mpp=mpp).mask
-    regions = spread(plan_regions(reader.bounds_base_px, size_px=512, overlap_px=128, tissue=tissue), 4)
-    samples = [reader.region(r.x_px, r.y_px, width_px=r.size_px, height_px=r.size_px) for r in regions]
+    samples = tissue_samples(reader)
     calibrations = {name: segmenter.calibrate(samples) for name, segmenter in segmenters.items()}
     rows = []
     for window, image in empty_windows(reader).items():

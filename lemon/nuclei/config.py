@@ -62,6 +62,9 @@ class HoverFastConfig(SegmenterConfig):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     batch: int = Field(4, ge=1, description="regions a forward pass")
     min_area_um2: float = Field(5.0, gt=0, description="smaller nuclei are dropped")
+    markers: Literal["level", "range"] = Field(
+        "level", description="where the maps fall at all, or as HoverFast: by the range of a slide's gradients"
+    )
 
     @property
     def uses_gpu(self) -> bool:
@@ -78,6 +81,7 @@ class HoverFastConfig(SegmenterConfig):
             precision=self.precision,
             batch=self.batch,
             min_area_um2=self.min_area_um2,
+            markers=self.markers,
         )
 
     def check(self) -> None:
