@@ -2,7 +2,7 @@
 
     python -m benchmarks.gates --data <folder with one folder a data set> --empty CMU-1-Small-Region.svs
 
-A data set is a folder that ``lemon.nuclei.training.images.read_folder`` reads. The slide lends windows of keratin, in
+A data set is a folder that ``lemon.nuclei.training.layouts.read_folder`` reads. The slide lends windows of keratin, in
 which no piece is a nucleus; they are others than those that ``benchmarks.segmentation`` counts false nuclei in, of the
 same slide. The gates are printed as they stand in
 ``lemon/nuclei/hematoxylin.py``. Then they are fitted to part of the images and F1 within 3 um of the others is told,
@@ -27,7 +27,8 @@ from benchmarks.record import record
 from benchmarks.segmentation import tissue_samples
 from lemon.nuclei.hematoxylin import Gate, calibrate, candidates, choose, score
 from lemon.nuclei.scores import centroids, detection
-from lemon.nuclei.training.images import Labelled, read_folder
+from lemon.nuclei.training.images import Labelled
+from lemon.nuclei.training.layouts import read_folder
 from lemon.slides.reader import SlideReader
 
 MIDDLE_PX = 512

@@ -2,7 +2,7 @@
 
     python -m benchmarks.segmentation --data FOLDER [FOLDER ...] [--segmenter hoverfast,checkpoint=FILE ...]
 
-A folder is one that ``lemon.nuclei.training.images.read_folder`` reads, at 0.25 um/px. Every image is a slide of its
+A folder is one that ``lemon.nuclei.training.layouts.read_folder`` reads, at 0.25 um/px. Every image is a slide of its
 own. ``--held-out-share`` keeps of each source the images that training with that share never saw, ``--seen low`` and
 ``--seen blur`` show them as a scanner at 20x, or one out of focus, would, and ``--pictures FOLDER`` draws the best and
 the worst image of each source and segmenter.
@@ -41,7 +41,8 @@ from lemon.nuclei.instances import Nucleus, polygons_from_labels
 from lemon.nuclei.open import load_segmenter
 from lemon.nuclei.scores import labels_of, scores
 from lemon.nuclei.segmenter import Segmenter
-from lemon.nuclei.training.images import Labelled, read_folder, split
+from lemon.nuclei.training.images import Labelled, split
+from lemon.nuclei.training.layouts import read_folder
 from lemon.slides.reader import SlideReader
 from lemon.slides.tiles import plan_regions, spread
 from lemon.slides.tissue import OVERVIEW_MPP, find_tissue
