@@ -90,7 +90,7 @@ def test_maps_of_cellvit_are_divided_into_the_nuclei_that_they_are_of(tmp_path: 
     segmenter = load_segmenter("cellvit", checkpoint=file, device="cpu")
     found = labels_of(segment(IMAGE.image, segmenter=segmenter), shape=IMAGE.instances.shape)
     assert scores(found[16:-16, 16:-16], IMAGE.instances[16:-16, 16:-16])["pq"] > 0.7
-    with pytest.raises(ValueError, match="takes 128 px.*set region_px"):
+    with pytest.raises(ValueError, match=r"takes 128 px.*set region_px"):
         segmenter.predict(np.zeros((1, 64, 64, 3), np.uint8))
 
 
