@@ -28,8 +28,8 @@ def find_flaws(overview: np.ndarray, tissue: np.ndarray, *, mpp: float) -> dict[
     """Where there is pen and where tissue is folded, bool [h, w] each.
 
     Ink has colours that H&E has not: of the density of blue and green ink more is red than of any stained nucleus (see
-    ``lemon.nuclei.hematoxylin``); black ink absorbs all alike, and strongly. A fold lies where red (hematoxylin) and green (both stains)
-    absorb nearly twice what they do in the slide's tissue: dense nuclei raise the first alone.
+    ``lemon.nuclei.hematoxylin``); black ink absorbs all alike, and strongly. A fold lies where red (hematoxylin) and
+    green (both stains) absorb nearly twice what they do in the slide's tissue: dense nuclei raise the first alone.
 
     Args:
         overview: uint8 [h, w, 3], at about 8 um/px.
