@@ -158,8 +158,8 @@ class SlideRow(Slide, table="slides"):
     """The ledger of curation: one row a slide, written last, so that a row means that the slide's cells are complete.
 
     ``pen_share`` and ``fold_share`` are of the tissue, left out or not, ``blurred_share`` is of the regions that are
-    looked at first, to calibrate on. ``read_s``, ``network_s`` and ``instances_s`` are summed over threads and processes,
-    so they may exceed ``total_s``.
+    looked at first, to calibrate on. ``read_s``, ``network_s`` and ``instances_s`` are summed over threads and
+    processes, so they may exceed ``total_s``.
     ``source_*`` is the slide's file as it was read, ``mask_digest`` the tissue mask that was given for it;
     ``cells_digest`` is that of the rows of the slide's shard. Null where there is none.
     """

@@ -101,7 +101,7 @@ def test_a_teacher_labels_images_that_have_no_labels(data: Path, tmp_path: Path)
 )
 def test_what_is_wrong_is_told_in_a_line(words: list[str], told: str, data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=told):
-        config_in(tmp_path / "out", data, *words)
+        config_in(tmp_path / "out", data, *words).check_inputs()
 
 
 def test_images_without_labels_and_without_nuclei_are_told(data: Path, tmp_path: Path) -> None:
