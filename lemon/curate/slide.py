@@ -213,7 +213,7 @@ def _plan(
         mask = read_mask(f"{config.tissue.masks}/{file_stem(slide.slide_id)}.png").mask
     elif mask is not None and overview is not None:
         flaws = find_flaws(overview, mask, mpp=overview_mpp)
-        tally.pen_share, tally.fold_share = (share_of(flaws[name], mask) for name in ("pen", "fold"))
+        tally.pen_share, tally.fold_share = share_of(flaws["pen"], mask), share_of(flaws["fold"], mask)
         for name in config.tissue.leave_out:
             mask = mask & ~flaws[name]
     regions = plan_regions(

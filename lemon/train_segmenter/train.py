@@ -44,7 +44,8 @@ def read_images(config: TrainSegmenterConfig) -> list[Labelled]:
 
 def _taught(folder: Path, teacher: str) -> list[Labelled]:
     """Images of a folder with what another segmenter finds in them."""
-    segmenter, images = load_segmenter(teacher), []
+    segmenter = load_segmenter(teacher)
+    images: list[Labelled] = []
     for file in sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES):
         pixels = read_image(file)
         found = segment(pixels, segmenter=segmenter)
