@@ -71,16 +71,21 @@ def focus_of_crops(images: np.ndarray) -> np.ndarray:
     Args:
         images: uint8 [N, H, W, 3] at 0.25 um/px.
     """
-    return np.array([_focus(optical_density(image).mean(-1)) for image in images], np.float32)
+    return np.array([focus_of_region(image, side_px=min(image.shape[:2]))[0, 0] for image in images], np.float32)
 
 
-def focus_of_region(region: np.ndarray) -> np.ndarray:
-    """The same of each square of ``FOCUS_BLOCK_PX`` of a region uint8 [H, W, 3] at 0.25 um/px, float32 [h, w]."""
-    rows, columns = (side // FOCUS_BLOCK_PX for side in region.shape[:2])
-    density = optical_density(region[: rows * FOCUS_BLOCK_PX, : columns * FOCUS_BLOCK_PX]).mean(-1)
-    squares = density.reshape(rows, FOCUS_BLOCK_PX, columns, FOCUS_BLOCK_PX).swapaxes(1, 2)
-    scores = [_focus(np.ascontiguousarray(square)) for square in squares.reshape(-1, FOCUS_BLOCK_PX, FOCUS_BLOCK_PX)]
-    return np.array(scores, np.float32).reshape(rows, columns)
+def focus_of_region(region: np.ndarray, *, side_px: int = FOCUS_BLOCK_PX) -> np.ndarray:
+    """The same of each square of a region uint8 [H, W, 3] at 0.25 um/px, float32 [H / side, W / side]."""
+    rows, columns = (length // side_px for length in region.shape[:2])
+    density = optical_density(region).mean(-1)
+    fine, middle, coarse = (cv2.GaussianBlur(density, (0, 0), sigma) for sigma in (1.0, 2.0, 4.0))
+
+    def squares(plane: np.ndarray) -> np.ndarray:  # [H, W] -> [rows, side, columns, side]
+        return plane[: rows * side_px, : columns * side_px].reshape(rows, side_px, columns, side_px)
+
+    energies = [squares(plane).var(axis=(1, 3)) + 1e-9 for plane in (fine - middle, middle - coarse)]
+    score = np.log2(energies[0] / energies[1])
+    return np.where(squares(density).mean(axis=(1, 3)) < _MIN_OD, np.nan, score).astype(np.float32)
 
 
 def blurred_share(regions: list[np.ndarray]) -> float | None:
@@ -88,11 +93,3 @@ def blurred_share(regions: list[np.ndarray]) -> float | None:
     scores = np.concatenate([focus_of_region(region).ravel() for region in regions] or [np.empty(0, np.float32)])
     scores = scores[np.isfinite(scores)]
     return round(float((scores < MIN_FOCUS).mean()), 4) if len(scores) else None
-
-
-def _focus(density: np.ndarray) -> float:
-    """Of one density float32 [H, W]."""
-    if density.mean() < _MIN_OD:
-        return float("nan")
-    fine, middle, coarse = (cv2.GaussianBlur(density, (0, 0), sigma) for sigma in (1.0, 2.0, 4.0))
-    return float(np.log2(np.var(fine - middle) + 1e-9) - np.log2(np.var(middle - coarse) + 1e-9))
