@@ -59,7 +59,7 @@ def main() -> None:
         raise SystemExit(f"{weights}: no such checkpoint; name one with --checkpoint, or set LEMON_SHARED")
     given = None if options.checkpoint else golden_prediction()
     tile = read_tile(options.tile)
-    plain, segmenter = load_checkpoint(weights), HoverFast(weights, device="cpu", batch=options.tiles)
+    plain, segmenter = load_checkpoint(weights), HoverFast(weights, device="cpu", batch=options.tiles, markers="range")
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
         sides: dict[str, Callable[[], dict[str, float]]] = {
             "peer": lambda: run_peer(plain, tile, given=given),

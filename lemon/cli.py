@@ -42,6 +42,13 @@ STAGES = (
         "curate", "curate", "lemon.curate.config:CurateConfig", "lemon.curate.job:main", "slides to images of nuclei"
     ),
     Stage(
+        "train-segmenter",
+        "train_segmenter",
+        "lemon.train_segmenter.config:TrainSegmenterConfig",
+        "lemon.train_segmenter.job:main",
+        "images with drawn nuclei to weights of the segmenter",
+    ),
+    Stage(
         "fit-stain",
         "fit_stain",
         "lemon.pretrain.config:FitStainConfig",
@@ -162,7 +169,7 @@ def usage() -> str:
             "From whole-slide images to a foundation model of single-nucleus morphology.",
             "",
             "In the order of the pipeline:",
-            *(f"  {command:<10} {purpose}" for command, purpose in rows),
+            *(f"  {command:<15} {purpose}" for command, purpose in rows),
             "",
             "lemon COMMAND --help lists its keys; lemon --version tells the version.",
         ]

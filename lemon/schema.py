@@ -168,7 +168,9 @@ SLIDE_STATUSES = ("done", "partial", "failed")
 class SlideRow(Slide, table="slides"):
     """The ledger of curation: one row a slide, written last, so that a row means that the slide's cells are complete.
 
-    ``read_s``, ``network_s`` and ``instances_s`` are summed over threads and processes, so they may exceed ``total_s``.
+    ``pen_share`` and ``fold_share`` are of the tissue, left out or not, ``blurred_share`` is of the regions that are
+    looked at first, to calibrate on. ``read_s``, ``network_s`` and ``instances_s`` are summed over threads and
+    processes, so they may exceed ``total_s``.
     ``source_*`` is the slide's file as it was read, ``mask_digest`` the tissue mask that was given for it;
     ``cells_digest`` is that of the rows of the slide's shard. Null where there is none.
     """
@@ -183,6 +185,10 @@ class SlideRow(Slide, table="slides"):
     n_cells: Filled[int]
     # Not in the first design: crops that reach over the slide's edge and were filled with white.
     n_edge_cells: int | None = None
+    # Not in the first design: shares of the tissue that lemon.slides.quality finds no good.
+    pen_share: float | None = None
+    fold_share: float | None = None
+    blurred_share: float | None = None
     open_s: float | None = None
     read_s: float | None = None
     network_s: float | None = None

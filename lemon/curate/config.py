@@ -22,6 +22,7 @@ class TissueConfig(Frozen):
         None, description="folder of <slide_id>.png masks (non-zero is tissue) to use instead"
     )
     min_share: float = Field(0.01, ge=0, le=1, description="a region with a smaller share of tissue is skipped")
+    leave_out: list[Literal["pen", "fold"]] = Field([], description="tissue in which no nuclei are searched: pen, fold")
     require_he: bool = Field(True, description="reject slides whose colours are not those of H&E")
 
 

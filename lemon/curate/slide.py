@@ -32,6 +32,7 @@ from lemon.runtime.store import Store
 from lemon.schema import CELL_MPP, SlideRow
 from lemon.slides.cohort import Slide
 from lemon.slides.local import local_slide
+from lemon.slides.quality import blurred_share, find_flaws, share_of
 from lemon.slides.reader import RegionError, SlideError, SlideReader
 from lemon.slides.source import mask_digest, read_source
 from lemon.slides.tiles import Region, plan_regions, spread
@@ -56,6 +57,9 @@ class Tally:
     n_nuclei: int = 0
     n_cells: int = 0
     n_edge_cells: int = 0
+    pen_share: float | None = None
+    fold_share: float | None = None
+    blurred_share: float | None = None
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("open", "read", "network", "instances", "write"), 0.0)
     )
@@ -162,6 +166,7 @@ def _curate_open(
             segmenter = GivenSegmenter(given, regions)
         assert segmenter is not None
         samples = _samples(reader, regions)
+        tally.blurred_share = blurred_share(samples)
         if overview is None and samples:  # where it could not be seen as a whole, by its parts
             _check_stain(np.concatenate(samples), mpp=CELL_MPP, config=config)
         calibration = segmenter.calibrate(samples) if samples else None
@@ -225,6 +230,11 @@ def _plan(
         mask = None
     elif config.tissue.masks is not None:
         mask = read_mask(f"{config.tissue.masks}/{file_stem(slide.slide_id)}.png").mask
+    elif mask is not None and overview is not None:
+        flaws = find_flaws(overview, mask, mpp=overview_mpp)
+        tally.pen_share, tally.fold_share = share_of(flaws["pen"], mask), share_of(flaws["fold"], mask)
+        for name in config.tissue.leave_out:
+            mask = mask & ~flaws[name]
     regions = plan_regions(
         reader.bounds_base_px,
         size_px=config.region_px,

@@ -25,6 +25,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from lemon.nuclei.hoverfast_cpu import RowwiseUNet
 from lemon.nuclei.hoverfast_device import DeviceLine, pack_bits
 from lemon.nuclei.instances import HVLimits, HVPrediction, calibrate_limits, postprocess_hv
+from lemon.nuclei.levels import postprocess_by_level
 from lemon.nuclei.released import weights_path
 from lemon.nuclei.segmenter import Postprocess
 from lemon.runtime.store import local_copy
@@ -273,8 +274,9 @@ def choose_precision(precision: str, *, device: torch.device) -> torch.dtype:
 class HoverFast:
     """The segmenter (see ``segmenter.Segmenter``) on HoverFast's network.
 
-    Its weights are those of LEMON, or of a checkpoint. Predictions are ``HVPrediction``; the calibration of a slide is
-    the range of its maps' gradients, ``HVLimits``. ``compiled`` takes a fifth off a region's time on a GPU, and half a
+    Its weights are those of LEMON, or of a checkpoint. Predictions are ``HVPrediction``. Nuclei are divided by
+    ``lemon.nuclei.levels``, or with ``markers="range"`` as HoverFast does; then the calibration of a slide is the range
+    of its maps' gradients, ``HVLimits``. ``compiled`` takes a fifth off a region's time on a GPU, and half a
     minute at the first region of each size.
     """
 
@@ -287,6 +289,7 @@ class HoverFast:
         batch: int,
         min_area_um2: float = 5.0,
         um_per_px: float = 0.25,
+        markers: str = "level",
         compiled: bool = False,
     ) -> None:
         if batch < 1:
@@ -298,6 +301,7 @@ class HoverFast:
         self.batch = batch
         self.net = optimise(load_checkpoint(weights_path(checkpoint)), device=self.device, dtype=self.dtype)
         self.min_area_px = min_area_um2 / um_per_px**2
+        self.markers = markers
         run = torch.compile(self._run, dynamic=False) if compiled else self._run
         self._line = DeviceLine(run, self.device) if self.device.type == "cuda" else None
 
@@ -305,8 +309,11 @@ class HoverFast:
         """Limits of a slide: medians over its regions (uint8 [H, W, 3]) of what each region alone would take.
 
         DEVIATION: the original stretches the gradients to each region's own range, so that a nucleus on a seam is
-        divided in one region and whole in the next; one range a slide mends that. None where no sample has nuclei.
+        divided in one region and whole in the next; one range a slide mends that. None where no sample has nuclei, and
+        for markers by level, which need none.
         """
+        if self.markers == "level":
+            return None
         return calibrate_limits([self.predict(np.asarray(sample)[None])[0] for sample in samples])
 
     @torch.inference_mode()
@@ -336,4 +343,5 @@ class HoverFast:
     @property
     def postprocess(self) -> Postprocess:
         """(region, HVPrediction, HVLimits or None) -> nuclei; picklable, and free of PyTorch."""
-        return functools.partial(postprocess_hv, min_area_px=self.min_area_px)
+        by = postprocess_by_level if self.markers == "level" else postprocess_hv
+        return functools.partial(by, min_area_px=self.min_area_px)

@@ -51,6 +51,7 @@ REQUIRED = {
     "pretrain": ("cells=c", "output=o", "ssl=mocov3", "views=a1_gray", "encoder=vit_s8"),
     "probe": ("models=lemon_mini", "tasks=consep-type"),
     "report": (),
+    "train_segmenter": ("data=d", "output=o"),
     "scaling_sweep": ("sweep=ssl_tiny", "cells=c", "tasks=consep-type", "output=o"),
 }
 

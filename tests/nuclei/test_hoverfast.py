@@ -249,7 +249,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
 def segmenter(tmp_path_factory: pytest.TempPathFactory) -> HoverFast:
     path = tmp_path_factory.mktemp("weights") / "net.pth"
     save_checkpoint(random_net(TINY), path)
-    return HoverFast(str(path), device="cpu", batch=2)
+    return HoverFast(str(path), device="cpu", batch=2, markers="range")
 
 
 def test_the_segmenter_predicts_calibrates_and_finds_nuclei_across_a_pickle(segmenter: HoverFast) -> None:
