@@ -154,11 +154,11 @@ def _inverted(gradient: np.ndarray, low: int, high: int) -> np.ndarray:
 
 def _with_several(away: np.ndarray, piece_ids: np.ndarray) -> set[int]:
     """Pieces that hold two or more connected parts of what is away from edges, uint8 [H, W]."""
-    at, n_ids = np.flatnonzero(away), away.size + 1
-    parts = cv2.connectedComponents(away, connectivity=4)[1]
-    pairs = np.unique(piece_ids.ravel()[at] * np.int64(n_ids) + parts.ravel()[at])
-    ids, n_parts = np.unique(pairs // n_ids, return_counts=True)
-    return set(ids[n_parts > 1].tolist())
+    at = np.flatnonzero(away)
+    n_parts, parts = cv2.connectedComponents(away, connectivity=4)
+    piece_of = np.zeros(n_parts, np.int64)
+    piece_of[parts.ravel()[at]] = piece_ids.ravel()[at]  # a part lies inside one piece
+    return set(np.flatnonzero(np.bincount(piece_of[1:]) > 1).tolist())
 
 
 def _markers(away: np.ndarray) -> np.ndarray:
@@ -230,8 +230,9 @@ def _divided(
     boxes = [cv2.boundingRect(outline) for outline in outlines.values()]
     corners, shape = _side_by_side([(h, w) for _, _, w, h in boxes], width=piece_ids.shape[1])
     places = [np.s_[y : y + h, x : x + w] for (y, x), (_, _, w, h) in zip(corners, boxes, strict=True)]
-    relief, seeds, inside = (np.zeros(shape, kind) for kind in (np.float64, np.uint8, np.uint8))
-    for piece_id, (x, y, w, h), place in zip(outlines, boxes, places, strict=True):
+    relief, seeds, inside, index = (np.zeros(shape, kind) for kind in (np.float64, np.uint8, np.uint8, np.int32))
+    for i, (piece_id, (x, y, w, h), place) in enumerate(zip(outlines, boxes, places, strict=True)):
+        index[place] = i
         left, top = max(x - 1, 0), max(y - 1, 0)  # one pixel more on each side, for the blur
         around, box = np.s_[top : y + h + 1, left : x + w + 1], np.s_[y : y + h, x : x + w]
         blurred = cv2.GaussianBlur((1 - edges[around]) * opened[around], (3, 3), 0)
@@ -240,13 +241,14 @@ def _divided(
         np.multiply(opened[box], piece, out=inside[place])
         np.multiply(away[box], piece, out=seeds[place])
     cells = watershed(relief, markers=_markers(seeds), mask=inside)
-    for (piece_id, outline), (x, y, _, _), place in zip(outlines.items(), boxes, places, strict=True):
-        ids = [cell for cell in np.unique(cells[place]).tolist() if cell > 0]
-        if len(ids) < 2:
-            yield piece_id, outline
-            continue
-        for cell in ids:
-            yield piece_id, _outer_contour(cells[place] == cell, x0_px=x, y0_px=y)
+    found = [(label, box) for label, box in enumerate(ndimage.find_objects(cells), start=1) if box is not None]
+    owners = [int(index[box[0].start, box[1].start]) for _, box in found]
+    n_cells, ids = np.bincount(owners, minlength=len(outlines)), list(outlines)
+    yield from ((ids[i], outlines[ids[i]]) for i in np.flatnonzero(n_cells < 2).tolist())
+    for (label, box), i in zip(found, owners, strict=True):
+        if n_cells[i] > 1:
+            x0_px, y0_px = (boxes[i][axis] + box[1 - axis].start - corners[i][1 - axis] for axis in (0, 1))
+            yield ids[i], _outer_contour(cells[box] == label, x0_px=x0_px, y0_px=y0_px)
 
 
 def _side_by_side(sizes: Sequence[tuple[int, int]], *, width: int) -> tuple[list[tuple[int, int]], tuple[int, int]]:
