@@ -166,7 +166,8 @@ def main() -> None:
             rows.append({"cores": cores, "design": name, **figures})
             print(
                 f"{cores:4} cores, {name:<14} last slide {figures['last_slide_s']:7,} s "
-                f"(least {figures['least_s']:,}), cards busy {figures['busy']:.0%}, until 95 % of the tiles {figures['busy_until_95']:.0%}",
+                f"(least {figures['least_s']:,}), cards busy {figures['busy']:.0%}, "
+                f"until 95 % of the tiles {figures['busy_until_95']:.0%}",
                 flush=True,
             )
     record("fleet", {**vars(options), "rows": rows}, packages=("numpy",))

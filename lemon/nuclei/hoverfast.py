@@ -27,6 +27,7 @@ from lemon.nuclei.hoverfast_device import DeviceLine, hv_gradients, pack_bits
 from lemon.nuclei.instances import HVLimits, HVPrediction, calibrate_limits, postprocess_hv
 from lemon.nuclei.released import weights_path
 from lemon.nuclei.segmenter import Postprocess
+from lemon.runtime.compiling import compile_kept
 from lemon.runtime.store import local_copy
 from lemon.runtime.tensors import read_metadata, read_weights
 
@@ -298,7 +299,7 @@ class HoverFast:
         self.batch = batch
         self.net = optimise(load_checkpoint(weights_path(checkpoint)), device=self.device, dtype=self.dtype)
         self.min_area_px = min_area_um2 / um_per_px**2
-        run = torch.compile(self._run, dynamic=False) if compiled else self._run
+        run = compile_kept(self._run, dynamic=False) if compiled else self._run
         self._line = DeviceLine(run, self.device) if self.device.type == "cuda" else None
 
     def calibrate(self, samples: Sequence[np.ndarray]) -> HVLimits | None:
