@@ -18,9 +18,9 @@ FOLDER = "~/.cache/lemon/compiled"
 def compile_kept(function: F, **options: Any) -> F:
     """``torch.compile(function, **options)`` with kernels kept in the user's cache folder.
 
-    By default torch keeps them in the system's temporary folder, which containers and restarts empty, so that every run
-    compiles anew. ``TORCHINDUCTOR_CACHE_DIR`` names another folder; where the user has none that can be written, torch's
-    default stays.
+    By default torch keeps them in the system's temporary folder, which containers and restarts empty, so that every
+    run compiles anew. ``TORCHINDUCTOR_CACHE_DIR`` names another folder; where the user has none that can be written,
+    torch's default stays.
     """
     folder = Path(FOLDER).expanduser()
     with contextlib.suppress(OSError):
