@@ -262,7 +262,12 @@ def largest_first(slides: list[Slide]) -> list[Slide]:
 
     Those whose size is not known here, as they are yet to be downloaded, come last, in their order.
     """
-    with ThreadPoolExecutor(READERS) as pool:
-        known = pool.map(size_and_time, [slide.path for slide in slides])
-        sizes = {slide.slide_id: found[0] if found else 0 for slide, found in zip(slides, known, strict=True)}
+
+    def size(slide: Slide) -> int:
+        with contextlib.suppress(OSError):  # becomes its row when its turn comes
+            return (size_and_time(slide.path) or (0,))[0]
+        return 0
+
+    with ThreadPoolExecutor(READERS) as threads:
+        sizes = dict(zip((slide.slide_id for slide in slides), threads.map(size, slides), strict=True))
     return sorted(slides, key=lambda slide: -sizes[slide.slide_id])

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -335,7 +335,7 @@ def _as_output_error() -> Iterator[None]:
         raise OutputError(str(error)) from error
 
 
-def run_ahead(items: Iterable[T], *, ahead: int) -> Iterator[T]:
+def run_ahead(items: Iterable[T], *, ahead: int) -> Generator[T, None, None]:
     """The items, made in a thread of their own, ``ahead`` of them before they are asked for; what it raises, this does.
 
     When the consumer stops early, the thread ends after the item that it is at.
@@ -350,7 +350,9 @@ def run_ahead(items: Iterable[T], *, ahead: int) -> Iterator[T]:
                 yield item  # type: ignore[misc]
 
 
-def ordered_map(executor: Executor, function: Callable[[T], R], items: Iterable[T], *, ahead: int) -> Iterator[R]:
+def ordered_map(
+    executor: Executor, function: Callable[[T], R], items: Iterable[T], *, ahead: int
+) -> Generator[R, None, None]:
     """``map`` on an executor with at most ``ahead`` items under way, results in the order of the items.
 
     When the consumer stops early, what has not begun is cancelled.
