@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -39,15 +40,29 @@ def hv_gradients(maps: Tensor) -> Tensor:
     Returns:
         int16 [B, 2, H, W] on the same device: responses times ``GRADIENT_SCALE``, ``NOT_FINITE`` where they are not.
     """
-    along, across = (
-        torch.tensor(taps, device=maps.device) for taps in ([-1.0, -2.0, 0.0, 2.0, 1.0], [1.0, 4.0, 6.0, 4.0, 1.0])
-    )
-    kernels = GRADIENT_SCALE * torch.stack((torch.outer(across, along), torch.outer(along, across)))[:, None]
-    padded = F.pad(maps.float(), (2, 2, 2, 2), mode="reflect").contiguous(memory_format=torch.channels_last)
-    responses = F.conv2d(padded, kernels, groups=2)
+    # OpenCV takes a tenth of the convolution's time on a CPU.
+    responses = (sobel_on_cpu if maps.device.type == "cpu" else sobel_as_convolution)(maps.float())
     largest = torch.iinfo(torch.int16).max
-    held = responses.clamp_(-largest, largest).nan_to_num_(nan=NOT_FINITE).round_()
+    held = torch.where(responses.isfinite(), responses.clamp(-largest, largest).round_(), NOT_FINITE)
     return held.to(torch.int16, memory_format=torch.contiguous_format)
+
+
+def sobel_on_cpu(maps: Tensor) -> Tensor:
+    """float32 [B, 2, H, W] on a CPU -> responses times ``GRADIENT_SCALE``, by OpenCV."""
+    responses = torch.empty(maps.shape)
+    for pair, out in zip(maps.contiguous().numpy(), responses.numpy(), strict=True):
+        for i, image in enumerate(pair):
+            cv2.Sobel(image, cv2.CV_32F, 1 - i, i, dst=out[i], ksize=5, scale=GRADIENT_SCALE)
+    return responses
+
+
+def sobel_as_convolution(maps: Tensor) -> Tensor:
+    """float32 [B, 2, H, W] on any device -> the same responses, rounded as the device's convolutions are."""
+    taps = ([-1.0, -2.0, 0.0, 2.0, 1.0], [1.0, 4.0, 6.0, 4.0, 1.0])
+    along, across = (torch.tensor(each, device=maps.device) for each in taps)
+    kernels = GRADIENT_SCALE * torch.stack((torch.outer(across, along), torch.outer(along, across)))[:, None]
+    padded = F.pad(maps, (2, 2, 2, 2), mode="reflect").contiguous(memory_format=torch.channels_last)
+    return F.conv2d(padded, kernels, groups=2)
 
 
 class DeviceLine:

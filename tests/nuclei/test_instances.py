@@ -10,7 +10,7 @@ import shapely
 import torch
 
 from benchmarks.hoverfast import plain_postprocessing
-from lemon.nuclei.hoverfast_device import hv_gradients
+from lemon.nuclei.hoverfast_device import hv_gradients, sobel_as_convolution, sobel_on_cpu
 from lemon.nuclei.instances import (
     GRADIENT_SCALE,
     HVLimits,
@@ -106,6 +106,13 @@ def test_gradients_are_the_sobel_responses_of_opencv_in_steps(dtype: type) -> No
         cv2.Sobel(m.astype(np.float32), cv2.CV_32F, dx, 1 - dx, ksize=5) for m, dx in zip(maps, (1, 0), strict=True)
     ]
     assert np.abs(gradients(maps) / GRADIENT_SCALE - expected).max() <= 0.51 / GRADIENT_SCALE
+
+
+def test_a_convolution_gives_the_gradients_that_opencv_gives() -> None:
+    maps = torch.from_numpy(np.random.default_rng(1).uniform(-1, 1, (2, 2, 19, 23)).astype(np.float32))
+    assert (sobel_as_convolution(maps) - sobel_on_cpu(maps)).abs().max() < 0.01
+    maps[0, 0, 9, 9] = torch.inf
+    assert not any(sobel(maps)[0, 0].isfinite().all() for sobel in (sobel_as_convolution, sobel_on_cpu))
 
 
 def test_gradients_too_steep_for_their_type_stay_at_its_end() -> None:
