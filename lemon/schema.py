@@ -169,8 +169,11 @@ class SlideRow(Slide, table="slides"):
     """The ledger of curation: one row a slide, written last, so that a row means that the slide's cells are complete.
 
     ``pen_share`` and ``fold_share`` are of the tissue, left out or not, ``blurred_share`` is of the regions that are
-    looked at first, to calibrate on. ``read_s``, ``network_s`` and ``instances_s`` are summed over threads and
-    processes, so they may exceed ``total_s``.
+    looked at first, to calibrate on. ``read_s`` and ``instances_s`` are summed over threads and processes, so they may
+    exceed ``total_s``.
+    ``area_mm2`` is that of the regions with tissue, without their overlap, ``s_per_mm2`` is ``total_s`` over it,
+    ``device_share`` the share of ``total_s`` in which the network computed, ``peak_mib`` the highest resident size of
+    the actor's process until then, without its worker processes.
     ``source_*`` is the slide's file as it was read, ``mask_digest`` the tissue mask that was given for it;
     ``cells_digest`` is that of the rows of the slide's shard. Null where there is none.
     """
@@ -195,6 +198,10 @@ class SlideRow(Slide, table="slides"):
     instances_s: float | None = None
     write_s: float | None = None
     total_s: float | None = None
+    area_mm2: float | None = None
+    s_per_mm2: float | None = None
+    device_share: float | None = None
+    peak_mib: float | None = None
     error: str | None = None
     source_size_bytes: int | None = None
     source_mtime_ns: int | None = None

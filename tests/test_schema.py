@@ -25,7 +25,8 @@ FILES = {
         width_px:int? height_px:int? status:str n_regions:int? n_failed_regions:int? n_nuclei:int?
         n_cells:int? n_edge_cells:int? pen_share:float? fold_share:float? blurred_share:float?
         open_s:float? read_s:float? network_s:float? instances_s:float?
-        write_s:float? total_s:float? error:str? source_size_bytes:int? source_mtime_ns:int?
+        write_s:float? total_s:float? area_mm2:float? s_per_mm2:float? device_share:float? peak_mib:float? error:str?
+        source_size_bytes:int? source_mtime_ns:int?
         source_digest:str? mask_digest:str? nuclei_digest:str? cells_digest:str? config_fingerprint:str code_version:str
     """,
     schema.EmbeddedRow: """

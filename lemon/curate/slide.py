@@ -6,10 +6,12 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import resource
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -134,7 +136,21 @@ def curate_slide(
     except SlideError as error:
         tally.notes.append(str(error))
     total_s = round(time.perf_counter() - start, 3)
-    return replace(row, **tally.columns(), error="; ".join(tally.notes) or None, total_s=total_s)
+    row = replace(row, **tally.columns(), error="; ".join(tally.notes) or None, total_s=total_s)
+    area_mm2 = tally.n_regions * ((config.region_px - config.overlap_px) * CELL_MPP / 1000) ** 2
+    return replace(
+        row,
+        area_mm2=round(area_mm2, 4),
+        s_per_mm2=round(total_s / area_mm2, 4) if area_mm2 else None,
+        device_share=round(tally.seconds["network"] / total_s, 4) if total_s else None,
+        peak_mib=round(_peak_mib(), 1),
+    )
+
+
+def _peak_mib() -> float:
+    """Highest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _curate_open(
@@ -174,7 +190,7 @@ def _curate_open(
     frame = Frame(slide=slide, mpp=reader.mpp, scale=reader.scale, bounds_px=reader.bounds_base_px)
     if given is not None:
         frame = replace(frame, seam_px=0)
-    # One batch in the network, one behind it in the processes: what lies in memory does not depend on the slide.
+    # A batch stacked, one in the network, one behind it, one in the processes: memory does not depend on the slide.
     batch = getattr(config.segmenter, "batch", 1)
     with contextlib.closing(SlideShard(keep=config.cells_per_slide)) as shard, contextlib.ExitStack() as stack:
         geojson = stack.enter_context(_geojson(store, slide, reader, wanted=config.geojson))
@@ -182,7 +198,9 @@ def _curate_open(
         images = ordered_map(
             readers, lambda region: _timed_read(reader, region), regions, ahead=config.workers.readers + batch
         )
-        predicted = _predict(zip(regions, images, strict=True), segmenter=segmenter, batch=batch, tally=tally)
+        # The network computes in a thread of its own, so that it waits for no pickling, writing or instances.
+        predictions = _predict(zip(regions, images, strict=True), segmenter=segmenter, batch=batch, tally=tally)
+        predicted = stack.enter_context(contextlib.closing(run_ahead(predictions, ahead=2 * batch)))
         claims = ordered_map(
             processes,
             _postprocess_and_claim,
@@ -288,7 +306,7 @@ def _predict(
     batch: int,
     tally: Tally,
 ) -> Iterator[tuple[Region, np.ndarray, Any]]:
-    """Run the network over readable regions, a batch at a time; unreadable ones are counted."""
+    """Run the network over readable regions, while the next batch is read and stacked; unreadable ones are counted."""
 
     def readable() -> Iterator[tuple[Region, np.ndarray]]:
         for region, (image, seconds) in regions:
@@ -300,12 +318,16 @@ def _predict(
             else:
                 yield region, image
 
-    source = readable()
-    while group := list(itertools.islice(source, batch)):
-        with tally.clock("network"):
-            predictions = segmenter.predict(np.stack([image for _, image in group]))
-        for (region, image), prediction in zip(group, predictions, strict=True):
-            yield region, image, prediction
+    def stacked() -> Iterator[tuple[list[Region], np.ndarray]]:
+        source = readable()
+        while group := list(itertools.islice(source, batch)):
+            yield [region for region, _ in group], np.stack([image for _, image in group])
+
+    with contextlib.closing(run_ahead(stacked(), ahead=1)) as batches:
+        for group, images in batches:
+            with tally.clock("network"):
+                predictions = segmenter.predict(images)
+            yield from zip(group, images, predictions, strict=True)
 
 
 def _postprocess_of(segmenter: Segmenter, region: Region) -> Postprocess:
@@ -349,7 +371,24 @@ def _as_output_error() -> Iterator[None]:
         raise OutputError(str(error)) from error
 
 
-def ordered_map(executor: Executor, function: Callable[[T], R], items: Iterable[T], *, ahead: int) -> Iterator[R]:
+def run_ahead(items: Iterable[T], *, ahead: int) -> Generator[T, None, None]:
+    """The items, made in a thread of their own, ``ahead`` of them before they are asked for; what it raises, this does.
+
+    When the consumer stops early, the thread ends after the item that it is at.
+    """
+    source, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        made = ordered_map(thread, lambda _: next(source, end), itertools.repeat(None), ahead=ahead + 1)
+        with contextlib.closing(made):
+            for item in made:
+                if item is end:
+                    return
+                yield item  # type: ignore[misc]
+
+
+def ordered_map(
+    executor: Executor, function: Callable[[T], R], items: Iterable[T], *, ahead: int
+) -> Generator[R, None, None]:
     """``map`` on an executor with at most ``ahead`` items under way, results in the order of the items.
 
     When the consumer stops early, what has not begun is cancelled.

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from skimage.segmentation import watershed
 
-from lemon.nuclei.instances import HVPrediction, Nucleus, hv_gradients, polygons_from_labels
+from lemon.nuclei.instances import GRADIENT_SCALE, HVPrediction, Nucleus, hv_limits, polygons_from_labels
 
 _SOBEL_SUM = 128  # response of Sobel's 5x5 kernel to a slope of 1 a pixel
 _FALL = 0.02  # a pixel: what counts as falling; nuclei of 10 um rise by 0.05 a pixel
@@ -24,20 +24,22 @@ _CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
 _DISC = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
 
 
-def label_by_level(mask: np.ndarray, hv_maps: np.ndarray, *, min_area_px: float) -> np.ndarray:
+def label_by_level(mask: np.ndarray, gradients: np.ndarray, *, min_area_px: float) -> np.ndarray:
     """Instance map int32 [H, W] of one region, 0 is background.
 
     Args:
         mask: bool or uint8 [H, W], non-zero where a pixel is nucleus.
-        hv_maps: float [2, H, W], the horizontal and the vertical map, in about [-1, 1]; any float type.
+        gradients: int16 [2, H, W], of the horizontal map along x and of the vertical map along y, as of
+            ``hoverfast_device.hv_gradients``.
         min_area_px: labels of fewer pixels are dropped.
 
     Raises:
-        ValueError: shapes do not agree, or the maps are not finite.
+        ValueError: shapes do not agree, or the maps were not finite.
     """
-    if mask.ndim != 2 or hv_maps.shape != (2, *mask.shape):
-        raise ValueError(f"maps: got {hv_maps.shape} for a mask {mask.shape}, expected [2, H, W] for [H, W]")
-    slope = np.minimum(*hv_gradients(hv_maps)) / np.float32(_SOBEL_SUM)  # the steeper fall of the two, [H, W]
+    if mask.ndim != 2 or gradients.shape != (2, *mask.shape):
+        raise ValueError(f"gradients: got {gradients.shape} for a mask {mask.shape}, expected [2, H, W] for [H, W]")
+    hv_limits(gradients)
+    slope = np.minimum(*gradients) / np.float32(_SOBEL_SUM * GRADIENT_SCALE)  # the steeper fall of the two, [H, W]
     opened = cv2.morphologyEx((mask != 0).view(np.uint8), cv2.MORPH_OPEN, _DISC)
     core = cv2.morphologyEx(((slope > -_FALL) & (opened > 0)).view(np.uint8), cv2.MORPH_OPEN, _CROSS)
     _, markers, stats, _ = cv2.connectedComponentsWithStats(core, connectivity=4)
@@ -55,7 +57,7 @@ def postprocess_by_level(
     min_area_px: float,
 ) -> list[Nucleus]:
     """Nuclei of a region uint8 [H, W, 3] from its prediction; runs in any process. There is nothing to calibrate."""
-    if prediction.hv_maps.shape[1:] != region.shape[:2]:
-        raise ValueError(f"prediction: got {prediction.hv_maps.shape[1:]} for a region {region.shape[:2]}")
-    labels = label_by_level(prediction.mask, prediction.hv_maps, min_area_px=min_area_px)
+    if prediction.gradients.shape[1:] != region.shape[:2]:
+        raise ValueError(f"prediction: got {prediction.gradients.shape[1:]} for a region {region.shape[:2]}")
+    labels = label_by_level(prediction.mask, prediction.gradients, min_area_px=min_area_px)
     return polygons_from_labels(labels, min_area_px=min_area_px, simplify=_SIMPLIFY)

@@ -4,9 +4,12 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 
+from lemon.nuclei import levels
+from lemon.nuclei.hoverfast_device import hv_gradients
 from lemon.nuclei.instances import HVPrediction
-from lemon.nuclei.levels import label_by_level, postprocess_by_level
+from lemon.nuclei.levels import postprocess_by_level
 from lemon.nuclei.scores import labels_of, scores
 from lemon.nuclei.training.targets import make_targets
 from lemon.nuclei.training.windows import whole
@@ -17,6 +20,14 @@ def maps_of(size_px: int = 160, seed: int = 0) -> tuple[np.ndarray, np.ndarray, 
     """Drawn instances, and the mask and the maps that a network without error would give."""
     targets = make_targets(whole(labelled(size_px=size_px, seed=seed)))
     return blobs(size_px=size_px, seed=seed), targets.mask[0].numpy(), targets.hv_maps[0].numpy()
+
+
+def gradients_of(maps: np.ndarray) -> np.ndarray:
+    return hv_gradients(torch.from_numpy(maps)[None])[0].numpy()
+
+
+def label_by_level(mask: np.ndarray, maps: np.ndarray, *, min_area_px: float) -> np.ndarray:
+    return levels.label_by_level(mask, gradients_of(maps), min_area_px=min_area_px)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
@@ -53,7 +64,7 @@ def test_small_ones_are_dropped_and_an_empty_mask_has_none() -> None:
 def test_polygons_are_those_of_the_labels_and_the_function_travels() -> None:
     drawn, mask, maps = maps_of()
     region = np.zeros((*mask.shape, 3), np.uint8)
-    prediction = HVPrediction.pack(mask > 0, maps)
+    prediction = HVPrediction(np.packbits(mask > 0), gradients_of(maps))
     nuclei = pickle.loads(pickle.dumps(postprocess_by_level))(region, prediction, None, min_area_px=20)  # noqa: S301
     found = label_by_level(mask, maps, min_area_px=20)
     assert scores(labels_of(nuclei, shape=drawn.shape), found)["pq"] > 0.9
