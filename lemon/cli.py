@@ -80,6 +80,16 @@ STAGES = (
         "atlas", "atlas", "lemon.atlas.config:AtlasConfig", "lemon.atlas.job:main", "a map of nuclei by their vectors"
     ),
     Stage(
+        "find", "find", "lemon.find.config:FindConfig", "lemon.find.job:main", "the nuclei most like a nucleus"
+    ),
+    Stage(
+        "classify",
+        "classify",
+        "lemon.classify.config:ClassifyConfig",
+        "lemon.classify.job:main",
+        "a few labels to a class for every nucleus",
+    ),
+    Stage(
         "report", "report", "lemon.report.config:ReportConfig", "lemon.report.job:main", "one page of what was found"
     ),
     Stage("ui", "ui", "lemon.runtime.ui:UiConfig", "lemon.runtime.ui:main", "MLflow's page of all runs"),

@@ -86,6 +86,8 @@ _MADE_BY = {
     "sweep": "sweep",
     "downloads": "fetch",
     "map": "atlas",
+    "neighbours": "find",
+    "classes": "classify",
 }
 
 
@@ -265,6 +267,20 @@ MAP = _table(
     ],
 )
 """Where each cell lies on the map (no unit), in the order of rank."""
+
+NEIGHBOURS = _table(
+    "neighbours",
+    [
+        pa.field("query", pa.string(), nullable=False),
+        pa.field("position", pa.int32(), nullable=False),
+        pa.field("cell_id", pa.string(), nullable=False),
+        pa.field("slide_id", pa.string(), nullable=False),
+        pa.field("x_level0_px", pa.float64(), nullable=False),
+        pa.field("y_level0_px", pa.float64(), nullable=False),
+        pa.field("distance", pa.float32(), nullable=False),
+    ],
+)
+"""The nearest cells of each query, from position 1 on; ``distance`` is 1 - cosine of the embeddings."""
 
 
 @dataclass(frozen=True, kw_only=True)
