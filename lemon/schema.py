@@ -88,6 +88,8 @@ _MADE_BY = {
     "map": "atlas",
     "neighbours": "find",
     "classes": "classify",
+    "counts": "classify",
+    "neighbourhood": "classify",
 }
 
 
@@ -281,6 +283,50 @@ NEIGHBOURS = _table(
     ],
 )
 """The nearest cells of each query, from position 1 on; ``distance`` is 1 - cosine of the embeddings."""
+
+CLASSES = _table(
+    "classes",
+    [
+        pa.field("cell_id", pa.string(), nullable=False),
+        pa.field("label", pa.string(), nullable=False),
+        pa.field("likely", pa.string(), nullable=False),
+        pa.field("confidence", pa.float32(), nullable=False),
+        pa.field("distance", pa.float32(), nullable=False),
+        pa.field("given", pa.bool_(), nullable=False),
+    ],
+)
+"""The class of each of a slide's cells, in the order of its embeddings.
+
+``label`` is the one that was given, else ``likely``, the class of the largest probability (``confidence``), or
+``unknown`` where ``distance``, 1 - cosine to the nearest labelled cell, is beyond the limit.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountRow(Row, table="counts"):
+    """Cells of a class on a slide. The area is that of squares of 100 um that hold a nucleus; null without cells."""
+
+    slide_id: str
+    label: str
+    n_cells: int
+    share: float
+    area_mm2: float | None = None
+    per_mm2: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeighbourhoodRow(Row, table="neighbourhood"):
+    """How many of the nearest nuclei around cells of a class are of another.
+
+    ``share`` is that of ``neighbour`` among them; ``ratio`` is to its share of the slide's cells.
+    """
+
+    slide_id: str
+    label: str
+    neighbour: str
+    n_neighbours: int
+    share: float
+    ratio: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,7 +73,7 @@ def fit_head(
         unknown: share of labelled cells whose nearest other one is nearer than the limit.
     """
     held_out = cross_validate(vectors, codes, groups=groups, n_classes=n_classes, seed=seed)
-    model = _fit(vectors, codes, groups=groups, seed=seed)
+    model = fit_model(vectors, codes, groups=groups, seed=seed)
     temperature = temperature_of(codes[held_out.rows], held_out.probability)
     chosen = np.random.default_rng(seed).permutation(len(vectors))[:MAX_COMPARED]
     compared = directions(vectors[chosen])
@@ -89,7 +89,7 @@ def cross_validate(
     rows, outputs = [np.zeros(0, np.int64)], [np.zeros((0, n_classes), np.float32)]
     for train, test in _folds(codes, groups if by_slide else None, seed=seed):
         if len(np.unique(codes[train])) > 1:
-            model = _fit(vectors[train], codes[train], groups=groups[train], seed=seed)
+            model = fit_model(vectors[train], codes[train], groups=groups[train], seed=seed)
             rows.append(test)
             outputs.append(linear.class_probabilities(model, vectors[test], classes=n_classes))
     return HeldOut(np.concatenate(rows), np.concatenate(outputs), by_slide)
@@ -135,7 +135,8 @@ def nearest_others(unit: np.ndarray) -> np.ndarray:
     return nearest.clip(0)
 
 
-def _fit(vectors: np.ndarray, codes: np.ndarray, *, groups: np.ndarray, seed: int) -> Pipeline:
+def fit_model(vectors: np.ndarray, codes: np.ndarray, *, groups: np.ndarray, seed: int) -> Pipeline:
+    """Logistic regression of classes int [N], two at least, whose C has the best inner log loss."""
     counts = np.bincount(codes)
     if counts[counts > 0].min() < linear.INNER_FOLDS:
         return linear.fit_logistic(vectors, codes, c=FEW_C)

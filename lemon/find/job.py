@@ -6,12 +6,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
+from lemon.cells.sheet import crop_of_cell
 from lemon.embed.read import Embeddings, cells_of, open_embeddings
 from lemon.embed.stream import directions, vectors_of
 from lemon.errors import EXIT_OK, ConfigError
 from lemon.find.config import FindConfig
 from lemon.find.index import Hit, NeighbourIndex, open_index
-from lemon.find.query import Queries, crop_of_cell, queries_of_cells, queries_of_images
+from lemon.find.query import Queries, queries_of_cells, queries_of_images
 from lemon.runtime.console import stage_logger
 from lemon.runtime.lease import hold
 from lemon.runtime.store import Store

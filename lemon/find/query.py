@@ -9,14 +9,10 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from lemon.cells.names import shard_name
-from lemon.cells.shard import images_from_arrow
 from lemon.embed.read import Embeddings
 from lemon.embed.stream import vectors_of
 from lemon.errors import ConfigError
-from lemon.runtime.shards import ShardError, read_shard
-from lemon.runtime.store import Store
-from lemon.schema import CELL_MPP, CELL_PX, CELLS
+from lemon.schema import CELL_MPP, CELL_PX
 
 
 @dataclass(frozen=True)
@@ -80,17 +76,3 @@ def read_crop(path: str, *, mpp: float) -> np.ndarray:
         return middle.copy()
     smooth = cv2.INTER_AREA if side > CELL_PX else cv2.INTER_CUBIC
     return np.asarray(cv2.resize(middle, (CELL_PX, CELL_PX), interpolation=smooth))
-
-
-def crop_of_cell(cells: Store, slide_id: str, row: int, *, cell_id: str) -> np.ndarray:
-    """The image of a cell, uint8 [60, 60, 3], by its row. Raises ConfigError where another cell is there."""
-    try:
-        rows = read_shard(
-            cells, shard_name(slide_id), schema=CELLS, columns=["cell_id", "image"], first=row, batch_rows=16
-        )
-        batch = next(rows, None)
-    except ShardError as error:
-        raise ConfigError(f"cells: {cells.uri}/{error}") from None
-    if batch is None or batch["cell_id"][0].as_py() != cell_id:
-        raise ConfigError(f"cells: {cells.uri} has other cells of {slide_id} than were embedded; embed it again")
-    return images_from_arrow(batch["image"])[0].copy()
