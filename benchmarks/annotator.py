@@ -3,14 +3,13 @@
 python -m benchmarks.annotator --data FOLDER [--weights FOLDER] [--cache FOLDER] [--seeds 20] [--encoders NAME ...]
 
 FOLDER has masks/consep_train and nucls15 as their tasks read them (lemon.probe.tasks). For each seed a third of the
-images is kept aside, the annotator sees cells of the others (4,000 at most), starts with 10 and is asked for more in
-steps; each answer is the true class. Both ways begin with what they choose themselves: no cell is labelled before.
-Score: balanced accuracy on up to 2,000 cells of the images kept aside. Values are means over seeds; intervals are of the
-mean over seeds (bootstrap), those of differences over the same seeds. Also the expected calibration error of the
-probabilities, and how well distance tells cells of a class of which no label was given (area under the curve).
+images is kept aside, and the annotator labels cells of the others (4,000 at most) ten at a time, with their true class.
+No cell is labelled before. Score: balanced accuracy on up to 2,000 cells of the images kept aside. Values are means
+over seeds with bootstrap intervals; differences are over the same seeds. Also, with 100 labels at random, the expected
+calibration error, and how well distance tells cells of a class of which no label was given (area under the curve).
 
-Embeddings are made once and kept in --cache. Encoders beside lemon_mini are folders in --weights; ``hog`` is a histogram
-of gradients with means and deviations of colours. They were trained, without labels, on some of the same images.
+Embeddings are made once and kept in --cache. Encoders beside lemon_mini are folders in --weights; ``hog`` is a
+histogram of gradients with means and deviations of colours. The others were trained, without labels, on CoNSeP too.
 """
 
 from __future__ import annotations
@@ -87,7 +86,10 @@ def vectors_of(encoder: str, images: np.ndarray, *, weights: Path | None) -> np.
         opened = lemon.load_encoder(encoder)
         return opened.embed(images).numpy()
     with tempfile.TemporaryDirectory() as folder:  # weights in float16, as they are kept
-        values = {key: value.astype(np.float32) for key, value in load_file(weights / encoder / "model.half.safetensors").items()}
+        values = {
+            key: value.astype(np.float32)
+            for key, value in load_file(weights / encoder / "model.half.safetensors").items()
+        }
         save_file(values, Path(folder) / "model.safetensors")
         (Path(folder) / "config.json").write_bytes((weights / encoder / "config.json").read_bytes())
         return lemon.load_encoder(folder).embed(images).numpy()
@@ -109,7 +111,12 @@ def simulated(vectors: np.ndarray, codes: np.ndarray, slides: np.ndarray, *, see
         for way, runs in curves.items():
             runs.append(annotated(way, vectors, codes, slides, pool, test, seed=seed))
         rows = pool[: BUDGETS[-1]]
-        options: dict[str, Any] = {"groups": slides[rows], "n_classes": int(codes.max()) + 1, "seed": seed, "unknown": None}
+        options: dict[str, Any] = {
+            "groups": slides[rows],
+            "n_classes": int(codes.max()) + 1,
+            "seed": seed,
+            "unknown": None,
+        }
         head, _ = fit_head(vectors[rows], codes[rows], **options)
         errors.append(calibration_error(codes[test], head.probabilities(vectors[test])))
         areas.append(unseen_area(vectors, codes, pool, test))
@@ -118,7 +125,10 @@ def simulated(vectors: np.ndarray, codes: np.ndarray, slides: np.ndarray, *, see
     for place, budget in enumerate(BUDGETS):
         named = {"active": active, "random": at_random, "difference": active - at_random}
         row |= {f"{name}_{budget}": mean_over(values[:, place]) for name, values in named.items()}
-    return row | {"calibration_error_100": mean_over(np.array(errors)), "unseen_class_auc_100": mean_over(np.array(areas))}
+    return row | {
+        "calibration_error_100": mean_over(np.array(errors)),
+        "unseen_class_auc_100": mean_over(np.array(areas)),
+    }
 
 
 def split(slides: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -131,7 +141,14 @@ def split(slides: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def annotated(
-    way: str, vectors: np.ndarray, codes: np.ndarray, slides: np.ndarray, pool: np.ndarray, test: np.ndarray, *, seed: int
+    way: str,
+    vectors: np.ndarray,
+    codes: np.ndarray,
+    slides: np.ndarray,
+    pool: np.ndarray,
+    test: np.ndarray,
+    *,
+    seed: int,
 ) -> list[float]:
     """Balanced accuracy after each budget; chance as long as all labels are of one class."""
     order = np.random.default_rng(seed).permutation(len(pool)).tolist()
@@ -164,7 +181,10 @@ def calibration_error(truth: np.ndarray, probability: np.ndarray, *, bins: int =
     """Mean difference of confidence and accuracy over bins of confidence, by their size."""
     confidence, right = probability.max(axis=1), probability.argmax(axis=1) == truth
     place = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = [abs(confidence[place == each].mean() - right[place == each].mean()) * (place == each).sum() for each in np.unique(place)]
+    gaps = [
+        abs(confidence[place == each].mean() - right[place == each].mean()) * (place == each).sum()
+        for each in np.unique(place)
+    ]
     return float(sum(gaps) / len(truth))
 
 

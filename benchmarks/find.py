@@ -15,17 +15,29 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
+import pyarrow as pa
 
 from benchmarks.record import record
+from lemon.embed.ledger import EmbeddingSpec, open_ledger
+from lemon.embed.names import embeddings_name
+from lemon.embed.read import open_embeddings
+from lemon.embed.stream import PARQUET_OPTIONS
+from lemon.find.index import open_index
+from lemon.runtime.shards import write_shard
+from lemon.runtime.store import BATCH_ROWS, Store
+from lemon.schema import EmbeddedRow, embeddings
 
 CLUSTERS, DIRECTIONS, QUERIES, K = 2000, 24, 200, 10
+SLIDES = 10
 BLOCK = 50_000
 PACKAGES = ("numpy", "faiss-cpu", "hnswlib", "usearch")
 
@@ -47,7 +59,7 @@ def main() -> None:
         for name in options.only:
             record("find", {"index": name, **facts, "runs": tried(name, scratch)}, packages=PACKAGES)
             for path in scratch.glob("index*"):
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def make_vectors(scratch: Path, count: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -76,7 +88,9 @@ def make_vectors(scratch: Path, count: int, width: int) -> tuple[np.ndarray, np.
         block = draw(min(BLOCK, count - start)).astype(np.float16)
         stored[start : start + len(block)] = block
         scores = np.concatenate([best, queries @ block.astype(np.float32).T], axis=1)
-        numbers = np.concatenate([truth, np.broadcast_to(np.arange(start, start + len(block)), (QUERIES, len(block)))], 1)
+        numbers = np.concatenate(
+            [truth, np.broadcast_to(np.arange(start, start + len(block)), (QUERIES, len(block)))], 1
+        )
         top = np.argpartition(-scores, K, axis=1)[:, :K]
         best, truth = np.take_along_axis(scores, top, 1), np.take_along_axis(numbers, top, 1)
     stored.flush()
@@ -86,6 +100,8 @@ def make_vectors(scratch: Path, count: int, width: int) -> tuple[np.ndarray, np.
 def tried(name: str, scratch: Path) -> list[dict[str, Any]]:
     """Build an index in one process and search it in another; a row for each setting of the search."""
     build, search = INDEXES[name]
+    if name == "lemon":
+        in_process(write_embeddings, scratch)
     built = in_process(measured_build, build, scratch)
     rows = []
     for row in in_process(measured_search, search, scratch):
@@ -104,7 +120,9 @@ def measured_build(build: Callable[[Path], None], scratch: Path) -> dict[str, An
     """Seconds of the processor, peak memory and size on disk of a build."""
     start = time.process_time()
     build(scratch)
-    size = sum(path.stat().st_size for path in scratch.glob("index*"))
+    size = sum(
+        path.stat().st_size for top in scratch.glob("index*") for path in (top, *top.rglob("*")) if path.is_file()
+    )
     return {"build_s": round(time.process_time() - start, 1), "build_peak_mb": peak_mb(), "disk_mb": round(size / 1e6)}
 
 
@@ -121,7 +139,11 @@ def measured_search(search: Callable[[Path], Any], scratch: Path) -> list[dict[s
             cpu.append(time.process_time() - begun[0])
             wall.append(time.perf_counter() - begun[1])
             hits += len(np.intersect1d(found, true))
-        milliseconds = {"median_cpu_ms": np.median(cpu), "p95_cpu_ms": np.quantile(cpu, 0.95), "median_ms": np.median(wall)}
+        milliseconds = {
+            "median_cpu_ms": np.median(cpu),
+            "p95_cpu_ms": np.quantile(cpu, 0.95),
+            "median_ms": np.median(wall),
+        }
         rows.append(
             {"setting": setting, "recall_at_10": round(hits / truth.size, 4)}
             | {key: round(float(value) * 1000, 2) for key, value in milliseconds.items()}
@@ -150,8 +172,6 @@ def sample(scratch: Path, count: int) -> np.ndarray:
 
 def build_faiss(scratch: Path, description: str, training: int) -> None:
     """An index of faiss's index_factory."""
-    import faiss
-
     faiss.omp_set_num_threads(1)
     vectors = sample(scratch, training)
     index = faiss.index_factory(vectors.shape[1], description)
@@ -174,8 +194,6 @@ def build_ivf_pq(scratch: Path) -> None:
 
 def search_faiss(scratch: Path) -> Any:
     """faiss's lists, mapped from the file."""
-    import faiss
-
     faiss.omp_set_num_threads(1)
     index = faiss.read_index(str(scratch / "index"), faiss.IO_FLAG_MMAP)
     for probes in (4, 16, 64):
@@ -227,7 +245,50 @@ def search_usearch(scratch: Path) -> Any:
         yield f"ef={width}", lambda query: index.search(query, K, threads=1).keys
 
 
+def write_embeddings(scratch: Path) -> None:
+    """The vectors in tables of ten slides, as lemon embed writes them."""
+    width = np.load(scratch / "queries.npy").shape[1]
+    store, spec = Store(scratch / "embeddings"), EmbeddingSpec("made up", "made up", width, "float16", "fp32")
+    ledger = open_ledger(store, spec, overwrite=False)
+    table = embeddings(width)
+    stored = np.load(scratch / "vectors.npy", mmap_mode="r")
+    for number, part in enumerate(np.array_split(np.arange(len(stored)), SLIDES)):
+        slide_id = f"slide{number}"
+        with write_shard(store, embeddings_name(slide_id), table, **PARQUET_OPTIONS) as shard:
+            for rows in np.array_split(part, max(1, len(part) // BATCH_ROWS)):
+                ids = [f"{slide_id}_{row}" for row in rows.tolist()]
+                values = pa.FixedSizeListArray.from_arrays(pa.array(stored[rows].ravel()), width)
+                place = pa.array(rows.astype(np.float64))
+                slides, model = (pa.repeat(text, len(rows)) for text in (slide_id, spec.model_fingerprint))
+                shard.write(pa.table([pa.array(ids), slides, place, place, values, model], schema=table))
+        row = EmbeddedRow(slide_id=slide_id, status="done", n_cells=len(part), embeddings_digest=shard.digest)
+        ledger.commit(row)
+
+
+def build_lemon(scratch: Path) -> None:
+    """The index of lemon find, from tables."""
+    faiss.omp_set_num_threads(1)
+    open_index(open_embeddings(str(scratch / "embeddings")), str(scratch / "index"))
+
+
+def search_lemon(scratch: Path) -> Any:
+    """The same, opened; rows are counted over all slides as the vectors are."""
+    faiss.omp_set_num_threads(1)
+    opened = open_embeddings(str(scratch / "embeddings"))
+    starts = np.cumsum([0, *(row.n_cells for row in opened.rows.values())])
+    first = dict(zip(opened.rows, starts.tolist(), strict=False))
+    index = open_index(opened, str(scratch / "index"))
+    for probes in (8, 32, 128):
+        yield (
+            f"probes={probes}",
+            lambda query, probes=probes: [
+                first[hit.slide_id] + hit.row for hit in index.search(query[None], k=K, probes=probes)[0]
+            ],
+        )
+
+
 INDEXES: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
+    "lemon": (build_lemon, search_lemon),
     "faiss IVF1024,SQ8": (build_ivf_sq8, search_faiss),
     "faiss IVF1024,PQ48": (build_ivf_pq, search_faiss),
     "usearch HNSW16, i8": (build_usearch, search_usearch),

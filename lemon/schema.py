@@ -401,6 +401,7 @@ class SweepRow(Row, table="sweep"):
 COHORT, DOWNLOADS, SLIDES = Slide.schema, DownloadRow.schema, SlideRow.schema
 EMBEDDED, SCORES, SWEEP = EmbeddedRow.schema, ScoreRow.schema, SweepRow.schema
 ROBUSTNESS = RobustnessRow.schema
+COUNTS, NEIGHBOURHOOD = CountRow.schema, NeighbourhoodRow.schema
 
 SWEEP_FILE = "sweep.parquet"
 """That table in the output of a sweep."""

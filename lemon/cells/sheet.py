@@ -26,10 +26,12 @@ _MAX_NAME = 16
 
 
 def crop_of_cell(cells: Store, slide_id: str, row: int, *, cell_id: str) -> np.ndarray:
-    """The image of a cell, uint8 [60, 60, 3], by its row in its slide. Raises ConfigError where another cell is there."""
+    """The image of a cell, uint8 [60, 60, 3], by its row in its slide. Raises ConfigError where another cell is."""
     columns = ["cell_id", "image"]
     try:
-        batch = next(read_shard(cells, shard_name(slide_id), schema=CELLS, columns=columns, first=row, batch_rows=16), None)
+        batch = next(
+            read_shard(cells, shard_name(slide_id), schema=CELLS, columns=columns, first=row, batch_rows=16), None
+        )
     except ShardError as error:
         raise ConfigError(f"cells: {cells.uri}/{error}") from None
     if batch is None or batch["cell_id"][0].as_py() != cell_id:

@@ -1,7 +1,7 @@
 """Which cells to label next: uncertain ones, different from each other and from those that are labelled.
 
-The pool is clustered into as many groups as there will be labels, each cell weighed by how unsure the head is of it, and
-from the weightiest groups without a label the most typical cell is taken. With no labels yet it is coverage alone
+The pool is clustered into as many groups as there will be labels, each cell weighed by how unsure the head is of it,
+and from the weightiest groups without a label the most typical cell is taken. With no labels yet it is coverage alone
 (Hacohen et al., Active learning on a budget, ICML 2022: few labels had better be typical); as the head becomes sure of
 most cells the groups gather where it is not (Zhdanov, Diverse mini-batch active learning, 2019).
 """

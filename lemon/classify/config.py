@@ -24,12 +24,12 @@ class ClassifyConfig(CellsConfig):
     format: list[Literal["parquet", "h5ad", "geojson"]] = Field(
         ["parquet"], description="files of each slide, as [parquet,h5ad,geojson]; parquet is always written"
     )
-    next: int = Field(20, ge=0, le=500, description="cells to label next: next.csv to fill in, next.png to look at")
+    next: int = Field(20, ge=0, le=500, description="cells to label next: a sheet in next/ to fill in, and its picture")
     unknown: float | None = Field(
         0.99,
         gt=0,
         le=1,
-        description="a cell farther from all labels than this share of labels from each other is unknown; null: none is",
+        description="a cell farther from any label than this share of labels from each other is unknown; null: none",
     )
     neighbours: int = Field(10, ge=1, description="nearest nuclei of each that make its neighbourhood")
     radius_um: float = Field(50.0, gt=0, description="farther nuclei are no neighbours")

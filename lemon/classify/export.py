@@ -64,7 +64,9 @@ def _write_h5ad(
     names = list(colors)
     for column in ("label", "likely"):
         annotated.obs[column] = pd.Categorical(classes[column].to_pylist(), names)
-        annotated.uns[f"{column}_colors"] = np.array(["#{:02x}{:02x}{:02x}".format(*colors[name]) for name in names], object)
+        annotated.uns[f"{column}_colors"] = np.array(
+            ["#{:02x}{:02x}{:02x}".format(*colors[name]) for name in names], object
+        )
     for column in ("confidence", "distance", "given"):
         annotated.obs[column] = classes[column].to_numpy()
     with store.write_path(h5ad_name(slide.slide_id)) as path:

@@ -81,9 +81,7 @@ def fit_head(
     return Head(model, n_classes, temperature, compared, limit), held_out
 
 
-def cross_validate(
-    vectors: np.ndarray, codes: np.ndarray, *, groups: np.ndarray, n_classes: int, seed: int
-) -> HeldOut:
+def cross_validate(vectors: np.ndarray, codes: np.ndarray, *, groups: np.ndarray, n_classes: int, seed: int) -> HeldOut:
     """Probabilities of labelled cells by heads that were fitted without their slides, or of one slide without them."""
     by_slide = len(np.unique(groups)) > 1
     rows, outputs = [np.zeros(0, np.int64)], [np.zeros((0, n_classes), np.float32)]

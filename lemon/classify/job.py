@@ -32,10 +32,10 @@ from lemon.schema import CELLS, CLASSES, CountRow, NeighbourhoodRow, SlideRow, m
 
 logger = stage_logger(__name__, "classify")
 
-COUNTS, NEIGHBOURHOOD, SCORE, NEXT, NEXT_PICTURE = "counts.csv", "neighbourhood.csv", "score.json", "next.csv", "next.png"
+COUNTS, NEIGHBOURHOOD, SCORE = "counts.csv", "neighbourhood.csv", "score.json"
 
-OUTPUT_NAMES = ("classes", *FILE_OF, COUNTS, NEIGHBOURHOOD, SCORE, NEXT, NEXT_PICTURE)
-"""What classification writes in its output."""
+OUTPUT_NAMES = ("classes", *FILE_OF, COUNTS, NEIGHBOURHOOD, SCORE)
+"""What classification writes in its output, but for the sheets in next/, which people fill in."""
 
 POOL = 20_000
 """Cells among which the next to label are sought: a random sample of all slides."""
@@ -83,7 +83,7 @@ def main(config: ClassifyConfig) -> int:
 
 
 def describe_score(labelled: Labelled, held_out: HeldOut, *, seed: int) -> dict[str, Any]:
-    """What cross-validation says of the head, with ``line`` for people. Labels of clusters are trained on, not scored."""
+    """What cross-validation says of the head, with ``line`` for people; labels of clusters are not scored."""
     by_cell = labelled.by_cell[held_out.rows]
     scored = HeldOut(held_out.rows[by_cell], held_out.probability[by_cell], held_out.by_slide)
     counts = {name: int((labelled.codes == code).sum()) for code, name in enumerate(labelled.names)}
@@ -95,7 +95,8 @@ def describe_score(labelled: Labelled, held_out: HeldOut, *, seed: int) -> dict[
     score = score_of(scored, labelled.codes, labelled.slide_ids, seed=seed)
     truth, guess = labelled.codes[scored.rows], scored.probability.argmax(axis=1)
     recall = {
-        labelled.names[code]: round(float((guess[truth == code] == code).mean()), 4) for code in np.unique(truth).tolist()
+        labelled.names[code]: round(float((guess[truth == code] == code).mean()), 4)
+        for code in np.unique(truth).tolist()
     }
     held = "whole slides held out" if held_out.by_slide else "cells of one slide held out, other slides may be worse"
     bounds = "" if np.isnan(score.low) else f" ({score.low:.3f} to {score.high:.3f})"
@@ -113,18 +114,32 @@ def classes_name(slide_id: str) -> str:
     return f"classes/{file_stem(slide_id)}.parquet"
 
 
+def next_name(n_labels: int) -> str:
+    """The sheet of cells to label after so many: each has a name of its own, so that none that was filled in is lost."""
+    return f"next/after_{n_labels}.csv"
+
+
 def _classify(source: Source, labelled: Labelled, head: Head, store: Store, *, config: ClassifyConfig) -> None:
     """Classes, formats and counts of every slide, one at a time."""
     names = (*labelled.names, UNKNOWN)
     colors = colors_of(labelled.names)
     made_from = fingerprint(
-        [labelled.cell_ids, labelled.codes.tolist(), labelled.names, config.seed, config.unknown, asdict(source.embeddings.spec)]
+        [
+            labelled.cell_ids,
+            labelled.codes.tolist(),
+            labelled.names,
+            config.seed,
+            config.unknown,
+            asdict(source.embeddings.spec),
+        ]
     )
     counts: list[CountRow] = []
     around: list[NeighbourhoodRow] = []
     sampled = 0
     for slide_id, row in source.embeddings.rows.items():
-        table, is_new = _classes_of(source, slide_id, labelled, head, store, made_from=f"{made_from}{row.embeddings_digest}")
+        table, is_new = _classes_of(
+            source, slide_id, labelled, head, store, made_from=f"{made_from}{row.embeddings_digest}"
+        )
         codes = pc.index_in(table["label"], pa.array(names)).to_numpy().astype(np.int64)
         place_um = _places_um(source, slide_id)
         sampled += place_um is None and source.cells is not None
@@ -198,6 +213,10 @@ def _slide(source: Source, slide_id: str) -> EmbeddedSlide:
 
 def _write_next(source: Source, labelled: Labelled, head: Head, store: Store, *, config: ClassifyConfig) -> None:
     """The cells to label next, as a sheet to fill in and, with cells, as a picture."""
+    sheet = next_name(len(labelled.cell_ids))
+    if not store.records.agree(sheet):
+        logger.info(f"  {store.uri}/{sheet} was filled in since: it stays, give it by labels= too")
+        return
     pool = sample_of(source.embeddings, size=POOL, without=set(labelled.cell_ids))
     vectors = np.concatenate([labelled.vectors, pool.vectors])
     n_labelled = len(labelled.cell_ids)
@@ -215,7 +234,7 @@ def _write_next(source: Source, labelled: Labelled, head: Head, store: Store, *,
         "x_level0_px": [pool.places[row][0] for row in rows],
         "y_level0_px": [pool.places[row][1] for row in rows],
     }
-    with store.write(NEXT) as stream:
+    with store.write(sheet) as stream:
         pyarrow.csv.write_csv(pa.table(columns), stream)
     if source.cells is not None and rows:
         crops = [
@@ -223,10 +242,12 @@ def _write_next(source: Source, labelled: Labelled, head: Head, store: Store, *,
         ]
         captions = [
             f"{number} {plain(name)}? {sure:.2f}\n{shortened(slide)}"
-            for number, (name, sure, slide) in enumerate(zip(suggested, confidence, columns["slide_id"], strict=True), 1)
+            for number, (name, sure, slide) in enumerate(
+                zip(suggested, confidence, columns["slide_id"], strict=True), 1
+            )
         ]
-        store.write_bytes(NEXT_PICTURE, draw_sheet(crops, captions))
-    logger.info(f"  {len(rows)} cells to label next: fill in label in {store.uri}/{NEXT} and give it by labels= too")
+        store.write_bytes(f"{sheet.removesuffix('.csv')}.png", draw_sheet(crops, captions))
+    logger.info(f"  {len(rows)} cells to label next: fill in label in {store.uri}/{sheet} and give it by labels= too")
 
 
 @dataclass

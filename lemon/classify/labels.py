@@ -83,7 +83,9 @@ def _columns_of(table: UserTable) -> tuple[str, str]:
     keys = [name for name in ("cell_id", "cluster") if name in table.columns]
     names = [name for name in ("label", "name") if name in table.columns]
     if not keys or not names:
-        raise ConfigError(f"{table.place}: has no {'label' if keys else 'cell_id'}; expected cell_id,label or cluster,label")
+        raise ConfigError(
+            f"{table.place}: has no {'label' if keys else 'cell_id'}; expected cell_id,label or cluster,label"
+        )
     return keys[0], names[0]
 
 
@@ -120,12 +122,12 @@ def _of_clusters(clusters: dict[int, str], embeddings: Embeddings) -> Iterator[t
             yield from ((ids[row].as_py(), slide_id, row, name, False) for row in rows)
     empty = [cluster for cluster in clusters if not counts[cluster]]
     if empty:
-        raise ConfigError(f"labels: no cell is in cluster {empty[0]}; expected numbers as in clusters/ of the embeddings")
+        raise ConfigError(
+            f"labels: no cell is in cluster {empty[0]}; expected numbers as in clusters/ of the embeddings"
+        )
 
 
-def _checked(
-    rows: list[tuple[str, str, int, str, bool]], embeddings: Embeddings, paths: Sequence[str]
-) -> Labelled:
+def _checked(rows: list[tuple[str, str, int, str, bool]], embeddings: Embeddings, paths: Sequence[str]) -> Labelled:
     names = tuple(sorted({row[3] for row in rows}))
     where = ", ".join(paths)
     if not rows:

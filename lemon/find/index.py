@@ -211,7 +211,12 @@ def _fit_centres(embeddings: Embeddings, content: Content) -> Any:
     quantizer = faiss.IndexFlatIP(content.width)
     index = faiss.IndexIVFScalarQuantizer(
         # Without residuals a segment can be searched without the centres, which it so need not hold.
-        quantizer, content.width, content.n_lists, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT, False
+        quantizer,
+        content.width,
+        content.n_lists,
+        faiss.ScalarQuantizer.QT_8bit,
+        faiss.METRIC_INNER_PRODUCT,
+        False,
     )
     index.sq.rangestat_arg = 0.1  # values of slides to come may lie beyond those of the sample
     index.cp.niter, index.cp.spherical, index.cp.min_points_per_centroid = STEPS, True, 1

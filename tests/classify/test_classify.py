@@ -81,10 +81,13 @@ def test_every_cell_has_a_class_in_every_format(folder: Path, tmp_path: Path, ca
     assert {row["cell_id"]: row["label"] for row in table.to_pylist() if row["given"]} == {
         cell: name for cell, name in LABELS.items() if cell[0] == "A"
     }
-    features = json.loads(gzip.open(tmp_path / "out/geojson/A.geojson.gz").read())["features"]
+    features = json.loads(gzip.decompress((tmp_path / "out/geojson/A.geojson.gz").read_bytes()))["features"]
     shown = {each["properties"]["name"]: each["properties"]["classification"]["name"] for each in features}
     assert shown == dict(zip(table["cell_id"].to_pylist(), table["label"].to_pylist(), strict=True))
-    colors = {each["properties"]["classification"]["name"]: tuple(each["properties"]["classification"]["color"]) for each in features}
+    colors = {
+        each["properties"]["classification"]["name"]: tuple(each["properties"]["classification"]["color"])
+        for each in features
+    }
     assert len({*colors.values()}) == len(colors)
     annotated = anndata.read_h5ad(tmp_path / "out/h5ad/A.h5ad")
     assert annotated.obs["label"].astype(str).to_dict() == shown
@@ -99,15 +102,20 @@ def test_every_cell_has_a_class_in_every_format(folder: Path, tmp_path: Path, ca
 def test_the_next_sheet_names_unlabelled_cells_and_can_be_given_back(folder: Path, tmp_path: Path) -> None:
     labels = write_labels(tmp_path / "labels.csv", LABELS)
     assert classify(config(folder, labels, tmp_path / "out", "next=6")) == 0
-    rows = sheet(tmp_path / "out/next.csv")
+    rows = sheet(tmp_path / "out/next/after_16.csv")
     assert len({row["cell_id"] for row in rows} - LABELS.keys()) == 6
-    assert Image.open(tmp_path / "out/next.png").width > 1000
-    filled = tmp_path / "filled.csv"
+    assert Image.open(tmp_path / "out/next/after_16.png").width > 1000
+    filled = tmp_path / "out/next/after_16.csv"  # in place, as people do
     with filled.open("w") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
         writer.writerows([row | {"label": "stroma" if index < 4 else ""} for index, row in enumerate(rows)])
     before = (tmp_path / "out/classes/A.parquet").read_bytes()
+    text = filled.read_text()
+    assert classify(config(folder, f"[{labels},{filled}]", tmp_path / "out")) == 0
+    assert (tmp_path / "out/next/after_20.csv").exists()
+    assert classify(config(folder, labels, tmp_path / "out")) == 0
+    assert filled.read_text() == text
     assert classify(config(folder, f"[{labels},{filled}]", tmp_path / "out")) == 0
     score = json.loads((tmp_path / "out/score.json").read_text())
     assert score["labels"] == {"immune": 8, "stroma": 4, "tumour": 8}
@@ -125,7 +133,9 @@ def test_named_clusters_are_a_start_that_labels_of_cells_correct(folder: Path, t
     cell = known["cell_id"][0].as_py()
     fixed = write_labels(tmp_path / "fixed.csv", {cell: "immune"})
     assert classify(config(folder, f"[{clusters},{fixed}]", tmp_path / "out")) == 0
-    corrected = {row["cell_id"]: row["label"] for row in Store(tmp_path / "out").read_table("classes/A.parquet").to_pylist()}
+    corrected = {
+        row["cell_id"]: row["label"] for row in Store(tmp_path / "out").read_table("classes/A.parquet").to_pylist()
+    }
     assert corrected[cell] == "immune"
 
 
@@ -230,7 +240,8 @@ def test_densities_count_the_squares_that_hold_nuclei() -> None:
     assert tissue_mm2(place) == pytest.approx(0.03)
     rows = count_rows("s", np.array([0, 0, 1, 0]), ("a", "b"), area_mm2=0.03)
     assert [(row.label, row.n_cells, row.share, round(row.per_mm2 or 0)) for row in rows] == [
-        ("a", 3, 0.75, 100), ("b", 1, 0.25, 33),
+        ("a", 3, 0.75, 100),
+        ("b", 1, 0.25, 33),
     ]
 
 
@@ -241,6 +252,9 @@ def test_the_neighbourhood_is_of_the_nearest_within_the_radius_without_the_cell_
     assert pairs.tolist() == [[0, 3], [3, 2]]
     rows = neighbourhood_rows("s", pairs, codes, ("a", "b"))
     assert [(row.label, row.neighbour, row.n_neighbours) for row in rows] == [
-        ("a", "a", 0), ("a", "b", 3), ("b", "a", 3), ("b", "b", 2),
+        ("a", "a", 0),
+        ("a", "b", 3),
+        ("b", "a", 3),
+        ("b", "b", 2),
     ]
     assert rows[1].ratio == pytest.approx(1 / 0.6)

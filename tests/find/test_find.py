@@ -108,7 +108,7 @@ def test_bad_queries_are_one_line(folder: Path, tmp_path: Path) -> None:
     embeddings = str(folder / "e")
     with pytest.raises(ConfigError, match=r"cell: got 'nobody', which is none of the 110 cells"):
         find_neighbours(embeddings, cell="nobody")
-    with pytest.raises(ConfigError, match="embeddings: .* expected an output of lemon embed"):
+    with pytest.raises(ConfigError, match=r"embeddings: .* expected an output of lemon embed"):
         find_neighbours(str(tmp_path), cell="nobody")
     with pytest.raises(ConfigError, match=r"vectors: got float64 \[1, 3\]; expected finite float \[N, 32\]"):
         find_neighbours(embeddings, vectors=np.zeros((1, 3)))
@@ -119,12 +119,14 @@ def test_bad_queries_are_one_line(folder: Path, tmp_path: Path) -> None:
         find_neighbours(embeddings, image=str(tmp_path / "no.png"))
     write_encoder(tmp_path / "other", seed=1)
     Image.fromarray(np.zeros((60, 60, 3), np.uint8)).save(tmp_path / "crop.png")
-    with pytest.raises(ConfigError, match="model: .* but the embeddings are by"):
+    with pytest.raises(ConfigError, match=r"model: .* but the embeddings are by"):
         find_neighbours(embeddings, image=str(tmp_path / "crop.png"), model=str(tmp_path / "other"))
     assert lemon.find_neighbours is find_neighbours
 
 
-def test_only_segments_of_slides_that_changed_are_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_segments_of_slides_that_changed_are_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("lemon.find.index.SEGMENT_CELLS", 60)
     monkeypatch.setattr(plan_segments, "__kwdefaults__", {"size": 60})
     embeddings = made(tmp_path)
