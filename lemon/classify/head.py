@@ -143,11 +143,11 @@ def fit_model(vectors: np.ndarray, codes: np.ndarray, *, groups: np.ndarray, see
 
 
 def _folds(codes: np.ndarray, groups: np.ndarray | None, *, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    if groups is not None:
-        return [(fold.train, fold.test) for fold in grouped_folds(groups, labels=codes.astype(str), seed=seed)]
     n_folds = min(N_FOLDS, int(np.bincount(codes).max()))
-    if n_folds < 2:  # a cell of each class: nothing is left to learn it from
-        return []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The least populated class")
+        if groups is not None:
+            return [(fold.train, fold.test) for fold in grouped_folds(groups, labels=codes.astype(str), seed=seed)]
+        if n_folds < 2:  # a cell of each class: nothing is left to learn it from
+            return []
         return list(StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(codes, codes))

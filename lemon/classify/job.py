@@ -83,7 +83,7 @@ def main(config: ClassifyConfig) -> int:
 
 
 def describe_score(labelled: Labelled, held_out: HeldOut, *, seed: int) -> dict[str, Any]:
-    """What cross-validation says of the head, with ``line`` for people; labels of clusters are not scored."""
+    """What cross-validation says of the head, with ``line`` for people; clusters are not scored."""
     by_cell = labelled.by_cell[held_out.rows]
     scored = HeldOut(held_out.rows[by_cell], held_out.probability[by_cell], held_out.by_slide)
     counts = {name: int((labelled.codes == code).sum()) for code, name in enumerate(labelled.names)}
@@ -115,7 +115,7 @@ def classes_name(slide_id: str) -> str:
 
 
 def next_name(n_labels: int) -> str:
-    """The sheet of cells to label after so many: each has a name of its own, so that none that was filled in is lost."""
+    """The sheet of cells to label after so many: each has its own name, so that none that was filled in is lost."""
     return f"next/after_{n_labels}.csv"
 
 
@@ -123,16 +123,7 @@ def _classify(source: Source, labelled: Labelled, head: Head, store: Store, *, c
     """Classes, formats and counts of every slide, one at a time."""
     names = (*labelled.names, UNKNOWN)
     colors = colors_of(labelled.names)
-    made_from = fingerprint(
-        [
-            labelled.cell_ids,
-            labelled.codes.tolist(),
-            labelled.names,
-            config.seed,
-            config.unknown,
-            asdict(source.embeddings.spec),
-        ]
-    )
+    made_from = _made_from(labelled, config, source.embeddings)
     counts: list[CountRow] = []
     around: list[NeighbourhoodRow] = []
     sampled = 0
@@ -160,6 +151,12 @@ def _classify(source: Source, labelled: Labelled, head: Head, store: Store, *, c
         logger.info(f"  {sampled} slides hold a sample of their nuclei: no densities and neighbourhoods of them")
     if source.cells is None:
         logger.info("  no densities and neighbourhoods: cells=the output of lemon curate tells the slides' resolution")
+
+
+def _made_from(labelled: Labelled, config: ClassifyConfig, embeddings: Embeddings) -> str:
+    """Names all that classes depend on besides a slide's own embeddings."""
+    labels = [labelled.cell_ids, labelled.names, labelled.codes.tolist(), labelled.by_cell.tolist()]
+    return fingerprint([labels, config.seed, config.unknown, asdict(embeddings.spec)])
 
 
 def _classes_of(

@@ -11,10 +11,9 @@ import numpy as np
 
 from lemon.embed.names import clusters_name
 from lemon.embed.read import Embeddings
-from lemon.embed.stream import vectors_of
 from lemon.errors import ConfigError
 from lemon.runtime.identifiers import look_alikes_line, some
-from lemon.runtime.tables import ANY_NUMBER, Column, Form, UserTable, read_user_table
+from lemon.runtime.tables import Column, Form, UserTable, read_user_table
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +26,7 @@ UNKNOWN = "unknown"
 _DASHES = frozenset(["-", "--"])  # a class, beside +
 _COLUMNS = (
     Column("cell_id", required=False),
-    Column("cluster", required=False, number=ANY_NUMBER),
+    Column("cluster", required=False),
     Column("label", required=False, keep=_DASHES),
     Column("name", required=False, keep=_DASHES),
 )
@@ -60,12 +59,14 @@ def read_labelled(paths: Sequence[str], embeddings: Embeddings) -> Labelled:
     Raises ConfigError: a table is none, names a cell or cluster that there is not, or there is one class alone.
     """
     cells: dict[str, str] = {}
-    clusters: dict[int, str] = {}
+    clusters: dict[str, str] = {}
     for path in paths:
         table = read_user_table(path, form=Form("labels:", _COLUMNS, others=True))
         keys, names = _columns_of(table)
-        target: dict[str, str] | dict[int, str] = clusters if keys == "cluster" else cells
-        target.update(_named(table, keys, names))  # type: ignore[arg-type]
+        if keys == "cell_id":
+            cells |= _named(table, keys, names)
+        else:
+            clusters |= _named(table, keys, names)
     places = embeddings.find(cells)
     absent = [cell_id for cell_id in cells if cell_id not in places]
     if absent:
@@ -89,7 +90,8 @@ def _columns_of(table: UserTable) -> tuple[str, str]:
     return keys[0], names[0]
 
 
-def _named(table: UserTable, keys: str, names: str) -> dict[str, str] | dict[int, str]:
+def _named(table: UserTable, keys: str, names: str) -> dict[str, str]:
+    """The class of each cell or cluster; those without are left out."""
     labels: dict[str, str] = {}
     for index, (key, name) in enumerate(zip(table.columns[keys], table.columns[names], strict=True)):
         if name is None:
@@ -99,14 +101,14 @@ def _named(table: UserTable, keys: str, names: str) -> dict[str, str] | dict[int
         if labels.setdefault(key, name) != name:
             where = f"{table.where(index)}: {keys} {key} has two labels, {labels[key]} and {name}"
             raise ConfigError(f"{where}; expected one row each")
-    return {int(key): name for key, name in labels.items()} if keys == "cluster" else labels
+    return labels
 
 
-def _of_clusters(clusters: dict[int, str], embeddings: Embeddings) -> Iterator[tuple[str, str, int, str, bool]]:
+def _of_clusters(clusters: dict[str, str], embeddings: Embeddings) -> Iterator[tuple[str, str, int, str, bool]]:
     """Cells of named clusters: the first of each slide in turn, which are drawn at random. Raises ConfigError."""
     if not clusters:
         return
-    counts: Counter[int] = Counter()
+    counts: Counter[str] = Counter()
     share = -(-CELLS_A_CLUSTER // len(embeddings.rows))
     for slide_id in embeddings.rows:
         if not embeddings.store.exists(clusters_name(slide_id)):
@@ -115,7 +117,7 @@ def _of_clusters(clusters: dict[int, str], embeddings: Embeddings) -> Iterator[t
                 "expected an output of lemon embed with clusters.k"
             )
         table = embeddings.store.read_table(clusters_name(slide_id))
-        ids, codes = table["cell_id"], table["cluster"].to_numpy()
+        ids, codes = table["cell_id"], table["cluster"].to_numpy().astype(str)
         for cluster, name in clusters.items():
             rows = np.flatnonzero(codes == cluster)[:share].tolist()
             counts[cluster] += len(rows)
@@ -139,12 +141,11 @@ def _checked(rows: list[tuple[str, str, int, str, bool]], embeddings: Embeddings
     if line := look_alikes_line("labels: label", set(names)):
         logger.warning("%s", line)
     code = {name: index for index, name in enumerate(names)}
-    vectors = [vectors_of(embeddings.row(slide_id, row)["embedding"]) for _, slide_id, row, _, _ in rows]
     return Labelled(
         names,
         [row[0] for row in rows],
         np.array([row[1] for row in rows], str),
-        np.concatenate(vectors).astype(np.float32),
+        embeddings.take([(slide_id, row) for _, slide_id, row, _, _ in rows]),
         np.array([code[row[3]] for row in rows], np.int64),
         np.array([row[4] for row in rows], bool),
     )

@@ -64,6 +64,20 @@ class Embeddings:
         columns = ["cell_id", "x_level0_px", "y_level0_px", "embedding"]
         return next(self.batches(slide_id, columns, first=number, batch_rows=64)).slice(0, 1)
 
+    def take(self, places: Sequence[tuple[str, int]]) -> np.ndarray:
+        """Vectors of cells by slide and row, float32 [N, D]; a slide is read up to its last one. Raises ConfigError."""
+        vectors = np.empty((len(places), self.spec.width), np.float32)
+        for slide_id in {slide for slide, _ in places}:
+            rows = np.array([row if slide == slide_id else -1 for slide, row in places], np.int64)
+            start = 0
+            for part in self.vectors(slide_id):
+                here = np.flatnonzero((rows >= start) & (rows < start + len(part)))
+                vectors[here] = part[rows[here] - start]
+                start += len(part)
+                if start > rows.max():
+                    break
+        return vectors
+
     def find(self, cell_ids: Iterable[str]) -> dict[str, tuple[str, int]]:
         """Slide and row of each cell id that there is. Slides whose id begins a cell's id are looked at first.
 

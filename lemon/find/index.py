@@ -158,7 +158,7 @@ def _planned(known: Content | None, embeddings: Embeddings) -> Content:
         spec = embeddings.spec
         name = f"{CENTRES}/{fingerprint([spec.model_fingerprint, list(slides.values())])}.faiss"
         known = Content(name, spec.model_fingerprint, spec.width, n_lists_for(n_cells), n_cells, [])
-    return replace(known, segments=plan_segments(known.segments, slides, centres=known.centres))
+    return replace(known, segments=plan_segments(known.segments, slides, centres=known.centres, size=SEGMENT_CELLS))
 
 
 def n_lists_for(n_cells: int) -> int:
@@ -167,7 +167,7 @@ def n_lists_for(n_cells: int) -> int:
 
 
 def plan_segments(
-    known: Sequence[Segment], slides: Mapping[str, IndexedSlide], *, centres: str, size: int = SEGMENT_CELLS
+    known: Sequence[Segment], slides: Mapping[str, IndexedSlide], *, centres: str, size: int
 ) -> list[Segment]:
     """Segments of ``size`` cells or fewer (of one slide: as it is), in place of the known ones.
 

@@ -25,13 +25,19 @@ TABLE, SHEET, PICTURE = "neighbours.parquet", "neighbours.csv", "neighbours.png"
 OUTPUT_NAMES = (TABLE, SHEET, PICTURE)
 """What a search writes in its output."""
 
+MORE = 10
+"""Cells beyond the neighbours that are compared by their stored vectors, at least."""
+
 
 def main(config: FindConfig) -> int:
     """Find the neighbours, write them and log where they are; returns the exit code. Raises ConfigError."""
     embeddings = open_embeddings(config.embeddings)
     queries = _queries(embeddings, config)
     index = open_index(embeddings, config.index)
-    found = [_exact(embeddings, queries, number, hits) for number, hits in enumerate(_search(index, queries, config))]
+    found = [
+        _exact(embeddings, queries, number, hits, k=config.k)
+        for number, hits in enumerate(_search(index, queries, config))
+    ]
     table = pa.concat_tables([rows for rows, _ in found])
     cells = cells_of(embeddings, config.cells)
     with hold(config.output, stage="find", names=OUTPUT_NAMES) as store:
@@ -97,7 +103,7 @@ def find_neighbours(
         config = FindConfig(embeddings=embeddings, cell=names, k=k, probes=probes, index=index)
         queries = Queries(names, _checked(vectors, opened), [None] * len(names), [None] * len(names))
     hits = _search(open_index(opened, index), queries, config)
-    return pa.concat_tables([_exact(opened, queries, number, each)[0] for number, each in enumerate(hits)])
+    return pa.concat_tables([_exact(opened, queries, number, each, k=k)[0] for number, each in enumerate(hits)])
 
 
 def _checked(vectors: np.ndarray, embeddings: Embeddings) -> np.ndarray:
@@ -114,25 +120,27 @@ def _queries(embeddings: Embeddings, config: FindConfig) -> Queries:
 
 
 def _search(index: NeighbourIndex, queries: Queries, config: FindConfig) -> list[list[Hit]]:
-    """The neighbours of each query, which is none of its own."""
-    found = index.search(queries.vectors, k=config.k + 1, probes=config.probes)
+    """Some more than the neighbours of each query, which is none of its own: 8-bit values may change their order."""
+    found = index.search(queries.vectors, k=config.k + 1 + max(MORE, config.k // 4), probes=config.probes)
     return [
-        [hit for hit in hits if (hit.slide_id, hit.row) != place][: config.k]
+        [hit for hit in hits if (hit.slide_id, hit.row) != place]
         for hits, place in zip(found, queries.places, strict=True)
     ]
 
 
-def _exact(embeddings: Embeddings, queries: Queries, number: int, hits: list[Hit]) -> tuple[pa.Table, list[Hit]]:
-    """The neighbours of a query as rows of the table, by the distances of the stored vectors, and in the same order."""
+def _exact(
+    embeddings: Embeddings, queries: Queries, number: int, hits: list[Hit], *, k: int
+) -> tuple[pa.Table, list[Hit]]:
+    """The ``k`` nearest of a query's hits, by the stored vectors: as rows of the table, and as hits in their order."""
     rows = [embeddings.row(hit.slide_id, hit.row) for hit in hits]
     vectors = np.concatenate([vectors_of(row["embedding"]) for row in rows])
     distances = 1 - directions(vectors) @ directions(queries.vectors[number : number + 1])[0]
-    order = np.argsort(distances, kind="stable")
+    order = np.argsort(distances, kind="stable")[:k]
     facts = pa.Table.from_batches(rows).select(["cell_id", "x_level0_px", "y_level0_px"]).take(order)
     sorted_hits = [hits[index] for index in order]
     columns = {
-        "query": [queries.names[number]] * len(hits),
-        "position": np.arange(1, len(hits) + 1, dtype=np.int32),
+        "query": [queries.names[number]] * len(order),
+        "position": np.arange(1, len(order) + 1, dtype=np.int32),
         "slide_id": [hit.slide_id for hit in sorted_hits],
         "distance": distances[order].clip(0, 2),
         **{name: facts[name] for name in facts.column_names},

@@ -128,7 +128,6 @@ def test_only_segments_of_slides_that_changed_are_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lemon.find.index.SEGMENT_CELLS", 60)
-    monkeypatch.setattr(plan_segments, "__kwdefaults__", {"size": 60})
     embeddings = made(tmp_path)
     index = Path(embeddings) / "index"
     open_index(open_embeddings(str(embeddings)), None)
@@ -153,7 +152,7 @@ def test_small_segments_are_joined_when_slides_are_added() -> None:
     planned = plan_segments([full, small], slides, centres="", size=70)
     assert planned[0] == full
     assert [[slide.slide_id for slide in segment.slides] for segment in planned[1:]] == [["c", "d"], ["e"]]
-    assert plan_segments([full, small], {name: slides[name] for name in "abc"}, centres="") == [full, small]
+    assert plan_segments([full, small], {name: slides[name] for name in "abc"}, centres="", size=70) == [full, small]
     changed = plan_segments([full], {"a": slides["a"], "b": IndexedSlide("b", "new", 30)}, centres="", size=70)
     assert [segment.slides for segment in changed] == [[slides["a"], IndexedSlide("b", "new", 30)]]
 
