@@ -161,10 +161,10 @@ def test_bad_labels_are_one_line(folder: Path, tmp_path: Path, text: str, line: 
 
 
 def test_the_head_is_right_and_as_sure_as_it_is_right() -> None:
-    vectors, codes = blobs(60, spread=0.9)
-    slides = (np.arange(60) % 4).astype(str)
+    vectors, codes = blobs(240, spread=1.1)
+    slides = (np.arange(240) % 4).astype(str)
     head, held_out = fit_head(vectors, codes, groups=slides, n_classes=3, seed=0, unknown=0.99)
-    fresh, truth = blobs(900, seed=1, spread=0.9)
+    fresh, truth = blobs(900, seed=1, spread=1.1)
     probability = head.probabilities(fresh)
     accuracy = (probability.argmax(axis=1) == truth).mean()
     assert accuracy > 0.8

@@ -82,9 +82,9 @@ def test_the_picture_of_a_cell_finds_the_cell(folder: Path, tmp_path: Path) -> N
     large = np.full((100, 90, 3), 255, np.uint8)
     large[20:80, 15:75] = crop
     Image.fromarray(large).save(tmp_path / "crop.png")
-    found = find_neighbours(str(folder / "e"), image=str(tmp_path / "crop.png"), k=1).to_pylist()
-    assert found[0]["cell_id"] == "TCGA-B_7_7"
-    assert found[0]["distance"] < 1e-3
+    found = find_neighbours(str(folder / "e"), image=str(tmp_path / "crop.png"), model=str(folder / "run"), k=1)
+    assert found["cell_id"].to_pylist() == ["TCGA-B_7_7"]
+    assert found["distance"].to_pylist() == pytest.approx([0], abs=1e-3)
 
 
 def test_a_picture_at_another_resolution_is_brought_to_that_of_cells(tmp_path: Path) -> None:
@@ -119,6 +119,8 @@ def test_bad_queries_are_one_line(folder: Path, tmp_path: Path) -> None:
         find_neighbours(embeddings, image=str(tmp_path / "no.png"))
     write_encoder(tmp_path / "other", seed=1)
     Image.fromarray(np.zeros((60, 60, 3), np.uint8)).save(tmp_path / "crop.png")
+    with pytest.raises(ConfigError, match=r"the embeddings are by run, expected model=where it is"):
+        find_neighbours(embeddings, image=str(tmp_path / "crop.png"))
     with pytest.raises(ConfigError, match=r"model: .* but the embeddings are by"):
         find_neighbours(embeddings, image=str(tmp_path / "crop.png"), model=str(tmp_path / "other"))
     assert lemon.find_neighbours is find_neighbours
