@@ -238,7 +238,7 @@ def _write_next(source: Source, labelled: Labelled, head: Head, store: Store, *,
             crop_of_cell(source.cells, pool.slide_ids[row], pool.rows[row], cell_id=pool.cell_ids[row]) for row in rows
         ]
         captions = [
-            f"{number} {plain(name)}? {sure:.2f}\n{shortened(slide)}"
+            f"{number}: {shortened(name)}?\n{sure:.2f}, {shortened(slide)}"
             for number, (name, sure, slide) in enumerate(
                 zip(suggested, confidence, columns["slide_id"], strict=True), 1
             )
