@@ -79,9 +79,7 @@ STAGES = (
     Stage(
         "atlas", "atlas", "lemon.atlas.config:AtlasConfig", "lemon.atlas.job:main", "a map of nuclei by their vectors"
     ),
-    Stage(
-        "find", "find", "lemon.find.config:FindConfig", "lemon.find.job:main", "the nuclei most like a nucleus"
-    ),
+    Stage("find", "find", "lemon.find.config:FindConfig", "lemon.find.job:main", "the nuclei most like a nucleus"),
     Stage(
         "classify",
         "classify",
