@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lemon.encoders.registry import encoder_names
     from lemon.encoders.weights import MissingWeightsError
     from lemon.errors import ConfigError
+    from lemon.find.job import find_neighbours
     from lemon.nuclei.instances import Nucleus
     from lemon.nuclei.open import load_segmenter, segment
     from lemon.pretrain import losses
@@ -69,6 +70,8 @@ _PLACES = {
     "encoder_names": "lemon.encoders.registry:encoder_names",
     "Encoder": "lemon.encoders.open:Encoder",
     "MissingWeightsError": "lemon.encoders.weights:MissingWeightsError",
+    # the nuclei most like one; needs the extra "find"
+    "find_neighbours": "lemon.find.job:find_neighbours",
     # linear probes of embeddings; they need the extra "probe"
     "probes": "lemon.probe.linear",
     "ConfigError": "lemon.errors:ConfigError",
@@ -86,6 +89,7 @@ __all__ = [
     "__version__",
     "crop",
     "encoder_names",
+    "find_neighbours",
     "find_tissue",
     "images_from_arrow",
     "join_embeddings",

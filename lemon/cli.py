@@ -86,6 +86,14 @@ STAGES = (
     Stage(
         "atlas", "atlas", "lemon.atlas.config:AtlasConfig", "lemon.atlas.job:main", "a map of nuclei by their vectors"
     ),
+    Stage("find", "find", "lemon.find.config:FindConfig", "lemon.find.job:main", "the nuclei most like a nucleus"),
+    Stage(
+        "classify",
+        "classify",
+        "lemon.classify.config:ClassifyConfig",
+        "lemon.classify.job:main",
+        "a few labels to a class for every nucleus",
+    ),
     Stage(
         "describe",
         "describe",

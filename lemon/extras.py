@@ -11,6 +11,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "pipeline": ("anndata", "h5py", "jinja2", "mlflow", "openTSNE", "psutil", "ray", "requests", "urllib3"),
     "cluster": ("boto3", "psycopg2"),
     "onnx": ("onnxruntime",),
+    "find": ("faiss",),
     "spatialdata": ("spatialdata",),
     "transformers": ("transformers",),
     "umap": ("umap",),

@@ -89,6 +89,10 @@ _MADE_BY = {
     "sweep": "sweep",
     "downloads": "fetch",
     "map": "atlas",
+    "neighbours": "find",
+    "classes": "classify",
+    "counts": "classify",
+    "neighbourhood": "classify",
 }
 
 
@@ -328,6 +332,64 @@ MAP = _table(
 )
 """Where each cell lies on the map (no unit), in the order of rank."""
 
+NEIGHBOURS = _table(
+    "neighbours",
+    [
+        pa.field("query", pa.string(), nullable=False),
+        pa.field("position", pa.int32(), nullable=False),
+        pa.field("cell_id", pa.string(), nullable=False),
+        pa.field("slide_id", pa.string(), nullable=False),
+        pa.field("x_level0_px", pa.float64(), nullable=False),
+        pa.field("y_level0_px", pa.float64(), nullable=False),
+        pa.field("distance", pa.float32(), nullable=False),
+    ],
+)
+"""The nearest cells of each query, from position 1 on; ``distance`` is 1 - cosine of the embeddings."""
+
+CLASSES = _table(
+    "classes",
+    [
+        pa.field("cell_id", pa.string(), nullable=False),
+        pa.field("label", pa.string(), nullable=False),
+        pa.field("likely", pa.string(), nullable=False),
+        pa.field("confidence", pa.float32(), nullable=False),
+        pa.field("distance", pa.float32(), nullable=False),
+        pa.field("given", pa.bool_(), nullable=False),
+    ],
+)
+"""The class of each of a slide's cells, in the order of its embeddings.
+
+``label`` is the one that was given, else ``likely``, the class of the largest probability (``confidence``), or
+``unknown`` where ``distance``, 1 - cosine to the nearest labelled cell, is beyond the limit.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountRow(Row, table="counts"):
+    """Cells of a class on a slide. The area is that of squares of 100 um that hold a nucleus; null without cells."""
+
+    slide_id: str
+    label: str
+    n_cells: int
+    share: float
+    area_mm2: float | None = None
+    per_mm2: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeighbourhoodRow(Row, table="neighbourhood"):
+    """How many of the nearest nuclei around cells of a class are of another.
+
+    ``share`` is that of ``neighbour`` among them; ``ratio`` is to its share of the slide's cells.
+    """
+
+    slide_id: str
+    label: str
+    neighbour: str
+    n_neighbours: int
+    share: float
+    ratio: float
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreRow(Row, table="scores"):
@@ -401,6 +463,7 @@ class SweepRow(Row, table="sweep"):
 COHORT, DOWNLOADS, SLIDES = Slide.schema, DownloadRow.schema, SlideRow.schema
 EMBEDDED, SCORES, SWEEP = EmbeddedRow.schema, ScoreRow.schema, SweepRow.schema
 ROBUSTNESS = RobustnessRow.schema
+COUNTS, NEIGHBOURHOOD = CountRow.schema, NeighbourhoodRow.schema
 
 SWEEP_FILE = "sweep.parquet"
 """That table in the output of a sweep."""
