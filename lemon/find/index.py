@@ -100,8 +100,8 @@ class NeighbourIndex:
 
     def __init__(self, store: Store, content: Content) -> None:
         self.content = content
-        self._empty = faiss.read_index(store.path(content.centres))
-        self._segments = [
+        self._empty: Any = faiss.read_index(store.path(content.centres))  # faiss types its base class alone
+        self._segments: list[tuple[Any, Segment]] = [
             (faiss.read_index(store.path(segment.name), faiss.IO_FLAG_MMAP), segment) for segment in content.segments
         ]
 
@@ -234,7 +234,7 @@ def _first(embeddings: Embeddings, slide_id: str, share: float) -> Iterator[np.n
 
 
 def _write_segment(store: Store, segment: Segment, embeddings: Embeddings, *, empty: Any, bar: Any) -> None:
-    index = faiss.clone_index(empty)
+    index: Any = faiss.clone_index(empty)
     for slide in segment.slides:
         for vectors in embeddings.vectors(slide.slide_id):
             index.add(directions(vectors))

@@ -17,6 +17,7 @@ import torch
 
 from lemon.errors import ConfigError
 from lemon.extras import missing_package_line
+from lemon.nuclei.hoverfast_device import hv_gradients
 from lemon.nuclei.instances import HVPrediction, Nucleus, polygons_from_labels
 from lemon.nuclei.levels import postprocess_by_level
 from lemon.nuclei.segmenter import Postprocess
@@ -126,7 +127,8 @@ class CellViT(_Onnx):
         if missing:
             raise ValueError(f"the network has outputs {sorted(outputs)}; expected {', '.join(sorted(missing))} too")
         background, nucleus = outputs["nuclei_binary_map"][0]
-        return HVPrediction.pack(nucleus > background, outputs["hv_map"][0])
+        gradients = hv_gradients(torch.from_numpy(outputs["hv_map"]))[0].numpy()
+        return HVPrediction(np.packbits(nucleus > background), gradients)
 
     @property
     def postprocess(self) -> Postprocess:

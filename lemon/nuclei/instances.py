@@ -103,7 +103,7 @@ def find_nuclei(
     edges = _edges(gradients, limits=limits)
     piece_ids = cv2.connectedComponents(pieces, connectivity=4)[1]
     large = np.bincount(piece_ids[pieces.view(bool)]) >= min_area_px
-    away = (edges < _EDGE_THRESHOLD).view(np.uint8) & opened
+    away = cv2.bitwise_and((edges < _EDGE_THRESHOLD).view(np.uint8), opened)
     crowded = _with_several(away, piece_ids)
     outlines = {piece_id: contour for piece_id, contour in _outlines(pieces, piece_ids) if large[piece_id]}
     contours = [(piece_id, contour) for piece_id, contour in outlines.items() if piece_id not in crowded]

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -27,5 +27,4 @@ def compile_kept(function: F, **options: Any) -> F:
         folder.mkdir(parents=True, exist_ok=True)
     if os.access(folder, os.W_OK):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
-    compiled: F = torch.compile(function, **options)
-    return compiled
+    return cast("F", torch.compile(function, **options))
