@@ -128,9 +128,8 @@ def _classify(source: Source, labelled: Labelled, head: Head, store: Store, *, c
     around: list[NeighbourhoodRow] = []
     sampled = 0
     for slide_id, row in source.embeddings.rows.items():
-        table, is_new = _classes_of(
-            source, slide_id, labelled, head, store, made_from=f"{made_from}{row.embeddings_digest}"
-        )
+        name = f"{made_from}{row.embeddings_digest}"
+        table = _classes_of(source, slide_id, labelled, head, store, made_from=name)
         codes = pc.index_in(table["label"], pa.array(names)).to_numpy().astype(np.int64)
         place_um = _places_um(source, slide_id)
         sampled += place_um is None and source.cells is not None
@@ -142,7 +141,7 @@ def _classify(source: Source, labelled: Labelled, head: Head, store: Store, *, c
             )
             around += neighbourhood_rows(slide_id, pairs, codes, names)
         for kind in set(config.format) & set(FILE_OF):
-            if is_new or not store.exists(FILE_OF[kind](slide_id)):
+            if not store.exists(FILE_OF[kind](slide_id)):
                 write_format(kind, store, _slide(source, slide_id), table, colors)
     for name, rows in ((COUNTS, CountRow.table(counts)), (NEIGHBOURHOOD, NeighbourhoodRow.table(around))):
         with store.write(name) as stream:
@@ -161,11 +160,13 @@ def _made_from(labelled: Labelled, config: ClassifyConfig, embeddings: Embedding
 
 def _classes_of(
     source: Source, slide_id: str, labelled: Labelled, head: Head, store: Store, *, made_from: str
-) -> tuple[pa.Table, bool]:
-    """A slide's classes, and whether they are new: those of an earlier run by the same labels stay."""
+) -> pa.Table:
+    """A slide's classes; those of an earlier run by the same labels stay, else the files made of them go."""
     name = classes_name(slide_id)
     if store.circumstances(name) == made_from:
-        return store.read_table(name), False
+        return store.read_table(name)
+    for name_of in FILE_OF.values():
+        store.delete(name_of(slide_id))
     given = labelled.given
     parts = []
     for batch in source.embeddings.batches(slide_id, ["cell_id", "embedding"]):
@@ -181,7 +182,7 @@ def _classes_of(
         parts.append(pa.table([pa.array(column) for column in columns], names=CLASSES.names).cast(CLASSES))
     table = pa.concat_tables(parts).replace_schema_metadata(marked(CLASSES, **{CIRCUMSTANCES: made_from}).metadata)
     store.write_table(name, table, compression="zstd")
-    return table, True
+    return table
 
 
 def _places_um(source: Source, slide_id: str) -> np.ndarray | None:

@@ -136,6 +136,8 @@ def open_index(embeddings: Embeddings, folder: str | None) -> NeighbourIndex:
     if content != known:
         with hold(store.uri, stage="find", names=OUTPUT_NAMES) as held:
             _update(held, embeddings, content)
+    for name in (content.centres, *content.names):  # one that is cut short would end the process when it is mapped
+        store.records.require(name)
     return NeighbourIndex(store, content)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,17 @@ def test_only_segments_of_slides_that_changed_are_written_again(
     ids, vectors = all_cells(embeddings)
     distances = np.sort(1 - vectors @ vectors[ids.index("TCGA-B_4_4")])[1:6]
     assert found["distance"].to_pylist() == pytest.approx(distances, abs=1e-5)
+
+
+def test_an_index_that_is_cut_short_is_one_line_and_is_made_again_without_it(tmp_path: Path) -> None:
+    embeddings = str(made(tmp_path))
+    expected = find_neighbours(embeddings, cell="TCGA-A_3_3", k=4)
+    (segment,) = (tmp_path / "e/index/segments").iterdir()
+    os.truncate(segment, 100)
+    with pytest.raises(ConfigError, match=r"segments/.* was changed since lemon wrote it; move it away"):
+        find_neighbours(embeddings, cell="TCGA-A_3_3", k=4)
+    segment.unlink()
+    assert find_neighbours(embeddings, cell="TCGA-A_3_3", k=4).equals(expected)
 
 
 def test_small_segments_are_joined_when_slides_are_added() -> None:
