@@ -25,6 +25,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.record import record
 from lemon.nuclei.hoverfast import HoverFast, HoverFastNet, load_checkpoint
+from lemon.nuclei.hoverfast_device import hv_gradients
 from lemon.nuclei.instances import HVPrediction, find_nuclei
 from lemon.nuclei.segmenter import Postprocess
 
@@ -57,9 +59,9 @@ def main() -> None:
     weights = options.checkpoint or str(SHARED / "golden/hoverfast_random_weights.pth")
     if not Path(weights).is_file():
         raise SystemExit(f"{weights}: no such checkpoint; name one with --checkpoint, or set LEMON_SHARED")
-    given = None if options.checkpoint else golden_prediction()
+    given = None if options.checkpoint else golden()
     tile = read_tile(options.tile)
-    plain, segmenter = load_checkpoint(weights), HoverFast(weights, device="cpu", batch=options.tiles)
+    plain, segmenter = load_checkpoint(weights), HoverFast(weights, device="cpu", batch=options.tiles, markers="range")
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
         sides: dict[str, Callable[[], dict[str, float]]] = {
             "peer": lambda: run_peer(plain, tile, given=given),
@@ -110,14 +112,25 @@ def read_tile(path: str | None) -> np.ndarray:
     return np.ascontiguousarray(image[:TILE_PX, :TILE_PX])
 
 
-def golden_prediction() -> HVPrediction:
-    """Mask and maps that are like a trained network's."""
+@dataclass(frozen=True)
+class Given:
+    """Mask bool [H, W] and maps float16 [2, H, W] that are like a trained network's, and what LEMON makes of them."""
+
+    mask: np.ndarray
+    hv_maps: np.ndarray
+    prediction: HVPrediction
+
+
+def golden() -> Given:
+    """The reference's maps."""
     stored = np.load(SHARED / "golden/hoverfast_postprocess_input.npz")
-    return HVPrediction(mask_bits=stored["mask"], hv_maps=stored["hv"])
+    gradients = hv_gradients(torch.from_numpy(stored["hv"])[None])[0].numpy()
+    prediction = HVPrediction(stored["mask"], gradients)
+    return Given(prediction.mask, stored["hv"], prediction)
 
 
 @torch.inference_mode()
-def run_peer(net: HoverFastNet, tile: np.ndarray, *, given: HVPrediction | None) -> dict[str, float]:
+def run_peer(net: HoverFastNet, tile: np.ndarray, *, given: Given | None) -> dict[str, float]:
     """Seconds of one tile, stage by stage."""
     with Clock() as network:
         logits, maps = net(torch.from_numpy(tile).permute(2, 0, 1)[None].float().contiguous() / 255)
@@ -136,14 +149,16 @@ def run_peer(net: HoverFastNet, tile: np.ndarray, *, given: HVPrediction | None)
 
 
 def run_lemon(
-    segmenter: HoverFast, tile: np.ndarray, *, tiles: int, given: HVPrediction | None, processes: ProcessPoolExecutor
+    segmenter: HoverFast, tile: np.ndarray, *, tiles: int, given: Given | None, processes: ProcessPoolExecutor
 ) -> dict[str, float]:
     """Seconds a tile of several, post-processing beside the network."""
     pending: list[Future[float]] = []
     with Clock() as whole:
         for _ in range(tiles):
             predicted = segmenter.predict(tile[None])[0]
-            pending.append(processes.submit(timed, segmenter.postprocess, tile, given or predicted))
+            pending.append(
+                processes.submit(timed, segmenter.postprocess, tile, given.prediction if given else predicted)
+            )
         behind = [future.result() for future in pending]
     return {
         "wall_s": whole.wall_s / tiles,
@@ -189,7 +204,7 @@ def measure(sides: dict[str, Callable[[], dict[str, float]]], *, rounds: int) ->
 
 
 @torch.inference_mode()
-def compare(net: HoverFastNet, segmenter: HoverFast, tile: np.ndarray, *, given: HVPrediction | None) -> dict[str, Any]:
+def compare(net: HoverFastNet, segmenter: HoverFast, tile: np.ndarray, *, given: Given | None) -> dict[str, Any]:
     """How far the two sides' results are apart, and the arithmetic of one tile."""
     x = torch.from_numpy(tile).permute(2, 0, 1)[None].float().contiguous() / 255
     with FlopCounterMode(display=False) as counter:
@@ -197,7 +212,8 @@ def compare(net: HoverFastNet, segmenter: HoverFast, tile: np.ndarray, *, given:
     differences = [(a - b).abs().max().item() for a, b in zip(segmenter.net(x), expected, strict=True)]
     mask, hv_maps = (given.mask, given.hv_maps) if given else (expected[0][0].argmax(0).numpy(), expected[1][0].numpy())
     plain = plain_postprocessing(mask, hv_maps, min_area_px=MIN_AREA_PX)
-    ours = [n.contour_px for n in find_nuclei(mask, hv_maps, min_area_px=MIN_AREA_PX)]
+    gradients = hv_gradients(torch.from_numpy(hv_maps)[None])[0].numpy()
+    ours = [n.contour_px for n in find_nuclei(mask, gradients, min_area_px=MIN_AREA_PX)]
     return {
         "gflop_a_tile": counter.get_total_flops() / 1e9,
         "largest_difference_logits": differences[0],

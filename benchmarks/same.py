@@ -29,7 +29,7 @@ SMALL = (
     "encoder.name=small encoder.dim=64 encoder.depth=2 encoder.heads=1 batch=64 images_per_epoch=640 epochs=3 "
     "log_every=1 device=cpu register_as=null checkpoint_every=1000 ssl.hidden_dim=128 ssl.warmup_epochs=1"
 )
-OF_THE_RUN = ("code_version", "path", "source_mtime_ns")  # and columns of seconds
+OF_THE_RUN = ("code_version", "path", "source_mtime_ns", "s_per_mm2", "device_share", "peak_mib")  # and of seconds
 
 
 def tables(folder: Path) -> Iterator[tuple[str, Any]]:

@@ -1,300 +1,302 @@
-"""Detection and area of nuclei by the segmenter that needs no weights, beside a plain Otsu watershed, in one run.
+"""How well every segmenter finds drawn nuclei, by source, and how many it finds where there are none.
 
-    python -m benchmarks.segmentation --data <folder with one folder a data set>    measure
-    python -m benchmarks.segmentation --data <the same> --fit                       fit the gates anew on that data, and
-                                                                                    test how they carry over
+    python -m benchmarks.segmentation --data FOLDER [FOLDER ...] [--segmenter hoverfast,checkpoint=FILE ...]
 
-A data set is a folder of ``<name>.jpg`` and ``<name>_inst.npz`` (``inst_map``, 0 is background) at 0.25 um/px. Every
-image counts as a slide of its own. Detection: predicted and drawn centroids are paired one to one, nearest pairs first,
-up to 3 um (12 px) apart. All figures are means over images. Results go to ``benchmarks/results/segmentation.json`` and
-between the markers of ``docs/segmentation.md``.
+A folder is one that ``lemon.nuclei.training.layouts.read_folder`` reads, at 0.25 um/px. Every image is a slide of its
+own. ``--held-out-share`` keeps of each source the images that training with that share never saw, ``--seen low`` and
+``--seen blur`` show them as a scanner at 20x, or one out of focus, would, and ``--pictures FOLDER`` draws the best and
+the worst image of each source and segmenter.
+
+    python -m benchmarks.segmentation --empty CMU-1-Small-Region.svs
+
+counts nuclei a mm2 in windows of that slide that have none, or hardly any: keratin, ink, glass; and in the same windows
+as a pen and a fold would change them, which are made up.
+
+Figures (``lemon/nuclei/scores.py``) are means over images with 95 % intervals, images drawn 10,000 times with
+replacement; ``more`` is the difference to the first segmenter on the same draws. Seconds are processor time. Standard
+output gets tables, ``benchmarks/results/segmentation.jsonl`` a line.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
-import csv
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
-from scipy import ndimage, optimize
+import torch
+from scipy import ndimage
 from skimage.color import rgb2hed
 from skimage.feature import peak_local_max
 from skimage.filters import threshold_otsu
-from skimage.io import imread
 from skimage.segmentation import watershed
 
-from benchmarks.record import hardware
-from lemon.nuclei.hematoxylin import Gate, calibrate, candidates, choose, score, segment
-from lemon.nuclei.scores import centroids, detection, dice
-from lemon.runtime.store import code_version
+from benchmarks.record import record
+from lemon.nuclei.hematoxylin import Hematoxylin
+from lemon.nuclei.instances import Nucleus, polygons_from_labels
+from lemon.nuclei.open import load_segmenter
+from lemon.nuclei.scores import labels_of, scores
+from lemon.nuclei.segmenter import Segmenter
+from lemon.nuclei.training.images import Labelled, split
+from lemon.nuclei.training.layouts import read_folder
+from lemon.slides.reader import SlideReader
+from lemon.slides.tiles import plan_regions, spread
+from lemon.slides.tissue import OVERVIEW_MPP, find_tissue
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks/results/segmentation.json"
-PAGE = ROOT / "docs/segmentation.md"
-MIN_AREA_PX = 80  # 5 um2
-DEVELOPMENT = ("monuseg_train", "consep_train", "gbm40")
-OTHERS = ("cpm15", "dsb2018_he")
-PULL = 0.003  # keeps gates that hardly matter near where they start; a free fit pushes them far outside the data
-FEATURES = (
-    ("log_area", 1),
-    ("log_area", -1),
-    ("ellipse_fit", 1),
-    ("axis_ratio", 1),
-    ("contrast", 1),
-    ("edge_slope", 1),
-    ("weak_edge", -1),
-    ("redness", 1),
-    ("crowding", -1),
-    ("growth", -1),
-)
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """An image uint8 [H, W, 3] and its drawn instances int32 [H, W]."""
-
-    name: str
-    image: np.ndarray
-    drawn: np.ndarray
-
-
-# --- data and metrics -------------------------------------------------------------------------------------------------
-
-
-def labelled_images(folder: Path) -> Iterator[Labelled]:
-    """Images of a data set, sorted by name; of cpm15 those of 40x only."""
-    names = sorted(path.name.removesuffix("_inst.npz") for path in folder.glob("*_inst.npz"))
-    table = folder / "images.csv"
-    if table.exists():
-        with table.open() as file:
-            at_20x = {row["image"] for row in csv.DictReader(file) if row.get("objective_power") == "20"}
-        names = [name for name in names if name not in at_20x]
-    for name in names:
-        image = imread(folder / f"{name}.jpg")
-        yield Labelled(name, image, np.load(folder / f"{name}_inst.npz")["inst_map"].astype(np.int32))
+SHOWN = ("f1", "precision", "recall", "f1_iou", "pq", "aji", "dice")
+DRAWS = 10_000
+PACKAGES = ("torch", "opencv-python-headless", "numpy")
+EMPTY = {
+    "keratin, flakes": (1260, 1180, 500, 333),
+    "keratin, dense": (1440, 1000, 150, 80),
+    "green ink on shreds": (1720, 1040, 230, 130),
+    "glass": (1850, 100, 350, 450),
+    "glass with wisps": (60, 960, 300, 100),
+}
+"""Windows of CMU-1-Small-Region (x, y, width, height in px of level 0), chosen by eye."""
 
 
 # --- what is compared -------------------------------------------------------------------------------------------------
 
 
-def hematoxylin(image: np.ndarray) -> np.ndarray:
-    """The platform's embedded segmenter with its defaults."""
-    return segment(image, calibration=calibrate([image]))
+class OtsuWatershed:
+    """The plain method: Otsu on the blurred hematoxylin channel, watershed of the distance transform; over 5 um2."""
+
+    def calibrate(self, samples: Sequence[np.ndarray]) -> float:
+        """One threshold for a slide."""
+        return float(threshold_otsu(np.concatenate([_blurred_hematoxylin(sample).ravel() for sample in samples])))
+
+    def predict(self, regions: np.ndarray) -> list[None]:
+        """There is no network."""
+        return [None] * len(regions)
+
+    def postprocess(self, region: np.ndarray, prediction: None, calibration: float) -> list[Nucleus]:  # noqa: ARG002
+        """Nuclei of a region."""
+        mask = _blurred_hematoxylin(region) > calibration
+        distance = cv2.GaussianBlur(ndimage.distance_transform_edt(mask), (0, 0), 2)
+        markers = np.zeros(mask.shape, np.int32)
+        peaks = peak_local_max(distance, min_distance=6, exclude_border=False)
+        markers[tuple(peaks.T)] = np.arange(1, len(peaks) + 1)
+        return polygons_from_labels(watershed(-distance, markers, mask=mask), min_area_px=80)
 
 
-def otsu_watershed(image: np.ndarray) -> np.ndarray:
-    """Otsu on the blurred hematoxylin channel of scikit-image, distance transform, watershed; objects over 5 um2."""
-    blurred = cv2.GaussianBlur(rgb2hed(image)[..., 0], (0, 0), 2)
-    mask = blurred > threshold_otsu(blurred)
-    distance = cv2.GaussianBlur(ndimage.distance_transform_edt(mask), (0, 0), 2)
-    markers = np.zeros(mask.shape, np.int32)
-    peaks = peak_local_max(distance, min_distance=6, exclude_border=False)
-    markers[tuple(peaks.T)] = np.arange(1, len(peaks) + 1)
-    labels = watershed(-distance, markers, mask=mask)
-    small = np.bincount(labels.ravel()) < MIN_AREA_PX
-    return np.where(small[labels], 0, labels)
+def _blurred_hematoxylin(image: np.ndarray) -> np.ndarray:
+    return cv2.GaussianBlur(rgb2hed(image)[..., 0], (0, 0), 2)
 
 
-def measured(image: Labelled, method: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
-    """Figures of one image; ``seconds`` is processor time."""
+def opened(words: str) -> Segmenter:
+    """A segmenter by ``name,key=value,...``."""
+    name, *settings = words.split(",")
+    return OtsuWatershed() if name == "otsu" else load_segmenter(name, **dict(word.split("=", 1) for word in settings))
+
+
+def at_20x(image: np.ndarray) -> np.ndarray:
+    """Brought down to half its sides and enlarged again, as a scan at 20x is."""
+    height, width = image.shape[:2]
+    small = cv2.resize(image, (width // 2, height // 2), interpolation=cv2.INTER_AREA)
+    return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def out_of_focus(image: np.ndarray) -> np.ndarray:
+    """Blurred by a Gaussian of 0.375 um."""
+    return cv2.GaussianBlur(image, (0, 0), 1.5)
+
+
+SEEN: dict[str, Callable[[np.ndarray], np.ndarray]] = {"low": at_20x, "blur": out_of_focus}
+
+
+# --- drawn nuclei -----------------------------------------------------------------------------------------------------
+
+
+def found_in(segmenter: Segmenter, image: np.ndarray) -> tuple[list[Nucleus], float]:
+    """Nuclei of an image that is its own slide, and processor seconds, calibration left out."""
+    # A network's region that is its own slide needs no calibration; it would take the network a second time.
+    calibration = segmenter.calibrate([image]) if isinstance(segmenter, Hematoxylin | OtsuWatershed) else None
     start = time.process_time()
-    labels = method(image.image)
-    seconds = time.process_time() - start
-    figures = detection(centroids(labels), centroids(image.drawn))
-    return figures | {"dice": dice(labels, image.drawn), "seconds": seconds, "mpx": labels.size / 1e6}
+    (prediction,) = segmenter.predict(image[None])
+    nuclei = segmenter.postprocess(image, prediction, calibration)
+    return nuclei, time.process_time() - start
 
 
-def summary(images: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over images, rounded to four digits, and seconds per million pixels."""
-    means = {key: float(np.mean([image[key] for image in images])) for key in ("f1", "dice", "precision", "recall")}
-    means["s_per_mpx"] = sum(image["seconds"] for image in images) / sum(image["mpx"] for image in images)
-    return {key: round(value, 4) for key, value in means.items()}
+def summary(rows: Sequence[Mapping[str, float]], first: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Means over images, each with its interval; ``more`` than the first; nuclei found a drawn one; seconds a Mpx."""
+    drawn = np.random.default_rng(0).integers(0, len(rows), (DRAWS, len(rows)))
+
+    def interval(values: np.ndarray) -> list[float]:
+        ends = np.percentile(values[drawn].mean(axis=1), [2.5, 97.5])
+        return [round(float(value), 4) for value in (values.mean(), *ends)]
+
+    own, other = ({key: np.array([row[key] for row in of]) for key in SHOWN} for of in (rows, first))
+    figures: dict[str, Any] = {key: interval(own[key]) for key in SHOWN}
+    figures["more"] = {key: interval(own[key] - other[key]) for key in ("f1", "pq")}
+    total = {key: sum(row[key] for row in rows) for key in ("found", "drawn", "seconds", "mpx")}
+    return figures | {
+        "found_per_drawn": round(total["found"] / max(total["drawn"], 1), 3),
+        "s_per_mpx": round(total["seconds"] / total["mpx"], 3),
+    }
 
 
-def measure(data: Path) -> list[dict]:
-    """One row a data set and subset."""
+def measure(
+    images: Sequence[Labelled], segmenters: Mapping[str, Segmenter], *, pictures: Path | None
+) -> list[dict[str, Any]]:
+    """One row a source and segmenter, and one a segmenter of all images."""
+    each: dict[str, list[dict[str, Any]]] = {name: [] for name in segmenters}
+    for image in images:
+        for name, segmenter in segmenters.items():
+            nuclei, seconds = found_in(segmenter, image.image)
+            figures = scores(labels_of(nuclei, shape=image.instances.shape), image.instances)
+            each[name].append(figures | {"seconds": seconds, "mpx": image.instances.size / 1e6, "nuclei": nuclei})
+            print(f"{image.source} {image.name} {name}: F1 {figures['f1']:.3f}, PQ {figures['pq']:.3f}", flush=True)
+    if pictures is not None:
+        draw_cases(images, each, folder=pictures)
+    sources = list(dict.fromkeys(image.source for image in images))
     rows = []
-    for name in (*DEVELOPMENT, *OTHERS):
-        if not (data / name).is_dir():
-            print(f"{name}: absent, left out")
-            continue
-        methods = {"hematoxylin": hematoxylin, "otsu_watershed": otsu_watershed}
-        figures: dict[str, list] = {method: [] for method in methods}
-        for image in labelled_images(data / name):
-            for method, function in methods.items():
-                figures[method].append(measured(image, function))
-        n = len(figures["hematoxylin"])
-        for subset in [13, n] if name in DEVELOPMENT and n > 13 else [n]:
-            row = {"data": name, "images": "all" if subset == n else f"first {subset}", "n": subset}
-            rows.append(row | {method: summary(values[:subset]) for method, values in figures.items()})
-            print(json.dumps(rows[-1]), flush=True)
+    for source in [*sources, *["all"] * (len(sources) > 1)]:
+        of_source = [i for i, image in enumerate(images) if source in (image.source, "all")]
+        first = [next(iter(each.values()))[i] for i in of_source]
+        for name, values in each.items():
+            figures = summary([values[i] for i in of_source], first)
+            rows.append({"source": source, "images": len(of_source), "segmenter": name, **figures})
     return rows
 
 
-# --- fitting the gates ------------------------------------------------------------------------------------------------
+def draw_cases(images: Sequence[Labelled], each: Mapping[str, Sequence[Mapping[str, Any]]], *, folder: Path) -> None:
+    """The image of each source with the highest and the lowest F1 of each segmenter: drawn nuclei green, found red."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for source in dict.fromkeys(image.source for image in images):
+        of_source = [i for i, image in enumerate(images) if image.source == source]
+        for name, values in each.items():
+            order = sorted(of_source, key=lambda i: values[i]["f1"])
+            for case, i in (("worst", order[0]), ("best", order[-1])):
+                picture = outlined(images[i], values[i]["nuclei"])
+                cv2.imwrite(str(folder / f"{source}_{case}_{name.partition(',')[0]}.png"), picture[..., ::-1])
 
 
-@dataclass(frozen=True)
-class Example:
-    """The pieces of one image, their IoU with the drawn nucleus that fits best, and the drawn centroids."""
-
-    data: str
-    pieces: dict[str, np.ndarray]
-    iou: np.ndarray  # [N]
-    drawn: np.ndarray  # [M, 2]
-
-
-def example(data: str, image: Labelled) -> Example:
-    """Pieces of an image of which both sides are cut to multiples of 4."""
-    height, width = (side // 4 * 4 for side in image.drawn.shape)
-    region, drawn = np.ascontiguousarray(image.image[:height, :width]), image.drawn[:height, :width]
-    _, _, pieces, levels = candidates(region, calibration=calibrate([region]))
-    half = np.ascontiguousarray(drawn[::2, ::2])
-    drawn_px = np.bincount(half.ravel())
-    iou = []
-    for labels in levels:
-        inside = labels > 0
-        n_drawn = len(drawn_px)
-        pairs, shared = np.unique(labels[inside].astype(np.int64) * n_drawn + half[inside], return_counts=True)
-        piece, nucleus = np.divmod(pairs, n_drawn)
-        best, piece_px = np.zeros(labels.max() + 1), np.bincount(labels.ravel())
-        overlap = np.where(nucleus > 0, shared / (piece_px[piece] + drawn_px[nucleus] - shared), 0)
-        np.maximum.at(best, piece, overlap)
-        iou.append(best[1:])
-    return Example(data, pieces, np.concatenate(iou), centroids(drawn))
+def outlined(image: Labelled, nuclei: Sequence[Nucleus]) -> np.ndarray:
+    """uint8 [2 H, 2 W, 3] with outlines."""
+    picture = cv2.resize(image.image, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
+    drawn = polygons_from_labels(image.instances, min_area_px=1)
+    for colour, outlines in (((0, 255, 0), drawn), ((255, 0, 0), nuclei)):
+        rings = [np.round(2 * one.contour_px + 0.5).astype(np.int32) for one in outlines]
+        cv2.polylines(picture, rings, isClosed=True, color=colour, thickness=1, lineType=cv2.LINE_AA)
+    return picture
 
 
-def fitted(examples: Sequence[Example], *, every: int = 10) -> tuple[list[Gate], float]:
-    """Gates and scale of least squared error in IoU on every n-th piece; images of small data sets weigh more."""
-    x = np.concatenate([np.stack([e.pieces[name][::every] for name, _ in FEATURES], axis=1) for e in examples])
-    iou = np.concatenate([e.iou[::every] for e in examples])
-    images = collections.Counter(e.data for e in examples)
-    weight = np.concatenate([np.full(len(e.iou[::every]), images[e.data] ** -0.5) for e in examples])
-    weight /= np.linalg.norm(weight)
-    mean, deviation = x.mean(0), x.std(0)
-    side = np.array([side for _, side in FEATURES], float)
-    k = len(FEATURES)
-    start = np.concatenate([-1.5 * side, 3 * side, [0.0]])  # middles and slopes, in standard deviations; log scale
-
-    def residuals(p: np.ndarray) -> np.ndarray:
-        passed = -np.logaddexp(0, -p[k : 2 * k] * ((x - mean) / deviation - p[:k])).sum(1)
-        return np.concatenate([weight * (np.exp(passed + p[-1]) - iou), PULL * (p - start)])
-
-    highest = np.append(np.full(2 * k, np.inf), 0.25)
-    p = optimize.least_squares(residuals, start, bounds=(-np.inf, highest), max_nfev=60).x
-    middles, slopes = p[:k] * deviation + mean, p[k : 2 * k] / deviation
-    gates = [Gate(name, float(m), float(s)) for (name, _), m, s in zip(FEATURES, middles, slopes, strict=True)]
-    return gates, float(np.exp(p[-1]))
-
-
-def f1_of(examples: Sequence[Example], *, gates: Sequence[Gate], scale: float, min_score: float = 0.25) -> float:
-    """Mean F1 of the chosen pieces, before their outlines are mended."""
-    values = []
-    for e in examples:
-        rows = choose(score(e.pieces, gates=gates, scale=scale) - min_score, parents=e.pieces["parent"])
-        rows = rows[e.pieces["area_um2"][rows] * 16 >= MIN_AREA_PX]
-        found = 2 * np.stack([e.pieces[axis][rows] for axis in ("x_px", "y_px")], axis=1) + 0.5
-        values.append(detection(found, e.drawn)["f1"])
-    return round(float(np.mean(values)), 4)
-
-
-def fit(data: Path) -> dict:
-    """Fit on everything; then on part of it, and test on the rest."""
-    examples = [example(name, image) for name in DEVELOPMENT for image in labelled_images(data / name)]
-    gates, scale = fitted(examples)
-    for gate in gates:
-        print(f'    Gate("{gate.feature}", {gate.middle:.3g}, {gate.slope:.3g}),')
-    print(f"SCALE = {scale:.3g}")
-    by_half, half_scale = fitted(examples[::2])
-    transfer = []
-    for name in DEVELOPMENT:
-        own = [e for e in examples if e.data == name]
-        half = [e for e in examples[1::2] if e.data == name]
-        by_others, others_scale = fitted([e for e in examples if e.data != name])
-        transfer.append(
-            {
-                "data": name,
-                "fit_on_all": f1_of(own, gates=gates, scale=scale),
-                "fit_on_other_sets": f1_of(own, gates=by_others, scale=others_scale),
-                "n_half": len(half),
-                "half_fit_on_all": f1_of(half, gates=gates, scale=scale),
-                "half_fit_on_other_half": f1_of(half, gates=by_half, scale=half_scale),
-            }
-        )
-        print(json.dumps(transfer[-1]), flush=True)
-    return {"gates": [vars(gate) for gate in gates], "scale": scale, "transfer": transfer}
-
-
-# --- writing down -----------------------------------------------------------------------------------------------------
-
-
-def results_table(results: dict) -> str:
-    """Markdown of the measured rows."""
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown of the rows."""
     lines = [
-        f"Commit {results['commit']}, {results['hardware']}, one thread, processor time.",
-        "",
-        "| data | images | F1 | Dice | precision | recall | s/Mpx | Otsu watershed: F1 | Dice | s/Mpx |",
+        "| source | images | segmenter | F1 within 3 um | F1, IoU 0.5 | PQ | AJI | Dice | found a drawn one | s/Mpx |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in results["rows"]:
-        ours, peer = row["hematoxylin"], row["otsu_watershed"]
-        lines.append(
-            f"| {row['data']} | {row['images']} ({row['n']}) | **{ours['f1']:.3f}** | {ours['dice']:.3f} "
-            f"| {ours['precision']:.3f} | {ours['recall']:.3f} | {ours['s_per_mpx']:.2f} "
-            f"| {peer['f1']:.3f} | {peer['dice']:.3f} | {peer['s_per_mpx']:.2f} |"
-        )
+    for row in rows:
+        cells = ["{:.3f} ({:.3f} to {:.3f})".format(*row[key]) for key in ("f1", "f1_iou", "pq")]
+        cells += [f"{row[key][0]:.3f}" for key in ("aji", "dice")]
+        cells += [f"{row['found_per_drawn']:.2f}", f"{row['s_per_mpx']:.2f}"]
+        lines.append(f"| {row['source']} | {row['images']} | {row['segmenter']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def transfer_table(results: dict) -> str:
-    """Markdown of how the fitted gates carry over."""
-    lines = [
-        f"Commit {results['commit']}. F1 of the chosen pieces, before outlines are mended.",
-        "",
-        "| data | fitted on all | fitted on the other two sets | half the images, fitted on all | on the other half |",
-        "|---|---|---|---|---|",
-    ]
-    for row in results["transfer"]:
-        lines.append(
-            f"| {row['data']} | {row['fit_on_all']:.3f} | {row['fit_on_other_sets']:.3f} "
-            f"| {row['half_fit_on_all']:.3f} ({row['n_half']} images) | {row['half_fit_on_other_half']:.3f} |"
-        )
+# --- where there are none ---------------------------------------------------------------------------------------------
+
+
+def tissue_samples(reader: SlideReader) -> list[np.ndarray]:
+    """Four tissue regions of a slide to calibrate on, uint8 [512, 512, 3] each."""
+    overview, mpp = reader.overview(mpp=OVERVIEW_MPP)
+    tissue = find_tissue(overview, mpp=mpp).mask
+    regions = spread(plan_regions(reader.bounds_base_px, size_px=512, overlap_px=128, tissue=tissue), 4)
+    return [reader.region(r.x_px, r.y_px, width_px=r.size_px, height_px=r.size_px) for r in regions]
+
+
+def empty_windows(reader: SlideReader) -> dict[str, np.ndarray]:
+    """Windows at 0.25 um/px, and what a fold and pens make of some of them."""
+    factor = reader.mpp / 0.25
+    windows = {}
+    for name, window in EMPTY.items():
+        x, y, width, height = (round(value * factor) for value in window)
+        windows[name] = reader.region(x, y, width_px=width, height_px=height)
+    flakes, glass = windows["keratin, flakes"], windows["glass"]
+    windows["fold (made up)"] = _through(flakes, np.roll(flakes[::-1], 40, axis=1))
+    for colour, name in (((40, 60, 150), "blue"), (((30, 30, 35)), "black"), ((30, 130, 70), "green")):
+        windows[f"{name} pen on glass (made up)"] = _through(glass, _pen(glass.shape, colour))
+    return windows
+
+
+def _through(image: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Light through two layers: transmissions multiply."""
+    return (image.astype(np.float32) * other / 255).astype(np.uint8)
+
+
+def _pen(shape: tuple[int, ...], colour: tuple[int, int, int]) -> np.ndarray:
+    """Strokes of a pen on white, uint8 of a shape [H, W, 3], with the uneven edge and the streaks that ink has."""
+    rng = np.random.default_rng(0)
+    stroke = np.zeros(shape[:2], np.float32)
+    for _ in range(4):
+        ends = [(int(rng.integers(-50, shape[1] + 50)), y) for y in (-50, shape[0] + 50)]
+        cv2.line(stroke, *ends, color=1.0, thickness=int(rng.integers(40, 120)))
+    noise = cv2.GaussianBlur(rng.normal(0, 1, shape[:2]).astype(np.float32), (0, 0), 6)
+    amount = cv2.GaussianBlur(stroke, (0, 0), 5) + 3 * noise * cv2.GaussianBlur(stroke, (0, 0), 15)
+    ink = -np.log(np.array(colour, np.float32) / 255)
+    return (255 * np.exp(-np.clip(amount, 0, 1.5)[..., None] * ink)).astype(np.uint8)
+
+
+def count_where_empty(slide: Path, segmenters: Mapping[str, Segmenter]) -> list[dict[str, Any]]:
+    """Nuclei found in each window, and a mm2 of it, by segmenters calibrated on four tissue regions of the slide."""
+    reader = SlideReader(str(slide))
+    samples = tissue_samples(reader)
+    calibrations = {name: segmenter.calibrate(samples) for name, segmenter in segmenters.items()}
+    rows = []
+    for window, image in empty_windows(reader).items():
+        row: dict[str, Any] = {"window": window, "mm2": round(image.shape[0] * image.shape[1] * 0.25**2 / 1e6, 4)}
+        for name, segmenter in segmenters.items():
+            (prediction,) = segmenter.predict(image[None])
+            row[name] = len(segmenter.postprocess(image, prediction, calibrations[name]))
+        print(row, flush=True)
+        rows.append(row)
+    return rows
+
+
+def empty_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    """Markdown of the counts."""
+    lines = [f"| window | mm2 | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
+    for row in rows:
+        counts = [f"{row[name]} ({row[name] / row['mm2']:.0f} a mm2)" for name in names]
+        lines.append(f"| {row['window']} | {row['mm2']:.3f} | {' | '.join(counts)} |")
     return "\n".join(lines)
-
-
-def write_down(part: str, results: dict, *, table: str) -> None:
-    """Replace one part of the results file and one block of the page."""
-    everything = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(everything | {part: results}, indent=1) + "\n")
-    begin, end = f"<!-- {part}:begin -->", f"<!-- {part}:end -->"
-    before, rest = PAGE.read_text().split(begin)
-    PAGE.write_text(f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}")
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--fit", action="store_true")
-    arguments = parser.parse_args()
+    parser.add_argument("--data", type=Path, nargs="+", default=[], help="folders of labelled images")
+    parser.add_argument("--held-out-share", type=float, help="only images that training with this share never saw")
+    parser.add_argument("--seen", choices=SEEN, help="how the images are worsened")
+    parser.add_argument("--pictures", type=Path, help="folder for the best and the worst images")
+    parser.add_argument("--empty", type=Path, help="CMU-1-Small-Region, with windows that have no nuclei")
+    parser.add_argument("--segmenter", nargs="+", default=["hematoxylin", "hoverfast", "otsu"])
+    options = parser.parse_args()
+    if bool(options.data) == bool(options.empty):
+        parser.error("expected either --data or --empty")
     cv2.setNumThreads(1)
-    circumstances = {"commit": code_version(), "hardware": hardware()}
-    if arguments.fit:
-        results = circumstances | fit(arguments.data)
-        write_down("fit", results, table=transfer_table(results))
+    torch.set_num_threads(1)
+    segmenters = {words: opened(words) for words in options.segmenter}
+    if options.empty:
+        rows = count_where_empty(options.empty, segmenters)
+        print(empty_table(rows, list(segmenters)))
+        record("segmentation", {"slide": options.empty.name, "empty": rows}, packages=PACKAGES)
         return
-    results = circumstances | {"rows": measure(arguments.data)}
-    table = results_table(results)
-    print(table)
-    write_down("measured", results, table=table)
+    images = [image for folder in options.data for image in read_folder(folder)]
+    if options.held_out_share is not None:
+        images = split(images, held_out_share=options.held_out_share)[1]
+    if options.seen:
+        images = [replace(image, image=SEEN[options.seen](image.image)) for image in images]
+    rows = measure(images, segmenters, pictures=options.pictures)
+    print(table(rows))
+    what = {"held_out_share": options.held_out_share, "seen": options.seen or "as they are"}
+    record("segmentation", {**what, "rows": rows}, packages=PACKAGES)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from lemon.cells.crop import crop_nuclei as crop
     from lemon.cells.crop import measure
     from lemon.cells.shard import images_from_arrow
+    from lemon.embed.join import join_embeddings
     from lemon.encoders.open import Encoder, load_encoder
     from lemon.encoders.registry import encoder_names
     from lemon.encoders.weights import MissingWeightsError
     from lemon.errors import ConfigError
+    from lemon.find.job import find_neighbours
     from lemon.nuclei.instances import Nucleus
     from lemon.nuclei.open import load_segmenter, segment
     from lemon.pretrain import losses
@@ -55,6 +57,8 @@ _PLACES = {
     "crop": "lemon.cells.crop:crop_nuclei",
     "measure": "lemon.cells.crop:measure",
     "images_from_arrow": "lemon.cells.shard:images_from_arrow",
+    # results under the ids that another program gave its nuclei; needs the extra "pipeline"
+    "join_embeddings": "lemon.embed.join:join_embeddings",
     # views and losses of self-supervised training
     "load_policy": "lemon.views.policy:load_policy",
     "policy_names": "lemon.views.policy:policy_names",
@@ -66,6 +70,8 @@ _PLACES = {
     "encoder_names": "lemon.encoders.registry:encoder_names",
     "Encoder": "lemon.encoders.open:Encoder",
     "MissingWeightsError": "lemon.encoders.weights:MissingWeightsError",
+    # the nuclei most like one; needs the extra "find"
+    "find_neighbours": "lemon.find.job:find_neighbours",
     # linear probes of embeddings; they need the extra "probe"
     "probes": "lemon.probe.linear",
     "ConfigError": "lemon.errors:ConfigError",
@@ -83,8 +89,10 @@ __all__ = [
     "__version__",
     "crop",
     "encoder_names",
+    "find_neighbours",
     "find_tissue",
     "images_from_arrow",
+    "join_embeddings",
     "load_encoder",
     "load_policy",
     "load_segmenter",

@@ -42,6 +42,13 @@ STAGES = (
         "curate", "curate", "lemon.curate.config:CurateConfig", "lemon.curate.job:main", "slides to images of nuclei"
     ),
     Stage(
+        "train-segmenter",
+        "train_segmenter",
+        "lemon.train_segmenter.config:TrainSegmenterConfig",
+        "lemon.train_segmenter.job:main",
+        "images with drawn nuclei to weights of the segmenter",
+    ),
+    Stage(
         "fit-stain",
         "fit_stain",
         "lemon.pretrain.config:FitStainConfig",
@@ -78,6 +85,21 @@ STAGES = (
     ),
     Stage(
         "atlas", "atlas", "lemon.atlas.config:AtlasConfig", "lemon.atlas.job:main", "a map of nuclei by their vectors"
+    ),
+    Stage("find", "find", "lemon.find.config:FindConfig", "lemon.find.job:main", "the nuclei most like a nucleus"),
+    Stage(
+        "classify",
+        "classify",
+        "lemon.classify.config:ClassifyConfig",
+        "lemon.classify.job:main",
+        "a few labels to a class for every nucleus",
+    ),
+    Stage(
+        "describe",
+        "describe",
+        "lemon.describe.config:DescribeConfig",
+        "lemon.describe.job:main",
+        "what is different about each cluster or class",
     ),
     Stage(
         "report", "report", "lemon.report.config:ReportConfig", "lemon.report.job:main", "one page of what was found"
@@ -155,7 +177,7 @@ def usage() -> str:
             "From whole-slide images to a foundation model of single-nucleus morphology.",
             "",
             "In the order of the pipeline:",
-            *(f"  {command:<10} {purpose}" for command, purpose in rows),
+            *(f"  {command:<15} {purpose}" for command, purpose in rows),
             "",
             "lemon COMMAND --help lists its keys; lemon --version tells the version.",
         ]

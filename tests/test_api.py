@@ -108,7 +108,8 @@ def test_an_image_of_another_kind_is_refused(image: object, got: str) -> None:
 
 
 def test_an_unknown_segmenter_or_setting_is_one_line() -> None:
-    with pytest.raises(lemon.ConfigError, match=r"^segmenter: got 'hoverfst'; expected one of hematoxylin, hoverfast"):
+    expected = "cellvit, hematoxylin, hoverfast, instanseg, stardist"
+    with pytest.raises(lemon.ConfigError, match=rf"^segmenter: got 'hoverfst'; expected one of {expected}"):
         lemon.load_segmenter("hoverfst")
     with pytest.raises(lemon.ConfigError, match="batch: unknown key"):
         lemon.load_segmenter("hematoxylin", batch=2)

@@ -81,8 +81,8 @@ def test_verify_ends_with_the_code_of_its_job_where_the_output_is_no_output(
 def test_help_lists_the_stages_in_the_order_of_the_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == EXIT_OK
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    order = "fetch curate fit-stain pretrain embed probe sweep atlas report ui demo verify doctor"
-    assert listed == order.split()
+    order = "fetch curate train-segmenter fit-stain pretrain embed probe sweep atlas find classify describe report ui"
+    assert listed == [*order.split(), "demo", "verify", "doctor"]
 
 
 def test_without_a_command_the_help_is_told_and_the_exit_code_is_2(capsys: pytest.CaptureFixture[str]) -> None:

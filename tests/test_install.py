@@ -21,8 +21,8 @@ from lemon.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-OPTIONAL = ("probe", "pipeline", "cluster", "spatialdata", "transformers", "umap")
-IMPORTED_AS = {"psycopg2-binary": "psycopg2", "scikit-learn": "sklearn", "umap-learn": "umap"}
+OPTIONAL = ("probe", "pipeline", "cluster", "find", "onnx", "spatialdata", "transformers", "umap")
+IMPORTED_AS = {"faiss-cpu": "faiss", "psycopg2-binary": "psycopg2", "scikit-learn": "sklearn", "umap-learn": "umap"}
 
 
 def run(

@@ -12,6 +12,7 @@ import pytest
 from lemon.atlas.config import AtlasConfig
 from lemon.curate.config import CurateConfig
 from lemon.demo.config import DemoConfig
+from lemon.describe.config import DescribeConfig
 from lemon.embed.config import EmbedConfig
 from lemon.errors import ConfigError
 from lemon.fetch.config import FetchConfig
@@ -50,6 +51,8 @@ KEYS: list[tuple[type[Frozen], dict[str, Any], str]] = [
     *((ProbeConfig, {"models": "m", "tasks": "t"}, key) for key in ("models", "data", "output")),
     *((ReportConfig, {}, key) for key in ("sweeps", "probes", "atlas", "views", "paper", "output")),
     *((AtlasConfig, {"embeddings": "e", "cells": "c"}, key) for key in ("embeddings", "cells", "output", "labels")),
+    *((DescribeConfig, {"embeddings": "e", "cells": "c"}, key) for key in ("embeddings", "cells", "output", "labels")),
+    *((CurateConfig, CURATE | {"cells_from": {"path": "p"}}, f"cells_from.{key}") for key in ("path", "alignment")),
     *((SweepConfig, {"sweep": {"name": "s", "points": []}}, key) for key in ("cells", "data", "output")),
 ]
 HOSTILE = {

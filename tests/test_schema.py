@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from lemon import schema
+from lemon.runtime.shards import read_shard, write_shard
 from lemon.runtime.store import Store
 
 FILES = {
@@ -21,9 +23,11 @@ FILES = {
     schema.SlideRow: """
         slide_id:str path:str patient_id:str? project:str? organ:str? site:str? mpp:float? mpp_assumed:bool?
         width_px:int? height_px:int? status:str n_regions:int? n_failed_regions:int? n_nuclei:int?
-        n_cells:int? n_edge_cells:int? open_s:float? read_s:float? network_s:float? instances_s:float?
-        write_s:float? total_s:float? error:str? source_size_bytes:int? source_mtime_ns:int?
-        source_digest:str? mask_digest:str? cells_digest:str? config_fingerprint:str code_version:str
+        n_cells:int? n_edge_cells:int? pen_share:float? fold_share:float? blurred_share:float?
+        open_s:float? read_s:float? network_s:float? instances_s:float?
+        write_s:float? total_s:float? area_mm2:float? s_per_mm2:float? device_share:float? peak_mib:float? error:str?
+        source_size_bytes:int? source_mtime_ns:int?
+        source_digest:str? mask_digest:str? nuclei_digest:str? cells_digest:str? config_fingerprint:str code_version:str
     """,
     schema.EmbeddedRow: """
         slide_id:str status:str n_cells:int? model:str model_fingerprint:str cells_digest:str?
@@ -92,3 +96,25 @@ def test_a_row_comes_back_from_a_file_as_it_was(tmp_path: Path, row: schema.Row)
     table = store.read_table("t.parquet")
     assert table.schema.equals(row.schema, check_metadata=True)
     assert type(row).read(table.select(table.column_names[::-1])) == [row, row]
+
+
+def test_a_ledger_of_before_there_was_a_column_is_read_with_nulls_there(tmp_path: Path) -> None:
+    store, row = Store(tmp_path), ROWS[1]
+    store.write_table("slides/a.parquet", type(row).table([row]).drop(["nuclei_digest"]))
+    assert schema.SlideRow.read(store.read_tables("slides", schema=schema.SLIDES)) == [row]
+
+
+def test_cells_of_before_there_was_a_column_are_read_with_nulls_there(tmp_path: Path) -> None:
+    old = pa.schema([field for field in schema.CELLS if field.name not in schema.FOREIGN], schema.CELLS.metadata)
+    columns = [pa.array([b"\0" * schema.CELL_BYTES]) if name == "image" else pa.array(["0"]) for name in old.names]
+    rows = pa.table(dict(zip(old.names, columns, strict=True))).cast(old)
+    with write_shard(Store(tmp_path), "cells/a.parquet", old) as shard:
+        shard.write(rows)
+    (batch,) = read_shard(
+        Store(tmp_path),
+        "cells/a.parquet",
+        schema=schema.CELLS,
+        columns=["foreign_id", "cell_id", "foreign_probability"],
+    )
+    assert batch.schema.names == ["cell_id", "foreign_id", "foreign_probability"]
+    assert batch.to_pylist() == [{"cell_id": "0", "foreign_id": None, "foreign_probability": None}]

@@ -39,6 +39,7 @@ class Frame:
     mpp: float
     scale: float  # level-0 px a base px
     bounds_px: tuple[int, int, int, int]  # x, y, width, height of the scanned area in base px
+    seam_px: int = SEAM_PX  # 0 where a nucleus has one centroid for all regions
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Claims:
 def claim_cells(
     image: np.ndarray, nuclei: Sequence[Nucleus], *, region: Region, frame: Frame, rank_below: float = 1.0
 ) -> Claims:
-    """Rows of the nuclei whose centroid lies in the region's inner part (or within SEAM_PX of it).
+    """Rows of the nuclei whose centroid lies in the region's inner part (or within the frame's seam of it).
 
     Args:
         image: uint8 [H, W, 3], the region at 0.25 um/px.
@@ -68,7 +69,7 @@ def claim_cells(
     offset = np.array([region.x_px, region.y_px], np.float64)
     centroid = np.array([nucleus.centroid_px for nucleus in nuclei], np.float64).reshape(-1, 2) + offset
     slide_box = _box(frame.bounds_px)
-    mine = np.flatnonzero(_within(centroid, _grown(region.inner_px, SEAM_PX)) & _within(centroid, slide_box))
+    mine = np.flatnonzero(_within(centroid, _grown(region.inner_px, frame.seam_px)) & _within(centroid, slide_box))
     ids, first = np.unique(_cell_ids(frame, centroid[mine]), return_index=True)
     mine = mine[first]  # two polygons with one centroid are one nucleus
     nuclei, centroid = [nuclei[index] for index in mine.tolist()], centroid[mine]
@@ -78,7 +79,7 @@ def claim_cells(
     return Claims(
         rows=_rows(image, nuclei, ids=ids, rank=rank, centroid=centroid, offset=offset, frame=frame),
         centroid_px=centroid,
-        contested=~_within(centroid, _grown(region.inner_px, -SEAM_PX)),
+        contested=~_within(centroid, _grown(region.inner_px, -frame.seam_px)),
         at_edge=~(_within(corner, slide_box) & _within(corner + CELL_PX - 1, slide_box)),
         kept=kept,
         images=cut_crops(image, corner[kept] - offset.astype(int)),
@@ -191,6 +192,7 @@ def _rows(
         **measure(image, nuclei),
         "polygon": _wkb([to_level0(nucleus.contour_px + offset, frame.scale) for nucleus in nuclei]),
         "rank": rank,
+        **{name: [getattr(nucleus, name) for nucleus in nuclei] for name in schema.FOREIGN},
     }
     return pa.table(columns, schema=ROWS)
 

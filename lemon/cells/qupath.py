@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -14,6 +15,7 @@ import pyarrow as pa
 import shapely
 
 _NAMESPACE = uuid.UUID("6f0e4e0e-0c1f-5a3b-9b7d-1e3b5c0a4d2f")  # so that a cell has the same id in every run
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 NUCLEUS = {"name": "Nucleus", "color": [120, 60, 160]}
 MEASUREMENTS = {
     "Area um2": "area_um2",
@@ -47,15 +49,24 @@ class GeoJsonWriter:
         self._gzip.close()
 
     def write(self, rows: pa.Table, *, classifications: Sequence[Mapping[str, object]] | None = None) -> None:
-        """Append rows of the cells table (images not needed), each in its class ``{name, color}`` (None: nucleus)."""
-        classes = [NUCLEUS] * len(rows) if classifications is None else classifications
+        """Append rows of the cells table (images not needed), each in its class ``{name, color}``.
+
+        Without classifications a nucleus has the class of the program that found it, or that of all nuclei. An id of
+        QuPath's stays a nucleus' id, so that QuPath knows the object again.
+        """
+        classes: Sequence[Mapping[str, object]]
+        if classifications is None:
+            classes = [{"name": name} if name else NUCLEUS for name in _optional(rows, "foreign_class")]
+        else:
+            classes = classifications
         polygons = shapely.from_wkb(rows["polygon"].to_numpy(zero_copy_only=False))
         measured = {name: rows[column].to_pylist() for name, column in MEASUREMENTS.items()}
-        for index, (cell_id, polygon) in enumerate(zip(rows["cell_id"].to_pylist(), polygons, strict=True)):
+        foreign_ids, cell_ids = _optional(rows, "foreign_id"), rows["cell_id"].to_pylist()
+        for index, (cell_id, polygon) in enumerate(zip(cell_ids, polygons, strict=True)):
             ring = np.round(shapely.get_coordinates(polygon) - self._origin_px, 2)
             feature = {
                 "type": "Feature",
-                "id": str(uuid.uuid5(_NAMESPACE, cell_id)),
+                "id": _uuid_of(cell_id, foreign_ids[index]),
                 "geometry": {"type": "Polygon", "coordinates": [ring.tolist()]},
                 "properties": {
                     "objectType": "detection",
@@ -66,3 +77,14 @@ class GeoJsonWriter:
             }
             self._gzip.write((b"" if self._first else b",\n") + json.dumps(feature, separators=(",", ":")).encode())
             self._first = False
+
+
+def _optional(rows: pa.Table, column: str) -> list[str | None]:
+    return rows[column].to_pylist() if column in rows.column_names else [None] * len(rows)
+
+
+def _uuid_of(cell_id: str, foreign_id: str | None) -> str:
+    """QuPath's own id of an object that came from there, else one made of the cell's."""
+    if foreign_id is not None and _UUID.fullmatch(foreign_id):
+        return foreign_id
+    return str(uuid.uuid5(_NAMESPACE, cell_id))

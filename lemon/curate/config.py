@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from lemon.errors import ConfigError
 from lemon.nuclei.config import SegmenterChoice
+from lemon.nuclei.given.config import CellsFrom
 from lemon.runtime.config import AnyPath, AnyPaths, Frozen, LocalPath, load
 
 CELLS_FOLDER = "cells"
@@ -21,6 +22,7 @@ class TissueConfig(Frozen):
         None, description="folder of <slide_id>.png masks (non-zero is tissue) to use instead"
     )
     min_share: float = Field(0.01, ge=0, le=1, description="a region with a smaller share of tissue is skipped")
+    leave_out: list[Literal["pen", "fold"]] = Field([], description="tissue in which no nuclei are searched: pen, fold")
     require_he: bool = Field(True, description="reject slides whose colours are not those of H&E")
 
 
@@ -43,6 +45,7 @@ class CurateConfig(Frozen):
     slides: AnyPaths = Field(description="glob, folder, slide file, or a CSV/Parquet cohort; also at s3://")
     output: AnyPath = Field(description="folder or s3:// prefix of the tables cells/ and slides/")
     segmenter: SegmenterChoice = Field({}, validate_default=True)
+    cells_from: CellsFrom | None = Field(None, description="nuclei that another program found, instead of a segmenter")
     cells_per_slide: int | None = Field(1000, ge=1, description="cells of lowest rank kept of a slide; null keeps all")
     default_mpp: float = Field(0.25, gt=0, description="um/px assumed where a slide states none")
     max_mpp: float = Field(0.75, gt=0, description="coarser slides fail: their nuclei cannot be resolved")
@@ -73,10 +76,19 @@ class CurateConfig(Frozen):
             raise ValueError(f"overlap_px={self.overlap_px} exceeds half of region_px={self.region_px}")
         return self
 
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether nuclei are found on a GPU where there is one."""
+        return self.cells_from is None and self.segmenter.uses_gpu
+
     def result_settings(self) -> dict[str, Any]:
         """The settings that change the rows of the tables: what the fingerprint is taken of."""
         kept = {"cells_per_slide", "default_mpp", "max_mpp", "region_px", "overlap_px", "tissue"}
-        settings = self.model_dump(include=kept) | {"segmenter": self.segmenter.result_settings()}
+        if self.cells_from is None:
+            finder = {"segmenter": self.segmenter.result_settings()}
+        else:
+            finder = {"cells_from": self.cells_from.result_settings()}
+        settings = self.model_dump(include=kept) | finder
         # Where the masks lie says nothing of them: each slide's row has the digest of its own.
         settings["tissue"]["masks"] = self.tissue.masks is not None
         return settings

@@ -6,10 +6,12 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import resource
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,12 +26,15 @@ from lemon.cells.names import geojson_name, shard_name
 from lemon.cells.qupath import GeoJsonWriter
 from lemon.cells.shard import SlideShard
 from lemon.curate.config import CurateConfig
+from lemon.nuclei.given.place import PlacedNuclei
+from lemon.nuclei.given.segmenter import GivenSegmenter, read_placed
 from lemon.nuclei.segmenter import Postprocess, Segmenter
 from lemon.runtime.identifiers import file_stem
 from lemon.runtime.store import Store
 from lemon.schema import CELL_MPP, SlideRow
 from lemon.slides.cohort import Slide
 from lemon.slides.local import local_slide
+from lemon.slides.quality import blurred_share, find_flaws, share_of
 from lemon.slides.reader import RegionError, SlideError, SlideReader
 from lemon.slides.source import mask_digest, read_source
 from lemon.slides.tiles import Region, plan_regions, spread
@@ -54,6 +59,9 @@ class Tally:
     n_nuclei: int = 0
     n_cells: int = 0
     n_edge_cells: int = 0
+    pen_share: float | None = None
+    fold_share: float | None = None
+    blurred_share: float | None = None
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("open", "read", "network", "instances", "write"), 0.0)
     )
@@ -94,12 +102,12 @@ def _end_with_parent() -> None:
 
 
 def curate_slide(
-    slide: Slide, *, config: CurateConfig, segmenter: Segmenter, processes: Executor, store: Store
+    slide: Slide, *, config: CurateConfig, segmenter: Segmenter | None, processes: Executor, store: Store
 ) -> SlideRow:
-    """Segment a slide and commit its cells; returns its row of the slides table (without provenance columns).
+    """Segment a slide, or take the nuclei given for it, and commit its cells; returns its row of the slides table.
 
-    A slide that cannot be used gives a failed row with the reason. Raises OutputError when nothing can be written, and
-    BrokenProcessPool when a worker process died.
+    The row is without provenance columns. A slide that cannot be used gives a failed row with the reason. Raises
+    OutputError when nothing can be written, and BrokenProcessPool when a worker process died.
     """
     start, tally = time.perf_counter(), Tally()
     row = SlideRow(**vars(replace(slide, mpp=None)), status="failed", n_cells=0)
@@ -115,6 +123,8 @@ def curate_slide(
                         source_digest=source.digest,
                     )
                 row = replace(row, mask_digest=mask_digest(config.tissue.masks, file_stem(slide.slide_id)))
+                if config.cells_from is not None:
+                    row = replace(row, nuclei_digest=config.cells_from.digest(slide.slide_id))
                 reader = SlideReader(path, default_mpp=config.default_mpp, mpp=slide.mpp, limit_s=config.region_limit_s)
             stack.callback(reader.close)
             row = replace(row, mpp=reader.mpp, mpp_assumed=reader.mpp_assumed)
@@ -126,7 +136,21 @@ def curate_slide(
     except SlideError as error:
         tally.notes.append(str(error))
     total_s = round(time.perf_counter() - start, 3)
-    return replace(row, **tally.columns(), error="; ".join(tally.notes) or None, total_s=total_s)
+    row = replace(row, **tally.columns(), error="; ".join(tally.notes) or None, total_s=total_s)
+    area_mm2 = tally.n_regions * ((config.region_px - config.overlap_px) * CELL_MPP / 1000) ** 2
+    return replace(
+        row,
+        area_mm2=round(area_mm2, 4),
+        s_per_mm2=round(total_s / area_mm2, 4) if area_mm2 else None,
+        device_share=round(tally.seconds["network"] / total_s, 4) if total_s else None,
+        peak_mib=round(_peak_mib(), 1),
+    )
+
+
+def _peak_mib() -> float:
+    """Highest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _curate_open(
@@ -134,11 +158,16 @@ def _curate_open(
     *,
     slide: Slide,
     config: CurateConfig,
-    segmenter: Segmenter,
+    segmenter: Segmenter | None,
     processes: Executor,
     store: Store,
     tally: Tally,
 ) -> None:
+    given = None
+    if config.cells_from is not None:
+        with tally.clock("instances"):
+            given = read_placed(slide.slide_id, reader, config.cells_from)
+            tally.notes.extend(given.notes)
     with tally.clock("open"):
         tally.notes.extend(reader.notes)
         if reader.mpp > config.max_mpp:
@@ -146,14 +175,22 @@ def _curate_open(
                 f"{reader.mpp:.3g} um/px is coarser than max_mpp={config.max_mpp:g}: nuclei cannot be resolved"
             )
         overview, overview_mpp = _overview(reader, tally=tally)
-        regions = _plan(reader, overview, overview_mpp=overview_mpp, slide=slide, config=config, tally=tally)
+        regions = _plan(
+            reader, overview, overview_mpp=overview_mpp, slide=slide, config=config, tally=tally, given=given
+        )
+        if given is not None:
+            segmenter = GivenSegmenter(given, regions)
+        assert segmenter is not None
         samples = _samples(reader, regions)
+        tally.blurred_share = blurred_share(samples)
         if overview is None and samples:  # where it could not be seen as a whole, by its parts
             _check_stain(np.concatenate(samples), mpp=CELL_MPP, config=config)
         calibration = segmenter.calibrate(samples) if samples else None
     tally.n_regions = len(regions)
     frame = Frame(slide=slide, mpp=reader.mpp, scale=reader.scale, bounds_px=reader.bounds_base_px)
-    # One batch in the network, one behind it in the processes: what lies in memory does not depend on the slide.
+    if given is not None:
+        frame = replace(frame, seam_px=0)
+    # A batch stacked, one in the network, one behind it, one in the processes: memory does not depend on the slide.
     batch = getattr(config.segmenter, "batch", 1)
     with contextlib.closing(SlideShard(keep=config.cells_per_slide)) as shard, contextlib.ExitStack() as stack:
         geojson = stack.enter_context(_geojson(store, slide, reader, wanted=config.geojson))
@@ -161,12 +198,14 @@ def _curate_open(
         images = ordered_map(
             readers, lambda region: _timed_read(reader, region), regions, ahead=config.workers.readers + batch
         )
-        predicted = _predict(zip(regions, images, strict=True), segmenter=segmenter, batch=batch, tally=tally)
+        # The network computes in a thread of its own, so that it waits for no pickling, writing or instances.
+        predictions = _predict(zip(regions, images, strict=True), segmenter=segmenter, batch=batch, tally=tally)
+        predicted = stack.enter_context(contextlib.closing(run_ahead(predictions, ahead=2 * batch)))
         claims = ordered_map(
             processes,
             _postprocess_and_claim,
             (
-                (segmenter.postprocess, image, prediction, calibration, region, frame, shard.rank_below)
+                (_postprocess_of(segmenter, region), image, prediction, calibration, region, frame, shard.rank_below)
                 for region, image, prediction in predicted
             ),
             ahead=config.workers.cpus + batch,
@@ -201,11 +240,19 @@ def _plan(
     slide: Slide,
     config: CurateConfig,
     tally: Tally,
+    given: PlacedNuclei | None,
 ) -> list[Region]:
-    """Regions with tissue; raises SlideError for a slide that must not be used."""
+    """Regions with tissue, or with given nuclei; raises SlideError for a slide that must not be used."""
     mask = None if overview is None else _check_stain(overview, mpp=overview_mpp, config=config)
-    if config.tissue.masks is not None:
+    if given is not None:
+        mask = None
+    elif config.tissue.masks is not None:
         mask = read_mask(f"{config.tissue.masks}/{file_stem(slide.slide_id)}.png").mask
+    elif mask is not None and overview is not None:
+        flaws = find_flaws(overview, mask, mpp=overview_mpp)
+        tally.pen_share, tally.fold_share = share_of(flaws["pen"], mask), share_of(flaws["fold"], mask)
+        for name in config.tissue.leave_out:
+            mask = mask & ~flaws[name]
     regions = plan_regions(
         reader.bounds_base_px,
         size_px=config.region_px,
@@ -213,6 +260,9 @@ def _plan(
         tissue=mask,
         min_tissue_share=config.tissue.min_share,
     )
+    if given is not None:
+        members = given.in_regions(regions)
+        regions = [region for region in regions if region.index in members]
     if not regions:
         tally.notes.append("no tissue found")
     return regions
@@ -256,7 +306,7 @@ def _predict(
     batch: int,
     tally: Tally,
 ) -> Iterator[tuple[Region, np.ndarray, Any]]:
-    """Run the network over readable regions, a batch at a time; unreadable ones are counted."""
+    """Run the network over readable regions, while the next batch is read and stacked; unreadable ones are counted."""
 
     def readable() -> Iterator[tuple[Region, np.ndarray]]:
         for region, (image, seconds) in regions:
@@ -268,12 +318,20 @@ def _predict(
             else:
                 yield region, image
 
-    source = readable()
-    while group := list(itertools.islice(source, batch)):
-        with tally.clock("network"):
-            predictions = segmenter.predict(np.stack([image for _, image in group]))
-        for (region, image), prediction in zip(group, predictions, strict=True):
-            yield region, image, prediction
+    def stacked() -> Iterator[tuple[list[Region], np.ndarray]]:
+        source = readable()
+        while group := list(itertools.islice(source, batch)):
+            yield [region for region, _ in group], np.stack([image for _, image in group])
+
+    with contextlib.closing(run_ahead(stacked(), ahead=1)) as batches:
+        for group, images in batches:
+            with tally.clock("network"):
+                predictions = segmenter.predict(images)
+            yield from zip(group, images, predictions, strict=True)
+
+
+def _postprocess_of(segmenter: Segmenter, region: Region) -> Postprocess:
+    return segmenter.postprocess_of(region) if isinstance(segmenter, GivenSegmenter) else segmenter.postprocess
 
 
 def _postprocess_and_claim(
@@ -313,7 +371,24 @@ def _as_output_error() -> Iterator[None]:
         raise OutputError(str(error)) from error
 
 
-def ordered_map(executor: Executor, function: Callable[[T], R], items: Iterable[T], *, ahead: int) -> Iterator[R]:
+def run_ahead(items: Iterable[T], *, ahead: int) -> Generator[T, None, None]:
+    """The items, made in a thread of their own, ``ahead`` of them before they are asked for; what it raises, this does.
+
+    When the consumer stops early, the thread ends after the item that it is at.
+    """
+    source, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        made = ordered_map(thread, lambda _: next(source, end), itertools.repeat(None), ahead=ahead + 1)
+        with contextlib.closing(made):
+            for item in made:
+                if item is end:
+                    return
+                yield item  # type: ignore[misc]
+
+
+def ordered_map(
+    executor: Executor, function: Callable[[T], R], items: Iterable[T], *, ahead: int
+) -> Generator[R, None, None]:
     """``map`` on an executor with at most ``ahead`` items under way, results in the order of the items.
 
     When the consumer stops early, what has not begun is cancelled.

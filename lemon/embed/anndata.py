@@ -10,10 +10,10 @@ from scipy import sparse
 
 from lemon.embed.names import h5ad_name
 from lemon.embed.slide import EmbeddedSlide
-from lemon.schema import MORPHOMETRICS
+from lemon.schema import FOREIGN, MORPHOMETRICS
 
 EMBEDDING = "X_lemon"
-_COLUMNS = ("slide_id", "organ", "x_level0_px", "y_level0_px", "mpp", *MORPHOMETRICS)
+_COLUMNS = ("slide_id", "organ", "x_level0_px", "y_level0_px", "mpp", *MORPHOMETRICS, *FOREIGN)
 
 
 def write_h5ad(slide: EmbeddedSlide) -> None:
@@ -43,6 +43,11 @@ def annotate(slide: EmbeddedSlide) -> anndata.AnnData:
     obs.index = pd.Index(rows["cell_id"].to_pylist(), dtype=object, name="cell_id")
     for column in ("slide_id", "organ"):
         obs[column] = rows[column].combine_chunks().dictionary_encode().to_pandas().array  # categories
+    for column in (name for name in FOREIGN if rows[name].null_count < len(rows)):
+        values = rows[column].combine_chunks()
+        obs[column] = (values.dictionary_encode() if column == "foreign_class" else values).to_pandas().array
+    if (measured := slide.morphometry()) is not None:
+        obs = obs.join(measured.to_pandas().set_axis(obs.index))
     uns: dict[str, object] = {"lemon": slide.facts(mpp=float(rows["mpp"][0].as_py()) if len(rows) else float("nan"))}
     codes = slide.cluster_codes()
     if slide.clusters is not None and codes is not None:

@@ -12,7 +12,7 @@ from sklearn.cluster import MiniBatchKMeans
 
 from lemon.cells.select import Selection
 from lemon.embed.names import CENTRES, DERIVED, clusters_name, embeddings_name
-from lemon.embed.stream import read_ahead, vectors_of
+from lemon.embed.stream import directions, read_ahead, vectors_of
 from lemon.runtime.store import Store, fingerprint
 from lemon.schema import CLUSTERS, EMBEDDINGS
 
@@ -40,7 +40,7 @@ class Clusters:
     def assign(self, vectors: np.ndarray) -> np.ndarray:
         """The nearest centre of each of [N, D]: int16 [N]."""
         centres = np.array(self.centres, np.float32)
-        distance = (centres**2).sum(axis=1) - 2 * _directions(vectors) @ centres.T  # [N, K], less a term of the row
+        distance = (centres**2).sum(axis=1) - 2 * directions(vectors) @ centres.T  # [N, K], less a term of the row
         return distance.argmin(axis=1).astype(np.int16)
 
 
@@ -55,8 +55,8 @@ def palette(count: int) -> list[tuple[int, int, int]]:
 
 def fit_clusters(vectors: np.ndarray, *, k: int, seed: int, name: str) -> Clusters:
     """k-means with mini-batches on the directions of [N, D]; fewer clusters where there are fewer cells."""
-    directions = _directions(vectors)
-    means = MiniBatchKMeans(min(k, len(directions)), random_state=seed, n_init=3, batch_size=4096).fit(directions)
+    unit = directions(vectors)
+    means = MiniBatchKMeans(min(k, len(unit)), random_state=seed, n_init=3, batch_size=4096).fit(unit)
     order = np.argsort(-np.bincount(means.labels_, minlength=len(means.cluster_centers_)), kind="stable")
     return Clusters(centres=np.round(means.cluster_centers_[order], 6).tolist(), fingerprint=name)
 
@@ -107,9 +107,3 @@ def _prefix(store: Store, slide_id: str, count: int) -> Iterable[np.ndarray]:
         count -= len(vectors)
         if not count:
             return
-
-
-def _directions(vectors: np.ndarray) -> np.ndarray:
-    """float32 [N, D] of length one."""
-    vectors = vectors.astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)

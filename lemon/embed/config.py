@@ -56,6 +56,9 @@ class EmbedConfig(CellsConfig):
     format: list[Literal["parquet", "h5ad", "geojson", "spatialdata"]] = Field(
         ["parquet"], description="files of each slide, as [parquet,h5ad,geojson,spatialdata]; parquet is always written"
     )
+    morphometry: bool = Field(
+        False, description="also measure shape, stain, texture and neighbourhood of each nucleus, into .h5ad too"
+    )
     dtype: Literal["float16", "float32"] = Field("float16", description="of stored embeddings")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the encoder's arithmetic")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")

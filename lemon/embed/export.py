@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import pyarrow as pa
 from shapely.errors import ShapelyError
 
@@ -14,12 +15,12 @@ from lemon.cells.names import geojson_name
 from lemon.cells.qupath import MEASUREMENTS, GeoJsonWriter
 from lemon.embed.clusters import Clusters, assign_clusters
 from lemon.embed.ledger import EmbedLedger
-from lemon.embed.names import clusters_name, h5ad_name, spatialdata_name
+from lemon.embed.names import clusters_name, h5ad_name, morphometry_name, spatialdata_name
 from lemon.embed.slide import EmbeddedSlide
 from lemon.runtime.pool import Worker
 from lemon.runtime.shards import ShardError
 from lemon.runtime.store import Store
-from lemon.schema import EmbeddedRow
+from lemon.schema import MORPHOMETRY, EmbeddedRow
 
 Format: TypeAlias = tuple[str, Callable[[str], str], Callable[[EmbeddedSlide], None]]
 
@@ -45,10 +46,27 @@ def write_geojson(slide: EmbeddedSlide) -> None:
         slide.store.write(geojson_name(slide.slide_id)) as stream,
         GeoJsonWriter(stream, origin_px=slide.origin_px()) as writer,
     ):
-        for rows in slide.rows("cell_id", "polygon", *MEASUREMENTS.values()):
+        for rows in slide.rows("cell_id", "polygon", "foreign_id", *MEASUREMENTS.values()):
             cluster_names = None if codes is None else [classes[code] for code in codes[done : done + len(rows)]]
             writer.write(rows, classifications=cluster_names)
             done += len(rows)
+
+
+def write_morphometry(slide: EmbeddedSlide) -> None:
+    """Write ``morphometry/<slide>.parquet``; files that are to hold what it says are made again. Raises ShardError."""
+    from lemon.cells.morphometry import COLUMNS, measure_cells, neighbourhood  # scipy's trees
+
+    parts = [pa.table(measure_cells(rows)) for rows in slide.rows(*COLUMNS)]
+    columns = dict(zip(parts[0].column_names, pa.concat_tables(parts).columns, strict=True)) if parts else {}
+    rows = slide.table("x_level0_px", "y_level0_px", "mpp")
+    place = np.stack([rows["x_level0_px"].to_numpy(), rows["y_level0_px"].to_numpy()], axis=1)
+    around = neighbourhood(place * rows["mpp"].to_numpy()[:, None])
+    if not slide.has_all_nuclei():
+        around = {name: np.full_like(values, np.nan) for name, values in around.items()}
+    table = pa.table({"cell_id": rows["cell_id"]} | columns | around).select(MORPHOMETRY.names).cast(MORPHOMETRY)
+    slide.store.write_table(morphometry_name(slide.slide_id), table, compression="zstd")
+    for stale in (h5ad_name, spatialdata_name):
+        slide.store.delete(stale(slide.slide_id))
 
 
 def _write_h5ad(slide: EmbeddedSlide) -> None:
@@ -64,6 +82,7 @@ def _write_spatialdata(slide: EmbeddedSlide) -> None:
 
 
 FORMATS: Mapping[str, tuple[Callable[[str], str], Callable[[EmbeddedSlide], None]]] = {
+    "morphometry": (morphometry_name, write_morphometry),
     "h5ad": (h5ad_name, _write_h5ad),
     "geojson": (geojson_name, write_geojson),
     "spatialdata": (spatialdata_name, _write_spatialdata),

@@ -162,7 +162,8 @@ def _export(jobs: Sequence[SlideRow], *, config: EmbedConfig, ledger: EmbedLedge
         )
     except ShardError as error:
         raise FatalError(f"{error}; delete that file to have it made again") from None
-    make = functools.partial(Exporter, ledger=ledger, cells=cells, clusters=clusters, formats=config.format)
+    formats = [*(["morphometry"] if config.morphometry else []), *config.format]
+    make = functools.partial(Exporter, ledger=ledger, cells=cells, clusters=clusters, formats=formats)
     local = make()
     unfinished = local.without_file([row.slide_id for row in embedded])
     pending = [

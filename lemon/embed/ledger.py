@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from lemon.cells.names import geojson_name
-from lemon.embed.names import CENTRES, FOLDERS, SETTINGS, clusters_name, embeddings_name, h5ad_name, spatialdata_name
+from lemon.embed.names import (
+    CENTRES,
+    FOLDERS,
+    SETTINGS,
+    clusters_name,
+    embeddings_name,
+    h5ad_name,
+    morphometry_name,
+    spatialdata_name,
+)
 from lemon.runtime.ledger import Ledger
 from lemon.runtime.store import Store
 from lemon.schema import EmbeddedRow, SlideRow
@@ -34,7 +43,7 @@ class EmbedLedger(Ledger[EmbeddedRow]):
     def discard(self, slide_id: str) -> None:
         """Forget a slide, its embeddings and what was made from them, because they are about to be replaced."""
         self.forget(slide_id)
-        for name in (embeddings_name, clusters_name, h5ad_name, geojson_name, spatialdata_name):
+        for name in (embeddings_name, morphometry_name, clusters_name, h5ad_name, geojson_name, spatialdata_name):
             self.store.delete(name(slide_id))
 
     def without_embeddings(self, slides: Sequence[SlideRow]) -> list[SlideRow]:

@@ -10,7 +10,7 @@ CENTRES = "clusters.json"
 DERIVED = ("clusters", "h5ad", "geojson", "spatialdata")
 """Folders of what is made from embeddings and clusters."""
 
-FOLDERS = ("slides", "embeddings", *DERIVED)
+FOLDERS = ("slides", "embeddings", "morphometry", *DERIVED)
 """Folders of embedding in its output."""
 
 
@@ -22,6 +22,11 @@ def embeddings_name(slide_id: str) -> str:
 def clusters_name(slide_id: str) -> str:
     """The cluster of each of a slide's cells, in the same order."""
     return f"clusters/{file_stem(slide_id)}.parquet"
+
+
+def morphometry_name(slide_id: str) -> str:
+    """What is measured of each of a slide's cells, in the same order."""
+    return f"morphometry/{file_stem(slide_id)}.parquet"
 
 
 def h5ad_name(slide_id: str) -> str:

@@ -13,8 +13,9 @@ import pyarrow as pa
 from lemon.cells.names import shard_name
 from lemon.embed.clusters import Clusters
 from lemon.embed.ledger import EmbeddingSpec
-from lemon.embed.names import clusters_name, embeddings_name
+from lemon.embed.names import clusters_name, embeddings_name, morphometry_name
 from lemon.embed.stream import read_ahead, vectors_of
+from lemon.runtime.identifiers import file_stem
 from lemon.runtime.shards import ShardError
 from lemon.runtime.store import Store
 from lemon.schema import CELL_MPP, CELLS, CLUSTERS, EMBEDDINGS
@@ -55,6 +56,16 @@ class EmbeddedSlide:
         if self.clusters is None:
             return None
         return self._read_column(clusters_name(self.slide_id), "cluster", schema=CLUSTERS).to_numpy()
+
+    def morphometry(self) -> pa.Table | None:
+        """What is measured of each cell, in their order; None where it was not asked for. Raises ShardError."""
+        name = morphometry_name(self.slide_id)
+        return self.store.read_table(name).drop(["cell_id"]) if self.store.exists(name) else None
+
+    def has_all_nuclei(self) -> bool:
+        """Whether the cells are all nuclei that were found on the slide, not a sample of them."""
+        row = self.cells.read_table(f"slides/{file_stem(self.slide_id)}.parquet").to_pylist()[0]
+        return bool(row["n_cells"] == row["n_nuclei"])
 
     def origin_px(self) -> tuple[int, int]:
         """The corner of the scanned area, which QuPath counts from; (0, 0) where the slide's file is not at hand."""

@@ -110,3 +110,9 @@ def _rows(batch: pa.RecordBatch, vectors: np.ndarray, *, table: pa.Schema, finge
 def vectors_of(column: pa.Array) -> np.ndarray:
     """An embedding column as a float array [N, D] of the type that it is stored in."""
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+
+
+def directions(vectors: np.ndarray) -> np.ndarray:
+    """float32 [N, D] of length one: vectors are compared by direction, as the encoder's losses do."""
+    vectors = vectors.astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)

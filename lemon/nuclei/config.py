@@ -62,6 +62,9 @@ class HoverFastConfig(SegmenterConfig):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     batch: int = Field(4, ge=1, description="regions a forward pass")
     min_area_um2: float = Field(5.0, gt=0, description="smaller nuclei are dropped")
+    markers: Literal["level", "range"] = Field(
+        "level", description="where the maps fall at all, or as HoverFast: by the range of a slide's gradients"
+    )
 
     @property
     def uses_gpu(self) -> bool:
@@ -78,6 +81,7 @@ class HoverFastConfig(SegmenterConfig):
             precision=self.precision,
             batch=self.batch,
             min_area_um2=self.min_area_um2,
+            markers=self.markers,
         )
 
     def check(self) -> None:
@@ -96,7 +100,75 @@ class HoverFastConfig(SegmenterConfig):
         return self.model_dump(exclude={"device", "batch"}) | {"checkpoint": digest}
 
 
+class ForeignConfig(SegmenterConfig):
+    """A network of others by its file, see ``lemon.nuclei.foreign``."""
+
+    checkpoint: AnyPath = Field(description="path of the network's file: TorchScript of InstanSeg, ONNX of the others")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    min_area_um2: float = Field(5.0, gt=0, description="smaller nuclei are dropped")
+
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether it computes on a GPU where there is one."""
+        return self.device != "cpu"
+
+    def check(self) -> None:
+        """Raises ConfigError for a file that is absent or not what it should be."""
+        self.build()
+
+    def result_settings(self) -> dict[str, Any]:
+        """Without what only changes the speed."""
+        with local_copy(self.checkpoint) as checkpoint:
+            digest = file_fingerprint(checkpoint)
+        return self.model_dump(exclude={"device"}) | {"checkpoint": digest}
+
+
+class InstanSegConfig(ForeignConfig):
+    """InstanSeg by its TorchScript, as ``brightfield_nuclei``."""
+
+    name: Literal["instanseg"] = "instanseg"
+    mpp: float = Field(0.5, gt=0, description="um/px that the network was trained at")
+
+    def build(self) -> Segmenter:
+        """The segmenter. Raises ConfigError for a file that is absent or none."""
+        from lemon.nuclei.foreign import InstanSeg  # imports torch
+
+        return InstanSeg(self.checkpoint, device=self.device, mpp=self.mpp, min_area_um2=self.min_area_um2)
+
+
+class CellViTConfig(ForeignConfig):
+    """CellViT by an ONNX file."""
+
+    name: Literal["cellvit"] = "cellvit"
+
+    def build(self) -> Segmenter:
+        """The segmenter. Raises ConfigError for a file that is absent or none, and without ONNX Runtime."""
+        from lemon.nuclei.foreign import CellViT  # imports torch
+
+        return CellViT(self.checkpoint, device=self.device, min_area_um2=self.min_area_um2)
+
+
+class StarDistConfig(ForeignConfig):
+    """StarDist by an ONNX file."""
+
+    name: Literal["stardist"] = "stardist"
+
+    def build(self) -> Segmenter:
+        """The segmenter. Raises ConfigError for a file that is absent or none, and without ONNX Runtime."""
+        from lemon.nuclei.foreign import StarDist  # imports torch
+
+        return StarDist(self.checkpoint, device=self.device, min_area_um2=self.min_area_um2)
+
+
 SEGMENTERS = Registry(
-    "lemon.segmenters", {"hematoxylin": HematoxylinConfig, "hoverfast": HoverFastConfig}, kind=SegmenterConfig
+    "lemon.segmenters",
+    {
+        "hematoxylin": HematoxylinConfig,
+        "hoverfast": HoverFastConfig,
+        "instanseg": InstanSegConfig,
+        "cellvit": CellViTConfig,
+        "stardist": StarDistConfig,
+    },
+    kind=SegmenterConfig,
 )
 SegmenterChoice = Annotated[SegmenterConfig, Choice("segmenter", "hematoxylin", registry=SEGMENTERS)]

@@ -61,16 +61,16 @@ class Gate:
 
 
 GATES = (
-    Gate("log_area", 1.88, 1.76),
-    Gate("log_area", 5.6, -3.4),
-    Gate("ellipse_fit", 0.79, 5.24),
-    Gate("axis_ratio", 0.0343, 4.23),
-    Gate("contrast", 0.219, 10.5),
-    Gate("edge_slope", -0.0678, 15.2),
-    Gate("weak_edge", 0.142, -43.5),
-    Gate("redness", 0.22, 40.2),
-    Gate("crowding", 0.0405, -123),
-    Gate("growth", 1.96, -5.84),
+    Gate("log_area", 2.14, 1.96),
+    Gate("log_area", 5.71, -3.47),
+    Gate("ellipse_fit", 0.874, 7.88),
+    Gate("axis_ratio", 0.273, 11.4),
+    Gate("contrast", 0.19, 15),
+    Gate("edge_slope", -0.121, 13.3),
+    Gate("weak_edge", 0.142, -47),
+    Gate("redness", 0.208, 92.1),
+    Gate("crowding", 0.0274, -119),
+    Gate("growth", 1.99, -6.48),
 )
 SCALE = 1.28
 
@@ -317,7 +317,7 @@ def _joined(tables: list[dict[str, np.ndarray]], *, levels: list[np.ndarray]) ->
 def score(pieces: dict[str, np.ndarray], *, gates: Sequence[Gate] = GATES, scale: float = SCALE) -> np.ndarray:
     """How much each piece looks like a nucleus, float [N] in [0, 1]: the product of its gates.
 
-    The gates are fitted to the IoU of pieces with hand-drawn nuclei by ``benchmarks/segmentation.py --fit``.
+    The gates are fitted to the IoU of pieces with hand-drawn nuclei by ``benchmarks/gates.py``.
     """
     if len(pieces["level"]) == 0:
         return np.zeros(0)

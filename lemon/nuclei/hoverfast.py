@@ -23,10 +23,12 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lemon.nuclei.hoverfast_cpu import RowwiseUNet
-from lemon.nuclei.hoverfast_device import DeviceLine, pack_bits
+from lemon.nuclei.hoverfast_device import DeviceLine, hv_gradients, pack_bits
 from lemon.nuclei.instances import HVLimits, HVPrediction, calibrate_limits, postprocess_hv
+from lemon.nuclei.levels import postprocess_by_level
 from lemon.nuclei.released import weights_path
 from lemon.nuclei.segmenter import Postprocess
+from lemon.runtime.compiling import compile_kept
 from lemon.runtime.store import local_copy
 from lemon.runtime.tensors import read_metadata, read_weights
 
@@ -273,8 +275,9 @@ def choose_precision(precision: str, *, device: torch.device) -> torch.dtype:
 class HoverFast:
     """The segmenter (see ``segmenter.Segmenter``) on HoverFast's network.
 
-    Its weights are those of LEMON, or of a checkpoint. Predictions are ``HVPrediction``; the calibration of a slide is
-    the range of its maps' gradients, ``HVLimits``. ``compiled`` takes a fifth off a region's time on a GPU, and half a
+    Its weights are those of LEMON, or of a checkpoint. Predictions are ``HVPrediction``. Nuclei are divided by
+    ``lemon.nuclei.levels``, or with ``markers="range"`` as HoverFast does; then the calibration of a slide is the range
+    of its maps' gradients, ``HVLimits``. ``compiled`` takes a fifth off a region's time on a GPU, and half a
     minute at the first region of each size.
     """
 
@@ -287,6 +290,7 @@ class HoverFast:
         batch: int,
         min_area_um2: float = 5.0,
         um_per_px: float = 0.25,
+        markers: str = "level",
         compiled: bool = False,
     ) -> None:
         if batch < 1:
@@ -298,20 +302,24 @@ class HoverFast:
         self.batch = batch
         self.net = optimise(load_checkpoint(weights_path(checkpoint)), device=self.device, dtype=self.dtype)
         self.min_area_px = min_area_um2 / um_per_px**2
-        run = torch.compile(self._run, dynamic=False) if compiled else self._run
+        self.markers = markers
+        run = compile_kept(self._run, dynamic=False) if compiled else self._run
         self._line = DeviceLine(run, self.device) if self.device.type == "cuda" else None
 
     def calibrate(self, samples: Sequence[np.ndarray]) -> HVLimits | None:
         """Limits of a slide: medians over its regions (uint8 [H, W, 3]) of what each region alone would take.
 
         DEVIATION: the original stretches the gradients to each region's own range, so that a nucleus on a seam is
-        divided in one region and whole in the next; one range a slide mends that. None where no sample has nuclei.
+        divided in one region and whole in the next; one range a slide mends that. None where no sample has nuclei, and
+        for markers by level, which need none.
         """
+        if self.markers == "level":
+            return None
         return calibrate_limits([self.predict(np.asarray(sample)[None])[0] for sample in samples])
 
     @torch.inference_mode()
     def predict(self, regions: np.ndarray) -> list[HVPrediction]:
-        """Masks and maps of uint8 [B, H, W, 3] at 0.25 um/px, ``batch`` regions at a time."""
+        """Masks and gradients of the maps of uint8 [B, H, W, 3] at 0.25 um/px, ``batch`` regions at a time."""
         if regions.ndim != 4 or regions.shape[-1] != 3 or regions.dtype != np.uint8:
             raise ValueError(f"regions: got {regions.dtype} {regions.shape}, expected uint8 [B, H, W, 3]")
         if self._line is not None:
@@ -323,17 +331,18 @@ class HoverFast:
     def _one_after_another(self, regions: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for start in range(0, len(regions), self.batch):
             pixels = torch.from_numpy(np.ascontiguousarray(regions[start : start + self.batch])).to(self.device)
-            bits, maps = self._run(pixels)
-            yield bits.cpu().numpy(), maps.cpu().numpy()
+            bits, gradients = self._run(pixels)
+            yield bits.cpu().numpy(), gradients.cpu().numpy()
 
     def _run(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """uint8 [B, H, W, 3] -> what ``HVPrediction`` holds: uint8 [B, ceil(H * W / 8)] and float16 [B, 2, H, W]."""
+        """uint8 [B, H, W, 3] -> what ``HVPrediction`` holds: uint8 [B, ceil(H * W / 8)] and int16 [B, 2, H, W]."""
         images = pixels.permute(0, 3, 1, 2).to(self.dtype).div_(255)  # [B, 3, H, W], channels last in memory
         logits, maps = self.net(images)
         nuclei = logits[:, 1:].amax(dim=1) > logits[:, 0]  # [B, H, W]; no other class is above the background
-        return pack_bits(nuclei.flatten(1)), maps.to(torch.float16).contiguous()
+        return pack_bits(nuclei.flatten(1)), hv_gradients(maps)
 
     @property
     def postprocess(self) -> Postprocess:
         """(region, HVPrediction, HVLimits or None) -> nuclei; picklable, and free of PyTorch."""
-        return functools.partial(postprocess_hv, min_area_px=self.min_area_px)
+        by = postprocess_by_level if self.markers == "level" else postprocess_hv
+        return functools.partial(by, min_area_px=self.min_area_px)

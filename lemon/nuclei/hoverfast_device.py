@@ -1,16 +1,20 @@
 """HoverFast's network host to host on a GPU: while it computes on some regions, the next go up and the last come down.
 
 Copies run beside the network only between pinned memory and on streams of their own. Results are small: a bit a pixel
-for the mask and two 16-bit numbers for the maps, packed on the device.
+for the mask and two 16-bit numbers for the maps' gradients, computed and packed on the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from lemon.nuclei.instances import GRADIENT_SCALE, NOT_FINITE
 
 Network = Callable[[Tensor], tuple[Tensor, Tensor]]
 AHEAD = 2
@@ -19,9 +23,46 @@ AHEAD = 2
 
 def pack_bits(mask: Tensor) -> Tensor:
     """``np.packbits`` of each row: bool [B, P] -> uint8 [B, ceil(P / 8)]."""
-    padded = torch.nn.functional.pad(mask, (0, -mask.shape[1] % 8)).view(len(mask), -1, 8)
+    padded = F.pad(mask, (0, -mask.shape[1] % 8)).view(len(mask), -1, 8)
     shifts = torch.arange(7, -1, -1, device=mask.device, dtype=torch.uint8)
     return (padded.to(torch.uint8) << shifts).sum(dim=2, dtype=torch.uint8)
+
+
+def hv_gradients(maps: Tensor) -> Tensor:
+    """Sobel responses (5 x 5) of the horizontal map along x and of the vertical map along y.
+
+    The original first stretches each map to [0, 1]; as the responses are stretched again afterwards and Sobel is
+    linear and blind to a constant, that step changes nothing but rounding, and is left out.
+
+    Args:
+        maps: float [B, 2, H, W], horizontal and vertical, in about [-1, 1]; any float type, sides of 3 or more.
+
+    Returns:
+        int16 [B, 2, H, W] on the same device: responses times ``GRADIENT_SCALE``, ``NOT_FINITE`` where they are not.
+    """
+    # OpenCV takes a tenth of the convolution's time on a CPU.
+    responses = (sobel_on_cpu if maps.device.type == "cpu" else sobel_as_convolution)(maps.float())
+    largest = torch.iinfo(torch.int16).max
+    held = torch.where(responses.isfinite(), responses.clamp(-largest, largest).round_(), NOT_FINITE)
+    return held.to(torch.int16, memory_format=torch.contiguous_format)
+
+
+def sobel_on_cpu(maps: Tensor) -> Tensor:
+    """float32 [B, 2, H, W] on a CPU -> responses times ``GRADIENT_SCALE``, by OpenCV."""
+    responses = torch.empty(maps.shape)
+    for pair, out in zip(maps.contiguous().numpy(), responses.numpy(), strict=True):
+        for i, image in enumerate(pair):
+            cv2.Sobel(image, cv2.CV_32F, 1 - i, i, dst=out[i], ksize=5, scale=GRADIENT_SCALE)
+    return responses
+
+
+def sobel_as_convolution(maps: Tensor) -> Tensor:
+    """float32 [B, 2, H, W] on any device -> the same responses, rounded as the device's convolutions are."""
+    taps = ([-1.0, -2.0, 0.0, 2.0, 1.0], [1.0, 4.0, 6.0, 4.0, 1.0])
+    along, across = (torch.tensor(each, device=maps.device) for each in taps)
+    kernels = GRADIENT_SCALE * torch.stack((torch.outer(across, along), torch.outer(along, across)))[:, None]
+    padded = F.pad(maps, (2, 2, 2, 2), mode="reflect").contiguous(memory_format=torch.channels_last)
+    return F.conv2d(padded, kernels, groups=2)
 
 
 class DeviceLine:

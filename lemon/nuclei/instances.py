@@ -5,18 +5,25 @@ Coordinates are region pixels, x then y, with integers at pixel centres, as Open
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import shapely
 from scipy import ndimage
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from skimage.segmentation import watershed
 
 # Constants of HoverFast's post-processing (10.21105/joss.07022).
 _EDGE_THRESHOLD = 0.4
 _SIMPLIFY = 0.006  # share of the perimeter
+GRADIENT_SCALE = 128
+"""What a gradient is multiplied by to be held as int16: maps in [-1, 1] give at most 96, and 256 fits."""
+NOT_FINITE = np.iinfo(np.int16).min
+"""Stands for the gradient of a map that is NaN or infinite there."""
+
 _ELLIPSE = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
 
 
@@ -31,40 +38,43 @@ class Nucleus:
 
     contour_px: np.ndarray  # [N, 2] float32, x, y in region pixels, N >= 3, first point not repeated
     centroid_px: tuple[float, float]  # x, y
+    # What the program that found it says of it, where it was not LEMON:
+    foreign_id: str | None = None
+    foreign_class: str | None = None
+    foreign_probability: float | None = None
 
 
 @dataclass(frozen=True)
 class HVLimits:
     """Range of the gradients of the two maps that counts as 0 to 1, when it is to be a slide's and not a region's.
 
-    The gradients are Sobel responses (ksize 5) of the horizontal map along x and of the vertical map along y.
+    The gradients are Sobel responses (ksize 5), times ``GRADIENT_SCALE``, of the horizontal map along x and of the
+    vertical map along y.
     """
 
-    horizontal: tuple[float, float]  # lowest, highest
-    vertical: tuple[float, float]
+    horizontal: tuple[int, int]  # lowest, highest
+    vertical: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class HVPrediction:
-    """What the network says of one region, small enough to hand to another process."""
+    """What the network says of one region, small enough to hand to another process.
+
+    Of the horizontal and the vertical map only the gradients are used, so that these are what is handed on.
+    """
 
     mask_bits: np.ndarray  # np.packbits of bool [H, W]: nucleus or not
-    hv_maps: np.ndarray  # float16 [2, H, W]: horizontal, vertical
-
-    @classmethod
-    def pack(cls, mask: np.ndarray, hv_maps: np.ndarray) -> HVPrediction:
-        """From bool [H, W] and float [2, H, W]."""
-        return cls(np.packbits(mask), hv_maps.astype(np.float16, copy=False))
+    gradients: np.ndarray  # int16 [2, H, W], as of ``hoverfast_device.hv_gradients``
 
     @property
     def mask(self) -> np.ndarray:
         """bool [H, W]."""
-        shape = self.hv_maps.shape[1:]
+        shape = self.gradients.shape[1:]
         return np.unpackbits(self.mask_bits, count=shape[0] * shape[1]).reshape(shape).view(bool)
 
 
 def find_nuclei(
-    mask: np.ndarray, hv_maps: np.ndarray, *, min_area_px: float, limits: HVLimits | None = None
+    mask: np.ndarray, gradients: np.ndarray, *, min_area_px: float, limits: HVLimits | None = None
 ) -> list[Nucleus]:
     """Instances of one region by HoverFast's post-processing (10.21105/joss.07022).
 
@@ -73,66 +83,52 @@ def find_nuclei(
 
     Args:
         mask: bool or uint8 [H, W], non-zero where a pixel is nucleus.
-        hv_maps: float [2, H, W], the horizontal and the vertical map, in about [-1, 1]; any float type.
+        gradients: int16 [2, H, W], of the horizontal map along x and of the vertical map along y, as of
+            ``hoverfast_device.hv_gradients``.
         min_area_px: pieces of fewer pixels, and polygons of an area not above it, are dropped.
         limits: the range to normalise gradients by; by default the region's own, as the original does.
 
+    Returns:
+        Nuclei in the order of the pieces' first pixels.
+
     Raises:
-        ValueError: shapes do not agree, or the maps are not finite.
+        ValueError: shapes do not agree, or the maps were not finite.
     """
-    if mask.ndim != 2 or hv_maps.shape != (2, *mask.shape):
-        raise ValueError(f"maps: got {hv_maps.shape} for a mask {mask.shape}, expected [2, H, W] for [H, W]")
+    if mask.ndim != 2 or gradients.shape != (2, *mask.shape):
+        raise ValueError(f"gradients: got {gradients.shape} for a mask {mask.shape}, expected [2, H, W] for [H, W]")
     if mask.size == 0 or not mask.any():
         return []
     pieces = np.ascontiguousarray(mask != 0).view(np.uint8)
     opened = cv2.morphologyEx(pieces, cv2.MORPH_OPEN, _ELLIPSE, iterations=2)
-    edges = _edges(hv_gradients(hv_maps), limits=limits)
-    markers = _markers(edges, opened=opened)
-    relief = -cv2.GaussianBlur((1 - edges) * opened, (3, 3), 0)
-
-    contours = []
-    _, piece_ids, stats, _ = cv2.connectedComponentsWithStats(pieces, connectivity=4)
-    for piece_id in np.flatnonzero(stats[:, cv2.CC_STAT_AREA] >= min_area_px):
-        if piece_id == 0:  # background
-            continue
-        x_px, y_px, w_px, h_px = stats[piece_id, :4].tolist()
-        box = slice(y_px, y_px + h_px), slice(x_px, x_px + w_px)
-        piece = piece_ids[box] == piece_id
-        own_markers = markers[box] * piece
-        for cell in _divided(piece, markers=own_markers, relief=relief[box], opened=opened[box]):
-            contour = _simplified(_outer_contour(cell, x0_px=x_px, y0_px=y_px), simplify=_SIMPLIFY)
-            if cv2.contourArea(contour) > min_area_px:
-                contours.append(contour)
-    return _nuclei(contours)
+    edges = _edges(gradients, limits=limits)
+    piece_ids = cv2.connectedComponents(pieces, connectivity=4)[1]
+    large = np.bincount(piece_ids[pieces.view(bool)]) >= min_area_px
+    away = cv2.bitwise_and((edges < _EDGE_THRESHOLD).view(np.uint8), opened)
+    crowded = _with_several(away, piece_ids)
+    outlines = {piece_id: contour for piece_id, contour in _outlines(pieces, piece_ids) if large[piece_id]}
+    contours = [(piece_id, contour) for piece_id, contour in outlines.items() if piece_id not in crowded]
+    if len(contours) < len(outlines):
+        crowds = {piece_id: contour for piece_id, contour in outlines.items() if piece_id in crowded}
+        contours += _divided(crowds, piece_ids=piece_ids, away=away, edges=edges, opened=opened)
+    contours.sort(key=lambda one: one[0])
+    return _nuclei([_simplified(contour, simplify=_SIMPLIFY) for _, contour in contours], larger_than_px=min_area_px)
 
 
-def hv_gradients(hv_maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sobel responses float32 [H, W] of the horizontal map along x and of the vertical map along y.
-
-    The original first stretches each map to [0, 1]; as the responses are stretched again afterwards and Sobel is
-    linear and blind to a constant, that step changes nothing but rounding, and is left out.
-    """
-    horizontal, vertical = (np.ascontiguousarray(m, dtype=np.float32) for m in hv_maps)
-    if not (np.isfinite(horizontal).all() and np.isfinite(vertical).all()):
+def hv_limits(gradients: np.ndarray) -> HVLimits:
+    """Lowest and highest gradient of one region, int16 [2, H, W]. Raises ValueError where the maps were not finite."""
+    (low_h, low_v), (high_h, high_v) = gradients.min(axis=(1, 2)).tolist(), gradients.max(axis=(1, 2)).tolist()
+    if min(low_h, low_v) == NOT_FINITE:
         raise ValueError("maps: got NaN or infinity, expected finite values; try precision=fp32")
-    return (
-        cv2.Sobel(horizontal, cv2.CV_32F, 1, 0, ksize=5),
-        cv2.Sobel(vertical, cv2.CV_32F, 0, 1, ksize=5),
-    )
-
-
-def hv_limits(gradients: tuple[np.ndarray, np.ndarray]) -> HVLimits:
-    """Lowest and highest gradient of one region."""
-    horizontal, vertical = (cv2.minMaxLoc(g)[:2] for g in gradients)
-    return HVLimits(horizontal=(horizontal[0], horizontal[1]), vertical=(vertical[0], vertical[1]))
+    return HVLimits(horizontal=(low_h, high_h), vertical=(low_v, high_v))
 
 
 def calibrate_limits(predictions: Sequence[HVPrediction]) -> HVLimits | None:
     """Medians over regions of each region's limits; regions without nuclei say nothing, and None is no limits."""
-    each = [hv_limits(hv_gradients(p.hv_maps)) for p in predictions if p.mask_bits.any()]
+    each = [hv_limits(p.gradients) for p in predictions if p.mask_bits.any()]
     if not each:
         return None
-    low_h, high_h, low_v, high_v = np.median([(*one.horizontal, *one.vertical) for one in each], axis=0).tolist()
+    medians = np.median([(*one.horizontal, *one.vertical) for one in each], axis=0)
+    low_h, high_h, low_v, high_v = np.rint(medians).astype(int).tolist()
     return HVLimits(horizontal=(low_h, high_h), vertical=(low_v, high_v))
 
 
@@ -140,44 +136,134 @@ def postprocess_hv(
     region: np.ndarray, prediction: HVPrediction, calibration: HVLimits | None, *, min_area_px: float
 ) -> list[Nucleus]:
     """Nuclei of a region uint8 [H, W, 3] from its prediction, with the limits of its slide; runs in any process."""
-    if prediction.hv_maps.shape[1:] != region.shape[:2]:
-        raise ValueError(f"prediction: got {prediction.hv_maps.shape[1:]} for a region {region.shape[:2]}")
-    return find_nuclei(prediction.mask, prediction.hv_maps, min_area_px=min_area_px, limits=calibration)
+    if prediction.gradients.shape[1:] != region.shape[:2]:
+        raise ValueError(f"prediction: got {prediction.gradients.shape[1:]} for a region {region.shape[:2]}")
+    return find_nuclei(prediction.mask, prediction.gradients, min_area_px=min_area_px, limits=calibration)
 
 
-def _edges(gradients: tuple[np.ndarray, np.ndarray], *, limits: HVLimits | None) -> np.ndarray:
+def _edges(gradients: np.ndarray, *, limits: HVLimits | None) -> np.ndarray:
     """Strength of the edges between nuclei, float32 [H, W] in [0, sqrt(2)]; of use inside the opened mask only."""
-    used = limits or hv_limits(gradients)
-    ranges = (used.horizontal, used.vertical)
-    horizontal, vertical = (_inverted(g, low=low, high=high) for g, (low, high) in zip(gradients, ranges, strict=True))
-    return cv2.magnitude(horizontal, vertical)
+    own = hv_limits(gradients)
+    used = limits or own
+    return cv2.magnitude(_inverted(gradients[0], *used.horizontal), _inverted(gradients[1], *used.vertical))
 
 
-def _inverted(gradient: np.ndarray, *, low: float, high: float) -> np.ndarray:
+def _inverted(gradient: np.ndarray, low: int, high: int) -> np.ndarray:
     """1 where the gradient is at its lowest, 0 where at its highest; all 1 where it is constant, as OpenCV has it."""
-    span = high - low
-    if span <= np.finfo(np.float64).eps:
-        return np.ones_like(gradient)
-    return np.clip(1 - (gradient - low) * np.float32(1 / span), 0, 1)
+    if low >= high:
+        return np.ones(gradient.shape, np.float32)
+    within, scale = np.clip(gradient, low, high), 1 / (high - low)
+    return cv2.addWeighted(within, -scale, within, 0, high * scale, dtype=cv2.CV_32F)
 
 
-def _markers(edges: np.ndarray, *, opened: np.ndarray) -> np.ndarray:
-    """One label a marker, int32 [H, W]: parts of the opened mask away from edges, their holes filled."""
-    away = ((edges < _EDGE_THRESHOLD) & (opened > 0)).view(np.uint8)
+def _with_several(away: np.ndarray, piece_ids: np.ndarray) -> set[int]:
+    """Pieces that hold two or more connected parts of what is away from edges, uint8 [H, W]."""
+    at = np.flatnonzero(away)
+    n_parts, parts = cv2.connectedComponents(away, connectivity=4)
+    piece_of = np.zeros(n_parts, np.int64)
+    piece_of[parts.ravel()[at]] = piece_ids.ravel()[at]  # a part lies inside one piece
+    return set(np.flatnonzero(np.bincount(piece_of[1:]) > 1).tolist())
+
+
+def _markers(away: np.ndarray) -> np.ndarray:
+    """Label int32 [H, W] of each connected part, its holes filled, of uint8 [H, W], 0 or 1."""
     padded = cv2.copyMakeBorder(away, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     cv2.floodFill(padded, None, (0, 0), 2)  # what is left 0 cannot be reached from outside: holes
-    filled = (padded[1:-1, 1:-1] != 2).view(np.uint8)
-    return cv2.connectedComponents(filled, connectivity=4)[1]
+    return cv2.connectedComponents((padded[1:-1, 1:-1] != 2).view(np.uint8), connectivity=4)[1]
 
 
-def _divided(piece: np.ndarray, *, markers: np.ndarray, relief: np.ndarray, opened: np.ndarray) -> list[np.ndarray]:
-    """The nuclei, each a non-empty bool [h, w], of one connected piece of the mask."""
-    ids = np.unique(markers)
-    ids = ids[ids > 0]
-    if len(ids) < 2:
-        return [piece]
-    cells = watershed(relief, markers=markers, mask=opened)
-    return [cell for cell in (cells == i for i in ids) if cell.any()]
+def _outlines(pieces: np.ndarray, piece_ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """The outer contour int32 [N, 1, 2] of every piece, all traced in one pass.
+
+    Tracing joins pieces that touch at a corner, as connected pieces do not; those few are traced again one by one.
+    """
+    contours, hierarchy = cv2.findContours(pieces, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    joined = _joined_at_corners(pieces, piece_ids)
+    for contour, parent in zip(contours, hierarchy[0, :, 3].tolist(), strict=True):
+        if parent >= 0:  # a hole's
+            continue
+        x_px, y_px = contour[0, 0].tolist()
+        piece_id = int(piece_ids[y_px, x_px])
+        if piece_id not in joined:
+            yield piece_id, contour
+            continue
+        x_px, y_px, w_px, h_px = cv2.boundingRect(contour)
+        box = piece_ids[y_px : y_px + h_px, x_px : x_px + w_px]
+        for member in joined[piece_id]:
+            yield member, outer_contour(box == member, x0_px=x_px, y0_px=y_px)
+
+
+def _joined_at_corners(pieces: np.ndarray, piece_ids: np.ndarray) -> dict[int, list[int]]:
+    """Of each piece that touches one at a corner, all that hang together so, itself among them."""
+    a, b, c, d = pieces[:-1, :-1], pieces[:-1, 1:], pieces[1:, :-1], pieces[1:, 1:]
+    two_alike = np.flatnonzero((a + d - b - c) & 3 == 2)  # +2 or -2 in bytes: one diagonal full, the other empty
+    if len(two_alike) == 0:
+        return {}
+    y, x = np.divmod(two_alike, a.shape[1])
+    left = 1 - pieces[y, x]  # 1 where it is the diagonal from the right down to the left
+    first, second = piece_ids[y, x + left], piece_ids[y + 1, x + 1 - left]
+    n_ids = int(max(first.max(), second.max())) + 1
+    touch = coo_array((np.ones(len(first), np.uint8), (first, second)), shape=(n_ids, n_ids))
+    group_of = connected_components(touch, directed=False)[1]
+    groups: dict[int, list[int]] = {}
+    for piece_id in np.union1d(first, second).tolist():
+        groups.setdefault(int(group_of[piece_id]), []).append(piece_id)
+    return {piece_id: group for group in groups.values() for piece_id in group}
+
+
+def _divided(
+    outlines: dict[int, np.ndarray],
+    *,
+    piece_ids: np.ndarray,
+    away: np.ndarray,
+    edges: np.ndarray,
+    opened: np.ndarray,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Divide pieces at their edges, in one watershed over a sheet on which their boxes lie side by side.
+
+    Args:
+        outlines: the outer contour of each piece.
+        piece_ids: int32 [H, W].
+        away: uint8 [H, W], 1 where a marker is.
+        edges: float32 [H, W].
+        opened: uint8 [H, W], 0 or 1.
+
+    Yields:
+        Piece and outer contour int32 [N, 1, 2] of each nucleus.
+    """
+    boxes = [cv2.boundingRect(outline) for outline in outlines.values()]
+    corners, shape = _side_by_side([(h, w) for _, _, w, h in boxes], width=piece_ids.shape[1])
+    places = [np.s_[y : y + h, x : x + w] for (y, x), (_, _, w, h) in zip(corners, boxes, strict=True)]
+    relief, seeds, inside, index = (np.zeros(shape, kind) for kind in (np.float64, np.uint8, np.uint8, np.int32))
+    for i, (piece_id, (x, y, w, h), place) in enumerate(zip(outlines, boxes, places, strict=True)):
+        index[place] = i
+        left, top = max(x - 1, 0), max(y - 1, 0)  # one pixel more on each side, for the blur
+        around, box = np.s_[top : y + h + 1, left : x + w + 1], np.s_[y : y + h, x : x + w]
+        blurred = cv2.GaussianBlur((1 - edges[around]) * opened[around], (3, 3), 0)
+        np.negative(blurred[y - top : y - top + h, x - left : x - left + w], out=relief[place])
+        piece = piece_ids[box] == piece_id
+        np.multiply(opened[box], piece, out=inside[place])
+        np.multiply(away[box], piece, out=seeds[place])
+    cells = watershed(relief, markers=_markers(seeds), mask=inside)
+    found = [(label, box) for label, box in enumerate(ndimage.find_objects(cells), start=1) if box is not None]
+    owners = [int(index[box[0].start, box[1].start]) for _, box in found]
+    n_cells, ids = np.bincount(owners, minlength=len(outlines)), list(outlines)
+    yield from ((ids[i], outlines[ids[i]]) for i in np.flatnonzero(n_cells < 2).tolist())
+    for (label, box), i in zip(found, owners, strict=True):
+        if n_cells[i] > 1:
+            x0_px, y0_px = (boxes[i][axis] + box[1 - axis].start - corners[i][1 - axis] for axis in (0, 1))
+            yield ids[i], outer_contour(cells[box] == label, x0_px=x0_px, y0_px=y0_px)
+
+
+def _side_by_side(sizes: Sequence[tuple[int, int]], *, width: int) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+    """Where boxes of (height, width) lie on a sheet of a width, in rows, a pixel apart; and the sheet's shape."""
+    corners, row, column, highest = [(0, 0)] * len(sizes), 0, 0, 0
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i][0]):
+        if column + sizes[i][1] > width:
+            row, column, highest = row + highest + 1, 0, 0
+        corners[i] = (row, column)
+        column, highest = column + sizes[i][1] + 1, max(highest, sizes[i][0])
+    return corners, (row + highest, width)
 
 
 def polygons_from_labels(labels: np.ndarray, *, min_area_px: float, simplify: float = 0.0) -> list[Nucleus]:
@@ -207,17 +293,14 @@ def polygons_from_labels(labels: np.ndarray, *, min_area_px: float, simplify: fl
         cell = labels[box] == label
         if np.count_nonzero(cell) < min_area_px:
             continue
-        contours.append(_simplified(_outer_contour(cell, x0_px=box[1].start, y0_px=box[0].start), simplify=simplify))
+        contours.append(_simplified(outer_contour(cell, x0_px=box[1].start, y0_px=box[0].start), simplify=simplify))
     return _nuclei(contours)
 
 
-def _outer_contour(cell: np.ndarray, *, x0_px: int, y0_px: int) -> np.ndarray:
+def outer_contour(cell: np.ndarray, *, x0_px: int, y0_px: int) -> np.ndarray:
     """Longest outer contour of a non-empty bool [h, w] crop, as int32 [N, 1, 2] in the frame of the region."""
     contours, _ = cv2.findContours(
-        cell.view(np.uint8) if cell.dtype == bool else cell,
-        cv2.RETR_EXTERNAL,
-        cv2.CHAIN_APPROX_SIMPLE,
-        offset=(x0_px, y0_px),
+        cell.view(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE, offset=(x0_px, y0_px)
     )
     return contours[0] if len(contours) == 1 else max(contours, key=cv2.contourArea)
 
@@ -228,28 +311,42 @@ def _simplified(contour: np.ndarray, *, simplify: float) -> np.ndarray:
     return cv2.approxPolyDP(contour, simplify * cv2.arcLength(contour, closed=True), closed=True)
 
 
-def _nuclei(contours: Sequence[np.ndarray]) -> list[Nucleus]:
-    """Int contours [N, 1, 2] to nuclei; self-intersecting ones are repaired, those without an area dropped."""
-    points = [contour[:, 0, :] for contour in contours if len(contour) >= 3]
-    if not points:
+def _nuclei(contours: Sequence[np.ndarray], *, larger_than_px: float = 0.0) -> list[Nucleus]:
+    """Int contours [N, 1, 2] of more than an area to nuclei; self-intersecting ones are repaired."""
+    rings = [contour[:, 0, :] for contour in contours if len(contour) >= 3]
+    rings = [ring for ring, area in zip(rings, _moments(rings)[0], strict=True) if area > larger_than_px]
+    if not rings:
         return []
-    index = np.repeat(np.arange(len(points)), [len(p) for p in points])
-    valid = shapely.is_valid(shapely.polygons(shapely.linearrings(np.concatenate(points), indices=index)))
-    nuclei = []
-    for ring, is_valid in zip(points, valid, strict=True):
-        contour_px = (ring if is_valid else _repaired(ring)).astype(np.float32)
-        moments = cv2.moments(contour_px)
-        if len(contour_px) < 3 or moments["m00"] == 0:
-            continue
-        x, y = moments["m10"] / moments["m00"], moments["m01"] / moments["m00"]
-        nuclei.append(Nucleus(contour_px, (float(np.floor(2 * x) / 2), float(np.floor(2 * y) / 2))))
-    return nuclei
+    index = np.repeat(np.arange(len(rings)), [len(ring) for ring in rings])
+    valid = shapely.is_valid(shapely.polygons(shapely.linearrings(np.concatenate(rings), indices=index)))
+    rings = [ring if is_valid else _repaired(ring) for ring, is_valid in zip(rings, valid, strict=True)]
+    rings = [ring for ring in rings if len(ring) >= 3]
+    area, *centroid = _moments(rings)
+    x, y = (np.floor(2 * along) / 2 for along in centroid)
+    return [
+        Nucleus(ring.astype(np.float32), (x_px, y_px))
+        for ring, has_area, x_px, y_px in zip(rings, area > 0, x.tolist(), y.tolist(), strict=True)
+        if has_area
+    ]
+
+
+def _moments(rings: Sequence[np.ndarray]) -> np.ndarray:
+    """Area and centroid (x, y) by the shoelace formula, float64 [3, rings]; a centroid without an area is no number."""
+    if not rings:
+        return np.empty((3, 0))
+    ends = np.cumsum([len(ring) for ring in rings])
+    after = np.arange(1, ends[-1] + 1)
+    after[ends - 1] = starts = ends - [len(ring) for ring in rings]
+    x, y = np.concatenate(rings).T.astype(np.float64)
+    cross = x * y[after] - x[after] * y
+    twice, *first = np.add.reduceat((cross, cross * (x + x[after]), cross * (y + y[after])), starts, axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.stack((np.abs(twice) / 2, *(moment / (3 * twice) for moment in first)))
 
 
 def _repaired(ring: np.ndarray) -> np.ndarray:
     """Exterior of the largest polygon of a self-intersecting ring, float [N, 2]; empty where there is none."""
-    parts = shapely.get_parts(shapely.make_valid(shapely.polygons(ring)), return_index=False)
-    parts = shapely.get_parts(parts)  # a collection may hold multipolygons
+    parts = shapely.get_parts(shapely.make_valid(shapely.polygons(ring), method="structure", keep_collapsed=False))
     areas = shapely.area(parts)
     if len(parts) == 0 or areas.max() == 0:
         return np.empty((0, 2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -16,7 +16,7 @@ from lemon.errors import EXIT_OK
 from lemon.pretrain.assemble import EXPORT, train
 from lemon.pretrain.check import check
 from lemon.pretrain.checkpoint import CHECKPOINT_FOLDER, Checkpoints
-from lemon.pretrain.config import PretrainConfig
+from lemon.pretrain.config import PretrainConfig, TrainWorkers
 from lemon.pretrain.loop import Log, TrainingStoppedError
 from lemon.pretrain.progress import Progress, following
 from lemon.pretrain.score import score_encoder
@@ -159,32 +159,61 @@ class _Logger:
 
 
 def _train_on_ray(config: PretrainConfig, run: Run) -> None:
-    """N workers; a lost one restarts all from the newest checkpoint, which is in the output and not Ray's."""
+    with following(run, Progress(config.total_steps, batch=config.batch)):
+        train_on_ray(
+            _ray_worker,
+            {"config": config.model_dump(mode="json"), "run": (run.uri, run.run_id)},
+            workers=config.workers,
+            demand=demand_of(config),
+            output=config.output,
+            name=f"pretrain-{run.run_id[:8]}",
+        )
+
+
+def train_on_ray(
+    worker: Callable[[dict[str, Any]], None],
+    settings: dict[str, Any],
+    *,
+    workers: TrainWorkers,
+    demand: Demand,
+    output: str,
+    name: str,
+) -> None:
+    """N workers; a lost one restarts all from the newest checkpoint, which is in the output and not Ray's.
+
+    Args:
+        worker: what each of them runs, on ``settings``.
+        settings: plain values.
+        workers: how many, and what losses are mended.
+        demand: what they take.
+        output: under which Ray keeps its own notes.
+        name: of the run, for Ray.
+
+    Raises TrainingStoppedError where a worker did.
+    """
     import ray.train
     from ray.train.torch import TorchTrainer
 
     start_ray()
-    workers, output = config.workers, Store(config.output)
-    gpus = gpus_of_worker(demand_of(config), nodes=nodes())
+    store, gpus = Store(output), gpus_of_worker(demand, nodes=nodes())
     count: Any = workers.count  # a pair makes the run elastic
     trainer = TorchTrainer(
-        _ray_worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "run": (run.uri, run.run_id)},
+        worker,
+        train_loop_config=settings,
         scaling_config=ray.train.ScalingConfig(
             num_workers=count,
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": workers.cpus, **({"GPU": gpus} if gpus else {})},
         ),
         run_config=ray.train.RunConfig(
-            name=f"pretrain-{run.run_id[:8]}-{int(time.time())}",
-            storage_path=output.path(f"{INTERNAL_FOLDER}/ray"),
-            storage_filesystem=None if output.is_local else output.filesystem,
+            name=f"{name}-{int(time.time())}",
+            storage_path=store.path(f"{INTERNAL_FOLDER}/ray"),
+            storage_filesystem=None if store.is_local else store.filesystem,
             failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
         ),
     )
     try:
-        with following(run, Progress(config.total_steps, batch=config.batch)):
-            trainer.fit()
+        trainer.fit()
     except ray.train.TrainingFailedError as error:
         if stopped := _STOPPED.findall(str(error)):  # of a worker, whose traceback Ray gives as text
             raise TrainingStoppedError(stopped[-1]) from None
@@ -192,10 +221,14 @@ def _train_on_ray(config: PretrainConfig, run: Run) -> None:
 
 
 def demand_of(config: PretrainConfig, *, key: str = "workers") -> Demand:
-    """What a run asks of a cluster: of an elastic one the least number of workers has to be there."""
-    workers = config.workers
+    """What a run asks of a cluster."""
+    return demand_of_workers(config.workers, device=config.device, key=key)
+
+
+def demand_of_workers(workers: TrainWorkers, *, device: str, key: str = "workers") -> Demand:
+    """What workers ask of a cluster: of an elastic run the least number of workers has to be there."""
     least, most = (workers.count, workers.count) if isinstance(workers.count, int) else workers.count
-    gpus = 0 if config.device == "cpu" and workers.gpus is None else workers.gpus
+    gpus = 0 if device == "cpu" and workers.gpus is None else workers.gpus
     return Demand(workers.cpus, gpus, min_workers=least, wanted_workers=most, key=key, count_key=f"{key}.count")
 
 

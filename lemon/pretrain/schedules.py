@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from lemon.encoders.vit import CellTransformer
+from lemon.runtime.compiling import compile_kept
 
 T = TypeVar("T")
 
@@ -119,7 +120,7 @@ def set_optimizer(optimizer: torch.optim.Optimizer, values: StepValues) -> None:
 @lru_cache
 def whole_graph(function: Callable[..., T]) -> Callable[..., T]:
     """The function compiled without breaks, for each shape anew."""
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    return compile_kept(function, fullgraph=True, dynamic=False)
 
 
 class Method(nn.Module, ABC):

@@ -459,6 +459,8 @@ def _describe_fields(model: type[BaseModel], *, of: BaseModel | None = None, pre
         else:
             state = "required" if of is None and field.is_required() else f"default {value!r}"
             yield _line(prefix + name, state, field.description or "")
+            if inner is not None and choice is None:  # not used unless it is given
+                yield from _describe_fields(inner, prefix=f"{prefix}{name}.")
 
 
 def _line(key: str, default: str, meaning: str) -> str:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lemon.runtime.store import BATCH_ROWS, Store, rows_of
-from lemon.schema import DIGEST, fault_of
+from lemon.schema import DIGEST, fault_of, with_absent
 
 
 class RowsDigest:
@@ -118,13 +118,17 @@ def read_shard(
     try:
         with store.open_parquet(name, piecewise=batch_rows < BATCH_ROWS) as file:
             fault = fault_of(file.schema_arrow, schema)
-            absent = [column for column in columns if column not in file.schema_arrow.names]
+            there = [column for column in columns if column in file.schema_arrow.names]
+            optional = {field.name for field in schema if field.nullable}
+            absent = [name for name in columns if name not in there and name not in optional]
             stated = digest_in(file)
             if fault or absent:
                 raise ShardError(f"{name}: {fault or f'has no column {absent[0]}'}")
             if digest is not None and stated != digest:
                 raise ShardError(f"{name}: holds other rows than its ledger says (digest {stated}, not {digest})")
-            yield from rows_of(file, columns=columns, first=first, batch_rows=batch_rows)
+            asked = pa.schema([schema.field(name) for name in columns if name in schema.names])
+            for batch in rows_of(file, columns=there, first=first, batch_rows=batch_rows):
+                yield with_absent(batch, asked) if len(there) < len(columns) else batch
     except (OSError, pa.ArrowException) as error:
         raise ShardError(f"{name}: cannot be read: {' '.join(str(error).split())}") from None
 

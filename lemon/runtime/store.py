@@ -28,7 +28,7 @@ from lemon.errors import ConfigError, DamagedError, StorageError
 from lemon.runtime import s3
 from lemon.runtime.records import INTERNAL_FOLDER, FileRecord, Records, is_internal
 from lemon.runtime.scratch import scratch_folder
-from lemon.schema import fault_of
+from lemon.schema import fault_of, with_absent
 from lemon.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -332,7 +332,9 @@ class Store:
 
         with ThreadPoolExecutor(READERS) as pool:
             tables = list(pool.map(read, self.list(folder, suffix=".parquet")))
-        return pa.concat_tables([schema.empty_table(), *(table.cast(schema) for table in tables)])
+        return pa.concat_tables(
+            [schema.empty_table(), *(with_absent(table, schema).select(schema.names).cast(schema) for table in tables)]
+        )
 
     @contextlib.contextmanager
     def open_parquet(self, name: str, *, piecewise: bool = False) -> Iterator[pq.ParquetFile]:

@@ -125,7 +125,7 @@ def _read_cohort(path: str) -> list[Slide]:
         values = {name: value for name, value in row.items() if value is not None}
         if holds_secret(values["path"]):
             raise ConfigError(f"slides: cohort {path}: a path holds a key or an option; expected addresses alone")
-        values["path"] = _beside(path, values["path"])
+        values["path"] = beside(path, values["path"])
         slides.append(Slide(**{"slide_id": PurePosixPath(values["path"]).stem, **values}))
     _warn_of_names(path, slides)
     return slides
@@ -146,7 +146,7 @@ def _warn_of_names(path: str, slides: Sequence[Slide]) -> None:
         logger.warning("slides: cohort %s: patient_id is not the barcode's (%s); it is kept", path, some(others))
 
 
-def _beside(cohort: str, name: str) -> str:
+def beside(cohort: str, name: str) -> str:
     """A relative path in a cohort is meant from the cohort's folder, or from the working directory."""
     if is_uri(name):
         return name

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lemon.runtime.compiling import compile_kept
 from lemon.schema import CELL_PX
 from lemon.views.color import blur_basis, erase_, gaussian_blur_, grayscale_, jitter_, solarize_
 from lemon.views.draws import ViewParameters
@@ -122,7 +123,7 @@ def _colours_(pixels: torch.Tensor, p: ViewParameters, *, plan: Plan, reference:
 
 @lru_cache(maxsize=1)
 def _compiled_render() -> Any:
-    return torch.compile(render_views, dynamic=False)
+    return compile_kept(render_views, dynamic=False)
 
 
 def render_batch(

@@ -117,7 +117,7 @@ def test_a_consumer_that_stops_early_leaves_no_thread_behind() -> None:
     stream = feed().batches(0, 1000)
     next(stream)
     stream.close()
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # one of an earlier test may end meanwhile
 
 
 def test_an_error_while_reading_reaches_the_consumer() -> None:

@@ -7,6 +7,7 @@ import functools
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -26,7 +27,7 @@ from lemon.cells.names import shard_name
 from lemon.curate import job as curate
 from lemon.curate.config import CurateConfig
 from lemon.curate.job import open_ledger
-from lemon.curate.slide import curate_slide, ordered_map, start_processes
+from lemon.curate.slide import curate_slide, ordered_map, run_ahead, start_processes
 from lemon.errors import ConfigError
 from lemon.nuclei.instances import Nucleus
 from lemon.runtime import pool
@@ -370,6 +371,62 @@ def test_a_map_over_workers_keeps_the_order_and_never_runs_far_ahead() -> None:
         for position, result in enumerate(ordered_map(pool, lambda value: value * 2, items(), ahead=5)):
             assert result == position * 2
             assert len(taken) <= position + 6
+
+
+def test_items_are_made_ahead_in_another_thread_while_the_consumer_is_busy() -> None:
+    made: list[int] = []
+    third = threading.Event()
+
+    def items() -> Iterator[int]:
+        for index in range(20):
+            made.append(threading.get_ident())
+            if index == 2:
+                third.set()
+            yield index
+
+    source = run_ahead(items(), ahead=2)
+    assert next(source) == 0
+    assert third.wait(timeout=60)  # made although nobody asked for more than the first
+    assert len(made) <= 4
+    assert list(source) == list(range(1, 20))
+    assert set(made) != {threading.get_ident()}
+
+
+def test_what_making_an_item_raises_is_raised_at_its_place_and_an_early_end_stops_the_making() -> None:
+    def failing() -> Iterator[int]:
+        yield 1
+        raise ValueError("second")
+
+    source = run_ahead(failing(), ahead=3)
+    assert next(source) == 1
+    with pytest.raises(ValueError, match="second"):
+        next(source)
+
+    taken: list[int] = []
+    source = run_ahead((taken.append(index) or index for index in range(1000)), ahead=2)  # type: ignore[func-returns-value]
+    next(source)
+    source.close()  # type: ignore[attr-defined]
+    assert len(taken) <= 5
+
+
+def test_the_largest_slides_come_first_and_absent_ones_last_in_their_order(tmp_path: Path) -> None:
+    for name, size in {"a": 10, "b": 30, "c": 20}.items():
+        (tmp_path / name).write_bytes(bytes(size))
+    paths = {name: str(tmp_path / name) for name in "abc"} | {"x": "s", "d": str(tmp_path / "none")}
+    slides = [Slide(slide_id, path) for slide_id, path in paths.items()]
+    assert [slide.slide_id for slide in curate.largest_first(slides)] == ["b", "c", "a", "x", "d"]
+
+
+def test_the_end_says_seconds_a_mm2_share_of_the_network_and_memory() -> None:
+    rows = [
+        SlideRow("a", "a", status="done", n_cells=1, area_mm2=10.0, total_s=30.0, network_s=15.0, peak_mib=2048.0),
+        SlideRow("b", "b", status="done", n_cells=1, area_mm2=20.0, total_s=30.0, network_s=30.0, peak_mib=512.0),
+        SlideRow("c", "c", status="failed", n_cells=0),
+    ]
+    said = curate._describe_speed(rows)
+    assert said.startswith("30.0 mm2 at 2.00 s/mm2 of an actor, 75% of it in the network")
+    assert said.endswith("2.0 GiB")
+    assert curate._describe_speed(rows[2:]) == ""
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from lemon.embed.config import EmbedConfig
 from lemon.embed.ledger import EmbeddingSpec
 from lemon.embed.slide import EmbeddedSlide
 from lemon.errors import ConfigError
+from lemon.nuclei.given.tables import read_spatialdata
 from lemon.runtime import store as storage
 from lemon.runtime.config import load
 from lemon.runtime.job import framed
@@ -261,6 +262,10 @@ def test_spatialdata_joins_polygons_and_table_on_the_cells_id(model: Path, cells
     )
     assert joined["cells"].index.tolist() == matched.obs["cell_id"].tolist() == ids
     assert table.uns["lemon"]["model"] == "run"
+    given = read_spatialdata(tmp_path / "spatialdata" / "a.zarr", None)  # type: ignore[arg-type]  # of no slide
+    assert given.ids.to_pylist() == ids
+    rings = shapely.get_exterior_ring(shapely.from_wkb(shard["polygon"].to_numpy()))
+    assert np.array_equal(given.points, shapely.get_coordinates(rings))
 
 
 def test_spatialdata_is_refused_in_one_line_where_it_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,12 +44,14 @@ REQUIRED = {
     "atlas": ("embeddings=e", "cells=c"),
     "curate": ("slides=s", "output=o"),
     "demo": (),
+    "describe": ("embeddings=e", "cells=c"),
     "embed": ("model=lemon_mini", "cells=c", "output=o"),
     "fetch_tcga": ("organs=BRCA", "slides_per_organ=1", "output=o"),
     "fit_stain": ("cells=c",),
     "pretrain": ("cells=c", "output=o", "ssl=mocov3", "views=a1_gray", "encoder=vit_s8"),
     "probe": ("models=lemon_mini", "tasks=consep-type"),
     "report": (),
+    "train_segmenter": ("data=d", "output=o"),
     "scaling_sweep": ("sweep=ssl_tiny", "cells=c", "tasks=consep-type", "output=o"),
 }
 

@@ -22,8 +22,8 @@ from lemon.nuclei.hoverfast import (
     save_half,
 )
 from lemon.nuclei.hoverfast_cpu import RowwiseUNet, toom_cook
-from lemon.nuclei.hoverfast_device import pack_bits
-from lemon.nuclei.instances import HVLimits
+from lemon.nuclei.hoverfast_device import hv_gradients, pack_bits
+from lemon.nuclei.instances import GRADIENT_SCALE, HVLimits
 from tests.conftest import shared
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -249,14 +249,14 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
 def segmenter(tmp_path_factory: pytest.TempPathFactory) -> HoverFast:
     path = tmp_path_factory.mktemp("weights") / "net.pth"
     save_checkpoint(random_net(TINY), path)
-    return HoverFast(str(path), device="cpu", batch=2)
+    return HoverFast(str(path), device="cpu", batch=2, markers="range")
 
 
 def test_the_segmenter_predicts_calibrates_and_finds_nuclei_across_a_pickle(segmenter: HoverFast) -> None:
     regions = np.random.default_rng(0).integers(0, 256, (3, 64, 80, 3), np.uint8)
     predictions = segmenter.predict(regions)
     assert [p.mask.shape for p in predictions] == [(64, 80)] * 3
-    assert all(p.hv_maps.shape == (2, 64, 80) and p.hv_maps.dtype == np.float16 for p in predictions)
+    assert all(p.gradients.shape == (2, 64, 80) and p.gradients.dtype == np.int16 for p in predictions)
     calibration = segmenter.calibrate(list(regions))
     assert isinstance(calibration, HVLimits)
     job = pickle.loads(pickle.dumps((segmenter.postprocess, regions[0], predictions[0], calibration)))  # noqa: S301
@@ -271,7 +271,7 @@ def test_predictions_do_not_depend_on_the_batch(segmenter: HoverFast) -> None:
     for region, prediction in zip(regions, together, strict=True):
         (alone,) = segmenter.predict(region[None])
         assert np.array_equal(alone.mask_bits, prediction.mask_bits)
-        assert np.array_equal(alone.hv_maps, prediction.hv_maps)
+        assert np.array_equal(alone.gradients, prediction.gradients)
 
 
 def test_the_segmenter_says_what_the_network_says(segmenter: HoverFast) -> None:
@@ -281,7 +281,7 @@ def test_the_segmenter_says_what_the_network_says(segmenter: HoverFast) -> None:
         logits, maps = random_net(TINY)(torch.from_numpy(regions).permute(0, 3, 1, 2).float() / 255)
     clear = (logits[0, 1] - logits[0, 0]).abs().numpy() > 1e-2
     assert np.array_equal(prediction.mask[clear], logits[0].argmax(0).bool().numpy()[clear])
-    assert np.allclose(prediction.hv_maps, maps[0].numpy(), rtol=2e-3, atol=2e-2)
+    assert np.abs(prediction.gradients.astype(int) - hv_gradients(maps)[0].numpy()).max() <= GRADIENT_SCALE / 10
 
 
 def test_no_samples_give_no_calibration(segmenter: HoverFast) -> None:
@@ -322,7 +322,7 @@ def test_a_gpu_gives_nearly_the_same_mask_and_maps() -> None:
     cpu = HoverFast(path, device="cpu", batch=1).predict(image)[0]
     gpu = HoverFast(path, device="cuda", batch=1).predict(image)[0]
     assert (cpu.mask == gpu.mask).mean() > 0.98
-    assert np.abs(cpu.hv_maps - gpu.hv_maps).max() < 0.02
+    assert np.abs(cpu.gradients.astype(int) - gpu.gradients).mean() < 0.1 * GRADIENT_SCALE
 
 
 @pytest.mark.gpu
@@ -338,7 +338,7 @@ def test_a_gpu_takes_regions_in_parts_and_gives_them_back_in_their_order(batch: 
         assert len(got) == len(expected)
         for ours, theirs in zip(got, expected, strict=True):
             assert (ours.mask == theirs.mask).mean() > 0.98
-            assert np.abs(ours.hv_maps - theirs.hv_maps).max() < 0.1
+            assert np.abs(ours.gradients.astype(int) - theirs.gradients).mean() < 0.5 * GRADIENT_SCALE
 
 
 @pytest.mark.parametrize("width", [1, 7, 8, 9, 64, 1001])

@@ -316,7 +316,8 @@ def test_a_segmenter_of_another_package_is_chosen_by_its_name(monkeypatch: pytes
     assert config.segmenter == Mine(threshold=0.7)
     assert load("curate", [*GOOD, "segmenter=mine"], CurateConfig).segmenter == Mine()
     monkeypatch.setitem(SEGMENTERS.builtin, "gone", "no_such_package:Gone")  # one not importable hides no fault
-    with pytest.raises(ConfigError, match=r"^segmenter: got 'foo'; expected one of hematoxylin, hoverfast, mine, gone"):
+    own = "cellvit, hematoxylin, hoverfast, instanseg, stardist"
+    with pytest.raises(ConfigError, match=rf"^segmenter: got 'foo'; expected one of {own}, mine, gone"):
         load("curate", [*GOOD, "segmenter=foo"], CurateConfig)
     with pytest.raises(ConfigError, match=r"^segmenter: gone is registered as no_such_package:Gone, which cannot be"):
         load("curate", [*GOOD, "segmenter=gone"], CurateConfig)
@@ -335,6 +336,7 @@ NO_CELLS = "cells: {here}/nowhere holds no cells; expected the output of lemon c
         ("embed", ["cells=nowhere", "output=o", "model=lemon_mini"], NO_CELLS),
         ("scaling_sweep", ["cells=nowhere", "output=o", "tasks=amibr"], NO_CELLS),
         ("atlas", ["cells=nowhere", "embeddings=e"], NO_CELLS),
+        ("describe", ["cells=nowhere", "embeddings=e"], NO_CELLS),
         ("embed", ["slides=s", "output=o", "model=lemon_mnii"], "lemon_mnii: no such file, folder or encoder; did you"),
         ("probe", ["models=lemon_mnii", "tasks=amibr"], "lemon_mnii: no such file, folder or encoder; did you"),
         ("probe", ["models=lemon_mini", "tasks=ambir"], "tasks: got 'ambir'; expected one of nucls-super, "),

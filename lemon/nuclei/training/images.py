@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import cv2
 import numpy as np
-
-from lemon.slides.images import read_image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
@@ -35,40 +30,6 @@ class Labelled:
                 f"{self.source}/{self.name}: image {self.image.dtype} {self.image.shape}, instances "
                 f"{self.instances.shape}; expected uint8 [H, W, 3] and [H, W]"
             )
-
-
-def read_folder(folder: str | Path) -> list[Labelled]:
-    """Images of a folder of ``<name>.<jpg, png, tif>`` and ``<name>_inst.npz`` (``inst_map``), sorted by name.
-
-    An ``images.csv`` with the columns ``image`` and ``objective_power`` names images at 20x: they are enlarged twice,
-    and are a source of their own, ``<folder>_20x``.
-    """
-    folder = Path(folder)
-    at_20x = _names_at_20x(folder / "images.csv")
-    names = sorted(path.name.removesuffix("_inst.npz") for path in folder.glob("*_inst.npz"))
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda name: _read(folder, name, enlarge=2.0 if name in at_20x else 1.0), names))
-
-
-def _names_at_20x(table: Path) -> set[str]:
-    if not table.exists():
-        return set()
-    with table.open(encoding="utf-8") as file:
-        return {row["image"] for row in csv.DictReader(file) if row.get("objective_power") == "20"}
-
-
-def _read(folder: Path, name: str, *, enlarge: float) -> Labelled:
-    file = next(
-        (folder / f"{name}{suffix}" for suffix in IMAGE_SUFFIXES if (folder / f"{name}{suffix}").is_file()), None
-    )
-    if file is None:
-        raise ValueError(f"{folder}/{name}: no image beside {name}_inst.npz")
-    with np.load(folder / f"{name}_inst.npz", allow_pickle=False) as stored:
-        if "inst_map" not in stored:
-            raise ValueError(f"{folder}/{name}_inst.npz: got arrays {sorted(stored)}, expected inst_map")
-        instances = stored["inst_map"].astype(np.int32)
-    source = folder.name if enlarge == 1 else f"{folder.name}_20x"
-    return enlarged(Labelled(source, name, read_image(file), instances), factor=enlarge)
 
 
 def enlarged(labelled: Labelled, *, factor: float) -> Labelled:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from lemon.errors import FatalError
 from lemon.nuclei.hoverfast import HoverFastNet
 from lemon.nuclei.training.augment import Appearance, vary
 from lemon.nuclei.training.loss import HoverFastLoss
@@ -32,7 +33,6 @@ class Recipe:
 
     Attributes:
         steps: optimiser steps of the whole run.
-        seconds: the run is fitted into this time where it would take longer; None: all steps, however long.
         batch, window_px: of a step, on one worker.
         learning_rate: highest; it rises over ``warmup_steps`` and falls with half a cosine to 0.
         average: decay of the averaged weights, less at the beginning.
@@ -40,7 +40,6 @@ class Recipe:
     """
 
     steps: int = 2000
-    seconds: float | None = None
     batch: int = 64
     window_px: int = 256
     learning_rate: float = 1.5e-3
@@ -53,7 +52,7 @@ class Recipe:
     seed: int = 0
 
 
-class TrainingStoppedError(RuntimeError):
+class TrainingStoppedError(FatalError):
     """Training cannot go on usefully; the message says why."""
 
 
@@ -79,7 +78,6 @@ class SegmenterTrainer:
     log: Log | None = None
     log_every: int = 50
     step: int = field(default=0, init=False)
-    elapsed_s: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         device = self.bank.device
@@ -100,28 +98,18 @@ class SegmenterTrainer:
         self._generator = torch.Generator(device=device)
         self._call: Any = DistributedDataParallel(self.net) if self.world > 1 else self.net
 
-    @property
-    def progress(self) -> float:
-        """Share of the run that is done, by steps or by time, whichever is further."""
-        by_time = self.elapsed_s / self.recipe.seconds if self.recipe.seconds else 0.0
-        return min(1.0, max(self.step / self.recipe.steps, by_time))
-
-    def run(self, *, pause: float = 1.0) -> bool:
-        """Train until the share ``pause`` of the run is done, or all of it; returns whether it is all done.
-
-        Raises TrainingStoppedError for a loss that is not finite.
-        """
+    def run(self, *, until: int) -> None:
+        """Train until so many steps are done. Raises TrainingStoppedError for a loss that is not finite."""
         self.net.train()
         sums: dict[str, Tensor] = {}
-        began, before = time.perf_counter(), self.elapsed_s
-        while self.progress < min(pause, 1.0):
+        began, first = time.perf_counter(), self.step
+        while self.step < until:
             parts = self.train_step()
             sums = {name: part + sums.get(name, 0.0) for name, part in parts.items()}
-            self.elapsed_s = before + time.perf_counter() - began
-            if self.step % self.log_every == 0 or self.progress >= min(pause, 1.0):
-                sums = self._report(sums)
-                self.elapsed_s = before + time.perf_counter() - began
-        return self.progress >= 1.0
+            if self.step % self.log_every == 0 or self.step == until:
+                count = (self.step - first) * self.recipe.batch * self.world
+                self._report(sums, windows=count, began=began)
+                sums, began, first = {}, time.perf_counter(), self.step
 
     def train_step(self) -> dict[str, Tensor]:
         """One optimiser step; returns the terms of the loss as scalars on the device."""
@@ -148,7 +136,7 @@ class SegmenterTrainer:
 
     def _rate(self) -> float:
         rise = min(1.0, (self.step + 1) / max(self.recipe.warmup_steps, 1))
-        return self.recipe.learning_rate * rise * (1 + math.cos(math.pi * self.progress)) / 2
+        return self.recipe.learning_rate * rise * (1 + math.cos(math.pi * self.step / self.recipe.steps)) / 2
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -157,7 +145,7 @@ class SegmenterTrainer:
         means, values = self._pairs
         torch._foreach_lerp_(means, values, 1 - decay)
 
-    def _report(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _report(self, sums: dict[str, Tensor], *, windows: int, began: float) -> None:
         """The one place where the host waits for the device."""
         count = float(sums.pop("count"))
         metrics = {name: float(value) / count for name, value in sums.items()}
@@ -165,22 +153,21 @@ class SegmenterTrainer:
         if not math.isfinite(metrics["loss"]):
             raise TrainingStoppedError(f"the loss became {metrics['loss']} before step {self.step}")
         if self.log is not None and self.rank == 0:
-            self.log(metrics | {"lr": self._rate(), "elapsed_s": self.elapsed_s}, self.step)
-        return {}
+            speed = windows / (time.perf_counter() - began)
+            self.log(metrics | {"lr": self._rate(), "windows_per_s": speed}, self.step)
 
     def state(self) -> dict[str, Any]:
         """What ``load_state`` needs to go on."""
         return {
-            "net": self.net.state_dict(),
+            "method": self.net.state_dict(),
             "averaged": self.averaged.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
-            "elapsed_s": self.elapsed_s,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
-        self.net.load_state_dict(state["net"])
+        self.net.load_state_dict(state["method"])
         self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.elapsed_s = int(state["step"]), float(state["elapsed_s"])
+        self.step = int(state["step"])

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lemon.nuclei.training.images import Labelled, read_folder, split
+from lemon.nuclei.training.images import Labelled, split
+from lemon.nuclei.training.layouts import read_folder
 from tests.nuclei.training.made_up import labelled, stored
 
 
@@ -41,7 +42,7 @@ def test_a_map_of_another_size_than_its_image_is_named(tmp_path: Path) -> None:
         read_folder(tmp_path / "set")
     (tmp_path / "set/odd.png").unlink()
     np.savez_compressed(tmp_path / "set/odd_inst.npz", inst_map=np.zeros((5, 5), np.uint16))
-    with pytest.raises(ValueError, match="set/odd: no image"):
+    with pytest.raises(ValueError, match="no labelled images"):
         read_folder(tmp_path / "set")
 
 

@@ -1,0 +1,1 @@
+"""True neighbours: the nuclei whose vectors are nearest to one's, over all slides."""

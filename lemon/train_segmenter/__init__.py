@@ -1,0 +1,1 @@
+"""The stage that trains HoverFast's network on labelled images."""

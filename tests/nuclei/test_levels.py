@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from lemon.nuclei import levels
+from lemon.nuclei.hoverfast_device import hv_gradients
+from lemon.nuclei.instances import HVPrediction
+from lemon.nuclei.levels import postprocess_by_level
+from lemon.nuclei.scores import labels_of, scores
+from lemon.nuclei.training.targets import make_targets
+from lemon.nuclei.training.windows import whole
+from tests.nuclei.training.made_up import blobs, labelled
+
+
+def maps_of(size_px: int = 160, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Drawn instances, and the mask and the maps that a network without error would give."""
+    targets = make_targets(whole(labelled(size_px=size_px, seed=seed)))
+    return blobs(size_px=size_px, seed=seed), targets.mask[0].numpy(), targets.hv_maps[0].numpy()
+
+
+def gradients_of(maps: np.ndarray) -> np.ndarray:
+    return hv_gradients(torch.from_numpy(maps)[None])[0].numpy()
+
+
+def label_by_level(mask: np.ndarray, maps: np.ndarray, *, min_area_px: float) -> np.ndarray:
+    return levels.label_by_level(mask, gradients_of(maps), min_area_px=min_area_px)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_nuclei_that_touch_are_divided_however_strong_the_maps_are(strength: float) -> None:
+    drawn, mask, maps = maps_of()
+    inner = drawn[1:-1, 1:-1]
+    whole_ones = ~np.isin(drawn, np.setdiff1d(drawn, inner[inner > 0]))
+    found = label_by_level(mask, strength * maps, min_area_px=20)
+    assert scores(found * whole_ones, drawn * whole_ones)["f1"] > 0.95
+
+
+def test_one_steep_place_does_not_change_how_others_are_divided() -> None:
+    _, mask, maps = maps_of()
+    before = label_by_level(mask, maps, min_area_px=20)
+    maps[:, :6, :6] *= 40
+    after = label_by_level(mask, maps, min_area_px=20)
+    assert np.array_equal(before[32:, 32:] > 0, after[32:, 32:] > 0)
+    assert len(np.unique(before[32:, 32:])) == len(np.unique(after[32:, 32:]))
+
+
+def test_a_part_of_a_region_gives_the_nuclei_that_the_region_has_there() -> None:
+    _, mask, maps = maps_of(size_px=192)
+    all_of_it = label_by_level(mask, maps, min_area_px=20)[48:144, 48:144]
+    part = label_by_level(mask[24:168, 24:168], maps[:, 24:168, 24:168], min_area_px=20)[24:120, 24:120]
+    assert scores(part, all_of_it)["pq"] > 0.99
+
+
+def test_small_ones_are_dropped_and_an_empty_mask_has_none() -> None:
+    drawn, mask, maps = maps_of()
+    assert label_by_level(mask, maps, min_area_px=drawn.size).max() == 0
+    assert label_by_level(np.zeros_like(mask), maps, min_area_px=20).max() == 0
+
+
+def test_polygons_are_those_of_the_labels_and_the_function_travels() -> None:
+    drawn, mask, maps = maps_of()
+    region = np.zeros((*mask.shape, 3), np.uint8)
+    prediction = HVPrediction(np.packbits(mask > 0), gradients_of(maps))
+    nuclei = pickle.loads(pickle.dumps(postprocess_by_level))(region, prediction, None, min_area_px=20)  # noqa: S301
+    found = label_by_level(mask, maps, min_area_px=20)
+    assert scores(labels_of(nuclei, shape=drawn.shape), found)["pq"] > 0.9
+    with pytest.raises(ValueError, match="for a region"):
+        postprocess_by_level(region[:-1], prediction, None, min_area_px=20)
+
+
+def test_maps_of_another_size_and_maps_that_are_not_finite_are_refused() -> None:
+    _, mask, maps = maps_of()
+    with pytest.raises(ValueError, match="expected \\[2, H, W\\]"):
+        label_by_level(mask[1:], maps, min_area_px=20)
+    with pytest.raises(ValueError, match="precision=fp32"):
+        label_by_level(mask, np.full_like(maps, np.nan), min_area_px=20)
