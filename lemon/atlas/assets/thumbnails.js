@@ -80,12 +80,12 @@ function putOnShelf(cell, sheet) {
 
 // A canvas full of cell images; a click picks one.
 class Gallery {
-  constructor(canvas, { columns, size, most, onPick }) {
+  constructor(canvas, { columns, size, most, onPick }) { // columns may change before it shows
     Object.assign(this, { canvas, columns, size, most, cells: [] });
     canvas.addEventListener("click", (event) => {
       const column = Math.floor(event.offsetX / size);
-      const cell = this.cells[Math.floor(event.offsetY / size) * columns + column];
-      if (column < columns && cell !== undefined) onPick(cell);
+      const cell = this.cells[Math.floor(event.offsetY / size) * this.columns + column];
+      if (column < this.columns && cell !== undefined) onPick(cell, event);
     });
   }
 
