@@ -188,7 +188,10 @@ def test_the_page_holds_every_cell_with_its_place_image_and_facts(
 
 def test_the_page_refers_to_nothing_outside_and_a_slides_name_cannot_get_out_of_its_quotes(output: Path) -> None:
     page = (output / "atlas.html").read_text()
-    assert not re.findall(r"https?:|//[a-z]+\.|src=|url\(|import ", re.sub(r'id="(facts|vendored)">.*?</script>', "", page, flags=re.DOTALL))
+    assert not re.findall(
+        r"https?:|//[a-z]+\.|src=|url\(|import ",
+        re.sub(r'id="(facts|vendored)">.*?</script>', "", page, flags=re.DOTALL),
+    )
     assert "onerror" in page  # the name is there,
     assert MALICIOUS[:12] not in page  # but not as markup
     assert page.count("<script") == page.count("</script>")
