@@ -198,6 +198,7 @@ def test_the_lasso_exports_the_cells_inside_with_the_label_that_was_given(page: 
     assert page.find("#selected").text == f"{len(expected)} cells selected"
     assert [page.ids[cell] for cell in page.run("return window.atlas.selected()")] == expected
     page.find("#new-class").send_keys('a "b", c\n')
+    page.find("#classes button").click()
     page.find("#export-csv").click()
     file = page.browser.downloads / "cells.csv"
     page.wait(file.exists, "the file is there")

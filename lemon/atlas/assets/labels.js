@@ -42,15 +42,11 @@ function giveClass(code) {
 }
 
 function addClass(name) {
-  let code = classes.names.indexOf(name);
-  if (code < 0) {
-    remember();
-    code = classes.names.length;
-    classes.names = [...classes.names, name];
-    classes.colors = [...classes.colors, facts.palette[code % facts.palette.length]];
-    refresh();
-  }
-  return code;
+  if (classes.names.includes(name)) return;
+  remember();
+  classes.names = [...classes.names, name];
+  classes.colors = [...classes.colors, facts.palette[(classes.names.length - 1) % facts.palette.length]];
+  refresh();
 }
 
 function listClasses() {

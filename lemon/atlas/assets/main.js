@@ -316,9 +316,8 @@ element("find").onchange = (event) => {
 element("new-class").onchange = (event) => {
   const name = event.target.value.trim();
   if (!name) return;
-  const code = addClass(name);
+  addClass(name);
   event.target.value = "";
-  if (labelled().length) giveClass(code);
 };
 element("no-class").onclick = () => giveClass(MISSING);
 element("export-csv").onclick = () => exportAs("csv");

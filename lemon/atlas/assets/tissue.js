@@ -133,7 +133,6 @@ function drawCellsOn(context, { scale, left, top }) {
   const step = (facts.outlineUm / picture.mpp) * scale;
   for (const level of [FADED, FULL]) {
     context.globalAlpha = level === FADED ? 0.35 : 1;
-    context.lineWidth = level === FADED ? 1 : selection ? 3 : 2;
     for (let cell = 0; cell < count; cell++) {
       if (slideOf[cell] !== slide || levels[cell] !== level) continue;
       const [x, y] = [places[2 * cell] * scale + left, places[2 * cell + 1] * scale + top];
@@ -148,10 +147,21 @@ function drawCellsOn(context, { scale, left, top }) {
         context.lineTo(x + outlines[at] * step, y + outlines[at + 1] * step);
       }
       context.closePath();
-      context.stroke();
+      strokeOnTissue(context, level === FADED ? 1 : selection ? 3 : 2);
     }
   }
   context.globalAlpha = 1;
+}
+
+// With a white rim, as colours of clusters are those of tissue too.
+function strokeOnTissue(context, width) {
+  const color = context.strokeStyle;
+  context.strokeStyle = "rgba(255, 255, 255, 0.8)";
+  context.lineWidth = width + 1.5;
+  context.stroke();
+  context.strokeStyle = color;
+  context.lineWidth = width;
+  context.stroke();
 }
 
 // A round length of about 100 CSS pixels.
