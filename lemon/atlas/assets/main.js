@@ -120,7 +120,7 @@ function cellAt(x, y, reach = Math.max(10, radius() + 3)) {
 }
 
 function setLasso(on) {
-  element("lasso").setAttribute("aria-pressed", String(on));
+  for (const id of ["lasso", "slide-lasso"]) element(id).setAttribute("aria-pressed", String(on));
   for (const pane of [map, tissue]) pane.classList.toggle("lasso", on);
 }
 
@@ -296,7 +296,7 @@ function showPanes(which) {
 element("zoom-in").onclick = () => zoomMiddle(1.6);
 element("zoom-out").onclick = () => zoomMiddle(1 / 1.6);
 element("whole").onclick = () => (showWhole(), requestDraw());
-element("lasso").onclick = () => setLasso(!isLassoOn());
+element("lasso").onclick = element("slide-lasso").onclick = () => setLasso(!isLassoOn());
 element("in-view").onclick = selectView;
 element("clear").onclick = () => select(null);
 element("undo").onclick = undo;

@@ -266,7 +266,7 @@ function showSheet(start) {
   const sheet = element("sheet");
   if (!sheet.open) sheet.showModal();
   const gallery = galleries.sheet;
-  gallery.columns = Math.max(Math.floor((sheet.clientWidth - 32) / gallery.size), 1);
+  gallery.columns = Math.max(Math.floor((sheet.clientWidth - 48) / gallery.size), 1);
   gallery.show(selection.slice(sheetStart, sheetStart + A_PAGE));
   const end = Math.min(sheetStart + A_PAGE, selection.length);
   element("sheet-place").textContent = `${sheetStart + 1} to ${end} of ${selection.length.toLocaleString("en")}`;

@@ -80,7 +80,7 @@ function putOnShelf(cell, sheet) {
 
 // A canvas full of cell images; a click picks one.
 class Gallery {
-  constructor(canvas, { columns, size, most, onPick }) { // columns may change before it shows
+  constructor(canvas, { columns, size, most, onPick }) {
     Object.assign(this, { canvas, columns, size, most, cells: [] });
     canvas.addEventListener("click", (event) => {
       const column = Math.floor(event.offsetX / size);
