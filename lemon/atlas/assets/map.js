@@ -189,6 +189,7 @@ function cellNear(x, y, reach) {
 
 // The `wanted` cells whose embeddings are nearest to that of a cell, itself left out; the nearest first.
 function neighboursOf(cell, wanted) {
+  vectors ??= new Int8Array(bytesOf("array-vectors").buffer);
   const width = weights.length, start = cell * width;
   const distances = new Float32Array(count);
   for (let other = 0, at = 0; other < count; other++) {
