@@ -170,7 +170,8 @@ def test_a_category_can_be_hidden_alone_and_all_shown_again(page: Page) -> None:
     buttons = page.browser.find_elements("css selector", "#legend button")
     assert [button.text.split() for button in buttons] == [[str(k), str(codes.count(k))] for k in range(K)]
     buttons[0].send_keys("\n")  # by keyboard
-    assert [button.get_attribute("aria-pressed") for button in buttons] == ["false", "true", "true"]
+    pressed = "return [...document.querySelectorAll('#legend button')].map((one) => one.getAttribute('aria-pressed'))"
+    assert page.run(pressed) == ["false", "true", "true"]
     hidden = next(cell for cell in page.lonely() if codes[cell] == 0)
     page.hover(hidden)
     assert not page.find("#hover").is_displayed()
@@ -316,15 +317,10 @@ def test_a_lasso_on_the_tissue_selects_on_both_and_is_written_for_qupath(page: P
     time.sleep(0.5)
     x = page.cells.table["x_level0_px"].to_numpy()
     expected = [cell for cell in cells if x[cell] < 300]
-    zero, scale = page.run(
-        "const [a, b] = [0, 1].map((i) => window.atlas.tissuePlace(arguments[0][i])); return [a, b]",
-        [cells[0], next(cell for cell in cells if x[cell] != x[cells[0]])],
-    )
-    other = next(cell for cell in cells if x[cell] != x[cells[0]])
-    step = (scale[0] - zero[0]) / (x[other] - x[cells[0]])
-    width = page.run("return document.getElementById('tissue').clientWidth")
-    border = round(zero[0] + (300 - x[cells[0]]) * step - width / 2)
-    half = round(page.run("return document.getElementById('tissue').clientHeight") / 2) - 50
+    left, right = (tissue_place(page, cells[int(i)])[0] for i in (x[cells].argmin(), x[cells].argmax()))
+    border = round(left + (right - left) * (300 - x[cells].min()) / np.ptp(x[cells]))
+    width, height = page.run("const t = document.getElementById('tissue'); return [t.clientWidth, t.clientHeight]")
+    half = height // 2 - 50
     page.find("#lasso").click()
     actions = page.actions().move_to_element_with_offset(page.find("#tissue"), -width // 2 + 5, -half).click_and_hold()
     for place in ((border, -half), (border, half), (-width // 2 + 5, half)):
@@ -339,7 +335,7 @@ def test_a_lasso_on_the_tissue_selects_on_both_and_is_written_for_qupath(page: P
     features = json.loads(file.read_text())["features"]
     assert [feature["properties"]["name"] for feature in features] == [page.ids[cell] for cell in expected]
     ring = np.array(features[0]["geometry"]["coordinates"][0])
-    np.testing.assert_allclose((ring.min(axis=0) + ring.max(axis=0))[0] / 2, x[expected[0]], atol=1)
+    np.testing.assert_allclose((ring.min(axis=0) + ring.max(axis=0))[0] / 2, x[expected[0]], atol=2)
     assert (ring[0] == ring[-1]).all()
 
 

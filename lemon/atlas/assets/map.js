@@ -29,11 +29,11 @@ function showWhole() {
   camera.scale = camera.whole;
 }
 
-// At most until neighbours are LARGEST apart on average, and never so far that no cell is left in view.
+// At most until cells have about four times the room of the LARGEST, and never so far that none is left in view.
 function zoom(factor, x, y) {
   const before = { ...camera };
   const [left, top] = [mapX(x), mapY(y)];
-  const most = Math.max(LARGEST * Math.sqrt(count), camera.whole * 4);
+  const most = 4 * LARGEST * Math.sqrt(count);
   camera.scale = Math.min(Math.max(camera.scale * factor, camera.whole / 2), most);
   camera.x += left - mapX(x);
   camera.y += top - mapY(y);

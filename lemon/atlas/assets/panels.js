@@ -59,6 +59,7 @@ function recolor() {
 
 // Everything that the column tells, after a change of what is known of the cells.
 function refresh() {
+  pointed = null; // its button is made anew
   const isCategory = colorField.kind === "category";
   element("legend-title").textContent = colorField.title + (colorField.unit ? `, ${colorField.unit}` : "");
   element("all").hidden = element("none").hidden = !isCategory;

@@ -4,6 +4,7 @@ const tissue = element("tissue");
 let slide = -1; // number of the slide that is shown
 let picture = null; // where it lies, as Python wrote it
 let viewer = null; // of OpenSeadragon
+let isPictureOpen = false;
 let tissuePath = null; // [x, y] in level-0 px while a lasso is drawn
 let centred = -1; // the cell to go to once the picture is there
 
@@ -23,7 +24,10 @@ function openViewer() {
   });
   viewer.innerTracker.keyDownHandler = viewer.innerTracker.keyHandler = null; // the page has keys of its own
   viewer.addHandler("update-viewport", drawTissue);
-  viewer.addHandler("open", () => centred >= 0 && goTo(centred));
+  viewer.addHandler("open", () => {
+    isPictureOpen = true;
+    if (centred >= 0) goTo(centred);
+  });
   viewer.addHandler("canvas-press", ({ position, originalEvent }) => {
     if (isLassoOn() || originalEvent.shiftKey) tissuePath = [levelZero(position)];
   });
@@ -54,6 +58,7 @@ function openViewer() {
 function showSlide(number) {
   if (number === slide || !viewer) return;
   slide = number;
+  isPictureOpen = false;
   picture = JSON.parse(element(`slide-${number}`).textContent);
   element("slide-name").value = String(number);
   element("slide-note").textContent = picture.fault ? `Tissue not shown: ${picture.fault}` : "";
@@ -95,7 +100,7 @@ function cellOnTissue(position) {
   return best;
 }
 
-const isTissueThere = () => Boolean(viewer?.world.getItemCount());
+const isTissueThere = () => isPictureOpen;
 
 // Bring a cell into view; nearer when it would be a speck.
 function goTo(cell) {
