@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from lemon.cells.config import CellsConfig
 from lemon.runtime.config import AnyPath, Frozen
 
-MAX_CELLS = 100_000  # as in the paper's Figure 4; the page then has up to 75 MB, and its slides up to 50 more
+MAX_CELLS = 100_000  # as in the paper's Figure 4
 
 
 class AtlasSelect(Frozen):

@@ -21,7 +21,7 @@ from lemon.slides.reader import SlideReader
 logger = logging.getLogger(__name__)
 
 MOST_PX = 100_000_000
-"""Of all pictures together: 25 to 40 MB as JPEG, so that a page of many slides can still be opened."""
+"""Of all pictures together, so that a page of many slides can still be opened."""
 
 JPEG_QUALITY = 70
 

@@ -38,7 +38,7 @@ def test_a_picture_shows_a_place_of_the_slide_where_its_frame_says(slide: Path, 
     assert image.shape == (picture.height, picture.width, 3)
     assert max(image.shape) == side_px
     x, y = (np.array([120, 210]) - (picture.x, picture.y)) * picture.scale
-    assert np.abs(image[round(y), round(x)].astype(int) - (120, 20, 90)).max() < 12
+    assert np.abs(image[round(y), round(x)].astype(int) - (120, 20, 90)).max() < 25  # JPEG's
     assert image[round(y) - 40, round(x)].min() > 225
     assert (picture.mpp, picture.fault) == (0.5, None)
 
