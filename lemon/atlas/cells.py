@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from lemon.atlas.config import AtlasConfig
 from lemon.cells.labels import read_labels
+from lemon.cells.ledger import rows_with_cells
 from lemon.cells.select import Part, Selection, select_cells
 from lemon.cells.shard import images_from_arrow
 from lemon.embed.ledger import EmbeddingSpec
@@ -21,14 +22,14 @@ from lemon.embed.stream import vectors_of
 from lemon.errors import ConfigError
 from lemon.runtime.shards import ShardError
 from lemon.runtime.store import Store, fingerprint
-from lemon.schema import CELL_MPP, CELL_PX, MORPHOMETRICS
+from lemon.schema import CELL_MPP, CELL_PX, MORPHOMETRICS, SlideRow
 
 THUMBNAIL_PX = 48
 """Side of a thumbnail. It shows the whole crop, since a tumour's nuclei fill it; a multiple of JPEG's 16 px blocks."""
 
 THUMBNAIL_MPP = CELL_MPP * CELL_PX / THUMBNAIL_PX
 
-FACTS = ("cell_id", "slide_id", "organ", "site", "x_level0_px", "y_level0_px", *MORPHOMETRICS, "rank")
+FACTS = ("cell_id", "slide_id", "organ", "site", "x_level0_px", "y_level0_px", "mpp", *MORPHOMETRICS, "polygon", "rank")
 
 MIN_CELLS = 10
 
@@ -44,7 +45,7 @@ class AtlasCells:
     vectors: np.ndarray  # [N, D] as stored
     thumbnails: np.ndarray  # [N, 48, 48, 3] uint8
     model: str
-    n_slides: int
+    slides: tuple[SlideRow, ...]
     fingerprint: str
     """Names the cells and the model."""
 
@@ -62,12 +63,13 @@ def read_cells(config: AtlasConfig) -> AtlasCells:
     table = pa.concat_tables([facts for facts, _, _ in parts])
     order = np.lexsort((table["cell_id"].to_numpy(zero_copy_only=False), table["rank"].to_numpy()))
     table = table.take(order)
+    chosen = {part.slide_id for part in selection.parts}
     return AtlasCells(
         table=table.append_column("label", _labels_of(table["cell_id"], labels, path=config.labels)),
         vectors=np.concatenate([vectors for _, vectors, _ in parts])[order],
         thumbnails=np.concatenate([thumbnails for _, _, thumbnails in parts])[order],
         model=spec["model"],
-        n_slides=len(selection.parts),
+        slides=tuple(row for row in rows_with_cells(cells) if row.slide_id in chosen),
         fingerprint=fingerprint([selection.fingerprint, spec]),
     )
 

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from lemon.cells.config import CellsConfig
 from lemon.runtime.config import AnyPath, Frozen
 
-MAX_CELLS = 100_000  # as in the paper's Figure 4; the page then has up to 60 MB
+MAX_CELLS = 100_000  # as in the paper's Figure 4
 
 
 class AtlasSelect(Frozen):
@@ -38,6 +38,7 @@ class AtlasConfig(CellsConfig):
     seed: int = Field(0, ge=0)
     threads: int = Field(1, ge=1, description="of t-SNE; the map is the same in every run with the same number")
     grid: int = Field(28, ge=4, le=60, description="squares of cell images a side of the picture")
+    slide_px: int = Field(4096, ge=0, le=16_384, description="longer side of each slide's picture in the page; 0: none")
     title: str = Field("Atlas of cells", description="heading of picture and page")
 
     def map_settings(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def _make_atlas(config: AtlasConfig, store: Store) -> int:
         positions = place(cells.vectors, perplexity=config.perplexity, seed=config.seed, threads=config.threads)
         write_map(store, cells, positions, circumstances=circumstances)
     size = write_views(store, cells, positions, config=config)
-    logger.info(f"{len(cells.table):,} cells of {cells.n_slides} slides by {cells.model}; look at")
+    logger.info(f"{len(cells.table):,} cells of {len(cells.slides)} slides by {cells.model}; look at")
     logger.info(f"  {store.uri}/atlas.html ({size / 1e6:.1f} MB; opens without a network)")
     logger.info(f"  {store.uri}/atlas.png, atlas.svg")
     return EXIT_OK
@@ -60,12 +60,11 @@ def write_views(store: Store, cells: AtlasCells, positions: np.ndarray, *, confi
     )
     return write_page(
         store,
-        ids=cells.table["cell_id"].to_pylist(),
+        cells,
         unit=unit,
-        thumbnails=cells.thumbnails,
         categories=categories,
         measures=measures_of(cells.table),
-        places=np.stack([cells.table["x_level0_px"].to_numpy(), cells.table["y_level0_px"].to_numpy()], axis=1),
+        side_px=config.slide_px,
         title=config.title,
         subtitle=subtitle_of(cells, config),
     )
@@ -73,7 +72,7 @@ def write_views(store: Store, cells: AtlasCells, positions: np.ndarray, *, confi
 
 def subtitle_of(cells: AtlasCells, config: AtlasConfig) -> str:
     """What is shown and how it was made, in a line."""
-    slides = f"{cells.n_slides} slide" + ("s" if cells.n_slides != 1 else "")
+    slides = f"{len(cells.slides)} slide" + ("s" if len(cells.slides) != 1 else "")
     method = {"tsne": "t-SNE, perplexity", "umap": "UMAP, neighbours"}[config.method]
     return (
         f"{len(cells.table):,} cells of {slides}, drawn at random; embedded by {cells.model}; "

@@ -1,7 +1,8 @@
-"""The atlas as one HTML file that needs nothing else: no network, no server, no library.
+"""The atlas as one HTML file that needs nothing else: no network, no server.
 
 Numbers are base64 of little-endian arrays; thumbnails are JPEG sheets of 256 cells that lie together on the map, so
-that a look at one place decodes few of them. The browser draws the map while it still reads the sheets.
+that a look at one place decodes few of them. The browser draws the map while it still reads the sheets and the slides.
+OpenSeadragon (BSD-3-Clause, assets/vendor) shows the slides.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import io
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from lemon.atlas.cells import THUMBNAIL_MPP
+from lemon.atlas.cells import THUMBNAIL_MPP, AtlasCells
 from lemon.atlas.fields import Category, Measure
-from lemon.atlas.projection import curve_order, quantise
+from lemon.atlas.projection import compact, curve_order, quantise
+from lemon.atlas.tissue import OUTLINE_UM, Picture, outlines_of, pictures_of
+from lemon.embed.clusters import palette
 from lemon.runtime.secrets import redacted
 from lemon.runtime.store import Store
 
@@ -35,18 +39,20 @@ JPEG_QUALITY = 55
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
 
 _ASSETS = Path(__file__).resolve().parent / "assets"
-_SCRIPTS = ("data.js", "thumbnails.js", "map.js", "panels.js", "main.js")
+_VENDORED = _ASSETS / "vendor" / "openseadragon.min.js"
+_SCRIPTS = ("data.js", "thumbnails.js", "map.js", "tissue.js", "panels.js", "labels.js", "main.js")
+
+N_CLASS_COLORS = 32  # classes that can be named in the page
 
 
 def write_page(
     store: Store,
+    cells: AtlasCells,
     *,
-    ids: Sequence[str],
     unit: np.ndarray,
-    thumbnails: np.ndarray,
     categories: Sequence[Category],
     measures: Sequence[Measure],
-    places: np.ndarray,
+    side_px: int,
     title: str,
     subtitle: str,
 ) -> int:
@@ -54,22 +60,32 @@ def write_page(
 
     Args:
         store: the output.
-        ids: cell ids [N], in the order of rank.
+        cells: in the order of rank.
         unit: positions in the unit square, y downwards [N, 2].
-        thumbnails: uint8 [N, P, P, 3].
         categories, measures: what the page can colour by; it begins with the first category.
-        places: x, y in the slide, level-0 px [N, 2].
+        side_px: longer side of a slide's picture; 0 for none.
         title, subtitle: plain text, escaped here.
     """
     title, subtitle = redacted(title), redacted(subtitle)
     quantised = quantise(unit)
     order = curve_order(quantised)
     slots = np.argsort(order).astype(np.uint32)  # the inverse: where in that order a cell is
-    arrays = {"positions": quantised, "slots": slots, "places": places.astype(np.float32)}
+    table, thumbnails = cells.table, cells.thumbnails
+    places = np.stack([table["x_level0_px"].to_numpy(), table["y_level0_px"].to_numpy()], axis=1)
+    vectors, weights = compact(cells.vectors)
+    number = {row.slide_id: index for index, row in enumerate(cells.slides)}
+    slides = np.array([number[slide_id] for slide_id in table["slide_id"].to_pylist()], np.uint32)
+    polygons = table["polygon"].to_numpy(zero_copy_only=False)
+    counts, outlines = outlines_of(polygons, places, table["mpp"].to_numpy())
+    arrays = {"positions": quantised, "slots": slots, "places": places.astype(np.float32), "slide": slides}
+    arrays |= {"vectors": vectors, "weights": weights, "corners": counts, "outlines": outlines}
     arrays |= {category.key: category.codes for category in categories}
     arrays |= {measure.key: measure.values for measure in measures}
     facts = {
-        "ids": list(ids),
+        "ids": table["cell_id"].to_pylist(),
+        "slides": [row.slide_id for row in cells.slides],
+        "outlineUm": OUTLINE_UM,
+        "palette": [_hex(color) for color in palette(N_CLASS_COLORS)],
         "title": title,
         "thumbnailPx": thumbnails.shape[1],
         "thumbnailUmPerPx": THUMBNAIL_MPP,
@@ -77,17 +93,24 @@ def write_page(
         "fields": [*map(_category, categories), *map(_measure, measures)],
         "scale": [_hex(color) for color in _scale_colors()],
     }
+    pictures = pictures_of(cells.slides, side_px=side_px) if side_px else iter(())
     size = 0
     with store.write("atlas.html") as stream:
-        for part in _parts(facts, arrays, thumbnails[order], title=title, subtitle=subtitle):
+        for part in _parts(facts, arrays, thumbnails[order], pictures, title=title, subtitle=subtitle):
             size += stream.write(part.encode(errors="replace"))
     return size
 
 
 def _parts(
-    facts: dict[str, Any], arrays: dict[str, np.ndarray], thumbnails: np.ndarray, *, title: str, subtitle: str
+    facts: dict[str, Any],
+    arrays: dict[str, np.ndarray],
+    thumbnails: np.ndarray,
+    pictures: Iterator[Picture],
+    *,
+    title: str,
+    subtitle: str,
 ) -> Iterator[str]:
-    """The page, piece by piece: markup, numbers, scripts, and only then the sheets."""
+    """The page, piece by piece: markup, numbers, scripts, and only then the sheets and the slides."""
     page = (_ASSETS / "page.html").read_text(encoding="utf-8")
     filled = {"style": (_ASSETS / "style.css").read_text(encoding="utf-8")}
     filled |= {"title": html.escape(title), "subtitle": html.escape(subtitle)}
@@ -97,6 +120,7 @@ def _parts(
     yield f'<script type="application/json" id="facts">{script_json(facts)}</script>\n'
     for name, array in arrays.items():
         yield f'<script type="text/plain" id="array-{name}">{_base64(array)}</script>\n'
+    yield f'<script id="vendored">\n{_VENDORED.read_text(encoding="utf-8")}</script>\n'
     scripts = "\n".join((_ASSETS / name).read_text(encoding="utf-8") for name in _SCRIPTS)
     yield f'<script>\n"use strict";\n(() => {{\n{scripts}}})();\n</script>\n'
     sheets = tqdm(
@@ -104,6 +128,9 @@ def _parts(
     )
     for number, sheet in enumerate(sheets):
         yield f'<script type="text/plain" id="sheet-{number}">{base64.b64encode(sheet).decode()}</script>\n'
+    for number, picture in enumerate(pictures):
+        told = asdict(picture) | {"jpeg": base64.b64encode(picture.jpeg).decode()}
+        yield f'<script type="application/json" id="slide-{number}">{script_json(told)}</script>\n'
     yield tail
 
 

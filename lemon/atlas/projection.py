@@ -6,12 +6,15 @@ from collections.abc import Callable
 
 import numpy as np
 from openTSNE import TSNE
+from sklearn.decomposition import PCA
 from tqdm import tqdm
 
 from lemon.errors import ConfigError
 
 EARLY_STEPS, STEPS = 250, 500  # openTSNE's own numbers
 STEPS_A_TICK = 25
+
+COMPACT_DIM = 64  # of 12 neighbours 11 are those of the whole vectors: see docs/log.md
 
 LEVELS = 65_535
 """Positions are stored in 16 bits a coordinate: 1/65 px of a map of 1000 px, finer than a screen."""
@@ -73,6 +76,19 @@ def directions_of(vectors: np.ndarray) -> np.ndarray:
     """float32 [N, D] of length one, as clusters compare them; so that PCA looks at directions too."""
     vectors = vectors.astype(np.float32)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
+
+
+def compact(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors [N, D] in a byte a value, whose distances are nearly those of the directions: int8 [N, K], float32 [K].
+
+    The first COMPACT_DIM principal components of the directions, each in 127 steps of its own; the square of a distance
+    is the sum of squared differences of bytes times the second array. Between directions it is 2 (1 - cosine).
+    """
+    directions = directions_of(vectors)
+    width = min(COMPACT_DIM, *directions.shape)
+    parts = PCA(width, svd_solver="randomized", random_state=0).fit_transform(directions)
+    step = np.abs(parts).max(axis=0).clip(1e-12) / 127
+    return np.round(parts / step).astype(np.int8), (step**2).astype(np.float32)
 
 
 def to_unit_square(positions: np.ndarray) -> np.ndarray:

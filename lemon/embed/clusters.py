@@ -16,8 +16,8 @@ from lemon.embed.stream import directions, read_ahead, vectors_of
 from lemon.runtime.store import Store, fingerprint
 from lemon.schema import CLUSTERS, EMBEDDINGS
 
-# matplotlib's tab10: ten colours that can be distinguished on H&E as well.
-_PALETTE = ("1f77b4", "ff7f0e", "2ca02c", "d62728", "9467bd", "8c564b", "e377c2", "7f7f7f", "bcbd22", "17becf")
+# matplotlib's petroff10 (arXiv 2107.02270): ten colours chosen to differ to eyes of any colour vision as well.
+_PALETTE = ("3f90da", "ffa90e", "bd1f01", "94a4a2", "832db6", "a96b59", "e76300", "b9ac70", "717581", "92dadd")
 
 
 @dataclass(frozen=True)

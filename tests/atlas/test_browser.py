@@ -23,6 +23,7 @@ from lemon.atlas.projection import to_unit_square
 from lemon.cells.labels import read_labels
 from lemon.embed.clusters import palette
 from lemon.runtime.store import Store
+from lemon.schema import SlideRow
 from tests.atlas.made_up import MALICIOUS, K, config_for, flat_images, write_embedded
 
 pytestmark = pytest.mark.slow
@@ -169,7 +170,8 @@ def test_a_category_can_be_hidden_alone_and_all_shown_again(page: Page) -> None:
     buttons = page.browser.find_elements("css selector", "#legend button")
     assert [button.text.split() for button in buttons] == [[str(k), str(codes.count(k))] for k in range(K)]
     buttons[0].send_keys("\n")  # by keyboard
-    assert [button.get_attribute("aria-pressed") for button in buttons] == ["false", "true", "true"]
+    pressed = "return [...document.querySelectorAll('#legend button')].map((one) => one.getAttribute('aria-pressed'))"
+    assert page.run(pressed) == ["false", "true", "true"]
     hidden = next(cell for cell in page.lonely() if codes[cell] == 0)
     page.hover(hidden)
     assert not page.find("#hover").is_displayed()
@@ -196,13 +198,14 @@ def test_the_lasso_exports_the_cells_inside_with_the_label_that_was_given(page: 
     actions.release().perform()
     assert page.find("#selected").text == f"{len(expected)} cells selected"
     assert [page.ids[cell] for cell in page.run("return window.atlas.selected()")] == expected
-    page.find("#label").send_keys('a "b", c')
-    page.find("#export").click()
+    page.find("#new-class").send_keys('a "b", c\n')
+    page.find("#classes button").click()
+    page.find("#export-csv").click()
     file = page.browser.downloads / "cells.csv"
     page.wait(file.exists, "the file is there")
     with file.open(newline="") as stream:
         rows = list(csv.reader(stream))
-    assert rows == [["cell_id", "label"], *([cell_id, 'a "b", c'] for cell_id in expected)]
+    assert [row[:2] for row in rows] == [["cell_id", "label"], *([cell_id, 'a "b", c'] for cell_id in expected)]
     page.find("#clear").click()
     assert page.run("return window.atlas.selected()") is None
     # What was exported can be read back as classes.
@@ -232,17 +235,19 @@ def test_squares_over_more_sheets_than_are_kept_all_get_their_cells(browser: Any
     count = 6000  # 24 sheets
     generator = np.random.default_rng(0)
     images = flat_images(count, seed=0)[:, :48, :48]
-    table = pa.table(
-        {"cluster": np.zeros(count, np.int16)} | {name: [None] * count for name in CATEGORIES if name != "cluster"}
-    )
+    known = {"cluster": np.zeros(count, np.int16), "slide_id": ["a"] * count, "polygon": [b""] * count}
+    known |= {"cell_id": [str(cell) for cell in range(count)], "mpp": np.full(count, 0.25)}
+    known |= {name: np.zeros(count) for name in ("x_level0_px", "y_level0_px")}
+    table = pa.table(known | {name: [None] * count for name in CATEGORIES if name not in known})
+    slides = (SlideRow("a", "", status="done", n_cells=count),)
+    cells = AtlasCells(table, generator.normal(size=(count, 8)), images, "model", slides, "")
     write_page(
         Store(tmp_path),
-        ids=[str(cell) for cell in range(count)],
+        cells,
         unit=generator.uniform(size=(count, 2)),
-        thumbnails=images,
         categories=categories_of(table),
         measures=[],
-        places=np.zeros((count, 2)),
+        side_px=0,
         title="squares",
         subtitle="",
     )
@@ -275,3 +280,98 @@ def test_squares_show_cells_by_their_place(page: Page) -> None:
         lambda: any(np.abs(np.array(page.pixel("#overlay", *at)) - expected).max() < 12 for at in around),
         "the square has the cell's image",
     )
+
+
+def tissue_place(page: Page, cell: int) -> tuple[float, float]:
+    """Where a cell lies, in CSS pixels of the tissue from its middle, as selenium counts."""
+    x, y = page.run("return window.atlas.tissuePlace(arguments[0])", cell)
+    width, height = page.run("const t = document.getElementById('tissue'); return [t.clientWidth, t.clientHeight]")
+    return round(x - width / 2), round(y - height / 2)
+
+
+def show_plain(page: Page) -> list[int]:
+    """Show the slide whose file is there; returns its cells."""
+    names = page.cells.table["slide_id"].to_pylist()
+    page.choose("#slide-name", str([row.slide_id for row in page.cells.slides].index("plain")))
+    page.wait(lambda: page.run("return window.atlas.isTissueThere()"), "the slide is there")
+    page.wait(lambda: not page.find("#slide-note").text, "it is the slide that has a file")
+    return [cell for cell, name in enumerate(names) if name == "plain"]
+
+
+def test_a_cell_pinned_on_the_tissue_is_pinned_on_the_map_and_its_neighbours_are_those_of_the_embedding(
+    page: Page,
+) -> None:
+    cell = show_plain(page)[0]
+    time.sleep(0.5)  # the slide comes to rest
+    page.actions().move_to_element_with_offset(page.find("#tissue"), *tissue_place(page, cell)).click().perform()
+    page.wait(lambda: page.find("#pinned").is_displayed(), "the cell is pinned")
+    assert page.find("#pinned-card .id").text == page.ids[cell]
+    vectors = page.cells.vectors.astype(np.float64)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    nearest = np.argsort(-(unit @ unit[cell]))[1:13]
+    assert len(set(page.run("return window.atlas.neighboursOf(arguments[0], 12)", cell)) & set(nearest.tolist())) >= 10
+
+
+def test_a_lasso_on_the_tissue_selects_on_both_and_is_written_for_qupath(page: Page) -> None:
+    cells = show_plain(page)
+    time.sleep(0.5)
+    x = page.cells.table["x_level0_px"].to_numpy()
+    expected = [cell for cell in cells if x[cell] < 300]
+    left, right = (tissue_place(page, cells[int(i)])[0] for i in (x[cells].argmin(), x[cells].argmax()))
+    border = round(left + (right - left) * (300 - x[cells].min()) / np.ptp(x[cells]))
+    width, height = page.run("const t = document.getElementById('tissue'); return [t.clientWidth, t.clientHeight]")
+    half = height // 2 - 50
+    page.find("#lasso").click()
+    actions = page.actions().move_to_element_with_offset(page.find("#tissue"), -width // 2 + 5, -half).click_and_hold()
+    for place in ((border, -half), (border, half), (-width // 2 + 5, half)):
+        actions = actions.move_to_element_with_offset(page.find("#tissue"), *place)
+    actions.release().perform()
+    page.wait(lambda: page.run("return window.atlas.selected()"), "cells are selected")
+    assert page.run("return window.atlas.selected()") == expected
+    page.choose("#export-what", "selection")
+    page.find("#export-geojson").click()
+    file = page.browser.downloads / "cells.geojson"
+    page.wait(file.exists, "the file is there")
+    features = json.loads(file.read_text())["features"]
+    assert [feature["properties"]["name"] for feature in features] == [page.ids[cell] for cell in expected]
+    ring = np.array(features[0]["geometry"]["coordinates"][0])
+    np.testing.assert_allclose((ring.min(axis=0) + ring.max(axis=0))[0] / 2, x[expected[0]], atol=2)
+    assert (ring[0] == ring[-1]).all()
+
+
+def test_digits_label_undo_takes_back_and_filters_hide(page: Page) -> None:
+    area = page.find("#map")
+    for name in ("lymphocyte", "tumour"):
+        page.find("#new-class").send_keys(name + "\n")
+    page.find("#find").send_keys(page.ids[3] + "\n")
+    area.send_keys("2")
+    count = "return [...document.querySelectorAll('#classes .count')].map((one) => one.textContent)"
+    assert page.run(count) == ["0", "1"]
+    area.send_keys("0")
+    page.find("#in-view").click()
+    area.send_keys("1")
+    assert page.run(count) == [str(len(page.ids)), "0"]
+    page.find("#undo").click()
+    assert page.run(count) == ["0", "1"]
+    page.choose("#color-by", "area_um2")
+    page.find("#legend .limits input").send_keys("50\n")
+    shown = int((page.cells.table["area_um2"].to_numpy() >= 50).sum())
+    assert page.find("#shown").text == f"{shown} of {len(page.ids)} cells shown"
+    page.find("#filters button").click()
+    assert page.find("#shown").text == f"{len(page.ids)} of {len(page.ids)} cells shown"
+
+
+def test_zoom_ends_with_cells_in_view_and_cells_grow(page: Page) -> None:
+    cell = page.lonely()[0]
+    page.find("#find").send_keys(page.ids[cell] + "\n")
+    for _ in range(40):
+        page.find("#map").send_keys("+")
+    squares = page.run("return window.atlas.squaresInView()")
+    assert squares
+    assert max(square["size"] for square in squares) > 100
+    width = page.run("return document.getElementById('map').clientWidth")
+    page.browser.set_window_size(420, 800)
+    page.wait(lambda: page.run("return window.innerWidth") < 600, "it is a phone's width")
+    assert page.run("return document.getElementById('map').clientHeight") > 280
+    page.browser.set_window_size(1300, 850)
+    page.wait(lambda: page.run("return document.getElementById('map').clientWidth") == width, "it is wide again")

@@ -24,7 +24,9 @@ from lemon.atlas.fields import MISSING, categories_of, measures_of
 from lemon.atlas.figure import EDGE_PX, grid_of_cells
 from lemon.atlas.page import SHEET_SIDE, script_json, sheets_of
 from lemon.atlas.projection import (
+    COMPACT_DIM,
     LEVELS,
+    compact,
     curve_order,
     map_tsne,
     nearest_in_squares,
@@ -74,7 +76,7 @@ def test_the_cells_are_those_of_lowest_rank_in_order_and_few_lie_inside_many(
     assert few.table["cell_id"].to_pylist() == in_order[:30]
     assert many.table["cell_id"].to_pylist() == in_order[:80]
     np.testing.assert_array_equal(many.thumbnails[:30], few.thumbnails)
-    assert few.n_slides == 2
+    assert [row.slide_id for row in few.slides] == sorted(SLIDES)
     # What belongs to a cell stays with it.
     for slide_id in SLIDES:
         embedded = embeddings.read_table(embeddings_name(slide_id))
@@ -186,7 +188,10 @@ def test_the_page_holds_every_cell_with_its_place_image_and_facts(
 
 def test_the_page_refers_to_nothing_outside_and_a_slides_name_cannot_get_out_of_its_quotes(output: Path) -> None:
     page = (output / "atlas.html").read_text()
-    assert not re.findall(r"https?:|//[a-z]+\.|src=|url\(|import ", re.sub(r'id="facts">.*?</script>', "", page))
+    assert not re.findall(
+        r"https?:|//[a-z]+\.|src=|url\(|import ",
+        re.sub(r'id="(facts|vendored)">.*?</script>', "", page, flags=re.DOTALL),
+    )
     assert "onerror" in page  # the name is there,
     assert MALICIOUS[:12] not in page  # but not as markup
     assert page.count("<script") == page.count("</script>")
@@ -249,6 +254,7 @@ def test_labels_become_classes_and_cost_no_new_map(
     page = (output / "atlas.html").read_text()
     field = next(field for field in json.loads(script(page, "facts"))["fields"] if field["key"] == "label")
     assert field["names"] == ["1"]
+    assert json.loads(script(page, "facts"))["fields"][0] == field  # the page opens coloured by it
     assert array(page, "label", np.uint16).tolist() == [0] * 40 + [MISSING] * (N_CELLS - 40)
     with pytest.raises(AssertionError):  # another seed is another map
         atlas.main(config_for(*tables, output, "seed=1"))
@@ -270,6 +276,22 @@ def test_without_clusters_the_map_is_coloured_by_what_is_known(tables: tuple[Sto
     found = read_cells(config_for(cells, bare, tmp_path / "out"))
     assert [category.key for category in categories_of(found.table)] == ["organ", "slide_id"]
     assert atlas.main(config_for(cells, bare, tmp_path / "out")) == 0
+
+
+def test_a_byte_a_component_keeps_the_neighbours_of_the_whole_vectors() -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(600, 384)) @ np.diag(0.97 ** np.arange(384)) + 3  # correlated, and far from the origin
+    vectors *= rng.uniform(0.1, 10, (600, 1))  # length does not count
+    packed, weights = compact(vectors.astype(np.float16))
+    assert (packed.dtype, packed.shape, weights.shape) == (np.int8, (600, COMPACT_DIM), (COMPACT_DIM,))
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    whole = 2 - 2 * unit[:50] @ unit.T
+    differences = packed[:50, None].astype(np.float64) - packed[None]
+    found = (weights * differences**2).sum(axis=2)
+    assert np.corrcoef(whole.ravel(), found.ravel())[0, 1] > 0.99
+    nearest = [set(row[1:13]) for row in whole.argsort(axis=1)]
+    kept = [len(near & set(row[1:13])) for near, row in zip(nearest, found.argsort(axis=1), strict=True)]
+    assert np.mean(kept) / 12 > 0.85
 
 
 @pytest.mark.slow

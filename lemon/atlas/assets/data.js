@@ -9,6 +9,13 @@ const positions = new Uint16Array(bytesOf("array-positions").buffer); // x, y of
 const slots = new Uint32Array(bytesOf("array-slots").buffer); // place of each cell's thumbnail in the sheets
 const places = new Float32Array(bytesOf("array-places").buffer); // x, y in the slide, level-0 px
 const SIDE = 65535;
+const slideOf = new Uint32Array(bytesOf("array-slide").buffer); // number of each cell's slide
+let vectors = null; // principal components of each cell's embedding; read when first asked for, as they are most of the numbers
+const weights = new Float32Array(bytesOf("array-weights").buffer); // of squared differences of each component
+const corners = bytesOf("array-corners"); // points of each cell's outline
+const outlines = new Int8Array(bytesOf("array-outlines").buffer); // their distances from the cell's place
+const outlineStart = new Uint32Array(count);
+for (let cell = 1; cell < count; cell++) outlineStart[cell] = outlineStart[cell - 1] + 2 * corners[cell - 1];
 
 const fields = facts.fields;
 for (const field of fields) {
@@ -16,11 +23,17 @@ for (const field of fields) {
   if (field.kind === "category") {
     field.codes = new Uint16Array(bytes.buffer);
     field.hidden = new Set();
-    field.counts = new Map();
-    for (const code of field.codes) field.counts.set(code, (field.counts.get(code) || 0) + 1);
   } else {
     field.values = new Float32Array(bytes.buffer);
+    field.range = null; // [low, high] of the cells that are shown
   }
+}
+// Classes can be given in the page, whether it came with some or not.
+let classes = fields.find((field) => field.key === "label");
+if (!classes) {
+  classes = { kind: "category", key: "label", title: "Class", names: [], colors: [], hidden: new Set() };
+  classes.codes = new Uint16Array(count).fill(MISSING);
+  fields.push(classes);
 }
 const indexOfId = new Map(ids.map((id, index) => [id, index]));
 

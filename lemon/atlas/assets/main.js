@@ -24,7 +24,8 @@ function draw() {
   if (isHoverFixed) drawCross(context);
   if (pinned >= 0 && !inSquares) ring(context, pinned, "#000", 3);
   if (hovered >= 0 && !inSquares) ring(context, hovered, "#1a56c4", 2);
-  if (lassoPath) drawLasso(context);
+  if (lassoPath) drawPath(context, lassoPath.map(([x, y]) => [(x - camera.x) * camera.scale + map.clientWidth / 2, (y - camera.y) * camera.scale + map.clientHeight / 2]));
+  drawTissue();
   if (!performance.getEntriesByName("first-frame").length) performance.mark("first-frame");
 }
 
@@ -33,15 +34,8 @@ function areCellsShown() {
   const mode = element("show").value;
   if (mode !== "near") return mode === "cells";
   if (camera.scale <= camera.whole * 1.5) return false;
-  const [left, top] = [mapX(0) * SIDE, mapY(0) * SIDE];
-  const [right, bottom] = [mapX(map.clientWidth) * SIDE, mapY(map.clientHeight) * SIDE];
   const most = (map.clientWidth * map.clientHeight) / 1500;
-  let inView = 0;
-  for (let cell = 0; cell < count && inView < most; cell++) {
-    const [x, y] = [positions[2 * cell], positions[2 * cell + 1]];
-    if (levels[cell] !== OFF && x >= left && x <= right && y >= top && y <= bottom) inView++;
-  }
-  return inView < most;
+  return cellsInView(most) < most;
 }
 
 function drawSquares(context) {
@@ -75,8 +69,12 @@ function drawCross(context) {
 }
 
 function ring(context, cell, color, width) {
+  ringAt(context, screenX(cell), screenY(cell), radius() + 4, color, width);
+}
+
+function ringAt(context, x, y, size, color, width) {
   context.beginPath();
-  context.arc(screenX(cell), screenY(cell), radius() + 4, 0, 2 * Math.PI);
+  context.arc(x, y, size, 0, 2 * Math.PI);
   context.lineWidth = width + 2;
   context.strokeStyle = "#fff";
   context.stroke();
@@ -85,11 +83,10 @@ function ring(context, cell, color, width) {
   context.stroke();
 }
 
-function drawLasso(context) {
+// A lasso, of [x, y] in CSS pixels.
+function drawPath(context, path) {
   context.beginPath();
-  for (const [x, y] of lassoPath) {
-    context.lineTo((x - camera.x) * camera.scale + map.clientWidth / 2, (y - camera.y) * camera.scale + map.clientHeight / 2);
-  }
+  for (const [x, y] of path) context.lineTo(x, y);
   context.closePath();
   context.fillStyle = "rgba(26, 86, 196, 0.12)";
   context.fill();
@@ -100,15 +97,17 @@ function drawLasso(context) {
   context.setLineDash([]);
 }
 
-function hover(cell, x, y) {
+// The cell under the pointer, which is at x, y of `pane`: its card is there, and it has a ring in both panes.
+function hover(cell, x, y, pane = map) {
   const card = element("hover");
   if (cell !== hovered) requestDraw();
   card.hidden = cell < 0;
   if (cell >= 0) {
     if (cell !== hovered) fillCard(card, cell);
-    const right = x + 18 + card.offsetWidth < map.clientWidth;
+    if (card.parentElement !== pane) pane.append(card);
+    const right = x + 18 + card.offsetWidth < pane.clientWidth;
     card.style.left = `${right ? x + 18 : Math.max(x - 18 - card.offsetWidth, 0)}px`;
-    card.style.top = `${Math.max(Math.min(y - 40, map.clientHeight - card.offsetHeight - 4), 4)}px`;
+    card.style.top = `${Math.max(Math.min(y - 40, pane.clientHeight - card.offsetHeight - 4), 4)}px`;
   }
   hovered = cell;
 }
@@ -121,23 +120,33 @@ function cellAt(x, y, reach = Math.max(10, radius() + 3)) {
 }
 
 function setLasso(on) {
-  element("lasso").setAttribute("aria-pressed", String(on));
-  map.classList.toggle("lasso", on);
+  for (const id of ["lasso", "slide-lasso"]) element(id).setAttribute("aria-pressed", String(on));
+  for (const pane of [map, tissue]) pane.classList.toggle("lasso", on);
 }
 
 const isLassoOn = () => element("lasso").getAttribute("aria-pressed") === "true";
+
+// Ctrl adds to what is selected.
+function endLasso(cells, event) {
+  const isMore = selection && (event.ctrlKey || event.metaKey);
+  select(isMore ? [...new Set([...selection, ...cells])].sort((a, b) => a - b) : cells);
+  setLasso(false);
+}
+
 const placeOf = (event) => {
   const box = map.getBoundingClientRect();
   return [event.clientX - box.left, event.clientY - box.top];
 };
+const fingers = new Map(); // pointers that are down -> their places
 
 map.addEventListener("pointerdown", (event) => {
   if (event.button !== 0 || event.target.closest("button")) return;
   map.setPointerCapture(event.pointerId);
   const [x, y] = placeOf(event);
-  drag = { x, y, moved: false };
+  fingers.set(event.pointerId, [x, y]);
+  drag = { x, y, moved: fingers.size > 1 };
   isHoverFixed = false;
-  if (isLassoOn() || event.shiftKey) lassoPath = [[mapX(x), mapY(y)]];
+  lassoPath = fingers.size === 1 && (isLassoOn() || event.shiftKey) ? [[mapX(x), mapY(y)]] : null;
   hover(-1);
 });
 
@@ -148,9 +157,13 @@ map.addEventListener("pointermove", (event) => {
     hover(event.target.closest("button") ? -1 : cellAt(x, y), x, y);
     return;
   }
+  const before = [...fingers.values()];
+  fingers.set(event.pointerId, [x, y]);
   drag.moved ||= Math.hypot(x - drag.x, y - drag.y) > 3;
   if (lassoPath) {
     lassoPath.push([mapX(x), mapY(y)]);
+  } else if (fingers.size === 2) {
+    pinch(before, [...fingers.values()]);
   } else if (drag.moved) {
     map.classList.add("dragging");
     pan(x - drag.x, y - drag.y);
@@ -159,24 +172,32 @@ map.addEventListener("pointermove", (event) => {
   requestDraw();
 });
 
+// Two fingers move, and zoom by how far they are apart.
+function pinch(before, now) {
+  const middle = ([a, b]) => [(a[0] + b[0]) / 2, (a[1] + b[1]) / 2];
+  const apart = ([a, b]) => Math.max(Math.hypot(a[0] - b[0], a[1] - b[1]), 1);
+  const [[x0, y0], [x1, y1]] = [middle(before), middle(now)];
+  pan(x1 - x0, y1 - y0);
+  zoom(apart(now) / apart(before), x1, y1);
+}
+
 map.addEventListener("pointerup", (event) => {
   if (!drag) return;
+  fingers.delete(event.pointerId);
   const { moved } = drag;
   const path = lassoPath;
-  drag = lassoPath = null;
+  lassoPath = null;
+  const [rest] = fingers.values();
+  drag = rest ? { x: rest[0], y: rest[1], moved: true } : null;
   map.classList.remove("dragging");
-  if (path && path.length > 2) {
-    select(cellsWithin(path));
-    setLasso(false);
-  } else if (!moved) {
-    const cell = cellAt(...placeOf(event));
-    if (cell >= 0) pin(cell);
-  }
+  if (path && path.length > 2) endLasso(cellsWithin(path), event);
+  else if (!moved) click(cellAt(...placeOf(event)), event);
   requestDraw();
 });
 
 map.addEventListener("pointercancel", () => {
   drag = lassoPath = null;
+  fingers.clear();
   requestDraw();
 });
 map.addEventListener("pointerleave", () => drag || hover(-1));
@@ -228,24 +249,59 @@ map.addEventListener("keydown", (event) => {
   requestDraw();
 });
 
+const zoomTissue = (factor) => (viewer.viewport.zoomBy(factor), viewer.viewport.applyConstraints());
+const panTissue = (x, y) => (viewer.viewport.panBy(viewer.viewport.deltaPointsFromPixels(new OpenSeadragon.Point(x, y))), viewer.viewport.applyConstraints());
+const tissueKeys = {
+  ArrowLeft: () => panTissue(-60, 0),
+  ArrowRight: () => panTissue(60, 0),
+  ArrowUp: () => panTissue(0, -60),
+  ArrowDown: () => panTissue(0, 60),
+  "+": () => zoomTissue(1.4),
+  "=": () => zoomTissue(1.4),
+  "-": () => zoomTissue(1 / 1.4),
+  0: () => viewer.viewport.goHome(),
+  Home: () => viewer.viewport.goHome(),
+};
+
+tissue.addEventListener("keydown", (event) => {
+  if (event.target !== tissue || event.ctrlKey || event.metaKey || event.altKey || !(event.key in tissueKeys)) return;
+  event.preventDefault();
+  if (isTissueThere()) tissueKeys[event.key]();
+});
+
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") {
-    lassoPath = null;
+  if (event.target.closest("input, select") || event.altKey) return;
+  const key = event.key.toLowerCase();
+  if (event.ctrlKey || event.metaKey) {
+    if (key === "z") event.preventDefault(), undo();
+  } else if (event.key === "Escape") {
+    lassoPath = tissuePath = null;
     setLasso(false);
-    select(null);
-  } else if (event.key.toLowerCase() === "l" && !event.ctrlKey && !event.metaKey && !event.target.closest("input, select")) {
+    if (!element("sheet").open) select(null);
+  } else if (key === "l") {
     setLasso(!isLassoOn());
+  } else if (/^[1-9]$/.test(key) && Number(key) <= classes.names.length) {
+    giveClass(Number(key) - 1);
+  } else if (key === "backspace" || key === "delete") {
+    giveClass(MISSING);
   }
 });
+
+function showPanes(which) {
+  document.body.dataset.panes = which;
+  for (const button of element("panes").children) button.setAttribute("aria-pressed", String(button.value === which));
+  hover(-1);
+}
 
 element("zoom-in").onclick = () => zoomMiddle(1.6);
 element("zoom-out").onclick = () => zoomMiddle(1 / 1.6);
 element("whole").onclick = () => (showWhole(), requestDraw());
-element("lasso").onclick = () => setLasso(!isLassoOn());
+element("lasso").onclick = element("slide-lasso").onclick = () => setLasso(!isLassoOn());
 element("in-view").onclick = selectView;
 element("clear").onclick = () => select(null);
-element("export").onclick = exportSelection;
+element("undo").onclick = undo;
 element("unpin").onclick = () => pin(-1);
+element("select-like").onclick = () => select([pinned, ...neighboursOf(pinned, 50)].sort((a, b) => a - b));
 element("show").onchange = requestDraw;
 element("color-by").onchange = (event) => colorBy(event.target.value);
 element("color-by").append(...fields.map((field) => new Option(field.title, field.key)));
@@ -257,20 +313,52 @@ element("find").onchange = (event) => {
   camera.scale = Math.max(camera.scale, camera.whole * 3);
   pin(cell);
 };
+element("new-class").onchange = (event) => {
+  const name = event.target.value.trim();
+  if (!name) return;
+  addClass(name);
+  event.target.value = "";
+};
+element("no-class").onclick = () => giveClass(MISSING);
+element("export-csv").onclick = () => exportAs("csv");
+element("export-geojson").onclick = () => exportAs("geojson");
+element("open-sheet").onclick = () => showSheet(0);
+element("sheet-before").onclick = () => showSheet(sheetStart - A_PAGE);
+element("sheet-after").onclick = () => showSheet(sheetStart + A_PAGE);
+element("sheet-close").onclick = () => element("sheet").close();
+element("slide-name").onchange = (event) => showSlide(Number(event.target.value));
+element("slide-whole").onclick = () => viewer.viewport.goHome();
+element("slide-in").onclick = () => zoomTissue(1.6);
+element("slide-out").onclick = () => zoomTissue(1 / 1.6);
+element("cells-on-slide").onchange = drawTissue;
+for (const button of element("panes").children) button.onclick = () => showPanes(button.value);
 
 onSheet = () => {
   drawCard(element("hover"), hovered);
   drawCard(element("pinned-card"), pinned);
-  galleries.selection.draw();
-  galleries.neighbours.draw();
+  for (const gallery of Object.values(galleries)) gallery.draw();
   if (areCellsShown()) requestDraw();
 };
-document.addEventListener("DOMContentLoaded", onSheet);
+
+// The slides stand behind the scripts in the page.
+document.addEventListener("DOMContentLoaded", () => {
+  onSheet();
+  const areSlidesThere = element("slide-0") !== null;
+  element("panes").hidden = element("export-geojson").hidden = !areSlidesThere;
+  if (!areSlidesThere) return showPanes("map");
+  const counts = countsOf({ codes: slideOf });
+  element("slide-name").append(...facts.slides.map((name, i) => new Option(`${name} (${(counts.get(i) ?? 0).toLocaleString("en")})`, i)));
+  showPanes(window.innerWidth < 800 ? "map" : "both");
+  openViewer();
+  showSlide(0);
+});
 new ResizeObserver(() => (resize(), requestDraw())).observe(map);
+new ResizeObserver(drawTissue).observe(tissue);
 resize();
 colorBy(fields[0].key);
 
 // For whoever looks in from the console, and for the tests.
-window.atlas = { ids, camera, screenX, screenY, draw, squaresInView };
+window.atlas = { ids, camera, screenX, screenY, draw, squaresInView, tissuePlace, neighboursOf };
 window.atlas.selected = () => selection;
 window.atlas.isWaiting = () => busy > 0 || wanted.size > 0; // for cell images
+window.atlas.isTissueThere = () => isTissueThere();

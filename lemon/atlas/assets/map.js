@@ -4,6 +4,7 @@ const OFF = 0, FADED = 1, FULL = 2; // how a point is drawn, and in this order
 const OFF_PIXEL = pixelOf("#e9e9e9");
 const levels = new Uint8Array(count).fill(FULL);
 const pixels = new Uint32Array(count); // colour of each point
+const SMALLEST = 44, LARGEST = 176; // squares with a cell, CSS pixels
 const map = element("map");
 const camera = { x: 0.5, y: 0.5, scale: 1, whole: 1 }; // centre in map sides; CSS pixels a map side
 const buffer = { width: 0, height: 0, margin: 0, image: null, words: null };
@@ -28,11 +29,27 @@ function showWhole() {
   camera.scale = camera.whole;
 }
 
+// At most until cells have about four times the room of the LARGEST, and never so far that none is left in view.
 function zoom(factor, x, y) {
+  const before = { ...camera };
   const [left, top] = [mapX(x), mapY(y)];
-  camera.scale = Math.min(Math.max(camera.scale * factor, camera.whole / 2), camera.whole * 2000);
+  const most = 4 * LARGEST * Math.sqrt(count);
+  camera.scale = Math.min(Math.max(camera.scale * factor, camera.whole / 2), most);
   camera.x += left - mapX(x);
   camera.y += top - mapY(y);
+  if (factor > 1 && cellsInView(1) < 1) Object.assign(camera, before);
+}
+
+// How many cells that are not hidden are in view, counted up to `most`.
+function cellsInView(most) {
+  const [left, top] = [mapX(0) * SIDE, mapY(0) * SIDE];
+  const [right, bottom] = [mapX(map.clientWidth) * SIDE, mapY(map.clientHeight) * SIDE];
+  let found = 0;
+  for (let cell = 0; cell < count && found < most; cell++) {
+    const [x, y] = [positions[2 * cell], positions[2 * cell + 1]];
+    if (levels[cell] !== OFF && x >= left && x <= right && y >= top && y <= bottom) found++;
+  }
+  return found;
 }
 
 function pan(dx, dy) {
@@ -109,10 +126,11 @@ function mix(under, over, share) {
   return (0xff000000 | ((redBlue / 256) & 0xff00ff) | ((green / 256) & 0xff00)) >>> 0;
 }
 
-// Squares of the map, about 44 CSS pixels wide, each with the cell nearest its centre: the paper's Figure 4, live.
-// They are fixed to the map, so that moving it changes none.
+// Squares of the map, each with the cell nearest its centre: the paper's Figure 4, live. They are fixed to the map, so
+// that moving it changes none, and grow from SMALLEST to LARGEST while there is room around the cells in view.
 function squaresInView() {
-  const side = 2 ** Math.round(Math.log2(44 / camera.scale));
+  const room = Math.sqrt((map.clientWidth * map.clientHeight) / Math.max(cellsInView(count), 1)) / 2;
+  const side = 2 ** Math.round(Math.log2(Math.min(Math.max(room, SMALLEST), LARGEST) / camera.scale));
   const [left, top] = [Math.floor(mapX(0) / side), Math.floor(mapY(0) / side)];
   const columns = Math.floor(mapX(map.clientWidth) / side) - left + 1;
   const rows = Math.floor(mapY(map.clientHeight) / side) - top + 1;
@@ -169,29 +187,39 @@ function cellNear(x, y, reach) {
   return best;
 }
 
-// The `wanted` cells nearest to a cell on the map, itself left out.
+// The `wanted` cells whose embeddings are nearest to that of a cell, itself left out; the nearest first.
 function neighboursOf(cell, wanted) {
-  const [x, y] = [positions[2 * cell], positions[2 * cell + 1]];
-  const near = [];
-  for (let other = 0; other < count; other++) {
-    const distance = (positions[2 * other] - x) ** 2 + (positions[2 * other + 1] - y) ** 2;
-    if (other === cell || (near.length === wanted && distance >= near[wanted - 1].distance)) continue;
-    const at = near.findIndex((found) => found.distance > distance);
-    near.splice(at < 0 ? near.length : at, 0, { other, distance });
-    near.length = Math.min(near.length, wanted);
+  vectors ??= new Int8Array(bytesOf("array-vectors").buffer);
+  const width = weights.length, start = cell * width;
+  const distances = new Float32Array(count);
+  for (let other = 0, at = 0; other < count; other++) {
+    let sum = 0;
+    for (let i = 0; i < width; i++, at++) {
+      const difference = vectors[at] - vectors[start + i];
+      sum += weights[i] * difference * difference;
+    }
+    distances[other] = sum;
   }
-  return near.map((found) => found.other);
+  distances[cell] = Infinity;
+  const limit = distances.slice().sort()[Math.min(wanted, count) - 1];
+  const near = [];
+  for (let other = 0; other < count; other++) if (other !== cell && distances[other] <= limit) near.push(other);
+  return near.sort((a, b) => distances[a] - distances[b]).slice(0, wanted);
 }
 
-// The cells inside a polygon of [x, y] in map sides, those of hidden categories left out.
+// The cells inside a polygon on the map, or on the slide that is shown; hidden ones are left out.
 function cellsWithin(polygon) {
-  const inside = [];
-  for (let cell = 0; cell < count; cell++) {
-    if (levels[cell] !== OFF && isWithin(polygon, positions[2 * cell] / SIDE, positions[2 * cell + 1] / SIDE)) {
-      inside.push(cell);
-    }
-  }
-  return inside;
+  return shownCells((cell) => isWithin(polygon, positions[2 * cell] / SIDE, positions[2 * cell + 1] / SIDE));
+}
+
+function cellsWithinTissue(polygon) {
+  return shownCells((cell) => slideOf[cell] === slide && isWithin(polygon, places[2 * cell], places[2 * cell + 1]));
+}
+
+function shownCells(condition) {
+  const found = [];
+  for (let cell = 0; cell < count; cell++) if (levels[cell] !== OFF && condition(cell)) found.push(cell);
+  return found;
 }
 
 function isWithin(polygon, x, y) {

@@ -3,9 +3,20 @@
 let colorField = fields[0];
 let selection = null; // cells, ascending, or null
 let pinned = -1;
+let pointed = null; // code of the category under the pointer
 const galleries = {
-  selection: new Gallery(element("selected-cells"), { columns: 6, size: 46, most: 24, onPick: (cell) => pin(cell) }),
-  neighbours: new Gallery(element("neighbours"), { columns: 6, size: 46, most: 12, onPick: (cell) => pin(cell) }),
+  selection: new Gallery(element("selected-cells"), { columns: 6, size: 46, most: 24, onPick: click }),
+  neighbours: new Gallery(element("neighbours"), { columns: 6, size: 46, most: 12, onPick: click }),
+  sheet: new Gallery(element("sheet-cells"), {
+    columns: 1,
+    size: 76,
+    most: 240,
+    onPick: (cell, event) => {
+      click(cell, event);
+      if (selection && event.ctrlKey) showSheet(sheetStart);
+      else element("sheet").close();
+    },
+  }),
 };
 const scale = facts.scale.map(pixelOf);
 
@@ -16,47 +27,78 @@ function make(tag, text, className) {
   return made;
 }
 
-// Colours and levels of all points, after any change of field, legend or selection.
+// Whether filters leave a cell in.
+function isShown(cell) {
+  for (const { kind, hidden, codes, range, values } of fields) {
+    if (kind === "category") {
+      if (hidden.size && hidden.has(codes[cell])) return false;
+    } else if (range && !(values[cell] >= range[0] && values[cell] <= range[1])) return false;
+  }
+  return true;
+}
+
+// Colours and levels of all points, after any change of field, filters, classes or selection.
 function recolor() {
-  const { kind, codes, hidden, values, low, high } = colorField;
+  const { kind, codes, values, low, high } = colorField;
   const colors = kind === "category" ? new Map(colorField.colors.map((hex, code) => [code, pixelOf(hex)])) : null;
   colors?.set(MISSING, pixelOf("#bebebe"));
   const chosen = selection && new Uint8Array(count);
   selection?.forEach((cell) => (chosen[cell] = 1));
+  let shown = 0;
   for (let cell = 0; cell < count; cell++) {
-    levels[cell] = hidden?.has(codes[cell]) ? OFF : chosen && !chosen[cell] ? FADED : FULL;
+    const isFaded = (chosen && !chosen[cell]) || (pointed !== null && codes[cell] !== pointed);
+    levels[cell] = !isShown(cell) ? OFF : isFaded ? FADED : FULL;
+    if (levels[cell] !== OFF) shown++;
     const share = values && Math.min(Math.max((values[cell] - low) / (high - low), 0), 1);
     const color = colors ? colors.get(codes[cell]) : scale[Math.round(share * (scale.length - 1))];
     pixels[cell] = levels[cell] === OFF ? OFF_PIXEL : levels[cell] === FADED ? mix(0xffffffff, color, 72) : color;
   }
+  element("shown").textContent = `${shown.toLocaleString("en")} of ${count.toLocaleString("en")} cells shown`;
   requestDraw();
 }
 
-function colorBy(key) {
-  colorField = fields.find((field) => field.key === key);
-  element("color-by").value = key;
+// Everything that the column tells, after a change of what is known of the cells.
+function refresh() {
+  pointed = null; // its button is made anew
   const isCategory = colorField.kind === "category";
   element("legend-title").textContent = colorField.title + (colorField.unit ? `, ${colorField.unit}` : "");
   element("all").hidden = element("none").hidden = !isCategory;
   element("legend").replaceChildren(...(isCategory ? categoryLegend() : measureLegend()));
   element("legend-note").textContent = isCategory
-    ? "Click hides or shows; Shift + click shows only one."
-    : "From the 1st to the 99th percentile; cells beyond have the end's colour.";
+    ? "Click hides or shows; Shift + click shows only one; pointing shows where its cells are."
+    : "Colours from the 1st to the 99th percentile; cells beyond have the end's colour.";
+  listFilters();
+  listClasses();
   tellSelection();
   recolor();
 }
 
+function colorBy(key) {
+  colorField = fields.find((field) => field.key === key);
+  element("color-by").value = key;
+  refresh();
+}
+
+function countsOf({ codes }) {
+  const counts = new Map();
+  for (const code of codes) counts.set(code, (counts.get(code) || 0) + 1);
+  return counts;
+}
+
 function categoryLegend() {
-  const { names, colors, counts, hidden, codes } = colorField;
+  const { names, colors, hidden } = colorField;
+  const counts = countsOf(colorField);
   const all = [...names.keys()].concat(counts.has(MISSING) ? [MISSING] : []);
-  const press = () => {
-    [...element("legend").querySelectorAll("button")].forEach((button, i) =>
-      button.setAttribute("aria-pressed", String(!hidden.has(all[i]))),
-    );
-    recolor();
+  const hide = (codes) => {
+    remember();
+    hidden.clear();
+    for (const code of codes) hidden.add(code);
+    const at = [...element("legend").querySelectorAll("button")].indexOf(document.activeElement);
+    refresh();
+    element("legend").querySelectorAll("button")[at]?.focus();
   };
-  element("all").onclick = () => (hidden.clear(), press());
-  element("none").onclick = () => (all.forEach((code) => hidden.add(code)), press());
+  element("all").onclick = () => hide([]);
+  element("none").onclick = () => hide(all);
   return all.map((code) => {
     const button = make("button");
     button.setAttribute("aria-pressed", String(!hidden.has(code)));
@@ -65,27 +107,64 @@ function categoryLegend() {
     button.firstChild.style.background = colors[code] ?? "#bebebe";
     button.title = names[code] ?? "not given";
     button.onclick = (event) => {
-      if (event.shiftKey) {
-        all.forEach((other) => hidden.add(other));
-        hidden.delete(code);
-      } else if (!hidden.delete(code)) {
-        hidden.add(code);
-      }
-      press();
+      const others = all.filter((other) => other !== code);
+      hide(event.shiftKey ? others : hidden.has(code) ? [...hidden].filter((other) => other !== code) : [...hidden, code]);
     };
+    button.onpointerenter = () => point(code);
+    button.onpointerleave = () => point(null);
     const item = make("li");
     item.append(button);
     return item;
   });
 }
 
+// Show where the cells of a category are while the pointer rests on its name.
+function point(code) {
+  pointed = code;
+  recolor();
+}
+
 function measureLegend() {
   const bar = make("li", undefined, "bar");
   bar.style.background = `linear-gradient(to right, ${facts.scale.filter((_, i) => i % 15 === 0).join(", ")})`;
   const ticks = make("li", undefined, "ticks");
-  const { low, high } = colorField;
+  const { low, high, range } = colorField;
   for (const share of [0, 0.25, 0.5, 0.75, 1]) ticks.append(make("span", round(low + share * (high - low))));
-  return [bar, ticks];
+  const limits = make("li", "Show from ", "limits");
+  const inputs = ["From", "To"].map((name, end) => {
+    const input = make("input");
+    Object.assign(input, { type: "number", step: "any", value: Number.isFinite(range?.[end]) ? range[end] : "" });
+    input.setAttribute("aria-label", `${name}: ${colorField.title}`);
+    input.onchange = () => {
+      remember();
+      const [from, to] = inputs.map(({ value }) => (value === "" ? null : Number(value)));
+      colorField.range = from === null && to === null ? null : [from ?? -Infinity, to ?? Infinity];
+      listFilters();
+      recolor();
+    };
+    return input;
+  });
+  limits.append(inputs[0], " to ", inputs[1]);
+  return [bar, ticks, limits];
+}
+
+// A button for each field that hides cells, which ends that.
+function listFilters() {
+  const buttons = fields.flatMap((field) => {
+    const { kind, title, hidden, range, unit } = field;
+    if (kind === "category" ? !hidden.size : !range) return [];
+    const ends = range?.map((end) => (Number.isFinite(end) ? String(end) : "any"));
+    const button = make("button", `${title}: ${range ? `${ends[0]} to ${ends[1]} ${unit}` : `${hidden.size} hidden`} \u2715`);
+    button.title = "End this filter";
+    button.onclick = () => {
+      remember();
+      if (range) field.range = null;
+      else hidden.clear();
+      refresh();
+    };
+    return [button];
+  });
+  element("filters").replaceChildren(...buttons);
 }
 
 // A cell's image and facts, in an element of class "card".
@@ -126,48 +205,70 @@ function pin(cell) {
     fillCard(element("pinned-card"), cell);
     galleries.neighbours.show(neighboursOf(cell, 12));
     element("pinned").scrollIntoView({ block: "nearest" });
+    if (viewer) goTo(cell);
   }
   requestDraw();
 }
 
+// What a click on a cell does: Ctrl takes it into the selection or out of it, else it is pinned.
+function click(cell, event) {
+  if (cell < 0) return;
+  if (!event.ctrlKey && !event.metaKey) return pin(cell);
+  const chosen = new Set(selection);
+  if (!chosen.delete(cell)) chosen.add(cell);
+  select([...chosen].sort((a, b) => a - b));
+}
+
+// Change the selection; it can be undone.
 function select(cells) {
-  selection = cells && cells.length ? cells : null;
+  if (!cells?.length && !selection) return;
+  remember();
+  setSelection(cells);
+  refresh();
+}
+
+function setSelection(cells) {
+  selection = cells?.length ? cells : null;
   element("selection").hidden = !selection;
   galleries.selection.show(selection ?? []);
-  tellSelection();
-  recolor();
+  if (selection && viewer && !selection.some((cell) => slideOf[cell] === slide)) showSlide(slideOf[selection[0]]);
+  if (!selection) element("sheet").close();
 }
 
 function tellSelection() {
   if (!selection) return;
   element("selected").textContent = `${selection.length.toLocaleString("en")} cells selected`;
-  const { kind, title, codes, names, values, unit } = colorField;
+  const lines = [makeup(colorField)];
+  const bySlide = fields.find((field) => field.key === "slide_id");
+  if (bySlide && bySlide !== colorField && bySlide.names.length > 1) lines.push(makeup(bySlide));
+  element("makeup").textContent = lines.join("\n");
+}
+
+// What the selected cells are by a field, in a line.
+function makeup({ kind, title, codes, names, values, unit }) {
   if (kind === "measure") {
     const sorted = Float32Array.from(selection, (cell) => values[cell]).sort();
     const [low, middle, high] = [0.05, 0.5, 0.95].map((share) => round(sorted[Math.floor(share * (sorted.length - 1))]));
-    element("makeup").textContent = `${title}: median ${middle} ${unit}, 5 % to 95 %: ${low} to ${high}`;
-    return;
+    return `${title}: median ${middle} ${unit}, 5 % to 95 %: ${low} to ${high}`;
   }
-  const counts = new Map();
-  for (const cell of selection) counts.set(codes[cell], (counts.get(codes[cell]) || 0) + 1);
+  const counts = countsOf({ codes: selection.map((cell) => codes[cell]) });
   const parts = [...counts].sort((a, b) => b[1] - a[1]).slice(0, 6);
   const percent = (n) => Math.round((100 * n) / selection.length) || "<1";
-  const words = parts.map(([code, n]) => `${names[code] ?? "not given"}: ${percent(n)} %`);
-  element("makeup").textContent = `By ${title.toLowerCase()}: ${words.join("; ")}${counts.size > 6 ? "; ..." : ""}`;
+  const words = parts.map(([code, n]) => `${names[code] ?? "not given"}: ${n.toLocaleString("en")} (${percent(n)} %)`);
+  return `By ${title.toLowerCase()}: ${words.join("; ")}${counts.size > 6 ? "; ..." : ""}`;
 }
 
-// cell_id, and label where one is given: what labels=... of lemon atlas and the probe of lemon pretrain read.
-function csvOfSelection() {
-  const quote = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
-  const label = element("label").value.trim();
-  const rows = selection.map((cell) => quote(ids[cell]) + (label ? `,${quote(label)}` : ""));
-  return [label ? "cell_id,label" : "cell_id", ...rows, ""].join("\n");
-}
+// The whole selection as pages of cells.
+const A_PAGE = 240;
+let sheetStart = 0;
 
-function exportSelection() {
-  const link = make("a");
-  link.href = URL.createObjectURL(new Blob([csvOfSelection()], { type: "text/csv" }));
-  link.download = "cells.csv";
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+function showSheet(start) {
+  sheetStart = Math.min(Math.max(start, 0), Math.floor((selection.length - 1) / A_PAGE) * A_PAGE);
+  const sheet = element("sheet");
+  if (!sheet.open) sheet.showModal();
+  const gallery = galleries.sheet;
+  gallery.columns = Math.max(Math.floor((sheet.clientWidth - 48) / gallery.size), 1);
+  gallery.show(selection.slice(sheetStart, sheetStart + A_PAGE));
+  const end = Math.min(sheetStart + A_PAGE, selection.length);
+  element("sheet-place").textContent = `${sheetStart + 1} to ${end} of ${selection.length.toLocaleString("en")}`;
 }

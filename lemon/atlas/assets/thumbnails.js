@@ -84,8 +84,8 @@ class Gallery {
     Object.assign(this, { canvas, columns, size, most, cells: [] });
     canvas.addEventListener("click", (event) => {
       const column = Math.floor(event.offsetX / size);
-      const cell = this.cells[Math.floor(event.offsetY / size) * columns + column];
-      if (column < columns && cell !== undefined) onPick(cell);
+      const cell = this.cells[Math.floor(event.offsetY / size) * this.columns + column];
+      if (column < this.columns && cell !== undefined) onPick(cell, event);
     });
   }
 
