@@ -438,7 +438,7 @@ def test_the_ledger_has_the_columns_of_the_schema(slide_file: Path, tmp_path: Pa
     assert isinstance(ledger, pa.Table)
     (row,) = ledger.to_pylist()
     missing = {name for name, value in row.items() if value is None}
-    assert missing == {"patient_id", "project", "organ", "site", "error", "mask_digest"}
+    assert missing == {"patient_id", "project", "organ", "site", "error", "mask_digest", "nuclei_digest"}
 
 
 @pytest.mark.slow
