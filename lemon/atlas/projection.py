@@ -9,6 +9,7 @@ from openTSNE import TSNE
 from sklearn.decomposition import PCA
 from tqdm import tqdm
 
+from lemon.embed.stream import directions
 from lemon.errors import ConfigError
 
 EARLY_STEPS, STEPS = 250, 500  # openTSNE's own numbers
@@ -37,9 +38,9 @@ def map_tsne(vectors: np.ndarray, *, perplexity: float, seed: int, threads: int)
     The same for the same seed and number of threads. Another number finds other approximate neighbours and adds in
     another order, which t-SNE grows into another, equally good map (measured with openTSNE 1.0.4).
     """
-    directions = directions_of(vectors)
+    unit = directions(vectors)
     # More would only be lowered by openTSNE, with a warning: every cell needs three times as many neighbours.
-    perplexity = min(perplexity, (len(directions) - 1) / 3)
+    perplexity = min(perplexity, (len(unit) - 1) / 3)
     with tqdm(total=EARLY_STEPS + STEPS, unit="step", desc="t-SNE (neighbours first)", disable=None) as bar:
 
         def tick(_step: int, divergence: float, _positions: np.ndarray) -> None:
@@ -57,7 +58,7 @@ def map_tsne(vectors: np.ndarray, *, perplexity: float, seed: int, threads: int)
             random_state=seed,
             callbacks=tick,
             callbacks_every_iters=STEPS_A_TICK,
-        ).fit(directions)
+        ).fit(unit)
     return np.asarray(positions, np.float32)
 
 
@@ -69,13 +70,7 @@ def map_umap(vectors: np.ndarray, *, perplexity: float, seed: int, threads: int)
     reducer = umap.UMAP(
         n_neighbors=neighbours, metric="cosine", init="pca", random_state=seed, n_jobs=1, tqdm_kwds={"disable": None}
     )
-    return np.asarray(reducer.fit_transform(directions_of(vectors)), np.float32)
-
-
-def directions_of(vectors: np.ndarray) -> np.ndarray:
-    """float32 [N, D] of length one, as clusters compare them; so that PCA looks at directions too."""
-    vectors = vectors.astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
+    return np.asarray(reducer.fit_transform(directions(vectors)), np.float32)
 
 
 def compact(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -84,9 +79,9 @@ def compact(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     The first COMPACT_DIM principal components of the directions, each in 127 steps of its own; the square of a distance
     is the sum of squared differences of bytes times the second array. Between directions it is 2 (1 - cosine).
     """
-    directions = directions_of(vectors)
-    width = min(COMPACT_DIM, *directions.shape)
-    parts = PCA(width, svd_solver="randomized", random_state=0).fit_transform(directions)
+    unit = directions(vectors)
+    width = min(COMPACT_DIM, *unit.shape)
+    parts = PCA(width, svd_solver="randomized", random_state=0).fit_transform(unit)
     step = np.abs(parts).max(axis=0).clip(1e-12) / 127
     return np.round(parts / step).astype(np.int8), (step**2).astype(np.float32)
 
