@@ -100,7 +100,7 @@ def test_clusters_find_groups_and_do_not_depend_on_anything_but_the_seed() -> No
 
 
 def test_colours_differ_however_many_there_are() -> None:
-    assert palette(2) == [(31, 119, 180), (255, 127, 14)]
+    assert palette(2) == [(63, 144, 218), (255, 127, 14)]
     assert len(set(palette(40))) == 40
     assert all(0 <= value <= 255 for color in palette(40) for value in color)
 
@@ -125,7 +125,7 @@ def test_an_h5ad_file_holds_embeddings_positions_measures_and_clusters(output: P
         data.obs["cluster"].astype(int).tolist()
         == pq.read_table(output / "clusters" / "a.parquet")["cluster"].to_pylist()
     )
-    assert data.uns["cluster_colors"].tolist() == ["#1f77b4", "#ff7f0e", "#2ca02c"]
+    assert data.uns["cluster_colors"].tolist() == ["#3f90da", "#ffa90e", "#bd1f01"]
 
 
 def test_an_h5ad_file_opens_backed_and_can_be_cut_joined_and_written(output: Path, tmp_path: Path) -> None:
