@@ -100,7 +100,7 @@ def test_clusters_find_groups_and_do_not_depend_on_anything_but_the_seed() -> No
 
 
 def test_colours_differ_however_many_there_are() -> None:
-    assert palette(2) == [(63, 144, 218), (255, 127, 14)]
+    assert palette(2) == [(63, 144, 218), (255, 169, 14)]
     assert len(set(palette(40))) == 40
     assert all(0 <= value <= 255 for color in palette(40) for value in color)
 
