@@ -231,7 +231,7 @@ def test_the_next_cells_are_new_differ_and_are_of_what_has_no_label() -> None:
     probability[codes == 2] = [0.5, 0.49, 0.01]
     chosen = choose_next(vectors, labelled, probability, count=4, seed=0)
     assert len({*chosen} - {*labelled}) == 4
-    assert (codes[chosen] == 2).all()
+    assert (codes[chosen] == 2).all()  # 40 candidates are of the 100 unsure ones
     assert len(choose_next(vectors[:6], [0, 1], None, count=10, seed=0)) == 4
     np.testing.assert_allclose(unsureness(np.array([[0.5, 0.5, 0], [0.9, 0.1, 0]])), [1, 0.2])
 
