@@ -42,14 +42,22 @@ def test_the_same_job_submitted_twice_at_once_and_again_leaves_each_cell_once(cl
 
 
 def test_prometheus_would_find_what_the_actors_counted(cluster: LocalCluster) -> None:
-    """Of the two slides above; Ray collects counters every 10 s."""
+    """Of the two slides above, found without a network and embedded by one; Ray collects counters every 10 s."""
+    words = (f"cells={cluster.folder / 'cells'}", f"output={cluster.folder / 'embeddings'}", "model=lemon_mini")
+    embedded = cluster.run("jobs/embed.py", *words, "workers.actors=1")
+    assert embedded.driver_code == 0, embedded.told
     lines = cluster.metrics()
     deadline = time.monotonic() + 60
-    while not any("ray_lemon_slides_total" in line for line in lines) and time.monotonic() < deadline:
+    while not any("ray_lemon_device_seconds_total" in line for line in lines) and time.monotonic() < deadline:
         time.sleep(1)
         lines = cluster.metrics()
-    counted = [line for line in lines if line.startswith("ray_lemon_slides_total{")]
-    assert sum(float(line.split()[-1]) for line in counted) == 2
-    assert all('stage="curate"' in line and 'status="done"' in line for line in counted)
-    for name in COUNTERS:
-        assert any(line.startswith(f"ray_{name}{{") for line in lines), name
+    counted = {name: [line for line in lines if line.startswith(f"ray_{name}{{")] for name in COUNTERS}
+    slides = counted["lemon_slides_total"]
+    assert all('status="done"' in line for line in slides)
+    for stage in ("curate", "embed"):
+        assert sum(float(line.split()[-1]) for line in slides if f'stage="{stage}"' in line) == 2
+    for name in ("lemon_cells_total", "lemon_worker_seconds_total"):
+        assert all(any(f'stage="{stage}"' in line for line in counted[name]) for stage in ("curate", "embed")), name
+    seconds = counted["lemon_device_seconds_total"]
+    assert seconds
+    assert all('stage="embed"' in line for line in seconds)
