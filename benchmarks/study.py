@@ -1,13 +1,13 @@
 """A miniature of the paper's studies on real nuclei: augmentation, method and size, each with several seeds.
 
-python -m benchmarks.study --data FOLDER --work FOLDER [--seeds 0 1 2] [--studies augmentation ssl size]
-  [--weights FOLDER] [key=value ...]
+python -m benchmarks.study [key=value ...] --data FOLDER --work FOLDER [--seeds 0 1 2]
+  [--studies augmentation ssl size] [--weights FOLDER]
 
 FOLDER holds ``masks/`` (see benchmarks.learning) and ``amibr/``. Every nucleus of the masks becomes a cell to pretrain
 on, without its label; the encoders are scored on cell types of CoNSeP (folds by image) and on AMi-Br (folds by slide).
 Below ``--work``: the cells, a sweep a study (``jobs/scaling_sweep.py``; the same command goes on after an interruption)
 and ``report/index.html``, where the encoders of ``--weights`` (see benchmarks.robustness), lemon_mini and untrained
-twins stand beside them, scored alike. Further words are overrides of every sweep.
+twins stand beside them, scored alike. Words are overrides of every sweep.
 """
 
 from __future__ import annotations
