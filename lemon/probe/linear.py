@@ -28,6 +28,8 @@ ALPHA_GRID = tuple(10.0 ** np.linspace(-2, 8, 11))
 INNER_FOLDS = 3
 PATIENCE = 2
 """Steps along a path of rising C that fall below the best inner score before the search stops."""
+PATIENT_FROM = 1e-3
+"""C below which the search does not stop: fits there are cheap, and all but the same, so that they differ by accident."""
 MAX_ITER = 500
 NEIGHBOURS = 20
 QUICK_C, QUICK_ALPHA = 0.01, 1000.0
@@ -68,7 +70,8 @@ def fit_classifier(
     """Logistic regression whose C has the best inner balanced accuracy, or log loss.
 
     Each inner fold follows C upwards from a warm start, where fits are cheap, and the search ends when ``PATIENCE``
-    steps in a row were worse than the best: the costly, hardly penalised fits at the end of the grid are seldom made.
+    steps in a row from ``PATIENT_FROM`` on were worse than the best: the costly, hardly penalised fits at the end of
+    the grid are seldom made.
     Steps up to the last one where one class takes all do not count.
 
     Args:
@@ -93,8 +96,8 @@ def fit_classifier(
         # Under a strong penalty one class takes all. A better score at a stronger one still, where all crops are about
         # even, was an accident.
         candidates = [] if math.isclose(scores[c], chance) else [*candidates, c]
-        so_far = [scores[each] for each in candidates]
-        if len(so_far) > PATIENCE and max(so_far[-PATIENCE:]) < max(so_far):
+        late = [scores[each] for each in candidates if each > PATIENT_FROM]
+        if len(late) >= PATIENCE and max(late[-PATIENCE:]) < max(scores[each] for each in candidates):
             break
     best = max(candidates or scores, key=lambda c: scores[c])
     return Fitted(fit_logistic(embedding, labels, c=best, features=features, class_weight=class_weight), best, scores)

@@ -45,6 +45,15 @@ def test_the_search_ends_soon_after_its_best():
     assert len(tried) < len(linear.C_GRID)
 
 
+def test_the_search_does_not_end_among_penalties_so_strong_that_fits_differ_by_accident(monkeypatch):
+    embedding, labels, slides = blobs(200)
+    met = dict(zip(linear.C_GRID, (0.537, 0.5366, 0.533, 0.536, 0.56, 0.6, 0.604, 0.602, 0.591), strict=False))
+    monkeypatch.setattr(linear._Path, "score", lambda self, c: met[c])  # as on CoNSeP's types, where it once ended
+    fitted = linear.fit_classifier(embedding, labels, groups=slides, seed=0)
+    assert fitted.inner_scores == met
+    assert fitted.inner_scores[fitted.chosen] == 0.604
+
+
 def test_the_search_gets_past_a_penalty_so_strong_that_one_class_takes_all():
     embedding, labels, slides = blobs(noise=1.0)
     kept = (labels == 0) | (np.arange(len(labels)) % 5 == 0)  # unbalanced: the plateau is the share of one class
