@@ -19,6 +19,12 @@ def test_a_probe_drops_on_a_hospital_whose_stain_mimics_the_other_class() -> Non
     assert mimicked["calibration_shift"].value == pytest.approx(shift)
 
 
+def test_an_error_lies_within_its_own_interval_though_chance_enlarges_that_of_each_draw() -> None:
+    found = unseen_batches(nuclei(300, of_class=3), seed=0, draws=200)
+    for name in ("ece_seen", "ece_unseen", "calibration_shift"):
+        assert found[name].low < found[name].value < found[name].high, name
+
+
 def test_each_hospital_is_left_out_once_and_scored_slides_never_train() -> None:
     given = nuclei(120, of_class=3)
     hospital = dict(zip(given.slide, given.batch, strict=True))
