@@ -113,6 +113,9 @@ def test_consep_reads_both_layouts_and_centres_on_the_instance(tmp_path: Path, d
     assert_centred(task.images[::5])
     assert [protocol.name for protocol in task.protocols] == ["leak-free"]
     assert check_folds(task) == ()
+    assert task.place_um is not None
+    found = {tuple(place) for place in task.place_um[task.groups["slide"] == task.groups["slide"][0]].tolist()}
+    assert found == {((x + 0.5) * 0.25, (y + 0.5) * 0.25) for x, y in PLACES}
     # 16 nuclei an image: 4 of each of four types, or types 1 to 7, 1 and 2 once more: 3, 4 and 5, 6, 7 are one class.
     of_class = [counts(task)[f"class {name}"] // 8 for name in consep.CLASSES]
     assert of_class == ([3, 3, 4, 6] if downloaded else [4, 4, 4, 4])
