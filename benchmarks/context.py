@@ -13,8 +13,8 @@ image is on both sides of a fold, so nothing of a test image is seen in training
 is what an image's mean tells; only what neighbours gain beyond it is due to their being near.
 
 Costs are ms of CPU a cell, of all threads, as other work on the machine changes them little. At most --cells nuclei of
-a task are scored, drawn at random, always the same; neighbours are sought among all. Vectors are kept in --cache, of
-fields by image: a run that was stopped goes on.
+a task are scored, drawn at random, always the same; neighbours are sought among all. Vectors are kept in --cache by
+image: a run that was stopped goes on.
 
 What the figures do not say: neighbours are the labelled nuclei of which a task has a crop, found by experts, not by a
 segmenter; those at an image's border are missing. An image is mirrored at its border where a field reaches over it
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "lemon-context")
     parser.add_argument("--tasks", nargs="+", default=list(BENCHMARKS), choices=list(BENCHMARKS))
     parser.add_argument("--encoders", nargs="+", default=["lemon_mini"])
-    parser.add_argument("--fields", nargs="+", default=["lemon_mini", "efficientnet_lite0"])
+    parser.add_argument("--fields", nargs="*", default=["lemon_mini", "efficientnet_lite0"])
     parser.add_argument("--cells", type=int, default=3000)
     parser.add_argument("--k", type=int, default=10)
     parser.add_argument("--radius-um", type=float, default=50.0)
@@ -128,7 +128,7 @@ def contexts(
     name: str, task: Task, rows: np.ndarray, encoder: str, options: argparse.Namespace
 ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
     """Circumstances of each context, that of the nucleus alone first, and its vectors float32 [n, W] of the rows."""
-    own, own_ms = kept(options.cache / f"{name}-{encoder}.npz", lambda: opened(encoder, options).embed(task.images))
+    own, own_ms = made_by_image(task, name, encoder, options, lambda network, _, own: network.embed(task.images[own]))
     facts = {"task": name, "encoder": encoder, "cells": len(rows), "among": len(own), "own_ms": round(own_ms, 3)}
 
     def described(context: str, vectors: np.ndarray, more_ms: float, **more: Any) -> tuple[dict[str, Any], np.ndarray]:
@@ -141,9 +141,16 @@ def contexts(
         start = time.process_time()
         vectors = by_image(task, own, lambda part, place, beside=beside: beside(part, place, **settings))
         yield described(context, vectors[rows], 1000 * (time.process_time() - start) / len(own), **settings)
-    scored = part_of(task, rows)
+    scored, side_px = part_of(task, rows), round(options.um / CELL_MPP)
+    reaching = share_reaching(name, scored, side_px=side_px, data=options.data)
     for field in options.fields:
-        around, more_ms, reaching = fields(name, scored, field, options)
+        around, more_ms = made_by_image(
+            scored,
+            f"{name}-{len(rows)}-{side_px}px",
+            field,
+            options,
+            lambda network, slide, of: fields(name, scored, network, slide, of, side_px=side_px, data=options.data),
+        )
         how = {"um": options.um, "field": field, "reaching": reaching}
         yield described("field", with_field(own[rows], around), more_ms, **how)
 
@@ -156,21 +163,37 @@ def opened(encoder: str, options: argparse.Namespace) -> Encoder:
         return lemon.load_encoder(exported_one(options.weights / encoder, Path(folder)))
 
 
-def kept(path: Path, make: Callable[[], Any]) -> tuple[np.ndarray, float]:
-    """Vectors float32 [N, D] and the ms a cell that they took; from the file where they are there."""
-    if not path.exists():
-        start = time.process_time()
-        vectors = np.asarray(make(), np.float32)
-        np.savez(path, vectors=vectors, ms=1000 * (time.process_time() - start) / len(vectors))
-    with np.load(path) as stored:
-        return stored["vectors"], float(stored["ms"])
+def made_by_image(
+    task: Task,
+    name: str,
+    encoder: str,
+    options: argparse.Namespace,
+    make: Callable[[Encoder, str, np.ndarray], Any],
+) -> tuple[np.ndarray, float]:
+    """Vectors float32 [N, D] that an encoder makes of each image's rows, and ms of CPU a cell; kept in --cache."""
+    network, parts, ms = opened(encoder, options), [], 0.0
+    owned = rows_by_image(task)
+    for slide, rows in owned.items():
+        path = options.cache / f"{name}-{encoder}-{slide}.npz"
+        if not path.exists():
+            start = time.process_time()
+            vectors = np.asarray(make(network, slide, rows), np.float32)
+            np.savez(path, vectors=vectors, ms=1000 * (time.process_time() - start))
+        with np.load(path) as stored:
+            parts.append(stored["vectors"])
+            ms += float(stored["ms"])
+    return np.concatenate(parts)[np.argsort(np.concatenate([*owned.values()]))], ms / len(task.images)
+
+
+def rows_by_image(task: Task) -> dict[str, np.ndarray]:
+    """Rows int [n] of each image."""
+    return {str(slide): np.flatnonzero(task.groups["slide"] == slide) for slide in np.unique(task.groups["slide"])}
 
 
 def by_image(task: Task, vectors: np.ndarray, make: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
     """What ``make`` gives of the vectors [n, D] and places [n, 2] of each image, in the order of the task."""
     assert task.place_um is not None
-    images, owner = np.unique(task.groups["slide"], return_inverse=True)
-    parts = [np.flatnonzero(owner == number) for number in range(len(images))]
+    parts = [*rows_by_image(task).values()]
     made = np.concatenate([make(vectors[rows], task.place_um[rows]) for rows in parts])
     return made[np.argsort(np.concatenate(parts))]
 
@@ -186,28 +209,30 @@ def at_random(vectors: np.ndarray, place_um: np.ndarray, *, k: int, radius_um: f
     return nearest(vectors, dealt, k=k, radius_um=radius_um)
 
 
-def fields(name: str, task: Task, field: str, options: argparse.Namespace) -> tuple[np.ndarray, float, float]:
-    """Vectors float32 [N, F] of the squares around nuclei, ms a cell, and the share that reaches over a border."""
+def corners_in(task: Task, rows: np.ndarray, *, side_px: int) -> np.ndarray:
+    """Top left px int [n, 2] of the squares around nuclei, at 0.25 um/px."""
     assert task.place_um is not None
-    encoder, side_px = opened(field, options), round(options.um / CELL_MPP)
-    found, reaching, ms = np.empty((len(task.images), encoder.width), np.float32), 0, 0.0
-    for slide in np.unique(task.groups["slide"]):
-        rows = np.flatnonzero(task.groups["slide"] == slide)
-        image = BENCHMARKS[name].image(options.data, slide)
-        corner = corners_of(task.place_um[rows] / CELL_MPP - 0.5, side_px=side_px)
-        path = options.cache / f"{name}-{len(task.images)}-{field}-{side_px}-{slide}.npz"
-        found[rows], each_ms = kept(path, lambda: encoded(image, corner, encoder=encoder, side_px=side_px))  # noqa: B023
-        reaching += int(((corner < 0) | (corner + side_px > image.shape[1::-1])).any(axis=1).sum())
-        ms += each_ms * len(rows)
-    return found, ms / len(found), round(reaching / len(found), 3)
+    return corners_of(task.place_um[rows] / CELL_MPP - 0.5, side_px=side_px)
 
 
-def encoded(image: np.ndarray, corner_px: np.ndarray, *, encoder: Encoder, side_px: int) -> np.ndarray:
-    """Vectors of squares of an image by their top left corners; beyond its border it is mirrored."""
+def fields(
+    name: str, task: Task, encoder: Encoder, slide: str, rows: np.ndarray, *, side_px: int, data: Path
+) -> np.ndarray:
+    """Vectors float32 [n, F] of the squares around an image's nuclei; beyond its border it is mirrored."""
     margin = side_px // 2 + 1
-    mirrored = np.pad(image, ((margin, margin), (margin, margin), (0, 0)), mode="symmetric")
-    parts = np.split(corner_px + margin, range(FIELDS_AT_A_TIME, len(corner_px), FIELDS_AT_A_TIME))
-    return np.concatenate([encoder.embed_fields(cut_crops(mirrored, part, side_px=side_px)).numpy() for part in parts])
+    image = np.pad(BENCHMARKS[name].image(data, slide), ((margin,) * 2, (margin,) * 2, (0, 0)), mode="symmetric")
+    corner = corners_in(task, rows, side_px=side_px) + margin
+    parts = np.split(corner, range(FIELDS_AT_A_TIME, len(corner), FIELDS_AT_A_TIME))
+    return np.concatenate([encoder.embed_fields(cut_crops(image, part, side_px=side_px)).numpy() for part in parts])
+
+
+def share_reaching(name: str, task: Task, *, side_px: int, data: Path) -> float:
+    """Share of squares that reach over their image's border."""
+    over = 0
+    for slide, rows in rows_by_image(task).items():
+        corner, size = corners_in(task, rows, side_px=side_px), BENCHMARKS[name].image(data, slide).shape[1::-1]
+        over += int(((corner < 0) | (corner + side_px > size)).any(axis=1).sum())
+    return round(over / len(task.images), 3)
 
 
 def held_out(task: Task, vectors: np.ndarray) -> metrics.Bootstrapped:
