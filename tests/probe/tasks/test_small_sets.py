@@ -168,6 +168,8 @@ def test_the_excerpt_is_resampled_and_other_nuclei_are_dropped(tmp_path: Path) -
     assert counts(task)["nuclei"] == 120
     assert counts(task)["of a super class"] == 120 - 27
     assert counts(task)["whole crop inside the tile"] == 120 - 27 - 12
+    assert task.place_um is not None
+    assert {*np.round(task.place_um / 0.2 - 0.5).ravel().tolist()} == {60, 130, 200}  # px of the tile
     assert set(task.target) == set(nucls15.CLASSES)
     assert_centred(task.images[::5])
     assert check_folds(task) == ()
