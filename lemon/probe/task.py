@@ -59,7 +59,7 @@ class Task:
         protocols: the paper's and the leak-free one; a single one where they agree.
         counts: what each filter left.
         notes: departures that a reader of the scores must know.
-        place_um: float64 [N, 2], x and y of the nucleus in the image that ``groups["slide"]`` names, um from its corner;
+        place_um: float64 [N, 2], x and y of the nucleus in um, in the image that ``groups["slide"]`` names;
             None: not known.
     """
 
