@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import cv2
 import numpy as np
@@ -68,17 +67,17 @@ def read_cells(config: AtlasConfig) -> AtlasCells:
         table=table.append_column("label", _labels_of(table["cell_id"], labels, path=config.labels)),
         vectors=np.concatenate([vectors for _, vectors, _ in parts])[order],
         thumbnails=np.concatenate([thumbnails for _, _, thumbnails in parts])[order],
-        model=spec["model"],
+        model=spec.title,
         slides=tuple(row for row in rows_with_cells(cells) if row.slide_id in chosen),
-        fingerprint=fingerprint([selection.fingerprint, spec]),
+        fingerprint=fingerprint([selection.fingerprint, asdict(spec)]),
     )
 
 
-def _embedding_spec(embeddings: Store) -> dict[str, Any]:
+def _embedding_spec(embeddings: Store) -> EmbeddingSpec:
     if not embeddings.exists(SETTINGS):
         raise ConfigError(f"embeddings: {embeddings.uri} has no {SETTINGS}; expected an output of lemon embed")
     spec: EmbeddingSpec = embeddings.read_json(SETTINGS, EmbeddingSpec)
-    return asdict(spec)
+    return spec
 
 
 def _select(config: AtlasConfig, *, cells: Store, embeddings: Store) -> Selection:

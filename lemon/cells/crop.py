@@ -86,20 +86,20 @@ def claim_cells(
     )
 
 
-def cut_crops(image: np.ndarray, corner_px: np.ndarray) -> np.ndarray:
-    """Squares of 60 px out of an image [H, W, 3] by their top left corners int [N, 2] (x, y): uint8 [N, 60, 60, 3].
+def cut_crops(image: np.ndarray, corner_px: np.ndarray, *, side_px: int = CELL_PX) -> np.ndarray:
+    """Squares out of an image [H, W, 3] by their top left corners int [N, 2] (x, y): uint8 [N, side, side, 3].
 
     What lies outside the image is white.
     """
     if len(corner_px) == 0:
-        return np.empty((0, CELL_PX, CELL_PX, 3), np.uint8)
+        return np.empty((0, side_px, side_px, 3), np.uint8)
     high, wide = image.shape[:2]
     low = np.maximum(0, -corner_px.min(axis=0))
-    over = np.maximum(0, corner_px.max(axis=0) + CELL_PX - (wide, high))
+    over = np.maximum(0, corner_px.max(axis=0) + side_px - (wide, high))
     if low.any() or over.any():
         image = np.pad(image, ((low[1], over[1]), (low[0], over[0]), (0, 0)), constant_values=255)
         corner_px = corner_px + low
-    windows = np.lib.stride_tricks.sliding_window_view(image, (CELL_PX, CELL_PX, 3))[:, :, 0]
+    windows = np.lib.stride_tricks.sliding_window_view(image, (side_px, side_px, 3))[:, :, 0]
     return windows[corner_px[:, 1], corner_px[:, 0]]
 
 
@@ -130,9 +130,9 @@ def crop_nuclei(image: np.ndarray, nuclei: Sequence[Nucleus] | np.ndarray) -> np
     return cut_crops(image, corners_of(centroid))
 
 
-def corners_of(centroid_px: np.ndarray) -> np.ndarray:
+def corners_of(centroid_px: np.ndarray, *, side_px: int = CELL_PX) -> np.ndarray:
     """Top left px int [N, 2] of the crops around centroids [N, 2], (x, y)."""
-    return np.round(centroid_px - (CELL_PX - 1) / 2).astype(int)
+    return np.round(centroid_px - (side_px - 1) / 2).astype(int)
 
 
 def measure(image: np.ndarray, nuclei: Sequence[Nucleus]) -> dict[str, np.ndarray]:

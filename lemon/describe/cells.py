@@ -101,7 +101,7 @@ def read_cells(config: DescribeConfig) -> DescribedCells:
             measure.column: np.concatenate([part["measures"][measure.column] for part in parts]) for measure in MEASURES
         },
         vectors=np.concatenate([part["vectors"] for part in parts]),
-        model=spec.model,
+        model=spec.title,
         notes=(note,) if sampled else (),
     )
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from lemon.cells.config import CellsConfig
 from lemon.curate.config import CELLS_FOLDER, CurateConfig, nested_curate_config
 from lemon.nuclei.config import SegmenterChoice
-from lemon.runtime.config import AnyPath, AnyPaths, Frozen, NameOrPath
+from lemon.runtime.config import AnyPath, AnyPaths, Choice, Frozen, NameOrPath
+from lemon.runtime.registry import Registry
+
+if TYPE_CHECKING:
+    from lemon.embed.context import Context
 
 IN_PROCESS_SLIDES = 16  # up to here the 10 s that Ray takes to start are not won back on one machine
 
@@ -20,6 +24,79 @@ class ClusterConfig(Frozen):
     k: int | None = Field(8, ge=2, description="clusters; null: none")
     n_cells: int = Field(50_000, ge=2, description="cells of lowest rank that the centres are fitted on")
     seed: int = Field(0, ge=0)
+
+
+class ContextConfig(Frozen):
+    """Settings of what of its surroundings a vector holds: what a new one derives its own from."""
+
+    name: str
+    needs_all_nuclei: ClassVar[bool] = False
+    """Whether a sample of a slide's nuclei does not do."""
+
+    def open(self) -> Context:
+        """The context, on the CPU. Raises ConfigError where what it needs is not there."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raises ConfigError for what can be known to be wrong before work begins; imports no torch."""
+
+
+class NucleusConfig(ContextConfig):
+    """The vector of the nucleus's own crop."""
+
+    name: Literal["nucleus"] = "nucleus"
+
+    def open(self) -> Context:
+        """The context."""
+        from lemon.embed.context import Nucleus  # imports torch
+
+        return Nucleus()
+
+
+class NeighboursConfig(ContextConfig):
+    """The own vector, then mean and standard deviation of those of the nearest nuclei of the slide."""
+
+    name: Literal["neighbours"] = "neighbours"
+    needs_all_nuclei: ClassVar[bool] = True
+    k: int = Field(10, ge=1, le=1000, description="nearest nuclei that count, at most")
+    radius_um: float = Field(50.0, gt=0, description="farther nuclei are no neighbours")
+
+    def open(self) -> Context:
+        """The context."""
+        from lemon.embed.context import Neighbours  # imports torch
+
+        return Neighbours(k=self.k, radius_um=self.radius_um)
+
+
+class FieldConfig(ContextConfig):
+    """The own vector, then that of the tissue around the nucleus, read from the slide, by another encoder."""
+
+    name: Literal["field"] = "field"
+    model: NameOrPath = Field(
+        description="encoder of the field: a name as uni2-h or uni:weights.bin, or a path, as of model"
+    )
+    um: float = Field(56.0, ge=15, le=512, description="side of the field; 56 um are 224 px at 0.25 um/px")
+
+    def open(self) -> Context:
+        """The context. Raises ConfigError where there is no such encoder."""
+        from lemon.embed.context import Field as FieldOfTissue  # imports torch
+        from lemon.embed.encode import open_encoder
+
+        return FieldOfTissue(open_encoder(self.model, key="context.model"), um=self.um)
+
+    def check(self) -> None:
+        """Raises ConfigError where ``model`` is no name and no path to an encoder."""
+        from lemon.encoders.registry import check_name
+
+        check_name(self.model)
+
+
+CONTEXTS = Registry(
+    "lemon.contexts",
+    {"nucleus": NucleusConfig, "neighbours": NeighboursConfig, "field": FieldConfig},
+    kind=ContextConfig,
+)
+ContextChoice = Annotated[ContextConfig, Choice("context", "nucleus", registry=CONTEXTS)]
 
 
 class EmbedWorkers(Frozen):
@@ -44,6 +121,7 @@ class EmbedConfig(CellsConfig):
     model: NameOrPath = Field(
         description="output of lemon pretrain, an exported encoder, or a name that load_encoder knows"
     )
+    context: ContextChoice = Field({}, validate_default=True)
     output: AnyPath = Field(description="folder or s3:// prefix of embeddings/ and of the formats")
     cells: AnyPath | None = Field(None, description="output of lemon curate; this or slides")
     slides: AnyPaths | None = Field(
@@ -81,7 +159,12 @@ class EmbedConfig(CellsConfig):
             got = "neither cells=... nor slides=..." if self.cells is None else "cells=... and slides=..."
             raise ValueError(f"got {got}; expected exactly one of the two")
         if self.slides is not None:
-            self.curate_config()
+            kept = self.curate_config().cells_per_slide
+            if kept is not None and self.context.needs_all_nuclei:
+                raise ValueError(
+                    f"context: got {self.context.name} with curation.cells_per_slide={kept}, a sample; "
+                    "expected all nuclei: curation.cells_per_slide=null"
+                )
         return self
 
     def check_inputs(self) -> None:
@@ -90,6 +173,7 @@ class EmbedConfig(CellsConfig):
         from lemon.encoders.registry import check_name
 
         check_name(self.model)
+        self.context.check()
 
     def curate_config(self) -> CurateConfig:
         """The settings of the curation that ``slides=`` asks for. Raises ValueError."""

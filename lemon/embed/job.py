@@ -14,7 +14,8 @@ from lemon.cells.ledger import rows_with_cells
 from lemon.cells.select import select_cells
 from lemon.curate import job as curate
 from lemon.embed.clusters import open_clusters
-from lemon.embed.config import EmbedConfig
+from lemon.embed.config import EmbedConfig, FieldConfig
+from lemon.embed.context import Context
 from lemon.embed.encode import Embedder, open_encoder
 from lemon.embed.export import Export, Exporter
 from lemon.embed.ledger import EmbeddingSpec, EmbedLedger, open_ledger
@@ -63,24 +64,35 @@ def run(config: EmbedConfig, *, slides: list[Slide] | None = None) -> EmbedSumma
     rate = f"{summary.n_embedded / summary.embed_s:,.0f} cells/s" if summary.n_embedded else "none of them now"
     folders = ", ".join(["embeddings/", *(f"{kind}/" for kind in config.format if kind != "parquet")])
     logger.info(
-        f"{counts}, {n_cells:,} cells ({rate}), {summary.spec.width} values each by {summary.spec.model}; "
+        f"{counts}, {n_cells:,} cells ({rate}), {summary.spec.width} values each by {summary.spec.title}; "
         f"{folders} in {output.uri}"
     )
     return summary
 
 
 def _run(config: EmbedConfig, output: Store, cells: Store, *, slides: list[Slide] | None) -> EmbedSummary:
-    encoder = open_encoder(config.model)
-    spec = EmbeddingSpec(encoder.name, encoder.fingerprint, encoder.width, config.dtype, config.precision)
+    encoder, context = open_encoder(config.model), config.context.open()
+    spec = EmbeddingSpec(
+        encoder.name,
+        context.fingerprint(encoder),
+        context.width(encoder.width),
+        config.dtype,
+        config.precision,
+        context.facts,
+    )
+    for note in context.notes():
+        logger.info(note)
     jobs = rows_with_cells(cells) if config.cells is not None else []  # before anything is overwritten
+    context.check_cells(jobs)
     ledger = open_ledger(output, spec, overwrite=config.overwrite)
     curated = [] if config.slides is None else [_curate(config, slides)]
     if curated:
         with contextlib.suppress(ConfigError):  # no cells: curation has logged why
             jobs = rows_with_cells(cells)
+    context.check_cells(jobs)
     pending = ledger.without_embeddings(jobs)
     start = time.perf_counter()
-    _embed(pending, config=config, ledger=ledger, cells=cells, encoder=encoder)
+    _embed(pending, config=config, ledger=ledger, cells=cells, encoder=encoder, context=context)
     seconds = time.perf_counter() - start
     rows = _export(jobs, config=config, ledger=ledger, cells=cells)
     new_ids = {job.slide_id for job in pending}
@@ -106,6 +118,8 @@ def _with_absolute_paths(config: EmbedConfig, output: Store, cells: Store) -> Em
     if "spatialdata" in config.format:
         check_spatialdata(output)
     update: dict[str, Any] = {"output": output.uri, "model": absolute_model_path(config.model)}
+    if isinstance(config.context, FieldConfig):
+        update["context"] = config.context.model_copy(update={"model": absolute_model_path(config.context.model)})
     if config.cells is not None:
         update["cells"] = cells.uri
         if cells.uri == output.uri:
@@ -130,12 +144,20 @@ def absolute_model_path(model: str) -> str:
 
 
 def _embed(
-    jobs: Sequence[SlideRow], *, config: EmbedConfig, ledger: EmbedLedger, cells: Store, encoder: Encoder
+    jobs: Sequence[SlideRow],
+    *,
+    config: EmbedConfig,
+    ledger: EmbedLedger,
+    cells: Store,
+    encoder: Encoder,
+    context: Context,
 ) -> None:
     if not jobs:
         return
     actors = _actors(config, n_slides=len(jobs), gpus=config.workers.gpus)
-    make = functools.partial(Embedder, config, ledger=ledger, cells=cells, encoder=encoder if actors is None else None)
+    make = functools.partial(Embedder, config, ledger=ledger, cells=cells)
+    if actors is None:  # actors open their own
+        make = functools.partial(make, encoder=encoder, context=context)
     pool.run_all(
         jobs,
         make,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from lemon.cells.names import geojson_name
 from lemon.embed.names import (
@@ -23,13 +24,28 @@ from lemon.schema import EmbeddedRow, SlideRow
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """What all embeddings of an output have in common."""
+    """What all embeddings of an output have in common.
+
+    ``context`` is what of their surroundings vectors hold, as its settings say it; None: nothing. The fingerprint is
+    of the encoder and of these.
+    """
 
     model: str
     model_fingerprint: str
     width: int
     dtype: str
     precision: str
+    context: dict[str, Any] | None = None
+
+    @property
+    def context_name(self) -> str:
+        """As ``context=`` has it."""
+        return "nucleus" if self.context is None else str(self.context["name"])
+
+    @property
+    def title(self) -> str:
+        """The model, with its context where it has one."""
+        return self.model if self.context is None else f"{self.model}, context={self.context_name}"
 
 
 class EmbedLedger(Ledger[EmbeddedRow]):

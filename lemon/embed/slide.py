@@ -77,7 +77,12 @@ class EmbeddedSlide:
 
     def facts(self, *, mpp: float) -> dict[str, Any]:
         """What a file says of its making."""
-        return {"model": self.spec.model, "model_fingerprint": self.spec.model_fingerprint, "mpp": mpp}
+        return {
+            "model": self.spec.model,
+            "model_fingerprint": self.spec.model_fingerprint,
+            "context": self.spec.context_name,
+            "mpp": mpp,
+        }
 
     def _read_column(self, name: str, column: str, *, schema: pa.Schema) -> pa.ChunkedArray:
         """A small column of a table that this job wrote."""

@@ -1,10 +1,12 @@
-"""One slide's embeddings: reading, encoding and writing a batch at a time, so that no slide is too large."""
+"""One slide's cells and vectors a batch at a time, so that no slide is too large: reading, encoding, rows to write."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -13,10 +15,8 @@ from lemon import schema
 from lemon.cells.shard import images_from_arrow
 from lemon.encoders.open import Encoder
 from lemon.runtime.metrics import Stopwatch
-from lemon.runtime.shards import ShardError, read_shard, write_shard
+from lemon.runtime.shards import ShardError, read_shard
 from lemon.runtime.store import Store
-
-COLUMNS = ["cell_id", "slide_id", "x_level0_px", "y_level0_px", "image"]
 
 # zstd takes 10 % off float16 vectors, for a fifth more time of writing (100,000 x 384, two cores). Splitting bytes
 # takes off 18 %, but not every reader knows it for float16.
@@ -39,71 +39,76 @@ def read_ahead(
             yield batch
 
 
-def embed_shard(
-    cells: Store,
-    shard: str,
-    *,
-    encoder: Encoder,
-    output: Store,
-    name: str,
-    n_cells: int,
-    dtype: str = "float16",
-    precision: str = "fp32",
-    digest: str | None = None,
-    progress: Callable[[int], object] = lambda _: None,
-    device: Stopwatch | None = None,
-) -> str:
-    """Write the embeddings of a shard, in its order, atomically; returns the digest of the table.
+@dataclass(frozen=True)
+class SlideCells:
+    """A slide's cells, and the encoder that they go through.
 
-    Args:
-        cells, shard: the store and name of a slide's cells.
+    Attributes:
+        cells, shard: their store and name.
+        n_cells: that the shard must have.
         encoder: on the device that it is to run on.
-        output, name: where the table of ``schema.embeddings`` goes.
-        n_cells: rows that the shard must have.
-        dtype: float16 or float32, of the stored vectors.
-        precision: fp32 or bf16, of the arithmetic.
+        bf16: whether it computes in bfloat16.
         digest: of the rows that the shard must hold; None takes any.
-        progress: called with the number of cells of each batch.
-        device: runs while the encoder does.
-
-    Raises:
-        ShardError: the shard cannot be read, is damaged or has other rows, or a vector does not fit dtype.
-        OSError, pa.ArrowException: the output cannot be written.
+        path: of the slide's file, local or at s3://.
+        progress: called with the number of cells of each batch that was encoded.
+        device: runs while an encoder does.
     """
-    table = schema.embeddings(encoder.width, dtype=pa.type_for_alias(dtype))
-    facts = {"model": encoder.name, "model_fingerprint": encoder.fingerprint, "precision": precision}
-    with (
-        write_shard(output, name, schema.marked(table, **facts), **PARQUET_OPTIONS) as written,
-        contextlib.closing(read_ahead(cells, shard, schema=schema.CELLS, columns=COLUMNS, digest=digest)) as batches,
-    ):
-        for batch in batches:
-            with (device or Stopwatch()).running():
-                vectors = _vectors(batch["image"], encoder=encoder, dtype=dtype, precision=precision)
-            written.write(_rows(batch, vectors, table=table, fingerprint=encoder.fingerprint))
-            progress(len(batch))
-        if written.n_rows != n_cells:
-            raise ShardError(f"{shard}: holds {written.n_rows:,} cells; expected {n_cells:,}, as the slides table says")
-    return written.digest
+
+    cells: Store
+    shard: str
+    n_cells: int
+    encoder: Encoder
+    bf16: bool = False
+    digest: str | None = None
+    path: str = ""
+    progress: Callable[[int], object] = lambda _: None
+    device: Stopwatch = field(default_factory=Stopwatch)
+
+    FACTS: ClassVar = ["cell_id", "slide_id", "x_level0_px", "y_level0_px", "mpp"]
+    """Columns that batches have, beside images."""
+
+    def batches(self, columns: list[str]) -> Generator[pa.RecordBatch]:
+        """Columns of the cells, in order. Raises ShardError where it is not as expected, at the end if in number."""
+        count = 0
+        read = read_ahead(self.cells, self.shard, schema=schema.CELLS, columns=columns, digest=self.digest)
+        with contextlib.closing(read):
+            for batch in read:
+                yield batch
+                count += len(batch)
+        if count != self.n_cells:
+            raise ShardError(
+                f"{self.shard}: holds {count:,} cells; expected {self.n_cells:,}, as the slides table says"
+            )
+
+    def encoded(self) -> Generator[tuple[pa.RecordBatch, np.ndarray]]:
+        """Batches with the vectors of their images, float32 [n, D]. Raises ShardError."""
+        with contextlib.closing(self.batches([*self.FACTS, "image"])) as batches:
+            for batch in batches:
+                with self.device.running():
+                    vectors = encode_images(batch["image"], encoder=self.encoder, bf16=self.bf16)
+                yield batch, vectors
+                self.progress(len(batch))
 
 
-def _vectors(column: pa.Array, *, encoder: Encoder, dtype: str, precision: str) -> np.ndarray:
-    """Embeddings [N, D] of an image column."""
+def encode_images(column: pa.Array, *, encoder: Encoder, bf16: bool) -> np.ndarray:
+    """Vectors float32 [N, D] of an image column. Raises ShardError where it is none."""
     if column.type != pa.binary(schema.CELL_BYTES):
         raise ShardError(f"image: got {column.type}; expected fixed-size binary of {schema.CELL_BYTES} bytes")
     # The copy makes the images writable, which torch asks for.
     images = images_from_arrow(column).copy()
-    features = encoder.embed(images, bf16=precision == "bf16").float().cpu().numpy()
+    return encoder.embed(images, bf16=bf16).float().cpu().numpy()
+
+
+def embedding_rows(batch: pa.RecordBatch, vectors: np.ndarray, *, table: pa.Schema, fingerprint: str) -> pa.Table:
+    """Rows of the embeddings table ``table``. Raises ShardError where vectors do not fit the type that it stores."""
+    dtype = np.dtype(table.field("embedding").type.value_type.to_pandas_dtype())
     with np.errstate(over="ignore"):
-        vectors = features.astype(dtype)
-    if not np.isfinite(vectors).all():
-        remedy = "dtype=float32" if np.isfinite(features).all() else "another model"
-        raise ShardError(f"embeddings do not fit {dtype} (largest {np.abs(features).max():.3g}); try {remedy}")
-    return vectors
-
-
-def _rows(batch: pa.RecordBatch, vectors: np.ndarray, *, table: pa.Schema, fingerprint: str) -> pa.Table:
-    columns = [batch[name] for name in COLUMNS[:-1]]
-    values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
+        cast = vectors.astype(dtype)
+    if not np.isfinite(cast).all():
+        remedy = "dtype=float32" if np.isfinite(vectors).all() else "another model"
+        raise ShardError(f"embeddings do not fit {dtype} (largest {np.abs(vectors).max():.3g}); try {remedy}")
+    columns = [batch[name] for name in table.names[:-2]]
+    values = pa.FixedSizeListArray.from_arrays(pa.array(cast.ravel()), cast.shape[1])
     return pa.table([*columns, values, pa.repeat(fingerprint, len(batch))], schema=table)
 
 

@@ -44,21 +44,37 @@ def encode_cells(
     if batch is not None and batch < 1:
         raise ValueError(f"batch: got {batch}; expected at least 1 image at a time")
     cells = cell_images(images)
+    low = (CELL_PX - crop_px) // 2
+    middle = cells[:, low : low + crop_px, low : low + crop_px]
+    return encode_images(encoder, middle, mean=mean, std=std, px=input_px or crop_px, batch=batch, bf16=bf16)
+
+
+@torch.no_grad()
+def encode_images(
+    encoder: nn.Module,
+    images: Tensor,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    px: int,
+    batch: int | None = None,
+    bf16: bool = False,
+) -> Tensor:
+    """Features float32 [N, D] of whole images uint8 [N, S, S, 3], resized to ``px``; otherwise as ``encode_cells``."""
     training = encoder.training
     encoder.eval()
-    device = next((weights.device for weights in encoder.parameters()), cells.device)
-    low, px = (CELL_PX - crop_px) // 2, input_px or crop_px
+    device = next((weights.device for weights in encoder.parameters()), images.device)
     center, scale = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (mean, std))
     features: list[Tensor] = []
-    known = cells if len(cells) else cells.new_zeros((1, CELL_PX, CELL_PX, 3))  # whose width is asked for
+    known = images if len(images) else images.new_zeros((1, *images.shape[1:]))  # whose width is asked for
     try:
-        for part in known[:, low : low + crop_px, low : low + crop_px].split(batch or default_batch(px)):
+        for part in known.split(batch or default_batch(px)):
             seen = resize(part.to(device).permute(0, 3, 1, 2).float() / 255, px=px)  # [B, 3, px, px]
             with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
                 features.append(encoder((seen - center) / scale).float())
     finally:  # else an error that a caller gets over would leave a training without its regularisation
         encoder.train(training)
-    return torch.cat(features)[: len(cells)]
+    return torch.cat(features)[: len(images)]
 
 
 def resize(images: Tensor, *, px: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 from lemon.encoders.architectures import LEMON_SIZES, build, import_transformers, pool
 from lemon.encoders.config import CONFIG
 from lemon.encoders.export import CellInput, check_finite, load_exported, untrained_vit
-from lemon.encoders.features import encode_cells
+from lemon.encoders.features import encode_cells, encode_images
 from lemon.encoders.registry import ENCODERS, MODEL_REGISTRY, NO_ENCODER, EncoderEntry, encoder_folder, split_name
 from lemon.encoders.vit import CellTransformer, load_lemon_checkpoint, seeded
 from lemon.encoders.weights import MissingWeightsError, find_weights, hub_file, load_weights
@@ -104,6 +104,15 @@ class Encoder(nn.Module):
             batch=batch,
             bf16=bf16,
         )
+
+    @torch.inference_mode()
+    def embed_fields(self, fields: np.ndarray, *, bf16: bool = False) -> torch.Tensor:
+        """Embeddings float32 [N, D] of wider crops of tissue uint8 [N, S, S, 3], resized to what the network sees.
+
+        Their scale is the caller's: an encoder of cells was trained on ``cell_input.crop_px * um_per_px`` um.
+        """
+        of = self.cell_input
+        return encode_images(self.model, torch.from_numpy(fields), mean=of.mean, std=of.std, px=of.px, bf16=bf16)
 
 
 def load_encoder(name_or_path: str | Path, *, device: str | torch.device = "cpu") -> Encoder:

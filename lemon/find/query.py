@@ -41,6 +41,11 @@ def queries_of_cells(embeddings: Embeddings, cell_ids: Sequence[str]) -> Queries
 
 def queries_of_images(embeddings: Embeddings, paths: Sequence[str], *, mpp: float, model: str | None) -> Queries:
     """Queries of pictures of nuclei, by the encoder that made the embeddings. Raises ConfigError."""
+    if embeddings.spec.context is not None:
+        raise ConfigError(
+            f"image: vectors of {embeddings.store.uri} have context={embeddings.spec.context_name}, which a picture of "
+            "a nucleus lacks; expected cell=, or embeddings with context=nucleus"
+        )
     crops = [read_crop(path, mpp=mpp) for path in paths]
     from lemon.embed.encode import open_encoder  # torch: only where it is needed
 

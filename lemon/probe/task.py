@@ -59,6 +59,8 @@ class Task:
         protocols: the paper's and the leak-free one; a single one where they agree.
         counts: what each filter left.
         notes: departures that a reader of the scores must know.
+        place_um: float64 [N, 2], x and y of the nucleus in um, in the image that ``groups["slide"]`` names;
+            None: not known.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Task:
     batch: str | None = None
     counts: tuple[Count, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    place_um: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         n = len(self.images)
@@ -81,6 +84,7 @@ class Task:
                 f"{self.name}: images {self.images.dtype} {self.images.shape}; expected uint8 [N, 60, 60, 3]"
             )
         columns = {"target": self.target, "sample_ids": self.sample_ids, **self.groups}
+        columns |= {} if self.place_um is None else {"place_um": self.place_um}
         wrong = [name for name, column in columns.items() if len(column) != n]
         if wrong:
             raise ValueError(f"{self.name}: {wrong[0]} has {len(columns[wrong[0]])} values for {n} images")

@@ -119,7 +119,12 @@ def test_an_h5ad_file_holds_embeddings_positions_measures_and_clusters(output: P
     assert set(data.obs["organ"]) == {"breast"}
     assert sparse.issparse(data.X)
     stored = Store(output).read_json("embed.json")
-    assert data.uns["lemon"] == {"model": "run", "model_fingerprint": stored["model_fingerprint"], "mpp": 0.25}
+    assert data.uns["lemon"] == {
+        "model": "run",
+        "model_fingerprint": stored["model_fingerprint"],
+        "context": "nucleus",
+        "mpp": 0.25,
+    }
     assert data.obs["cluster"].cat.categories.tolist() == ["0", "1", "2"]
     assert (
         data.obs["cluster"].astype(int).tolist()

@@ -21,9 +21,10 @@ from lemon.cells.shard import images_from_arrow
 from lemon.embed import job as embedding
 from lemon.embed import stream
 from lemon.embed.config import ClusterConfig, EmbedConfig, EmbedWorkers
+from lemon.embed.encode import embed_shard
 from lemon.embed.ledger import EmbeddingSpec, EmbedLedger
 from lemon.embed.names import embeddings_name
-from lemon.embed.stream import embed_shard
+from lemon.embed.stream import SlideCells
 from lemon.errors import ConfigError
 from lemon.runtime import pool
 from lemon.runtime import store as storage
@@ -139,7 +140,7 @@ def test_a_job_killed_in_the_middle_of_a_slide_goes_on_with_that_slide(
     model: Path, cells: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_for(model, cells, tmp_path / "out")
-    real, calls = stream._vectors, []
+    real, calls = stream.encode_images, []
 
     def killed(*args: object, **kwargs: object) -> np.ndarray:
         calls.append(1)
@@ -147,10 +148,10 @@ def test_a_job_killed_in_the_middle_of_a_slide_goes_on_with_that_slide(
             raise KeyboardInterrupt
         return real(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(stream, "_vectors", killed)
+    monkeypatch.setattr(stream, "encode_images", killed)
     with pytest.raises(KeyboardInterrupt):
         embedding.run(config)
-    monkeypatch.setattr(stream, "_vectors", real)
+    monkeypatch.setattr(stream, "encode_images", real)
     out = Store(tmp_path / "out")
     assert out.list("embeddings") == [embeddings_name("a")]
     # kill -9 leaves more behind than an interrupt: a temporary file, and embeddings without their row.
@@ -249,9 +250,7 @@ def test_every_kind_of_bad_shard_says_what_is_wrong(model: Path, cells: Store, t
 
     def reason(n_cells: int = 40) -> str:
         with pytest.raises(ShardError) as caught:
-            embed_shard(
-                cells, shard_name("x"), encoder=encoder, output=Store(tmp_path / "o"), name="x", n_cells=n_cells
-            )
+            embed_shard(SlideCells(cells, shard_name("x"), n_cells, encoder), output=Store(tmp_path / "o"), name="x")
         assert not (tmp_path / "o" / "x").exists()
         return str(caught.value)
 
@@ -273,14 +272,14 @@ def test_every_kind_of_bad_shard_says_what_is_wrong(model: Path, cells: Store, t
 def test_an_unexpected_error_becomes_the_slides_row(
     model: Path, cells: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = stream._vectors
+    real = stream.encode_images
 
     def strange(column: pa.Array, **kwargs: object) -> np.ndarray:
         if len(column) == 1:
             raise ZeroDivisionError("a strange\nslide")
         return real(column, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(stream, "_vectors", strange)
+    monkeypatch.setattr(stream, "encode_images", strange)
     rows = {row.slide_id: row for row in embedding.run(config_for(model, cells, tmp_path / "out")).rows}
     assert (rows["d"].status, rows["d"].error) == ("failed", "unexpected ZeroDivisionError: a strange slide")
     assert rows["a"].status == "done"

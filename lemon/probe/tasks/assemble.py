@@ -29,6 +29,8 @@ from lemon.runtime.tables import Column, Form, read_user_table
 MIN_SUPPORT = 20
 """Crops that a class needs to be kept."""
 
+_PLACE = ["x_um", "y_um"]
+
 Folds = Callable[[pd.DataFrame], tuple[Protocol, ...]]
 """Makes the protocols of the rows that are kept."""
 
@@ -71,7 +73,8 @@ def classification_task(
 
     Args:
         name: as on the command line.
-        rows: ``sample_id``, ``label``, and a column for each group, str [N].
+        rows: ``sample_id``, ``label``, and a column for each group, str [N]; of images with several nuclei also
+            ``x_um``, ``y_um``, where in its image a nucleus is.
         images: uint8 [N, 60, 60, 3].
         classes: in the order of reports, with the published number of each where there is one.
         folds: makes the protocols.
@@ -83,7 +86,7 @@ def classification_task(
     Raises:
         TaskError: fewer than two classes are left, ids repeat, or a fold leaks or is empty.
     """
-    columns = [column for column in rows.columns if column not in ("sample_id", "label")]
+    columns = [column for column in rows.columns if column not in ("sample_id", "label", *_PLACE)]
     rows = rows.assign(**{column: one_name_each(_text(rows[column])) for column in columns})
     kept, dropped = supported(rows["label"].to_numpy(), rows[group].to_numpy(), min_support=min_support)
     present = tuple(label for label in classes if label in set(rows["label"][kept]))
@@ -113,6 +116,7 @@ def classification_task(
         batch=batch,
         counts=tuple(counts),
         notes=(*notes, *dropped, *check_protocols(name, protocols, labels=labels)),
+        place_um=rows[_PLACE].to_numpy(np.float64) if set(_PLACE) <= set(rows.columns) else None,
     )
 
 

@@ -43,10 +43,12 @@ def load(folder: Path, *, seed: int = 0) -> Task:
         lambda name: (read_image(pictures[name], error=TaskError), CELL_MPP),
         desc="consep",
     )
-    rows = typed[kept]
+    rows = typed[kept].assign(
+        x_um=lambda each: (each["x"] + 0.5) * CELL_MPP, y_um=lambda each: (each["y"] + 0.5) * CELL_MPP
+    )
     return classification_task(
         "consep-type",
-        rows=rows[["sample_id", "label", "slide"]],
+        rows=rows[["sample_id", "label", "slide", "x_um", "y_um"]],
         images=images,
         classes=dict.fromkeys(CLASSES),
         folds=by_group("slide", seed=seed),

@@ -45,6 +45,8 @@ def load(folder: Path, *, seed: int = 0) -> Task:
             "sample_id": [f"{image}_{row}" for row, image in enumerate(table["image"])],
             "label": table["label"],
             "slide": table["image"],
+            "x_um": (centre[:, 0] + 0.5) * nucls.MPP,
+            "y_um": (centre[:, 1] + 0.5) * nucls.MPP,
         }
     )[labelled][kept]
     return classification_task(

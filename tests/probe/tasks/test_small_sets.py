@@ -113,6 +113,9 @@ def test_consep_reads_both_layouts_and_centres_on_the_instance(tmp_path: Path, d
     assert_centred(task.images[::5])
     assert [protocol.name for protocol in task.protocols] == ["leak-free"]
     assert check_folds(task) == ()
+    assert task.place_um is not None
+    found = {tuple(place) for place in task.place_um[task.groups["slide"] == task.groups["slide"][0]].tolist()}
+    assert found == {((x + 0.5) * 0.25, (y + 0.5) * 0.25) for x, y in PLACES}
     # 16 nuclei an image: 4 of each of four types, or types 1 to 7, 1 and 2 once more: 3, 4 and 5, 6, 7 are one class.
     of_class = [counts(task)[f"class {name}"] // 8 for name in consep.CLASSES]
     assert of_class == ([3, 3, 4, 6] if downloaded else [4, 4, 4, 4])
@@ -165,6 +168,8 @@ def test_the_excerpt_is_resampled_and_other_nuclei_are_dropped(tmp_path: Path) -
     assert counts(task)["nuclei"] == 120
     assert counts(task)["of a super class"] == 120 - 27
     assert counts(task)["whole crop inside the tile"] == 120 - 27 - 12
+    assert task.place_um is not None
+    assert {*np.round(task.place_um / 0.2 - 0.5).ravel().tolist()} == {60, 130, 200}  # px of the tile
     assert set(task.target) == set(nucls15.CLASSES)
     assert_centred(task.images[::5])
     assert check_folds(task) == ()
