@@ -127,7 +127,9 @@ def fetch_slide(slide: Slide, *, config: CurateConfig) -> Iterator[FetchedSlide]
 
     No foreign code looks at the file yet: one that kills its process does so when its turn has come and is counted.
     """
-    begun_s, path, source, error = time.perf_counter(), slide.path, None, None
+    begun_s, path = time.perf_counter(), slide.path
+    source: Source | None = None
+    error: Exception | None = None
     with contextlib.ExitStack() as stack:
         try:
             path = stack.enter_context(local_slide(slide.path, scratch=config.scratch))
