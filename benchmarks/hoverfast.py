@@ -1,6 +1,7 @@
 """HoverFast on a CPU: this project's segmenter against the plain network and a plain reading of the post-processing.
 
 python -m benchmarks.hoverfast [--tile IMAGE] [--checkpoint FILE] [--rounds 5] [--tiles 2] [--keep-pages]
+python -m benchmarks.hoverfast --postprocessing [--rounds 40]
 
 One unit of work is one 1024x1024 tile, from pixels to polygons. The peer is the same network as it is loaded (fp32,
 NCHW, batch norm apart) followed in the same process by post-processing of the whole image. Ours is the segmenter as
@@ -10,6 +11,9 @@ clock and by CPU time (of all processes). On a machine with other work the latte
 
 Without --checkpoint the weights are random, and so would be their nuclei: the networks then run on the tile, and the
 post-processing of both sides is given the reference's maps (LEMON_SHARED, golden), which are like a trained network's.
+
+--postprocessing leaves the network out: CPU time, on one thread and in turns, of the plain post-processing of the
+golden maps, of its gradients as they are on a CPU, of ours from gradients, and of ours by level, the default.
 
 Plain PyTorch asks the system for fresh pages for every large activation, which can take a third of its CPU time.
 --keep-pages (glibc only) has the process keep them, for both sides, and so shows what the arithmetic alone gains.
@@ -43,6 +47,7 @@ from benchmarks.record import record
 from lemon.nuclei.hoverfast import HoverFast, HoverFastNet, load_checkpoint
 from lemon.nuclei.hoverfast_device import hv_gradients
 from lemon.nuclei.instances import HVPrediction, find_nuclei
+from lemon.nuclei.levels import postprocess_by_level
 from lemon.nuclei.segmenter import Postprocess
 
 SHARED = Path(os.environ.get("LEMON_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -59,6 +64,9 @@ def main() -> None:
     weights = options.checkpoint or str(SHARED / "golden/hoverfast_random_weights.pth")
     if not Path(weights).is_file():
         raise SystemExit(f"{weights}: no such checkpoint; name one with --checkpoint, or set LEMON_SHARED")
+    if options.postprocessing:
+        compare_postprocessing(rounds=options.rounds)
+        return
     given = None if options.checkpoint else golden()
     tile = read_tile(options.tile)
     plain, segmenter = load_checkpoint(weights), HoverFast(weights, device="cpu", batch=options.tiles, markers="range")
@@ -90,6 +98,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", help="a HoverFast checkpoint (default: the golden random weights)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tiles", type=int, default=2, help="tiles a round on our side, so that stages can overlap")
+    parser.add_argument("--postprocessing", action="store_true", help="only post-processing, of the golden maps")
     parser.add_argument("--keep-pages", action="store_true", help="never give memory back to the system")
     return parser.parse_args()
 
@@ -167,6 +176,34 @@ def run_lemon(
         "postprocessing_cpu_s": sum(behind) / tiles,
         "page_faults": whole.page_faults / tiles,
     }
+
+
+def compare_postprocessing(*, rounds: int) -> None:
+    """Print and record milliseconds of CPU, medians over rounds in which all take turns, and ratios within rounds."""
+    torch.set_num_threads(1)
+    maps, given = np.load(SHARED / "golden/hoverfast_postprocess_input.npz")["hv"], golden()
+    gradients, tile = given.prediction.gradients, np.zeros((*given.mask.shape, 3), np.uint8)
+    sides: dict[str, Callable[[], object]] = {
+        "plain": lambda: plain_postprocessing(given.mask, maps, min_area_px=MIN_AREA_PX),
+        "gradients": lambda: hv_gradients(torch.from_numpy(maps)[None]),
+        "range": lambda: find_nuclei(given.mask, gradients, min_area_px=MIN_AREA_PX),
+        "level": lambda: postprocess_by_level(tile, given.prediction, None, min_area_px=MIN_AREA_PX),
+    }
+    for run in sides.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            with Clock() as clock:
+                run()
+            seconds[name].append(clock.cpu_s)
+    figures: dict[str, float] = {f"{name}_cpu_ms": 1e3 * statistics.median(of) for name, of in seconds.items()}
+    for name in ("range", "level"):
+        ratios = [plain / ours for plain, ours in zip(seconds["plain"], seconds[name], strict=True)]
+        figures[f"ratio_{name}"] = statistics.median(ratios)
+    print(", ".join(f"{name} {value:.2f}" for name, value in figures.items()))
+    circumstances = {"part": "postprocessing", "threads": 1, "rounds": rounds, "tile": "golden"}
+    record("hoverfast", circumstances | figures, packages=("opencv-python-headless", "scikit-image", "numpy"))
 
 
 def timed(work: Postprocess, tile: np.ndarray, prediction: HVPrediction) -> float:

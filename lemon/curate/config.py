@@ -56,7 +56,9 @@ class CurateConfig(Frozen):
     )
     tissue: TissueConfig = TissueConfig()
     scratch: LocalPath | None = Field(
-        None, description="local folder for a slide of s3://, one at a time an actor; null: the system's temporary one"
+        None,
+        description="local folder for slides of s3://, of an actor the one that is curated and the next; "
+        "null: the system's temporary one",
     )
     workers: WorkersConfig = WorkersConfig()
     geojson: bool = Field(False, description="also write geojson/<slide>.geojson.gz for QuPath")

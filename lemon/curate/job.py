@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -13,7 +14,7 @@ from pathlib import Path
 from lemon.cells.ledger import cells_ledger
 from lemon.cells.names import FOLDERS, SETTINGS, geojson_name, shard_name
 from lemon.curate.config import CurateConfig
-from lemon.curate.slide import OutputError, curate_slide, start_processes
+from lemon.curate.slide import FetchedSlide, OutputError, curate_slide, fetch_slide, start_processes
 from lemon.errors import ConfigError
 from lemon.nuclei.given.config import CellsFrom
 from lemon.runtime import pool
@@ -109,10 +110,11 @@ def main(config: CurateConfig) -> int:
 
 @dataclass(frozen=True)
 class LocatedSlide:
-    """A slide and where its file is now."""
+    """A slide, where its file is now, and, in an actor, its local file."""
 
     slide: Slide
     path: str
+    fetched: FetchedSlide | None = None
 
     @property
     def slide_id(self) -> str:
@@ -131,15 +133,20 @@ class Curator(pool.Worker[LocatedSlide, SlideRow]):
         self.ledger = ledger
         self.segmenter = config.segmenter.build() if config.cells_from is None else None
         self.processes = start_processes(config.workers.cpus)
+        self.free_since_s = time.perf_counter()
 
     @contextlib.contextmanager
     def ready(self, item: LocatedSlide) -> Iterator[LocatedSlide]:
-        """The slide with the path of its file."""
+        """The slide with its file; fetched, where it is at s3://, while another is curated."""
         with contextlib.ExitStack() as stack:
-            yield replace(item, path=stack.enter_context(self.locate(item.slide)))
+            path = stack.enter_context(self.locate(item.slide))
+            fetched = stack.enter_context(fetch_slide(replace(item.slide, path=path), config=self.config))
+            yield replace(item, path=path, fetched=fetched)
 
     def work(self, item: LocatedSlide) -> SlideRow:
         """Curate a slide and commit it."""
+        # What could not be fetched ahead, as there was no room beside the slide before, is tried again in its turn.
+        fetched = None if item.fetched is None or item.fetched.error else item.fetched
         try:
             row = curate_slide(
                 replace(item.slide, path=item.path),
@@ -147,11 +154,14 @@ class Curator(pool.Worker[LocatedSlide, SlideRow]):
                 segmenter=self.segmenter,
                 processes=self.processes,
                 store=self.ledger.store,
+                fetched=fetched,
+                free_since_s=self.free_since_s,
             )
         except BrokenProcessPool as error:
             self.processes = start_processes(self.config.workers.cpus)
             raise pool.CrashError from error
         self.device_s += row.network_s or 0.0
+        self.free_since_s = time.perf_counter()
         return self.ledger.commit(replace(row, path=item.slide.path))
 
     def fail(self, item: LocatedSlide, reason: str) -> SlideRow:
@@ -264,7 +274,9 @@ def _curate_all(slides: list[Slide], *, config: CurateConfig, ledger: Ledger[Sli
     # Paths are made absolute here: actors run elsewhere.
     located = config.model_copy(update={"output": ledger.store.uri, "workers": workers, "cells_from": _located(config)})
     make = functools.partial(Curator, located, ledger=ledger, source=source)
-    actors = pool.ActorPool(allocation, max_actors=workers.actors, ahead=source.ahead)
+    # Where there is something to fetch, each actor fetches its next slide while it curates one.
+    ahead = max(source.ahead, int(any(is_uri(slide.path) for slide in slides) and source is IN_PLACE))
+    actors = pool.ActorPool(allocation, max_actors=workers.actors, ahead=ahead)
     items = [LocatedSlide(slide, slide.path) for slide in largest_first(slides)]
     pool.run_all(items, make, actors=actors, max_attempts=config.max_attempts, name="curate")
 

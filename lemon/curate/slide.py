@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import multiprocessing
 import os
 import resource
@@ -36,7 +37,7 @@ from lemon.slides.cohort import Slide
 from lemon.slides.local import local_slide
 from lemon.slides.quality import blurred_share, find_flaws, share_of
 from lemon.slides.reader import RegionError, SlideError, SlideReader
-from lemon.slides.source import mask_digest, read_source
+from lemon.slides.source import Source, mask_digest, read_source
 from lemon.slides.tiles import Region, plan_regions, spread
 from lemon.slides.tissue import OVERVIEW_MPP, find_tissue, read_mask, reason_not_he
 
@@ -101,21 +102,77 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+@dataclass(frozen=True)
+class FetchedSlide:
+    """A slide's file on a local disk, and what was learnt of it on the way; or why it is not there.
+
+    Attributes:
+        path: the local file.
+        source: its size, time and digest, where it could be read.
+        begun_s: when fetching began, by ``time.perf_counter``.
+        seconds: how long it took.
+        error: what was raised; of ``curate_slide`` to raise, so that it becomes the slide's row.
+    """
+
+    path: str
+    source: Source | None
+    begun_s: float
+    seconds: float
+    error: Exception | None = None
+
+
+@contextlib.contextmanager
+def fetch_slide(slide: Slide, *, config: CurateConfig) -> Iterator[FetchedSlide]:
+    """The file of a slide, for as long as the block lasts; may run while another slide is curated. Raises nothing.
+
+    No foreign code looks at the file yet: one that kills its process does so when its turn has come and is counted.
+    """
+    begun_s, path = time.perf_counter(), slide.path
+    source: Source | None = None
+    error: Exception | None = None
+    with contextlib.ExitStack() as stack:
+        try:
+            path = stack.enter_context(local_slide(slide.path, scratch=config.scratch))
+            source = read_source(slide.path, local=Path(path))
+        except Exception as raised:  # in its turn it is raised again  # noqa: BLE001
+            error = raised
+        yield FetchedSlide(path, source, begun_s, time.perf_counter() - begun_s, error)
+
+
 def curate_slide(
-    slide: Slide, *, config: CurateConfig, segmenter: Segmenter | None, processes: Executor, store: Store
+    slide: Slide,
+    *,
+    config: CurateConfig,
+    segmenter: Segmenter | None,
+    processes: Executor,
+    store: Store,
+    fetched: FetchedSlide | None = None,
+    free_since_s: float = -math.inf,
 ) -> SlideRow:
     """Segment a slide, or take the nuclei given for it, and commit its cells; returns its row of the slides table.
+
+    Args:
+        slide: the slide.
+        config: settings.
+        segmenter: None where nuclei are given.
+        processes: compute instances and crops.
+        store: the output.
+        fetched: its file, if it is there already.
+        free_since_s: when the slide before came to its end: until then this one took nobody's time.
 
     The row is without provenance columns. A slide that cannot be used gives a failed row with the reason. Raises
     OutputError when nothing can be written, and BrokenProcessPool when a worker process died.
     """
-    start, tally = time.perf_counter(), Tally()
+    tally = Tally()
     row = SlideRow(**vars(replace(slide, mpp=None)), status="failed", n_cells=0)
-    try:
-        with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        fetched = fetched or stack.enter_context(fetch_slide(slide, config=config))
+        start, tally.seconds["open"] = max(fetched.begun_s, free_since_s), fetched.seconds
+        try:
+            if fetched.error is not None:
+                raise fetched.error
             with tally.clock("open"):
-                path = stack.enter_context(local_slide(slide.path, scratch=config.scratch))
-                if source := read_source(slide.path, local=Path(path)):
+                if source := fetched.source:
                     row = replace(
                         row,
                         source_size_bytes=source.size_bytes,
@@ -125,17 +182,22 @@ def curate_slide(
                 row = replace(row, mask_digest=mask_digest(config.tissue.masks, file_stem(slide.slide_id)))
                 if config.cells_from is not None:
                     row = replace(row, nuclei_digest=config.cells_from.digest(slide.slide_id))
-                reader = SlideReader(path, default_mpp=config.default_mpp, mpp=slide.mpp, limit_s=config.region_limit_s)
+                reader = SlideReader(
+                    fetched.path, default_mpp=config.default_mpp, mpp=slide.mpp, limit_s=config.region_limit_s
+                )
             stack.callback(reader.close)
             row = replace(row, mpp=reader.mpp, mpp_assumed=reader.mpp_assumed)
             row = replace(row, width_px=reader.width_px, height_px=reader.height_px)
             _curate_open(
                 reader, slide=slide, config=config, segmenter=segmenter, processes=processes, store=store, tally=tally
             )
-        row = replace(row, status="partial" if tally.n_failed_regions else "done")
-    except SlideError as error:
-        tally.notes.append(str(error))
-    total_s = round(time.perf_counter() - start, 3)
+            row = replace(row, status="partial" if tally.n_failed_regions else "done")
+        except SlideError as error:
+            tally.notes.append(str(error))
+    return _with_rates(row, tally, config=config, total_s=round(time.perf_counter() - start, 3))
+
+
+def _with_rates(row: SlideRow, tally: Tally, *, config: CurateConfig, total_s: float) -> SlideRow:
     row = replace(row, **tally.columns(), error="; ".join(tally.notes) or None, total_s=total_s)
     area_mm2 = tally.n_regions * ((config.region_px - config.overlap_px) * CELL_MPP / 1000) ** 2
     return replace(

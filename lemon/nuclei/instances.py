@@ -5,16 +5,16 @@ Coordinates are region pixels, x then y, with integers at pixel centres, as Open
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import shapely
 from scipy import ndimage
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from skimage.segmentation import watershed
+
+from lemon.nuclei.pieces import Sheet, connected_parts, large_outlines, outer_contour
 
 # Constants of HoverFast's post-processing (10.21105/joss.07022).
 _EDGE_THRESHOLD = 0.4
@@ -98,20 +98,21 @@ def find_nuclei(
         raise ValueError(f"gradients: got {gradients.shape} for a mask {mask.shape}, expected [2, H, W] for [H, W]")
     if mask.size == 0 or not mask.any():
         return []
-    pieces = np.ascontiguousarray(mask != 0).view(np.uint8)
+    own = hv_limits(gradients)
+    limits = limits or own
+    pieces = np.ascontiguousarray(mask if mask.dtype == bool else mask != 0).view(np.uint8)
     opened = cv2.morphologyEx(pieces, cv2.MORPH_OPEN, _ELLIPSE, iterations=2)
-    edges = _edges(gradients, limits=limits)
+    away = _away_from_edges(gradients, opened, limits=limits)
     piece_ids = cv2.connectedComponents(pieces, connectivity=4)[1]
-    large = np.bincount(piece_ids[pieces.view(bool)]) >= min_area_px
-    away = cv2.bitwise_and((edges < _EDGE_THRESHOLD).view(np.uint8), opened)
-    crowded = _with_several(away, piece_ids)
-    outlines = {piece_id: contour for piece_id, contour in _outlines(pieces, piece_ids) if large[piece_id]}
-    contours = [(piece_id, contour) for piece_id, contour in outlines.items() if piece_id not in crowded]
-    if len(contours) < len(outlines):
-        crowds = {piece_id: contour for piece_id, contour in outlines.items() if piece_id in crowded}
-        contours += _divided(crowds, piece_ids=piece_ids, away=away, edges=edges, opened=opened)
+    crowded = set(np.flatnonzero(np.bincount(connected_parts(away).pieces(piece_ids)[1:]) > 1).tolist())
+    outlines = large_outlines(pieces, piece_ids, min_area_px=min_area_px)
+    contours = [(piece_id, outline) for piece_id, outline in outlines.items() if piece_id not in crowded]
+    if crowds := {piece_id: outline for piece_id, outline in outlines.items() if piece_id in crowded}:
+        sheet = Sheet(crowds, piece_ids)
+        relief = _relief([sheet.lay(gradient) for gradient in gradients], sheet.lay(opened), limits=limits)
+        contours += sheet.divide(relief, seeds=_filled(sheet.own(away)), inside=sheet.own(opened))
     contours.sort(key=lambda one: one[0])
-    return _nuclei([_simplified(contour, simplify=_SIMPLIFY) for _, contour in contours], larger_than_px=min_area_px)
+    return nuclei_of([contour for _, contour in contours], simplify=_SIMPLIFY, larger_than_px=min_area_px)
 
 
 def hv_limits(gradients: np.ndarray) -> HVLimits:
@@ -141,11 +142,27 @@ def postprocess_hv(
     return find_nuclei(prediction.mask, prediction.gradients, min_area_px=min_area_px, limits=calibration)
 
 
-def _edges(gradients: np.ndarray, *, limits: HVLimits | None) -> np.ndarray:
-    """Strength of the edges between nuclei, float32 [H, W] in [0, sqrt(2)]; of use inside the opened mask only."""
-    own = hv_limits(gradients)
-    used = limits or own
-    return cv2.magnitude(_inverted(gradients[0], *used.horizontal), _inverted(gradients[1], *used.vertical))
+def _away_from_edges(gradients: np.ndarray, opened: np.ndarray, *, limits: HVLimits) -> np.ndarray:
+    """uint8 [H, W]: 1 where the opened mask, uint8 [H, W], is and the edges between nuclei are weak."""
+    # An edge is no weaker than each of its two parts, so that few pixels are left to compute it at.
+    ranges = (limits.horizontal, limits.vertical)
+    least = [math.floor(high - _EDGE_THRESHOLD * (high - low)) - 1 for low, high in ranges]
+    at = np.flatnonzero((gradients[0] > least[0]) & (gradients[1] > least[1]) & opened.view(bool))
+    away = np.zeros(opened.shape, np.uint8)
+    if len(at):
+        edges = _edges(*(gradient.ravel()[at] for gradient in gradients), limits=limits)
+        away.ravel()[at[edges.ravel() < _EDGE_THRESHOLD]] = 1
+    return away
+
+
+def _relief(gradients: Sequence[np.ndarray], opened: np.ndarray, *, limits: HVLimits) -> np.ndarray:
+    """What is flooded, float64 [h, w] in [-1, 0]: deepest amid nuclei. Takes two gradients and the opened mask."""
+    return -cv2.GaussianBlur((1 - _edges(*gradients, limits=limits)) * opened, (3, 3), 0).astype(np.float64)
+
+
+def _edges(horizontal: np.ndarray, vertical: np.ndarray, *, limits: HVLimits) -> np.ndarray:
+    """Strength of the edges between nuclei by their gradients, float32 in [0, sqrt(2)]; of use inside the mask only."""
+    return cv2.magnitude(_inverted(horizontal, *limits.horizontal), _inverted(vertical, *limits.vertical))
 
 
 def _inverted(gradient: np.ndarray, low: int, high: int) -> np.ndarray:
@@ -156,114 +173,11 @@ def _inverted(gradient: np.ndarray, low: int, high: int) -> np.ndarray:
     return cv2.addWeighted(within, -scale, within, 0, high * scale, dtype=cv2.CV_32F)
 
 
-def _with_several(away: np.ndarray, piece_ids: np.ndarray) -> set[int]:
-    """Pieces that hold two or more connected parts of what is away from edges, uint8 [H, W]."""
-    at = np.flatnonzero(away)
-    n_parts, parts = cv2.connectedComponents(away, connectivity=4)
-    piece_of = np.zeros(n_parts, np.int64)
-    piece_of[parts.ravel()[at]] = piece_ids.ravel()[at]  # a part lies inside one piece
-    return set(np.flatnonzero(np.bincount(piece_of[1:]) > 1).tolist())
-
-
-def _markers(away: np.ndarray) -> np.ndarray:
-    """Label int32 [H, W] of each connected part, its holes filled, of uint8 [H, W], 0 or 1."""
-    padded = cv2.copyMakeBorder(away, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
+def _filled(seeds: np.ndarray) -> np.ndarray:
+    """uint8 [h, w], 0 or 1, with the holes of its parts filled."""
+    padded = cv2.copyMakeBorder(seeds, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     cv2.floodFill(padded, None, (0, 0), 2)  # what is left 0 cannot be reached from outside: holes
-    return cv2.connectedComponents((padded[1:-1, 1:-1] != 2).view(np.uint8), connectivity=4)[1]
-
-
-def _outlines(pieces: np.ndarray, piece_ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """The outer contour int32 [N, 1, 2] of every piece, all traced in one pass.
-
-    Tracing joins pieces that touch at a corner, as connected pieces do not; those few are traced again one by one.
-    """
-    contours, hierarchy = cv2.findContours(pieces, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    joined = _joined_at_corners(pieces, piece_ids)
-    for contour, parent in zip(contours, hierarchy[0, :, 3].tolist(), strict=True):
-        if parent >= 0:  # a hole's
-            continue
-        x_px, y_px = contour[0, 0].tolist()
-        piece_id = int(piece_ids[y_px, x_px])
-        if piece_id not in joined:
-            yield piece_id, contour
-            continue
-        x_px, y_px, w_px, h_px = cv2.boundingRect(contour)
-        box = piece_ids[y_px : y_px + h_px, x_px : x_px + w_px]
-        for member in joined[piece_id]:
-            yield member, outer_contour(box == member, x0_px=x_px, y0_px=y_px)
-
-
-def _joined_at_corners(pieces: np.ndarray, piece_ids: np.ndarray) -> dict[int, list[int]]:
-    """Of each piece that touches one at a corner, all that hang together so, itself among them."""
-    a, b, c, d = pieces[:-1, :-1], pieces[:-1, 1:], pieces[1:, :-1], pieces[1:, 1:]
-    two_alike = np.flatnonzero((a + d - b - c) & 3 == 2)  # +2 or -2 in bytes: one diagonal full, the other empty
-    if len(two_alike) == 0:
-        return {}
-    y, x = np.divmod(two_alike, a.shape[1])
-    left = 1 - pieces[y, x]  # 1 where it is the diagonal from the right down to the left
-    first, second = piece_ids[y, x + left], piece_ids[y + 1, x + 1 - left]
-    n_ids = int(max(first.max(), second.max())) + 1
-    touch = coo_array((np.ones(len(first), np.uint8), (first, second)), shape=(n_ids, n_ids))
-    group_of = connected_components(touch, directed=False)[1]
-    groups: dict[int, list[int]] = {}
-    for piece_id in np.union1d(first, second).tolist():
-        groups.setdefault(int(group_of[piece_id]), []).append(piece_id)
-    return {piece_id: group for group in groups.values() for piece_id in group}
-
-
-def _divided(
-    outlines: dict[int, np.ndarray],
-    *,
-    piece_ids: np.ndarray,
-    away: np.ndarray,
-    edges: np.ndarray,
-    opened: np.ndarray,
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Divide pieces at their edges, in one watershed over a sheet on which their boxes lie side by side.
-
-    Args:
-        outlines: the outer contour of each piece.
-        piece_ids: int32 [H, W].
-        away: uint8 [H, W], 1 where a marker is.
-        edges: float32 [H, W].
-        opened: uint8 [H, W], 0 or 1.
-
-    Yields:
-        Piece and outer contour int32 [N, 1, 2] of each nucleus.
-    """
-    boxes = [cv2.boundingRect(outline) for outline in outlines.values()]
-    corners, shape = _side_by_side([(h, w) for _, _, w, h in boxes], width=piece_ids.shape[1])
-    places = [np.s_[y : y + h, x : x + w] for (y, x), (_, _, w, h) in zip(corners, boxes, strict=True)]
-    relief, seeds, inside, index = (np.zeros(shape, kind) for kind in (np.float64, np.uint8, np.uint8, np.int32))
-    for i, (piece_id, (x, y, w, h), place) in enumerate(zip(outlines, boxes, places, strict=True)):
-        index[place] = i
-        left, top = max(x - 1, 0), max(y - 1, 0)  # one pixel more on each side, for the blur
-        around, box = np.s_[top : y + h + 1, left : x + w + 1], np.s_[y : y + h, x : x + w]
-        blurred = cv2.GaussianBlur((1 - edges[around]) * opened[around], (3, 3), 0)
-        np.negative(blurred[y - top : y - top + h, x - left : x - left + w], out=relief[place])
-        piece = piece_ids[box] == piece_id
-        np.multiply(opened[box], piece, out=inside[place])
-        np.multiply(away[box], piece, out=seeds[place])
-    cells = watershed(relief, markers=_markers(seeds), mask=inside)
-    found = [(label, box) for label, box in enumerate(ndimage.find_objects(cells), start=1) if box is not None]
-    owners = [int(index[box[0].start, box[1].start]) for _, box in found]
-    n_cells, ids = np.bincount(owners, minlength=len(outlines)), list(outlines)
-    yield from ((ids[i], outlines[ids[i]]) for i in np.flatnonzero(n_cells < 2).tolist())
-    for (label, box), i in zip(found, owners, strict=True):
-        if n_cells[i] > 1:
-            x0_px, y0_px = (boxes[i][axis] + box[1 - axis].start - corners[i][1 - axis] for axis in (0, 1))
-            yield ids[i], outer_contour(cells[box] == label, x0_px=x0_px, y0_px=y0_px)
-
-
-def _side_by_side(sizes: Sequence[tuple[int, int]], *, width: int) -> tuple[list[tuple[int, int]], tuple[int, int]]:
-    """Where boxes of (height, width) lie on a sheet of a width, in rows, a pixel apart; and the sheet's shape."""
-    corners, row, column, highest = [(0, 0)] * len(sizes), 0, 0, 0
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i][0]):
-        if column + sizes[i][1] > width:
-            row, column, highest = row + highest + 1, 0, 0
-        corners[i] = (row, column)
-        column, highest = column + sizes[i][1] + 1, max(highest, sizes[i][0])
-    return corners, (row + highest, width)
+    return (padded[1:-1, 1:-1] != 2).view(np.uint8)
 
 
 def polygons_from_labels(labels: np.ndarray, *, min_area_px: float, simplify: float = 0.0) -> list[Nucleus]:
@@ -291,41 +205,39 @@ def polygons_from_labels(labels: np.ndarray, *, min_area_px: float, simplify: fl
         if box is None:
             continue
         cell = labels[box] == label
-        if np.count_nonzero(cell) < min_area_px:
-            continue
-        contours.append(_simplified(outer_contour(cell, x0_px=box[1].start, y0_px=box[0].start), simplify=simplify))
-    return _nuclei(contours)
+        if np.count_nonzero(cell) >= min_area_px:
+            contours.append(outer_contour(cell, x0_px=box[1].start, y0_px=box[0].start))
+    return nuclei_of(contours, simplify=simplify)
 
 
-def outer_contour(cell: np.ndarray, *, x0_px: int, y0_px: int) -> np.ndarray:
-    """Longest outer contour of a non-empty bool [h, w] crop, as int32 [N, 1, 2] in the frame of the region."""
-    contours, _ = cv2.findContours(
-        cell.view(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE, offset=(x0_px, y0_px)
-    )
-    return contours[0] if len(contours) == 1 else max(contours, key=cv2.contourArea)
+def nuclei_of(contours: Sequence[np.ndarray], *, simplify: float, larger_than_px: float = 0.0) -> list[Nucleus]:
+    """Contours int32 [N, 1, 2] to nuclei: simplified, those that enclose no more than an area left out.
 
+    Args:
+        contours: in region pixels.
+        simplify: Douglas-Peucker tolerance as a share of the perimeter; 0 keeps every corner.
+        larger_than_px: the area.
 
-def _simplified(contour: np.ndarray, *, simplify: float) -> np.ndarray:
-    if simplify == 0:
-        return contour
-    return cv2.approxPolyDP(contour, simplify * cv2.arcLength(contour, closed=True), closed=True)
-
-
-def _nuclei(contours: Sequence[np.ndarray], *, larger_than_px: float = 0.0) -> list[Nucleus]:
-    """Int contours [N, 1, 2] of more than an area to nuclei; self-intersecting ones are repaired."""
+    Self-intersecting ones are repaired, which may make them a little smaller than that.
+    """
+    if simplify:
+        contours = [cv2.approxPolyDP(c, simplify * cv2.arcLength(c, closed=True), closed=True) for c in contours]
     rings = [contour[:, 0, :] for contour in contours if len(contour) >= 3]
-    rings = [ring for ring, area in zip(rings, _moments(rings)[0], strict=True) if area > larger_than_px]
+    shapes = _moments(rings)
+    rings = [ring for ring, area in zip(rings, shapes[0].tolist(), strict=True) if area > larger_than_px]
     if not rings:
         return []
+    shapes = shapes[:, shapes[0] > larger_than_px]
     index = np.repeat(np.arange(len(rings)), [len(ring) for ring in rings])
     valid = shapely.is_valid(shapely.polygons(shapely.linearrings(np.concatenate(rings), indices=index)))
-    rings = [ring if is_valid else _repaired(ring) for ring, is_valid in zip(rings, valid, strict=True)]
-    rings = [ring for ring in rings if len(ring) >= 3]
-    area, *centroid = _moments(rings)
-    x, y = (np.floor(2 * along) / 2 for along in centroid)
+    for i in np.flatnonzero(~valid).tolist():
+        rings[i] = _repaired(rings[i])
+        shapes[:, i] = _moments([rings[i]])[:, 0] if len(rings[i]) else 0
+    area, x, y = shapes
+    centroids = zip((np.floor(2 * x) / 2).tolist(), (np.floor(2 * y) / 2).tolist(), strict=True)
     return [
-        Nucleus(ring.astype(np.float32), (x_px, y_px))
-        for ring, has_area, x_px, y_px in zip(rings, area > 0, x.tolist(), y.tolist(), strict=True)
+        Nucleus(ring.astype(np.float32), centroid_px)
+        for ring, has_area, centroid_px in zip(rings, (area > 0).tolist(), centroids, strict=True)
         if has_area
     ]
 

@@ -12,26 +12,26 @@ from typing import Any
 
 import cv2
 import numpy as np
-from skimage.segmentation import watershed
 
-from lemon.nuclei.instances import GRADIENT_SCALE, HVPrediction, Nucleus, hv_limits, polygons_from_labels
+from lemon.nuclei.instances import GRADIENT_SCALE, HVPrediction, Nucleus, hv_limits, nuclei_of
+from lemon.nuclei.pieces import Sheet, connected_parts, large_outlines
 
-_SOBEL_SUM = 128  # response of Sobel's 5x5 kernel to a slope of 1 a pixel
-_FALL = 0.02  # a pixel: what counts as falling; nuclei of 10 um rise by 0.05 a pixel
+_SLOPE = 128 * GRADIENT_SCALE  # gradient where a map rises by 1 a pixel: the sum of Sobel's 5x5 kernel, in its steps
+_FALL = -0.02 * _SLOPE  # what counts as falling; nuclei of 10 um rise by 0.05 a pixel
 _MIN_MARKER_PX = 10
 _SIMPLIFY = 0.006  # share of the perimeter, as in HoverFast
 _CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
 _DISC = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
 
 
-def label_by_level(mask: np.ndarray, gradients: np.ndarray, *, min_area_px: float) -> np.ndarray:
-    """Instance map int32 [H, W] of one region, 0 is background.
+def find_nuclei_by_level(mask: np.ndarray, gradients: np.ndarray, *, min_area_px: float) -> list[Nucleus]:
+    """Nuclei of one region, those at its border too.
 
     Args:
         mask: bool or uint8 [H, W], non-zero where a pixel is nucleus.
         gradients: int16 [2, H, W], of the horizontal map along x and of the vertical map along y, as of
             ``hoverfast_device.hv_gradients``.
-        min_area_px: labels of fewer pixels are dropped.
+        min_area_px: nuclei of fewer pixels are dropped.
 
     Raises:
         ValueError: shapes do not agree, or the maps were not finite.
@@ -39,14 +39,27 @@ def label_by_level(mask: np.ndarray, gradients: np.ndarray, *, min_area_px: floa
     if mask.ndim != 2 or gradients.shape != (2, *mask.shape):
         raise ValueError(f"gradients: got {gradients.shape} for a mask {mask.shape}, expected [2, H, W] for [H, W]")
     hv_limits(gradients)
-    slope = np.minimum(*gradients) / np.float32(_SOBEL_SUM * GRADIENT_SCALE)  # the steeper fall of the two, [H, W]
-    opened = cv2.morphologyEx((mask != 0).view(np.uint8), cv2.MORPH_OPEN, _DISC)
-    core = cv2.morphologyEx(((slope > -_FALL) & (opened > 0)).view(np.uint8), cv2.MORPH_OPEN, _CROSS)
-    _, markers, stats, _ = cv2.connectedComponentsWithStats(core, connectivity=4)
-    markers[(stats[:, cv2.CC_STAT_AREA] < _MIN_MARKER_PX)[markers]] = 0
-    labels: np.ndarray = watershed(np.maximum(-slope, 0), markers=markers, mask=opened > 0)
-    small = np.bincount(labels.ravel()) < min_area_px
-    return np.where(small[labels], 0, labels).astype(np.int32)
+    steepest = np.minimum(*gradients)  # the steeper fall of the two, [H, W]
+    pieces = cv2.morphologyEx((mask != 0).view(np.uint8), cv2.MORPH_OPEN, _DISC)
+    core = cv2.morphologyEx((steepest > _FALL).view(np.uint8) & pieces, cv2.MORPH_OPEN, _CROSS)
+    piece_ids = cv2.connectedComponents(pieces, connectivity=4)[1]
+    outlines = large_outlines(pieces, piece_ids, min_area_px=min_area_px)
+    n_markers = _count_markers(core, piece_ids)
+    contours = [(piece_id, outline) for piece_id, outline in outlines.items() if n_markers[piece_id] == 1]
+    if crowds := {piece_id: outline for piece_id, outline in outlines.items() if n_markers[piece_id] > 1}:
+        sheet = Sheet(crowds, piece_ids)
+        relief = np.maximum(-sheet.lay(steepest).astype(np.int32), 0)
+        contours += sheet.divide(relief, seeds=sheet.own(core), inside=sheet.own(pieces), min_area_px=min_area_px)
+    contours.sort(key=lambda one: one[0])
+    return nuclei_of([contour for _, contour in contours], simplify=_SIMPLIFY)
+
+
+def _count_markers(core: np.ndarray, piece_ids: np.ndarray) -> np.ndarray:
+    """How many parts of uint8 [H, W], 0 or 1, each piece of int32 [H, W] holds; those too small are removed from it."""
+    parts = connected_parts(core)
+    large = np.bincount(parts.part, minlength=parts.count) >= _MIN_MARKER_PX
+    core.ravel()[parts.at[~large[parts.part]]] = 0
+    return np.bincount(parts.pieces(piece_ids)[large], minlength=int(piece_ids.max()) + 1)
 
 
 def postprocess_by_level(
@@ -59,5 +72,4 @@ def postprocess_by_level(
     """Nuclei of a region uint8 [H, W, 3] from its prediction; runs in any process. There is nothing to calibrate."""
     if prediction.gradients.shape[1:] != region.shape[:2]:
         raise ValueError(f"prediction: got {prediction.gradients.shape[1:]} for a region {region.shape[:2]}")
-    labels = label_by_level(prediction.mask, prediction.gradients, min_area_px=min_area_px)
-    return polygons_from_labels(labels, min_area_px=min_area_px, simplify=_SIMPLIFY)
+    return find_nuclei_by_level(prediction.mask, prediction.gradients, min_area_px=min_area_px)

@@ -25,12 +25,12 @@ from lemon.pretrain.config import DINOv2Config
 from lemon.pretrain.heads import DinoHead, ema_update, forward_in_chunks, frozen_copy
 from lemon.pretrain.losses import (
     chunked_cross_entropy,
+    chunked_softmax_center,
     feature_std,
     kde,
     koleo,
     mask_weights,
     sinkhorn_knopp,
-    softmax_center,
     updated_center,
 )
 from lemon.pretrain.schedules import Curve, Method, Schedules, StepValues, param_group
@@ -166,19 +166,28 @@ class DINOv2(Method):
         encode = partial(self.run(forward_tokens), self.teacher)
         tokens = forward_in_chunks(encode, images, chunk=self.config.chunk)  # [2B, 1 + P, dim]
         patches = tokens[:, 1:].flatten(0, 1)[masked]  # [M, dim]
-        class_logits = head_of(self.teacher_heads, "dino")(tokens[:, 0])  # [2B, K]
-        class_probs = self._probabilities(class_logits, self.dino_center, temperature)
-        patch_logits = head_of(self.teacher_heads, "ibot")(patches)  # [M, K]
-        return class_probs, self._probabilities(patch_logits, self.ibot_center, temperature)
+        class_probs = self._probabilities("dino", tokens[:, 0], self.dino_center, temperature)
+        return class_probs, self._probabilities("ibot", patches, self.ibot_center, temperature)
 
-    def _probabilities(self, logits: Tensor, center: Tensor, temperature: float) -> Tensor:
-        config = self.config
+    def _probabilities(
+        self, kind: Literal["dino", "ibot"], tokens: Tensor, center: Tensor, temperature: float
+    ) -> Tensor:
+        """The teacher's, [N, K], of tokens [N, dim]; the centre moves on in training."""
+        config, head = self.config, head_of(self.teacher_heads, kind)
         if config.centering == "sinkhorn":
-            return sinkhorn_knopp(logits, teacher_temperature=temperature, iterations=config.sinkhorn_iterations)
-        given = torch.tensor(temperature) if self.compiled else temperature
-        probs = softmax_center(logits, center, teacher_temperature=given, run=self.run)
+            iterations = config.sinkhorn_iterations
+            return sinkhorn_knopp(head(tokens), teacher_temperature=temperature, iterations=iterations)
+        features, prototypes = head.bottleneck(tokens), head.prototypes()
+        probs = chunked_softmax_center(
+            features,
+            prototypes,
+            center,
+            teacher_temperature=torch.tensor(temperature) if self.compiled else temperature,
+            chunk_rows=config.chunk_rows,
+            run=self.run,
+        )
         if self.training:
-            center.copy_(updated_center(center, logits, momentum=config.center_momentum))
+            center.copy_(updated_center(center, features, prototypes, momentum=config.center_momentum))
         return probs
 
     def _class_terms(self, views: Sequence[Tensor], class_probs: Tensor) -> dict[str, Tensor]:

@@ -220,30 +220,74 @@ def chunked_cross_entropy(
 
 
 @torch.no_grad()
-def softmax_center(
-    teacher_logits: Tensor, center: Tensor, *, teacher_temperature: float | Tensor, run: FunctionWrapper = as_it_is
-) -> Tensor:
-    """Teacher probabilities: softmax of the centred logits. [..., K], center [K] -> [..., K].
-
-    The temperature may be a tensor, a scalar: of a number that changes, each value would be compiled anew.
-    """
+def softmax_center(teacher_logits: Tensor, center: Tensor, *, teacher_temperature: float | Tensor) -> Tensor:
+    """Teacher probabilities: softmax of the centred logits. [..., K], center [K] -> [..., K]."""
     with full_precision(teacher_logits):
-        return run(_softmax_center)(at_least_float32(teacher_logits), center, teacher_temperature)
+        return _softmax_center(at_least_float32(teacher_logits), center, teacher_temperature)
 
 
 def _softmax_center(teacher_logits: Tensor, center: Tensor, temperature: float | Tensor) -> Tensor:
     return F.softmax((teacher_logits - center) / temperature, dim=-1)
 
 
-@torch.no_grad()
-def updated_center(center: Tensor, teacher_logits: Tensor, *, momentum: float) -> Tensor:
-    """The running mean of the teacher's logits after this batch: center [K], logits [N, K] of every worker -> [K].
+def _fill_softmax_center(
+    probs: Tensor, features: Tensor, prototypes: Tensor, center: Tensor, temperature: float | Tensor
+) -> Tensor:
+    return probs.copy_(_softmax_center(features @ prototypes.T, center, temperature))
 
-    Without a single row on any worker (no masked patch) the centre stays.
+
+@torch.no_grad()
+def chunked_softmax_center(
+    features: Tensor,
+    prototypes: Tensor,
+    center: Tensor,
+    *,
+    teacher_temperature: float | Tensor,
+    chunk_rows: int = 2048,
+    run: FunctionWrapper = as_it_is,
+) -> Tensor:
+    """``softmax_center(features @ prototypes.T, ...)``; the logits of one chunk of rows exist at a time.
+
+    Args:
+        features: [N, C], the teacher head's bottleneck, L2-normalised.
+        prototypes: [K, C], L2-normalised, float32.
+        center: [K].
+        teacher_temperature: 0.04 to 0.07 in DINOv2; may be a tensor, a scalar: of a number that changes, each value
+            would be compiled anew.
+        chunk_rows: rows a chunk.
+        run: how a chunk is computed, as ``Method.run``.
+
+    Returns:
+        [N, K].
     """
-    with full_precision(teacher_logits):
-        summed = at_least_float32(teacher_logits).sum(dim=0)  # [K]
-        summed = sum_over_workers(torch.cat([summed, summed.new_full((1,), len(teacher_logits))]))  # [K + 1]
+    with full_precision(features):
+        rows = at_least_float32(features)
+        probs = prototypes.new_empty(len(rows), len(prototypes))
+        for part, out in zip(rows.split(chunk_rows), probs.split(chunk_rows), strict=True):
+            run(_fill_softmax_center)(out, part, prototypes, center, teacher_temperature)
+    return probs
+
+
+@torch.no_grad()
+def updated_center(center: Tensor, features: Tensor, prototypes: Tensor, *, momentum: float) -> Tensor:
+    """The running mean of the teacher's logits after this batch.
+
+    The sum of the logits is that of the features times the prototypes, so that no logits are needed.
+
+    Args:
+        center: [K].
+        features: [N, C] of this worker, the head's bottleneck. Without a single row on any worker (no masked patch) the
+            centre stays.
+        prototypes: [K, C].
+        momentum: share of the old centre.
+
+    Returns:
+        [K].
+    """
+    with full_precision(features):
+        # Not a matrix product, which TensorFloat-32 would round.
+        summed = (prototypes * at_least_float32(features).sum(dim=0)).sum(dim=1)  # [K]
+        summed = sum_over_workers(torch.cat([summed, summed.new_full((1,), len(features))]))  # [K + 1]
         count = summed[-1]
         mean = summed[:-1] / count.clamp(min=1)
         return torch.where(count > 0, torch.lerp(mean, center, momentum), center)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
+import pickle
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +29,19 @@ from lemon.cells.names import shard_name
 from lemon.curate import job as curate
 from lemon.curate.config import CurateConfig
 from lemon.curate.job import open_ledger
-from lemon.curate.slide import curate_slide, ordered_map, run_ahead, start_processes
+from lemon.curate.slide import FetchedSlide, curate_slide, ordered_map, run_ahead, start_processes
 from lemon.errors import ConfigError
 from lemon.nuclei.instances import Nucleus
 from lemon.runtime import pool
 from lemon.runtime.config import load
 from lemon.runtime.job import framed
-from lemon.runtime.store import Store
+from lemon.runtime.store import Store, locate
 from lemon.schema import SlideRow
 from lemon.slides import reader as reader_module
 from lemon.slides.cohort import Slide, list_slides
+from lemon.slides.errors import SlideError
 from lemon.slides.synthetic import SyntheticTissue, make_tissue, write_pyramid
+from tests import s3
 from tests.conftest import shared
 
 pytestmark = pytest.mark.usefixtures("console")
@@ -218,6 +222,105 @@ class CrashingSegmenter:
 
 def _die(region: np.ndarray, prediction: None, calibration: None) -> list[Nucleus]:
     os._exit(1)
+
+
+class HeldSegmenter(CrashingSegmenter):
+    """Holds the network, or the instances, of regions until what is to go on meanwhile has happened."""
+
+    def __init__(self, *, batch_wanted: int = 0, fetched: threading.Event | None = None) -> None:
+        self.batches, self.held, self.too_late, self.begun = 0, 0, False, threading.Event()
+        self.batch_wanted, self.computed, self.fetched = batch_wanted, threading.Event(), fetched
+
+    def predict(self, regions: np.ndarray) -> list[None]:
+        self.begun.set()
+        self.batches += 1
+        if self.batches == self.batch_wanted:
+            self.computed.set()
+        if self.fetched is not None:
+            self.too_late |= not self.fetched.wait(60)
+        return [None] * len(regions)
+
+    @property
+    def postprocess(self) -> Any:
+        return self._hold if self.batch_wanted else _nothing
+
+    def _hold(self, region: np.ndarray, prediction: None, calibration: None) -> list[Nucleus]:
+        self.held += 1
+        self.too_late |= not self.computed.wait(60)
+        return []
+
+
+def _nothing(region: np.ndarray, prediction: None, calibration: None) -> list[Nucleus]:
+    return []
+
+
+def test_the_network_computes_on_later_regions_while_instances_of_the_first_are_held(
+    slide_file: Path, tmp_path: Path
+) -> None:
+    config, segmenter = config_for(slide_file, tmp_path, "region_px=256"), HeldSegmenter(batch_wanted=4)
+    (slide,) = list_slides(str(slide_file))
+    with ThreadPoolExecutor(config.workers.cpus) as threads:
+        row = curate_slide(slide, config=config, segmenter=segmenter, processes=threads, store=Store(tmp_path))
+    assert (row.status, segmenter.too_late) == ("done", False)
+    assert segmenter.held == segmenter.batches == row.n_regions > 20
+
+
+def call(actor: pool.ItemActor, slide: Slide) -> SlideRow:
+    """A slide through an actor, as Ray calls it."""
+    item = pickle.dumps(curate.LocatedSlide(slide, slide.path))
+    return pickle.loads(actor({"item": np.array([item], object)})["result"][0])["row"]  # noqa: S301
+
+
+def test_the_next_slide_is_fetched_while_one_is_curated_and_what_fails_is_its_own_row(
+    slide_file: Path, tmp_path: Path, bucket: s3.Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["a", "b", "gone", "c"]
+    slides = [Slide(slide_id=name, path=f"{bucket.uri}/{name}.tiff") for name in names]
+    for slide in slides:
+        if slide.slide_id != "gone":
+            store, name = locate(slide.path)
+            store.write_bytes(name, slide_file.read_bytes())
+    fetched, on_disk, most = threading.Event(), 0, 0
+    config = config_for(bucket.uri, tmp_path / "out", "workers.cpus=1", f"scratch={tmp_path / 'scratch'}")
+    worker = worker_for(config)
+    worker.segmenter = HeldSegmenter(fetched=fetched)
+    true_fetch = curate.fetch_slide
+
+    @contextlib.contextmanager
+    def counted(slide: Slide, **options: Any) -> Iterator[Any]:
+        nonlocal on_disk, most
+        with true_fetch(slide, **options) as result:
+            on_disk += 1
+            most = max(most, on_disk)
+            if slide.slide_id == "b":
+                fetched.set()
+            yield result
+            on_disk -= 1
+
+    monkeypatch.setattr(curate, "fetch_slide", counted)
+    actor: pool.ItemActor = pool.ItemActor(lambda: worker, "run", 3)
+    with ThreadPoolExecutor(2) as threads:  # as many as Ray gives an actor that gets one slide ready ahead
+        first = threads.submit(call, actor, slides[0])
+        assert worker.segmenter.begun.wait(60)
+        rows = [*threads.map(functools.partial(call, actor), slides[1:])]
+        rows = [first.result(), *rows]
+    assert [row.status for row in rows] == ["done", "done", "failed", "done"]
+    assert rows[2].error == "file not found"
+    assert not worker.segmenter.too_late
+    assert most == 2
+    assert all((row.total_s or 0) > 0 and row.source_digest for row in rows if row.status == "done")
+    assert list((tmp_path / "scratch").rglob("*.tiff")) == []
+
+
+def test_a_slide_for_which_there_was_no_room_beside_another_is_fetched_in_its_turn(
+    slide_file: Path, tmp_path: Path
+) -> None:
+    worker = worker_for(config_for(slide_file, tmp_path, "workers.cpus=1"))
+    worker.segmenter = HeldSegmenter()
+    (slide,) = list_slides(str(slide_file))
+    ahead = FetchedSlide(slide.path, None, begun_s=0.0, seconds=0.0, error=SlideError("no space to fetch it"))
+    row = worker.work(curate.LocatedSlide(slide, slide.path, fetched=ahead))
+    assert (row.status, row.error) == ("done", None)
 
 
 class RaisingSegmenter(CrashingSegmenter):

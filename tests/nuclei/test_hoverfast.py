@@ -23,7 +23,7 @@ from lemon.nuclei.hoverfast import (
 )
 from lemon.nuclei.hoverfast_cpu import RowwiseUNet, toom_cook
 from lemon.nuclei.hoverfast_device import hv_gradients, pack_bits
-from lemon.nuclei.instances import GRADIENT_SCALE, HVLimits
+from lemon.nuclei.instances import GRADIENT_SCALE, HVLimits, HVPrediction
 from tests.conftest import shared
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -336,9 +336,13 @@ def test_a_gpu_takes_regions_in_parts_and_gives_them_back_in_their_order(batch: 
     for _ in range(2):  # the second time with buffers that are there already
         got = gpu.predict(regions)
         assert len(got) == len(expected)
-        for ours, theirs in zip(got, expected, strict=True):
+        for ours, theirs, another in zip(got, expected, [*expected[1:], expected[0]], strict=True):
             assert (ours.mask == theirs.mask).mean() > 0.98
-            assert np.abs(ours.gradients.astype(int) - theirs.gradients).mean() < 0.5 * GRADIENT_SCALE
+            assert distance(ours, theirs) < 0.1 * distance(theirs, another)  # the card rounds to TensorFloat-32
+
+
+def distance(one: HVPrediction, other: HVPrediction) -> float:
+    return float(np.abs(one.gradients.astype(int) - other.gradients).mean())
 
 
 @pytest.mark.parametrize("width", [1, 7, 8, 9, 64, 1001])

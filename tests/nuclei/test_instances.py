@@ -91,6 +91,17 @@ def test_nuclei_are_those_of_the_plain_implementation() -> None:
     assert len(equal) >= len(plain) - 4  # the others cross themselves and are repaired here
 
 
+@pytest.mark.parametrize("corner", [(0, 0), (301, 517), (624, 624)])
+def test_nuclei_at_the_border_of_a_region_are_those_of_the_plain_implementation(corner: tuple[int, int]) -> None:
+    mask, hv_maps = golden_maps()
+    box = np.s_[corner[0] : corner[0] + 400, corner[1] : corner[1] + 400]
+    mask, hv_maps = mask[box], hv_maps[:, *box]
+    plain = {c.astype(np.float32).tobytes() for c in plain_postprocessing(mask, hv_maps, min_area_px=MIN_AREA_PX)}
+    found = find_nuclei(mask, gradients(hv_maps), min_area_px=MIN_AREA_PX)
+    assert len(found) == len(plain)
+    assert sum(n.contour_px.tobytes() in plain for n in found) >= len(plain) - 4  # as above
+
+
 def test_masks_of_any_kind_give_the_same_nuclei() -> None:
     mask, steps = ellipses((40, 40, 20, 12), (90, 80, 15, 15))
     expected = [n.contour_px.tolist() for n in find_nuclei(mask, steps, min_area_px=10)]

@@ -2,17 +2,20 @@ from __future__ import annotations
 
 import pickle
 
+import cv2
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
+from skimage.segmentation import watershed
 
-from lemon.nuclei import levels
 from lemon.nuclei.hoverfast_device import hv_gradients
-from lemon.nuclei.instances import HVPrediction
-from lemon.nuclei.levels import postprocess_by_level
+from lemon.nuclei.instances import GRADIENT_SCALE, HVPrediction, polygons_from_labels
+from lemon.nuclei.levels import find_nuclei_by_level, postprocess_by_level
 from lemon.nuclei.scores import labels_of, scores
 from lemon.nuclei.training.targets import make_targets
 from lemon.nuclei.training.windows import whole
+from tests.nuclei.test_instances import golden
 from tests.nuclei.training.made_up import blobs, labelled
 
 
@@ -27,7 +30,23 @@ def gradients_of(maps: np.ndarray) -> np.ndarray:
 
 
 def label_by_level(mask: np.ndarray, maps: np.ndarray, *, min_area_px: float) -> np.ndarray:
-    return levels.label_by_level(mask, gradients_of(maps), min_area_px=min_area_px)
+    """The nuclei as an instance map."""
+    nuclei = find_nuclei_by_level(mask, gradients_of(maps), min_area_px=min_area_px)
+    return labels_of(nuclei, shape=mask.shape)
+
+
+def plainly(mask: np.ndarray, steps: np.ndarray, *, min_area_px: float) -> np.ndarray:
+    """Instance map by one watershed over the whole region, step by step as the method is described."""
+    slope = np.minimum(*steps) / (128 * GRADIENT_SCALE)
+    opened = cv2.morphologyEx((mask != 0).astype(np.uint8), cv2.MORPH_OPEN, cv2.getStructuringElement(2, (5, 5)))
+    core = cv2.morphologyEx(
+        ((slope > -0.02) & (opened > 0)).astype(np.uint8), cv2.MORPH_OPEN, cv2.getStructuringElement(1, (3, 3))
+    )
+    markers, _ = ndimage.label(core)
+    markers[np.isin(markers, np.flatnonzero(np.bincount(markers.ravel()) < 10))] = 0
+    labels = watershed(np.maximum(-slope, 0), markers=markers, mask=opened > 0)
+    labels[np.isin(labels, np.flatnonzero(np.bincount(labels.ravel()) < min_area_px))] = 0
+    return labels
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
@@ -61,12 +80,22 @@ def test_small_ones_are_dropped_and_an_empty_mask_has_none() -> None:
     assert label_by_level(np.zeros_like(mask), maps, min_area_px=20).max() == 0
 
 
+def test_nuclei_are_those_of_one_watershed_over_the_region() -> None:
+    for mask, steps in (golden(), *((maps_of(seed=s)[1], gradients_of(maps_of(seed=s)[2])) for s in (1, 2))):
+        expected = polygons_from_labels(plainly(mask, steps, min_area_px=80), min_area_px=80, simplify=0.006)
+        found = find_nuclei_by_level(mask, steps, min_area_px=80)
+        polygons = {n.contour_px.tobytes() for n in expected}
+        assert len(found) == len(expected)
+        # Where fronts meet on a plain, which comes first depends on the order of the queue.
+        assert sum(n.contour_px.tobytes() in polygons for n in found) >= 0.98 * len(found)
+
+
 def test_polygons_are_those_of_the_labels_and_the_function_travels() -> None:
     drawn, mask, maps = maps_of()
     region = np.zeros((*mask.shape, 3), np.uint8)
     prediction = HVPrediction(np.packbits(mask > 0), gradients_of(maps))
     nuclei = pickle.loads(pickle.dumps(postprocess_by_level))(region, prediction, None, min_area_px=20)  # noqa: S301
-    found = label_by_level(mask, maps, min_area_px=20)
+    found = plainly(mask, gradients_of(maps), min_area_px=20)
     assert scores(labels_of(nuclei, shape=drawn.shape), found)["pq"] > 0.9
     with pytest.raises(ValueError, match="for a region"):
         postprocess_by_level(region[:-1], prediction, None, min_area_px=20)

@@ -84,6 +84,8 @@ def test_losses_are_computed_in_float32_under_autocast() -> None:
         lambda: losses.kde(q, kappa=5.0),
         lambda: losses.chunked_cross_entropy(q, k, probs[:, :64], student_temperature=0.1),
         lambda: losses.sinkhorn_knopp(logits, teacher_temperature=0.04),
+        lambda: losses.chunked_softmax_center(q, k, torch.zeros(len(k)), teacher_temperature=0.04, chunk_rows=3),
+        lambda: losses.updated_center(torch.zeros(len(k)), q, k, momentum=0.9),
     ]
     for case in cases:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -106,13 +108,31 @@ def test_the_dino_loss_gradient_and_centre_are_those_of_the_reference() -> None:
     loss.backward()
     assert_value(loss, g["dino_loss_sum_of_two_terms"])
     assert_gradient(s1.grad, g["dino_grad_s1"])
-    moved = losses.updated_center(center, torch.cat([g["dino_t1"], g["dino_t2"]]), momentum=0.9)
+    logits = torch.cat([g["dino_t1"], g["dino_t2"]])
+    moved = losses.updated_center(center, logits, torch.eye(len(center)), momentum=0.9)
     torch.testing.assert_close(moved, g["dino_center_after_update"][0], rtol=1e-5, atol=1e-7)
 
 
 def test_a_centre_stays_where_no_patch_is_masked() -> None:
     center = random(16)
-    torch.testing.assert_close(losses.updated_center(center, torch.zeros(0, 16), momentum=0.9), center, rtol=0, atol=0)
+    moved = losses.updated_center(center, torch.zeros(0, 4), random(16, 4), momentum=0.9)
+    torch.testing.assert_close(moved, center, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 10])
+@pytest.mark.parametrize("chunk_rows", [3, 100])
+def test_the_teachers_probabilities_and_centre_in_chunks_are_those_of_all_logits_at_once(
+    rows: int, chunk_rows: int
+) -> None:
+    features, prototypes = (F.normalize(random(n, 16, seed=n), dim=1) for n in (rows, 40))
+    center = 0.1 * random(40)
+    logits = features @ prototypes.T
+    want = losses.softmax_center(logits, center, teacher_temperature=0.07)
+    got = losses.chunked_softmax_center(features, prototypes, center, teacher_temperature=0.07, chunk_rows=chunk_rows)
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-8)
+    moved = losses.updated_center(center, features, prototypes, momentum=0.9)
+    expected = 0.9 * center + 0.1 * logits.mean(dim=0) if rows else center
+    torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_ibot_loss_and_gradient_are_those_of_the_reference() -> None:
@@ -353,7 +373,7 @@ OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "dino with sinkhorn": lambda x, y: losses.dino_cross_entropy(
         x, losses.sinkhorn_knopp(y, teacher_temperature=0.04), student_temperature=0.1
     ),
-    "centre": lambda x, y: losses.updated_center(torch.ones(16), y, momentum=0.9).sum() + 0 * x.sum(),
+    "centre": lambda x, y: losses.updated_center(torch.ones(16), y, torch.eye(16), momentum=0.9).sum() + 0 * x.sum(),
 }
 
 

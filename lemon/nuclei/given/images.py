@@ -17,7 +17,7 @@ from scipy import io, ndimage
 
 from lemon.nuclei.given.documents import stardist_nuclei
 from lemon.nuclei.given.nuclei import GivenError, GivenNuclei, gathered
-from lemon.nuclei.instances import outer_contour
+from lemon.nuclei.pieces import outer_contour
 from lemon.slides.reader import SlideReader
 
 WINDOW_PX = 4096

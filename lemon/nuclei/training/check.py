@@ -11,8 +11,8 @@ import torch
 
 from lemon.nuclei.hoverfast import HoverFastNet
 from lemon.nuclei.hoverfast_device import hv_gradients
-from lemon.nuclei.levels import label_by_level
-from lemon.nuclei.scores import scores
+from lemon.nuclei.levels import find_nuclei_by_level
+from lemon.nuclei.scores import labels_of, scores
 from lemon.nuclei.training.images import Labelled
 
 MIN_AREA_PX = 80.0  # 5 um2
@@ -61,7 +61,8 @@ def found_by(net: HoverFastNet, image: np.ndarray) -> np.ndarray:
     pixels = torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1)[None] / 255
     logits, maps = net(pixels)
     mask = (logits[0, 1:].amax(0) > logits[0, 0]).cpu().numpy()
-    return label_by_level(mask, hv_gradients(maps)[0].cpu().numpy(), min_area_px=MIN_AREA_PX)
+    nuclei = find_nuclei_by_level(mask, hv_gradients(maps)[0].cpu().numpy(), min_area_px=MIN_AREA_PX)
+    return labels_of(nuclei, shape=mask.shape)
 
 
 def picture(worst: dict[str, tuple[Labelled, np.ndarray]]) -> bytes:
