@@ -3,8 +3,8 @@
 python -m benchmarks.annotator --data FOLDER [--weights FOLDER] [--cache FOLDER] [--seeds 20] [--encoders NAME ...]
 
 FOLDER has masks/consep_train and nucls15 as their tasks read them (lemon.probe.tasks). For each seed a third of the
-images is kept aside, and the annotator labels cells of the others (4,000 at most) ten at a time, with their true class.
-No cell is labelled before. Score: balanced accuracy on up to 2,000 cells of the images kept aside. Values are means
+images is kept aside, and the annotator labels cells of the others (2,000 at most) ten at a time, with their true class.
+No cell is labelled before. Score: balanced accuracy on up to 1,000 cells of the images kept aside. Values are means
 over seeds with bootstrap intervals; differences are over the same seeds. Also, with 100 labels at random, the expected
 calibration error, and how well distance tells cells of a class of which no label was given (area under the curve).
 
@@ -37,8 +37,8 @@ from lemon.probe.tasks import consep, nucls15
 
 BUDGETS = (10, 30, 100)
 STEP = 10
-POOL, TEST = 4000, 2000
-CROPS = 6000  # of a set, drawn at random: the encoders' time on two cores
+POOL, TEST = 2000, 1000
+CROPS = 3000  # of a set, drawn at random: the encoders' time on two cores
 TASKS: dict[str, Callable[[Path], Task]] = {
     "CoNSeP": lambda data: consep.load(data / "masks" / "consep_train"),
     "NuCLS-15": lambda data: nucls15.load(data / "nucls15"),

@@ -119,7 +119,7 @@ def _by_cell_id(labels: dict[str, str], embeddings: Embeddings, cells: Store | N
     Raises ConfigError where an id is of no slide, or of several.
     """
     if cells is None:
-        raise ConfigError("labels: name foreign_id, which the cells table has; expected cells=the output of lemon curate")
+        raise ConfigError("labels: name foreign_id, which cells have; expected cells=the output of lemon curate")
     found: dict[str, dict[str, list[str]]] = {}  # foreign id -> slide -> cell ids
     for slide_id in embeddings.rows:
         for cell_id, foreign_id in zip(*foreign_ids_of(cells, slide_id), strict=True):
@@ -137,9 +137,8 @@ def _by_cell_id(labels: dict[str, str], embeddings: Embeddings, cells: Store | N
                 f"labels: foreign_id {foreign_id} is of {len(slides)} slides ({some(list(slides))}); "
                 "expected ids of one slide each: give cell_id instead"
             )
-    return {
-        cell_id: labels[foreign_id] for foreign_id, slides in found.items() for ids in slides.values() for cell_id in ids
-    }
+    nuclei = {foreign_id: ids for foreign_id, slides in found.items() for ids in slides.values()}
+    return {cell_id: labels[foreign_id] for foreign_id, ids in nuclei.items() for cell_id in ids}
 
 
 def foreign_ids_of(cells: Store, slide_id: str) -> tuple[list[str], list[str | None]]:
