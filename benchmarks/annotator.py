@@ -24,6 +24,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from skimage.feature import hog
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+from sklearn.pipeline import Pipeline
 
 import lemon
 from benchmarks.record import record
@@ -152,29 +153,23 @@ def annotated(
 ) -> list[float]:
     """Balanced accuracy after each budget; chance as long as all labels are of one class."""
     order = np.random.default_rng(seed).permutation(len(pool)).tolist()
+    classes = int(codes.max()) + 1
     labelled: list[int] = []
+    head: Pipeline | None = None  # on the labels so far; the next ones are chosen by it, and it is scored
     scores = []
     for size in BUDGETS if way == "random" else range(STEP, BUDGETS[-1] + 1, STEP):
         if way == "random":
             labelled = order[:size]
         else:
-            probability = probabilities(vectors, codes, slides, pool[labelled], pool, seed=seed)
+            probability = None if head is None else class_probabilities(head, vectors[pool], classes=classes)
             labelled += choose_next(vectors[pool], labelled, probability, count=STEP, seed=seed)
+        rows = pool[labelled]
+        if len(np.unique(codes[rows])) > 1:
+            head = fit_model(vectors[rows], codes[rows], groups=slides[rows], seed=seed)
         if size in BUDGETS:
-            probability = probabilities(vectors, codes, slides, pool[labelled], test, seed=seed)
-            guess = codes[pool[labelled[:1]]] if probability is None else probability.argmax(axis=1)
-            scores.append(float(balanced_accuracy_score(codes[test], np.broadcast_to(guess, len(test)))))
+            guess = np.full(len(test), codes[rows[0]]) if head is None else head.predict(vectors[test])
+            scores.append(float(balanced_accuracy_score(codes[test], guess)))
     return scores
-
-
-def probabilities(
-    vectors: np.ndarray, codes: np.ndarray, slides: np.ndarray, rows: np.ndarray, of: np.ndarray, *, seed: int
-) -> np.ndarray | None:
-    """Of cells by a head on labelled ones; None where these have no two classes."""
-    if len(np.unique(codes[rows])) < 2:
-        return None
-    model = fit_model(vectors[rows], codes[rows], groups=slides[rows], seed=seed)
-    return class_probabilities(model, vectors[of], classes=int(codes.max()) + 1)
 
 
 def calibration_error(truth: np.ndarray, probability: np.ndarray, *, bins: int = 10) -> float:

@@ -127,10 +127,8 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two slides of given nuclei: their ids are the same numbers on both, but for two UUIDs of QuPath on A."""
     folder = tmp_path_factory.mktemp("given")
     for slide_id, count in COUNTS.items():
-        ids = [str(index) for index in range(count)]
-        write_cells(
-            Store(folder / "cells"), slide_id, count, foreign_ids=[*QUPATH, *ids[2:]] if slide_id == "A" else ids
-        )
+        ids = [*(QUPATH if slide_id == "A" else "01"), *(str(index) for index in range(2, count))]
+        write_cells(Store(folder / "cells"), slide_id, count, foreign_ids=ids)
     write_encoder(folder / "run")
     words = [f"model={folder / 'run'}", f"cells={folder / 'cells'}", f"output={folder / 'e'}", "device=cpu"]
     assert embedding.main(load("embed", [*words, "clusters.k=null"], EmbedConfig)) == 0
