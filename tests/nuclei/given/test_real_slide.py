@@ -18,6 +18,8 @@ from lemon.slides.reader import SlideReader
 from lemon.slides.tiles import plan_regions, spread
 from tests.conftest import shared
 
+pytestmark = pytest.mark.slow
+
 WIDTH, HEIGHT, MPP = 2220, 2967, 0.499
 
 
