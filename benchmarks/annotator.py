@@ -10,12 +10,14 @@ calibration error, and how well distance tells cells of a class of which no labe
 
 Embeddings are made once and kept in --cache. Encoders beside lemon_mini are folders in --weights; ``hog`` is a
 histogram of gradients with means and deviations of colours. The others were trained, without labels, on CoNSeP too.
+NuCLS-15 is an excerpt, of 275 nuclei of three classes in 15 tiles: its intervals tell of these tiles alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,7 +170,9 @@ def annotated(
             head = fit_model(vectors[rows], codes[rows], groups=slides[rows], seed=seed)
         if size in BUDGETS:
             guess = np.full(len(test), codes[rows[0]]) if head is None else head.predict(vectors[test])
-            scores.append(float(balanced_accuracy_score(codes[test], guess)))
+            with warnings.catch_warnings():  # an image kept aside may lack a class
+                warnings.filterwarnings("ignore", message="y_pred contains classes not in y_true")
+                scores.append(float(balanced_accuracy_score(codes[test], guess)))
     return scores
 
 
