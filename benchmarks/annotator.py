@@ -3,19 +3,21 @@
 python -m benchmarks.annotator --data FOLDER [--weights FOLDER] [--cache FOLDER] [--seeds 20] [--encoders NAME ...]
 
 FOLDER has masks/consep_train and nucls15 as their tasks read them (lemon.probe.tasks). For each seed a third of the
-images is kept aside, and the annotator labels cells of the others (4,000 at most) ten at a time, with their true class.
-No cell is labelled before. Score: balanced accuracy on up to 2,000 cells of the images kept aside. Values are means
+images is kept aside, and the annotator labels cells of the others (2,000 at most) ten at a time, with their true class.
+No cell is labelled before. Score: balanced accuracy on up to 1,000 cells of the images kept aside. Values are means
 over seeds with bootstrap intervals; differences are over the same seeds. Also, with 100 labels at random, the expected
 calibration error, and how well distance tells cells of a class of which no label was given (area under the curve).
 
 Embeddings are made once and kept in --cache. Encoders beside lemon_mini are folders in --weights; ``hog`` is a
 histogram of gradients with means and deviations of colours. The others were trained, without labels, on CoNSeP too.
+NuCLS-15 is an excerpt, of 275 nuclei of three classes in 15 tiles: its intervals tell of these tiles alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from skimage.feature import hog
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+from sklearn.pipeline import Pipeline
 
 import lemon
 from benchmarks.record import record
@@ -37,8 +40,8 @@ from lemon.probe.tasks import consep, nucls15
 
 BUDGETS = (10, 30, 100)
 STEP = 10
-POOL, TEST = 4000, 2000
-CROPS = 6000  # of a set, drawn at random: the encoders' time on two cores
+POOL, TEST = 2000, 1000
+CROPS = 3000  # of a set, drawn at random: the encoders' time on two cores
 TASKS: dict[str, Callable[[Path], Task]] = {
     "CoNSeP": lambda data: consep.load(data / "masks" / "consep_train"),
     "NuCLS-15": lambda data: nucls15.load(data / "nucls15"),
@@ -152,29 +155,25 @@ def annotated(
 ) -> list[float]:
     """Balanced accuracy after each budget; chance as long as all labels are of one class."""
     order = np.random.default_rng(seed).permutation(len(pool)).tolist()
+    classes = int(codes.max()) + 1
     labelled: list[int] = []
+    head: Pipeline | None = None  # on the labels so far; the next ones are chosen by it, and it is scored
     scores = []
     for size in BUDGETS if way == "random" else range(STEP, BUDGETS[-1] + 1, STEP):
         if way == "random":
             labelled = order[:size]
         else:
-            probability = probabilities(vectors, codes, slides, pool[labelled], pool, seed=seed)
+            probability = None if head is None else class_probabilities(head, vectors[pool], classes=classes)
             labelled += choose_next(vectors[pool], labelled, probability, count=STEP, seed=seed)
+        rows = pool[labelled]
+        if len(np.unique(codes[rows])) > 1:
+            head = fit_model(vectors[rows], codes[rows], groups=slides[rows], seed=seed)
         if size in BUDGETS:
-            probability = probabilities(vectors, codes, slides, pool[labelled], test, seed=seed)
-            guess = codes[pool[labelled[:1]]] if probability is None else probability.argmax(axis=1)
-            scores.append(float(balanced_accuracy_score(codes[test], np.broadcast_to(guess, len(test)))))
+            guess = np.full(len(test), codes[rows[0]]) if head is None else head.predict(vectors[test])
+            with warnings.catch_warnings():  # an image kept aside may lack a class
+                warnings.filterwarnings("ignore", message="y_pred contains classes not in y_true")
+                scores.append(float(balanced_accuracy_score(codes[test], guess)))
     return scores
-
-
-def probabilities(
-    vectors: np.ndarray, codes: np.ndarray, slides: np.ndarray, rows: np.ndarray, of: np.ndarray, *, seed: int
-) -> np.ndarray | None:
-    """Of cells by a head on labelled ones; None where these have no two classes."""
-    if len(np.unique(codes[rows])) < 2:
-        return None
-    model = fit_model(vectors[rows], codes[rows], groups=slides[rows], seed=seed)
-    return class_probabilities(model, vectors[of], classes=int(codes.max()) + 1)
 
 
 def calibration_error(truth: np.ndarray, probability: np.ndarray, *, bins: int = 10) -> float:

@@ -7,8 +7,9 @@ Queries are 200 further vectors of the same clusters; what is found is compared 
 in a process of its own and opened from its file in another, so that memory is that of the step alone. One thread;
 seconds are of the processor, so that neighbours on the machine do not count.
 
-``lemon`` is the index of ``lemon find``, of embeddings in tables as ``lemon embed`` writes them. The others are the
-libraries by themselves, and need ``pip install faiss-cpu hnswlib usearch``.
+``lemon`` is what ``lemon find`` does, of embeddings in tables as ``lemon embed`` writes them: the index is searched and
+id and place of each cell found are read. The others are the libraries by themselves, which tell a number of each; they
+need ``pip install faiss-cpu hnswlib usearch``, and those that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,8 @@ from lemon.embed.names import embeddings_name
 from lemon.embed.read import open_embeddings
 from lemon.embed.stream import PARQUET_OPTIONS
 from lemon.find.index import open_index
+from lemon.find.job import neighbours_of
+from lemon.find.query import Queries
 from lemon.runtime.shards import write_shard
 from lemon.runtime.store import BATCH_ROWS, Store
 from lemon.schema import EmbeddedRow, embeddings
@@ -39,7 +44,7 @@ from lemon.schema import EmbeddedRow, embeddings
 CLUSTERS, DIRECTIONS, QUERIES, K = 2000, 24, 200, 10
 SLIDES = 10
 BLOCK = 50_000
-PACKAGES = ("numpy", "faiss-cpu", "hnswlib", "usearch")
+PACKAGES = ("numpy", "pyarrow", "faiss-cpu")
 
 
 def main() -> None:
@@ -57,7 +62,12 @@ def main() -> None:
         np.save(scratch / "truth.npy", truth)
         facts = {"vectors": options.count, "width": options.width, "queries": QUERIES, "k": K}
         for name in options.only:
-            record("find", {"index": name, **facts, "runs": tried(name, scratch)}, packages=PACKAGES)
+            library = name.split()[0]
+            if library not in ("lemon", "faiss") and find_spec(library) is None:
+                print(f"{name}: {library} is not installed, left out")
+                continue
+            packages = PACKAGES if library in ("lemon", "faiss") else (*PACKAGES, library)
+            record("find", {"index": name, **facts, "runs": tried(name, scratch)}, packages=packages)
             for path in scratch.glob("index*"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -278,13 +288,15 @@ def search_lemon(scratch: Path) -> Any:
     starts = np.cumsum([0, *(row.n_cells for row in opened.rows.values())])
     first = dict(zip(opened.rows, starts.tolist(), strict=False))
     index = open_index(opened, str(scratch / "index"))
-    for probes in (8, 32, 128):
-        yield (
-            f"probes={probes}",
-            lambda query, probes=probes: [
-                first[hit.slide_id] + hit.row for hit in index.search(query[None], k=K, probes=probes)[0]
-            ],
-        )
+
+    def asked(query: np.ndarray, *, k: int, probes: int) -> list[int]:
+        queries = Queries(["query"], query[None], [None], [None])
+        ((_, hits),) = neighbours_of(opened, index, queries, k=k, probes=probes)
+        return [first[hit.slide_id] + hit.row for hit in hits]
+
+    for probes in (8, 16, 32, 64, 128):
+        yield f"probes={probes}", partial(asked, k=K, probes=probes)
+    yield "probes=32, k=50", partial(asked, k=50, probes=32)
 
 
 INDEXES: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {

@@ -355,9 +355,10 @@ CLASSES = _table(
         pa.field("confidence", pa.float32(), nullable=False),
         pa.field("distance", pa.float32(), nullable=False),
         pa.field("given", pa.bool_(), nullable=False),
+        pa.field("foreign_id", pa.string()),
     ],
 )
-"""The class of each of a slide's cells, in the order of its embeddings.
+"""The class of each of a slide's cells, in the order of its embeddings, with the id that it had in ``cells_from=``.
 
 ``label`` is the one that was given, else ``likely``, the class of the largest probability (``confidence``), or
 ``unknown`` where ``distance``, 1 - cosine to the nearest labelled cell, is beyond the limit.

@@ -28,7 +28,8 @@ THUMBNAIL_PX = 48
 
 THUMBNAIL_MPP = CELL_MPP * CELL_PX / THUMBNAIL_PX
 
-FACTS = ("cell_id", "slide_id", "organ", "site", "x_level0_px", "y_level0_px", "mpp", *MORPHOMETRICS, "polygon", "rank")
+_PLACE = ("x_level0_px", "y_level0_px", "mpp", "polygon", "rank")
+FACTS = ("cell_id", "foreign_id", "foreign_class", "slide_id", "organ", "site", *_PLACE, *MORPHOMETRICS)
 
 MIN_CELLS = 10
 

@@ -15,7 +15,14 @@ MISSING = 65_535
 
 MISSING_COLOR = (190, 190, 190)
 
-CATEGORIES = {"label": "Class", "cluster": "Cluster", "organ": "Organ", "slide_id": "Slide", "site": "Site"}
+CATEGORIES = {
+    "label": "Class",
+    "cluster": "Cluster",
+    "foreign_class": "Class as given",
+    "organ": "Organ",
+    "slide_id": "Slide",
+    "site": "Site",
+}
 
 MEASURES = {
     "area_um2": ("Area", "µm²"),

@@ -81,8 +81,10 @@ def write_page(
     arrays |= {"vectors": vectors, "weights": weights, "corners": counts, "outlines": outlines}
     arrays |= {category.key: category.codes for category in categories}
     arrays |= {measure.key: measure.values for measure in measures}
+    foreign = table["foreign_id"]
     facts = {
         "ids": table["cell_id"].to_pylist(),
+        "foreignIds": foreign.to_pylist() if foreign.null_count < len(foreign) else [],
         "slides": [row.slide_id for row in cells.slides],
         "outlineUm": OUTLINE_UM,
         "palette": [_hex(color) for color in palette(N_CLASS_COLORS)],

@@ -48,8 +48,16 @@ class GeoJsonWriter:
             self._gzip.write(b"\n]}\n")
         self._gzip.close()
 
-    def write(self, rows: pa.Table, *, classifications: Sequence[Mapping[str, object]] | None = None) -> None:
+    def write(
+        self,
+        rows: pa.Table,
+        *,
+        classifications: Sequence[Mapping[str, object]] | None = None,
+        measurements: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
         """Append rows of the cells table (images not needed), each in its class ``{name, color}``.
+
+        ``measurements`` are shown beside those of the cells table, a value a row.
 
         Without classifications a nucleus has the class of the program that found it, or that of all nuclei. An id of
         QuPath's stays a nucleus' id, so that QuPath knows the object again.
@@ -60,7 +68,8 @@ class GeoJsonWriter:
         else:
             classes = classifications
         polygons = shapely.from_wkb(rows["polygon"].to_numpy(zero_copy_only=False))
-        measured = {name: rows[column].to_pylist() for name, column in MEASUREMENTS.items()}
+        measured: dict[str, Sequence[float]] = {name: rows[column].to_pylist() for name, column in MEASUREMENTS.items()}
+        measured |= measurements or {}
         foreign_ids, cell_ids = _optional(rows, "foreign_id"), rows["cell_id"].to_pylist()
         for index, (cell_id, polygon) in enumerate(zip(cell_ids, polygons, strict=True)):
             ring = np.round(shapely.get_coordinates(polygon) - self._origin_px, 2)

@@ -14,7 +14,7 @@ class ClassifyConfig(CellsConfig):
     """``lemon classify``: a few labels and embeddings -> a class with its confidence for every nucleus."""
 
     labels: AnyPaths = Field(
-        description="CSV or Parquet with cell_id, label, or with cluster, label; of several a later one corrects"
+        description="CSV or Parquet with label and cell_id, foreign_id or cluster; of several a later one corrects"
     )
     embeddings: AnyPath = Field(description="output of lemon embed")
     output: AnyPath = Field("classes", description="folder or s3:// prefix of classes/, counts.csv and the formats")

@@ -20,6 +20,9 @@ from lemon.runtime.store import Store
 
 UNKNOWN_COLOR = (150, 150, 150)
 
+CONFIDENCE = "Class confidence"
+"""Measurement of a nucleus in QuPath, which can be filtered and coloured by."""
+
 FILE_OF = {"h5ad": h5ad_name, "geojson": geojson_name}
 """Name of a slide's file in each format."""
 
@@ -44,14 +47,20 @@ def _write_geojson(
 ) -> None:
     styles = {name: {"name": name, "color": list(color)} for name, color in colors.items()}
     labels, ids, done = classes["label"].to_pylist(), classes["cell_id"], 0
+    confidence = classes["confidence"].to_pylist()
     with (
         store.write(geojson_name(slide.slide_id)) as stream,
         GeoJsonWriter(stream, origin_px=slide.origin_px()) as writer,
     ):
-        for rows in slide.rows("cell_id", "polygon", *MEASUREMENTS.values()):
+        for rows in slide.rows("cell_id", "foreign_id", "polygon", *MEASUREMENTS.values()):
             if not rows["cell_id"].combine_chunks().equals(ids.slice(done, len(rows)).combine_chunks()):
                 raise ShardError(f"{slide.slide_id}: cells and embeddings differ; lemon embed again mends it")
-            writer.write(rows, classifications=[styles[name] for name in labels[done : done + len(rows)]])
+            part = slice(done, done + len(rows))
+            writer.write(
+                rows,
+                classifications=[styles[name] for name in labels[part]],
+                measurements={CONFIDENCE: confidence[part]},
+            )
             done += len(rows)
 
 

@@ -17,7 +17,7 @@ from lemon.classify.choose import choose_next
 from lemon.classify.config import ClassifyConfig
 from lemon.classify.export import FILE_OF, colors_of, write_format
 from lemon.classify.head import Head, HeldOut, fit_head, score_of
-from lemon.classify.labels import UNKNOWN, Labelled, read_labelled
+from lemon.classify.labels import UNKNOWN, Labelled, foreign_ids_of, read_labelled
 from lemon.classify.spatial import count_rows, neighbour_counts, neighbourhood_rows, tissue_mm2
 from lemon.embed.read import Embeddings, cells_of, open_embeddings
 from lemon.embed.slide import EmbeddedSlide
@@ -62,7 +62,7 @@ def main(config: ClassifyConfig) -> int:
         raise ConfigError(f"format: got {wanted[0]}, which shows nuclei; expected cells=the output of lemon curate")
     source = Source(embeddings, cells, {row.slide_id: row for row in rows_with_cells(cells)} if cells else {})
     paths = [config.labels] if isinstance(config.labels, str) else config.labels
-    labelled = read_labelled(paths, embeddings)
+    labelled = read_labelled(paths, embeddings, cells)
     head, held_out = fit_head(
         labelled.vectors,
         labelled.codes,
@@ -123,7 +123,7 @@ def _classify(source: Source, labelled: Labelled, head: Head, store: Store, *, c
     """Classes, formats and counts of every slide, one at a time."""
     names = (*labelled.names, UNKNOWN)
     colors = colors_of(labelled.names)
-    made_from = _made_from(labelled, config, source.embeddings)
+    made_from = _made_from(labelled, config, source)
     counts: list[CountRow] = []
     around: list[NeighbourhoodRow] = []
     sampled = 0
@@ -152,10 +152,11 @@ def _classify(source: Source, labelled: Labelled, head: Head, store: Store, *, c
         logger.info("  no densities and neighbourhoods: cells=the output of lemon curate tells the slides' resolution")
 
 
-def _made_from(labelled: Labelled, config: ClassifyConfig, embeddings: Embeddings) -> str:
-    """Names all that classes depend on besides a slide's own embeddings."""
+def _made_from(labelled: Labelled, config: ClassifyConfig, source: Source) -> str:
+    """Names all that classes depend on besides a slide's own embeddings; with cells they have foreign ids."""
     labels = [labelled.cell_ids, labelled.names, labelled.codes.tolist(), labelled.by_cell.tolist()]
-    return fingerprint([labels, config.seed, config.unknown, asdict(embeddings.spec)])
+    known = source.cells is not None
+    return fingerprint([labels, config.seed, config.unknown, asdict(source.embeddings.spec), CLASSES.names, known])
 
 
 def _classes_of(
@@ -167,7 +168,8 @@ def _classes_of(
         return store.read_table(name)
     for name_of in FILE_OF.values():
         store.delete(name_of(slide_id))
-    given = labelled.given
+    given, done = labelled.given, 0
+    foreign = _foreign_ids(source, slide_id)
     parts = []
     for batch in source.embeddings.batches(slide_id, ["cell_id", "embedding"]):
         ids, vectors = batch["cell_id"].to_pylist(), vectors_of(batch["embedding"]).astype(np.float32)
@@ -178,11 +180,24 @@ def _classes_of(
             given.get(cell_id) or (UNKNOWN if unlike else name)
             for cell_id, unlike, name in zip(ids, far, likely, strict=True)
         ]
-        columns = [ids, labels, likely, probability.max(axis=1), distance, [cell_id in given for cell_id in ids]]
+        was_given = [cell_id in given for cell_id in ids]
+        columns = [ids, labels, likely, probability.max(axis=1), distance, was_given, foreign[done : done + len(ids)]]
+        done += len(ids)
         parts.append(pa.table([pa.array(column) for column in columns], names=CLASSES.names).cast(CLASSES))
     table = pa.concat_tables(parts).replace_schema_metadata(marked(CLASSES, **{CIRCUMSTANCES: made_from}).metadata)
     store.write_table(name, table, compression="zstd")
     return table
+
+
+def _foreign_ids(source: Source, slide_id: str) -> list[str | None]:
+    """The id that each embedded cell had in ``cells_from=``, in their order; None of each without cells at hand."""
+    if source.cells is None or slide_id not in source.slides:
+        return [None] * source.embeddings.rows[slide_id].n_cells
+    ids, foreign = foreign_ids_of(source.cells, slide_id)
+    embedded = [each for batch in source.embeddings.batches(slide_id, ["cell_id"]) for each in batch[0].to_pylist()]
+    if ids != embedded:
+        raise ConfigError(f"cells: {slide_id}: cells and embeddings differ; lemon embed again mends it")
+    return foreign
 
 
 def _places_um(source: Source, slide_id: str) -> np.ndarray | None:
@@ -239,7 +254,7 @@ def _write_next(source: Source, labelled: Labelled, head: Head, store: Store, *,
             crop_of_cell(source.cells, pool.slide_ids[row], pool.rows[row], cell_id=pool.cell_ids[row]) for row in rows
         ]
         captions = [
-            f"{number}: {shortened(name)}?\n{sure:.2f}, {shortened(slide)}"
+            f"{number}: {sure:.2f}\n{shortened(name)}?\n{shortened(slide)}"
             for number, (name, sure, slide) in enumerate(
                 zip(suggested, confidence, columns["slide_id"], strict=True), 1
             )

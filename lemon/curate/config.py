@@ -46,7 +46,9 @@ class CurateConfig(Frozen):
     output: AnyPath = Field(description="folder or s3:// prefix of the tables cells/ and slides/")
     segmenter: SegmenterChoice = Field({}, validate_default=True)
     cells_from: CellsFrom | None = Field(None, description="nuclei that another program found, instead of a segmenter")
-    cells_per_slide: int | None = Field(1000, ge=1, description="cells of lowest rank kept of a slide; null keeps all")
+    cells_per_slide: int | None = Field(
+        1000, ge=1, description="cells of lowest rank kept of a slide; null, the default with cells_from, keeps all"
+    )
     default_mpp: float = Field(0.25, gt=0, description="um/px assumed where a slide states none")
     max_mpp: float = Field(0.75, gt=0, description="coarser slides fail: their nuclei cannot be resolved")
     region_px: int = Field(1024, ge=256, multiple_of=8, description="side of a region at 0.25 um/px")
@@ -71,6 +73,14 @@ class CurateConfig(Frozen):
         0.5, ge=0, le=1, description="share of unreadable regions that fails a slide"
     )
     overwrite: bool = Field(False, description="discard what an earlier run with other settings left in output")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given_nuclei_are_all_kept(cls, value: Any) -> Any:
+        """Who gives nuclei wants all of them back, unless a sample is asked for."""
+        if isinstance(value, dict) and value.get("cells_from") is not None:
+            return {"cells_per_slide": None} | value
+        return value
 
     @model_validator(mode="after")
     def _overlap_fits(self) -> CurateConfig:

@@ -1,7 +1,7 @@
 """An index of all vectors of an output, on disk: built anew only for slides that changed, read as it is needed.
 
-The vectors lie in inverted lists of 8-bit values (faiss: IVF, SQ8), in segments of about a million cells. A segment is
-a file that is never changed. It names the slides it holds by the digests of their embeddings, so a slide that changed,
+The vectors lie in inverted lists of float16 (faiss: IVF, SQfp16), in segments of about a million cells. A segment is a
+file that is never changed. It names the slides it holds by the digests of their embeddings, so a slide that changed,
 came or went costs the segment that it is in. All segments share the centres of their lists, which are fitted once on a
 random sample, and again when the number of cells has quadrupled. A query looks through the lists whose centres are
 nearest, in every segment; segments are mapped, so that only these lists are read.
@@ -33,6 +33,10 @@ OUTPUT_NAMES = (CONTENT, CENTRES, SEGMENTS)
 SEGMENT_CELLS = 1_000_000
 EXACT_CELLS = 20_000
 """Up to here there is one list, so that a query looks at every cell."""
+
+VALUES = "float16"
+"""As embeddings are stored, so that the index ranks cells as their stored vectors do. 8 bits take half the disk, but
+found only 0.964 of the ten nearest of a million cells in 128 lists (benchmarks/find.py)."""
 
 SAMPLES_A_LIST = 32  # that k-means sees
 STEPS = 10  # of k-means
@@ -70,6 +74,7 @@ class Content:
     n_lists: int
     fitted_on: int
     segments: list[Segment]
+    values: str = ""
 
     @property
     def names(self) -> set[str]:
@@ -78,12 +83,13 @@ class Content:
 
     def fits(self, embeddings: Embeddings) -> bool:
         """Whether its centres may be kept for embeddings."""
-        same = (self.model_fingerprint, self.width) == (embeddings.spec.model_fingerprint, embeddings.spec.width)
+        spec = embeddings.spec
+        same = (self.values, self.model_fingerprint, self.width) == (VALUES, spec.model_fingerprint, spec.width)
         return same and self.fitted_on / GROWTH <= embeddings.n_cells <= self.fitted_on * GROWTH
 
 
 class Hit(NamedTuple):
-    """A neighbour: its slide, its row there, the cosine similarity by the index's 8-bit values."""
+    """A neighbour: its slide, its row there, the cosine similarity."""
 
     slide_id: str
     row: int
@@ -158,8 +164,8 @@ def _planned(known: Content | None, embeddings: Embeddings) -> Content:
     n_cells = embeddings.n_cells
     if known is None or not known.fits(embeddings):
         spec = embeddings.spec
-        name = f"{CENTRES}/{fingerprint([spec.model_fingerprint, list(slides.values())])}.faiss"
-        known = Content(name, spec.model_fingerprint, spec.width, n_lists_for(n_cells), n_cells, [])
+        name = f"{CENTRES}/{fingerprint([VALUES, spec.model_fingerprint, list(slides.values())])}.faiss"
+        known = Content(name, spec.model_fingerprint, spec.width, n_lists_for(n_cells), n_cells, [], VALUES)
     return replace(known, segments=plan_segments(known.segments, slides, centres=known.centres, size=SEGMENT_CELLS))
 
 
@@ -216,11 +222,10 @@ def _fit_centres(embeddings: Embeddings, content: Content) -> Any:
         quantizer,
         content.width,
         content.n_lists,
-        faiss.ScalarQuantizer.QT_8bit,
+        faiss.ScalarQuantizer.QT_fp16,
         faiss.METRIC_INNER_PRODUCT,
         False,
     )
-    index.sq.rangestat_arg = 0.1  # values of slides to come may lie beyond those of the sample
     index.cp.niter, index.cp.spherical, index.cp.min_points_per_centroid = STEPS, True, 1
     index.train(sample)
     return index

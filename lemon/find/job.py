@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
 from lemon.cells.sheet import crop_of_cell
 from lemon.embed.read import Embeddings, cells_of, open_embeddings
-from lemon.embed.stream import directions, vectors_of
 from lemon.errors import EXIT_OK, ConfigError
 from lemon.find.config import FindConfig
 from lemon.find.index import Hit, NeighbourIndex, open_index
@@ -25,8 +26,7 @@ TABLE, SHEET, PICTURE = "neighbours.parquet", "neighbours.csv", "neighbours.png"
 OUTPUT_NAMES = (TABLE, SHEET, PICTURE)
 """What a search writes in its output."""
 
-MORE = 10
-"""Cells beyond the neighbours that are compared by their stored vectors, at least."""
+_FACTS = pa.schema([NEIGHBOURS.field(name) for name in ("cell_id", "x_level0_px", "y_level0_px")])
 
 
 def main(config: FindConfig) -> int:
@@ -34,10 +34,7 @@ def main(config: FindConfig) -> int:
     embeddings = open_embeddings(config.embeddings)
     queries = _queries(embeddings, config)
     index = open_index(embeddings, config.index)
-    found = [
-        _exact(embeddings, queries, number, hits, k=config.k)
-        for number, hits in enumerate(_search(index, queries, config))
-    ]
+    found = list(neighbours_of(embeddings, index, queries, k=config.k, probes=config.probes))
     table = pa.concat_tables([rows for rows, _ in found])
     cells = cells_of(embeddings, config.cells)
     with hold(config.output, stage="find", names=OUTPUT_NAMES) as store:
@@ -83,7 +80,8 @@ def find_neighbours(
         index: folder of the index; None: ``<embeddings>/index``.
 
     Returns:
-        query, position (from 1), cell_id, slide_id, x_level0_px, y_level0_px, distance (1 - cosine).
+        query, position (from 1), cell_id, slide_id, x_level0_px, y_level0_px, distance (1 - cosine, by vectors of
+        length one in float16: right to some 0.0001).
 
     Raises:
         ConfigError: what is given does not do; one line.
@@ -102,8 +100,8 @@ def find_neighbours(
         names = [str(number) for number in range(len(vectors))]
         config = FindConfig(embeddings=embeddings, cell=names, k=k, probes=probes, index=index)
         queries = Queries(names, _checked(vectors, opened), [None] * len(names), [None] * len(names))
-    hits = _search(open_index(opened, index), queries, config)
-    return pa.concat_tables([_exact(opened, queries, number, each, k=k)[0] for number, each in enumerate(hits)])
+    found = neighbours_of(opened, open_index(opened, index), queries, k=config.k, probes=config.probes)
+    return pa.concat_tables([rows for rows, _ in found])
 
 
 def _checked(vectors: np.ndarray, embeddings: Embeddings) -> np.ndarray:
@@ -119,33 +117,26 @@ def _queries(embeddings: Embeddings, config: FindConfig) -> Queries:
     return queries_of_images(embeddings, config.image or [], mpp=config.image_mpp, model=config.model)
 
 
-def _search(index: NeighbourIndex, queries: Queries, config: FindConfig) -> list[list[Hit]]:
-    """Some more than the neighbours of each query, which is none of its own: 8-bit values may change their order."""
-    found = index.search(queries.vectors, k=config.k + 1 + max(MORE, config.k // 4), probes=config.probes)
-    return [
-        [hit for hit in hits if (hit.slide_id, hit.row) != place]
-        for hits, place in zip(found, queries.places, strict=True)
-    ]
+def neighbours_of(
+    embeddings: Embeddings, index: NeighbourIndex, queries: Queries, *, k: int, probes: int
+) -> Iterator[tuple[pa.Table, list[Hit]]]:
+    """The ``k`` cells nearest to each query, which is none of its own: as rows of the table, and as hits, in order.
 
-
-def _exact(
-    embeddings: Embeddings, queries: Queries, number: int, hits: list[Hit], *, k: int
-) -> tuple[pa.Table, list[Hit]]:
-    """The ``k`` nearest of a query's hits, by the stored vectors: as rows of the table, and as hits in their order."""
-    rows = [embeddings.row(hit.slide_id, hit.row) for hit in hits]
-    vectors = np.concatenate([vectors_of(row["embedding"]) for row in rows])
-    distances = 1 - directions(vectors) @ directions(queries.vectors[number : number + 1])[0]
-    order = np.argsort(distances, kind="stable")[:k]
-    facts = pa.Table.from_batches(rows).select(["cell_id", "x_level0_px", "y_level0_px"]).take(order)
-    sorted_hits = [hits[index] for index in order]
-    columns = {
-        "query": [queries.names[number]] * len(order),
-        "position": np.arange(1, len(order) + 1, dtype=np.int32),
-        "slide_id": [hit.slide_id for hit in sorted_hits],
-        "distance": distances[order].clip(0, 2),
-        **{name: facts[name] for name in facts.column_names},
-    }
-    return pa.table(columns, schema=NEIGHBOURS), sorted_hits
+    Raises ConfigError where embeddings cannot be read.
+    """
+    found = index.search(queries.vectors, k=k + 1, probes=probes)
+    for name, place, hits in zip(queries.names, queries.places, found, strict=True):
+        others = [hit for hit in hits if (hit.slide_id, hit.row) != place][:k]
+        cells = [embeddings.facts(hit.slide_id, hit.row) for hit in others]
+        facts = pa.Table.from_batches(cells, schema=_FACTS)
+        columns = {
+            "query": [name] * len(others),
+            "position": np.arange(1, len(others) + 1, dtype=np.int32),
+            "slide_id": [hit.slide_id for hit in others],
+            "distance": (1 - np.array([hit.similarity for hit in others])).clip(0, 2),
+            **{column: facts[column] for column in facts.column_names},
+        }
+        yield pa.table(columns, schema=NEIGHBOURS), others
 
 
 def _draw(store: Store, cells: Store, queries: Queries, found: list[tuple[pa.Table, list[Hit]]]) -> None:

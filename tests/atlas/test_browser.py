@@ -237,6 +237,7 @@ def test_squares_over_more_sheets_than_are_kept_all_get_their_cells(browser: Any
     images = flat_images(count, seed=0)[:, :48, :48]
     known = {"cluster": np.zeros(count, np.int16), "slide_id": ["a"] * count, "polygon": [b""] * count}
     known |= {"cell_id": [str(cell) for cell in range(count)], "mpp": np.full(count, 0.25)}
+    known |= {"foreign_id": pa.nulls(count, pa.string())}
     known |= {name: np.zeros(count) for name in ("x_level0_px", "y_level0_px")}
     table = pa.table(known | {name: [None] * count for name in CATEGORIES if name not in known})
     slides = (SlideRow("a", "", status="done", n_cells=count),)

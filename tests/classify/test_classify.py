@@ -122,6 +122,53 @@ def test_the_next_sheet_names_unlabelled_cells_and_can_be_given_back(folder: Pat
     assert (tmp_path / "out/classes/A.parquet").read_bytes() != before
 
 
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two slides of given nuclei: their ids are the same numbers on both, but for two UUIDs of QuPath on A."""
+    folder = tmp_path_factory.mktemp("given")
+    for slide_id, count in COUNTS.items():
+        ids = [*(QUPATH if slide_id == "A" else "01"), *(str(index) for index in range(2, count))]
+        write_cells(Store(folder / "cells"), slide_id, count, foreign_ids=ids)
+    write_encoder(folder / "run")
+    words = [f"model={folder / 'run'}", f"cells={folder / 'cells'}", f"output={folder / 'e'}", "device=cpu"]
+    assert embedding.main(load("embed", [*words, "clusters.k=null"], EmbedConfig)) == 0
+    return folder
+
+
+QUPATH = ["a1b2c3d4-0000-4000-8000-000000000001", "a1b2c3d4-0000-4000-8000-000000000002"]
+
+
+def test_labels_and_classes_go_by_the_ids_of_another_program(given: Path, tmp_path: Path) -> None:
+    labels = write_labels(tmp_path / "labels.csv", dict(zip(QUPATH, "xy", strict=True)), key="foreign_id")
+    assert classify(config(given, labels, tmp_path / "out", "format=geojson", "next=0")) == 0
+    rows = Store(tmp_path / "out").read_table("classes/A.parquet").to_pylist()
+    assert {row["foreign_id"]: row["label"] for row in rows if row["given"]} == dict(zip(QUPATH, "xy", strict=True))
+    known = Store(given / "cells").read_table("cells/A.parquet")
+    assert [row["foreign_id"] for row in rows] == known["foreign_id"].to_pylist()
+    features = json.loads(gzip.decompress((tmp_path / "out/geojson/A.geojson.gz").read_bytes()))["features"]
+    assert [each["id"] for each in features[:2]] == QUPATH
+    shown = [each["properties"]["measurements"]["Class confidence"] for each in features]
+    assert shown == pytest.approx([row["confidence"] for row in rows], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("ids", "line"),
+    [
+        (
+            [QUPATH[0], "nobody"],
+            r"1 of 2 foreign ids are not among those of .*\(nobody\); expected ids of the nuclei given",
+        ),
+        ([QUPATH[0], "7"], r"foreign_id 7 is of 2 slides \(A, B\); expected ids of one slide each: give cell_id"),
+    ],
+)
+def test_foreign_ids_that_name_no_nucleus_or_several_are_one_line(
+    given: Path, tmp_path: Path, ids: list[str], line: str
+) -> None:
+    labels = write_labels(tmp_path / "labels.csv", dict(zip(ids, "xy", strict=True)), key="foreign_id")
+    with pytest.raises(ConfigError, match=line):
+        classify(config(given, labels, tmp_path / "out"))
+
+
 def test_named_clusters_are_a_start_that_labels_of_cells_correct(folder: Path, tmp_path: Path) -> None:
     clusters = write_labels(tmp_path / "clusters.csv", {"0": "tumour", "1": "stroma"}, key="cluster")
     assert classify(config(folder, clusters, tmp_path / "out", "unknown=null", "next=0")) == 0
@@ -147,7 +194,7 @@ def test_named_clusters_are_a_start_that_labels_of_cells_correct(folder: Path, t
         ("cell_id,label\nA_1_1,\nA_2_2,\n", r"no cell has a label"),
         ("cell_id,label\nA_1_1,x\nA_1_1,y\n", r"line 3: cell_id A_1_1 has two labels, x and y"),
         ("cell_id,label\nA_1_1,x\nA_2_2,Unknown\n", r"'unknown' is no class"),
-        ("cell_id,kind\nA_1_1,x\n", r"has no label; expected cell_id,label or cluster,label"),
+        ("cell_id,kind\nA_1_1,x\n", r"has no label; expected cell_id,label or foreign_id,label or cluster"),
         ("cluster,label\n0,x\n7,y\n", r"no cell is in cluster 7"),
         ("", r"labels: .*labels\.csv"),
     ],

@@ -136,6 +136,12 @@ def test_a_rerun_sees_that_the_nuclei_of_a_slide_are_other_ones(
     assert config.cells_from.changed(rows) == set()
 
 
+def test_all_given_nuclei_are_kept_unless_a_sample_is_asked_for() -> None:
+    words = ["slides=s", "output=o", "cells_from=nuclei"]
+    assert load("curate", words, CurateConfig).cells_per_slide is None
+    assert load("curate", [*words, "cells_per_slide=1000"], CurateConfig).cells_per_slide == 1000
+
+
 def test_settings_decide_the_fingerprint_and_the_path_does_not() -> None:
     words = ["slides=s", "output=o"]
     plain, one, two, um = (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import shapely
@@ -25,16 +27,26 @@ def write_encoder(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def write_cells(store: Store, slide_id: str, count: int, *, seed: int = 0, organ: str | None = "breast") -> None:
+def write_cells(
+    store: Store,
+    slide_id: str,
+    count: int,
+    *,
+    seed: int = 0,
+    organ: str | None = "breast",
+    foreign_ids: Sequence[str] | None = None,
+) -> None:
     """A slide of ``count`` cells: noise for images, ellipses for polygons, in small row groups."""
     generator = np.random.default_rng(seed)
     images = generator.integers(0, 256, (count, 60, 60, 3), np.uint8)
     center = generator.uniform(50, 4000, (count, 2))
-    arrays = {
+    arrays: dict[str, Any] = {
         "x_level0_px": center[:, 0],
         "y_level0_px": center[:, 1],
         "mpp": np.full(count, 0.25),
         "area_um2": generator.uniform(20, 90, count),
         "polygon": list(shapely.to_wkb(shapely.buffer(shapely.points(center), 12))),
     }
+    if foreign_ids is not None:
+        arrays["foreign_id"] = list(foreign_ids)
     write_slide(store, slide_id, images, arrays=arrays, row_group_size=16, organ=organ)

@@ -72,9 +72,9 @@ def test_neighbours_are_those_of_all_distances_over_all_slides_and_never_the_cel
         distances = 1 - vectors @ vectors[query]
         distances[query] = np.inf
         assert [row["position"] for row in rows] == list(range(1, 9))
-        assert [row["distance"] for row in rows] == pytest.approx(np.sort(distances)[:8], abs=1e-5)
+        assert [row["distance"] for row in rows] == pytest.approx(np.sort(distances)[:8], abs=2e-4)
         for row in rows:
-            assert row["distance"] == pytest.approx(distances[ids.index(row["cell_id"])], abs=1e-5)
+            assert row["distance"] == pytest.approx(distances[ids.index(row["cell_id"])], abs=2e-4)
             assert row["cell_id"].startswith(row["slide_id"])
 
 
@@ -146,7 +146,7 @@ def test_only_segments_of_slides_that_changed_are_written_again(
     assert len(after) == 2
     ids, vectors = all_cells(embeddings)
     distances = np.sort(1 - vectors @ vectors[ids.index("TCGA-B_4_4")])[1:6]
-    assert found["distance"].to_pylist() == pytest.approx(distances, abs=1e-5)
+    assert found["distance"].to_pylist() == pytest.approx(distances, abs=2e-4)
 
 
 def test_an_index_that_is_cut_short_is_one_line_and_is_made_again_without_it(tmp_path: Path) -> None:

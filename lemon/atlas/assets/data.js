@@ -35,7 +35,8 @@ if (!classes) {
   classes.codes = new Uint16Array(count).fill(MISSING);
   fields.push(classes);
 }
-const indexOfId = new Map(ids.map((id, index) => [id, index]));
+const foreignIds = facts.foreignIds; // in another program, of each cell; empty where none has one
+const indexOfId = new Map([...foreignIds.map((id, index) => [id, index]), ...ids.map((id, index) => [id, index])]);
 
 function bytesOf(id) {
   const text = atob(element(id).textContent);

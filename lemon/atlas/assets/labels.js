@@ -76,12 +76,19 @@ const labelOf = (cell) => told(classes, cell) ?? "selected";
 // What labels=... of lemon atlas and lemon classify read: a cell without a class is in one called "selected".
 function csvOf(cells) {
   const quote = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
-  const row = (cell) => [ids[cell], labelOf(cell), facts.slides[slideOf[cell]], places[2 * cell], places[2 * cell + 1]];
+  const foreign = (cell) => (foreignIds.length ? [foreignIds[cell] ?? ""] : []);
+  const px = (value) => Math.round(100 * value) / 100;
+  const place = (cell) => [facts.slides[slideOf[cell]], px(places[2 * cell]), px(places[2 * cell + 1])];
+  const row = (cell) => [ids[cell], labelOf(cell), ...place(cell), ...foreign(cell)];
   const rows = cells.map((cell) => row(cell).map((value) => quote(String(value))).join(","));
-  return ["cell_id,label,slide_id,x_level0_px,y_level0_px", ...rows, ""].join("\n");
+  const header = `cell_id,label,slide_id,x_level0_px,y_level0_px${foreignIds.length ? ",foreign_id" : ""}`;
+  return [header, ...rows, ""].join("\n");
 }
 
-// Detections for QuPath, which counts from the corner of the scanned area; of one slide, as it opens one.
+const UUID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/i;
+
+// Detections for QuPath, which counts from the corner of the scanned area; of one slide, as it opens one. A nucleus
+// that came from there keeps its id.
 function geojsonOf(cells) {
   const features = cells.filter((cell) => slideOf[cell] === slide).map((cell) => {
     const code = classes.codes[cell];
@@ -89,7 +96,8 @@ function geojsonOf(cells) {
     const rgb = [1, 3, 5].map((at) => parseInt(color.slice(at, at + 2), 16));
     const classification = { name: labelOf(cell), color: rgb };
     const properties = { objectType: "detection", name: ids[cell], classification };
-    return { type: "Feature", geometry: geometryOf(cell), properties };
+    const id = UUID.test(foreignIds[cell] ?? "") ? { id: foreignIds[cell] } : {};
+    return { type: "Feature", ...id, geometry: geometryOf(cell), properties };
   });
   return JSON.stringify({ type: "FeatureCollection", features });
 }

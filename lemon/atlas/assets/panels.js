@@ -173,6 +173,7 @@ function fillCard(card, cell) {
   const list = card.lastChild;
   list.replaceChildren(make("dd", ids[cell], "id"));
   const row = (name, text) => list.append(make("dt", name), make("dd", text));
+  if (foreignIds[cell]) row("Id as given", foreignIds[cell]);
   for (const field of fields) {
     const text = told(field, cell);
     if (text !== null) row(field.title, text);
