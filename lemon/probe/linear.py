@@ -29,7 +29,7 @@ INNER_FOLDS = 3
 PATIENCE = 2
 """Steps along a path of rising C that fall below the best inner score before the search stops."""
 PATIENT_FROM = 1e-3
-"""C below which the search does not stop: fits there are cheap, and all but the same, so that they differ by accident."""
+"""C below which the search does not stop: fits there are cheap, and so alike that they differ by accident."""
 MAX_ITER = 500
 NEIGHBOURS = 20
 QUICK_C, QUICK_ALPHA = 0.01, 1000.0

@@ -98,7 +98,7 @@ def calibration_error(sums: np.ndarray) -> np.ndarray:
 def _about_the_value(values: np.ndarray) -> np.ndarray:
     """A value and that of its draws [1 + draws], the draws moved so that their median is the value.
 
-    Bins add up absolute differences, which chance enlarges, in a draw of slides once more than in the slides themselves:
+    Bins add up absolute differences, which chance enlarges, in a draw of slides more than in the slides themselves:
     without this the error of all slides would lie below the interval of the draws.
     """
     return np.concatenate([values[:1], values[1:] - np.nanmedian(values[1:]) + values[0]])
