@@ -61,7 +61,9 @@ class HoverFastConfig(SegmenterConfig):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     batch: int = Field(4, ge=1, description="regions a forward pass")
-    min_area_um2: float = Field(5.0, gt=0, description="smaller nuclei are dropped")
+    min_area_um2: float | None = Field(
+        None, gt=0, description="smaller nuclei are dropped; null: 2, or with markers=range 5, as HoverFast"
+    )
     markers: Literal["level", "range"] = Field(
         "level", description="where the maps fall at all, or as HoverFast: by the range of a slide's gradients"
     )
@@ -95,9 +97,12 @@ class HoverFastConfig(SegmenterConfig):
 
     def result_settings(self) -> dict[str, Any]:
         """Without what only changes the speed."""
+        from lemon.nuclei.levels import MIN_AREA_UM2  # imports OpenCV
+
         with local_copy(weights_path(self.checkpoint)) as checkpoint:
             digest = file_fingerprint(checkpoint)
-        return self.model_dump(exclude={"device", "batch"}) | {"checkpoint": digest}
+        least = self.min_area_um2 or MIN_AREA_UM2[self.markers]
+        return self.model_dump(exclude={"device", "batch"}) | {"checkpoint": digest, "min_area_um2": least}
 
 
 class ForeignConfig(SegmenterConfig):

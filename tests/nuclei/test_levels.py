@@ -27,7 +27,7 @@ def gradients_of(maps: np.ndarray) -> np.ndarray:
 
 
 def label_by_level(mask: np.ndarray, maps: np.ndarray, *, min_area_px: float) -> np.ndarray:
-    return levels.label_by_level(mask, gradients_of(maps), min_area_px=min_area_px)
+    return levels.label_by_level(255 * (mask > 0).astype(np.uint8), gradients_of(maps), min_area_px=min_area_px)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
@@ -61,10 +61,32 @@ def test_small_ones_are_dropped_and_an_empty_mask_has_none() -> None:
     assert label_by_level(np.zeros_like(mask), maps, min_area_px=20).max() == 0
 
 
+def test_a_nucleus_that_the_network_is_not_sure_of_is_dropped() -> None:
+    drawn, mask, maps = maps_of()
+    inner = drawn[20:-20, 20:-20]
+    doubted = drawn == int(np.unique(inner[inner > 0])[0])
+    probability = np.where(mask > 0, 230, 20).astype(np.uint8)
+    before = levels.label_by_level(probability, gradients_of(maps), min_area_px=20)
+    probability[doubted & (mask > 0)] = 160  # still nucleus, pixel by pixel
+    after = levels.label_by_level(probability, gradients_of(maps), min_area_px=20)
+    assert before[doubted].any()
+    assert np.mean(after[doubted] > 0) < 0.2
+    assert scores(after * ~doubted, before * ~doubted)["pq"] > 0.9
+    kept = levels.label_by_level(probability, gradients_of(maps), min_area_px=20, min_probability=0.5)
+    assert np.array_equal(kept, before)
+
+
+def test_a_small_nucleus_of_two_square_micrometres_is_found() -> None:
+    y, x = np.indices((40, 40)) - 20
+    mask = np.hypot(x, y) < 3.6  # 37 px
+    maps = np.stack([np.where(mask, axis / 3.5, 0) for axis in (x, y)]).astype(np.float32)
+    assert label_by_level(mask, maps, min_area_px=16 * levels.MIN_AREA_UM2["level"]).max() == 1
+
+
 def test_polygons_are_those_of_the_labels_and_the_function_travels() -> None:
     drawn, mask, maps = maps_of()
     region = np.zeros((*mask.shape, 3), np.uint8)
-    prediction = HVPrediction(np.packbits(mask > 0), gradients_of(maps))
+    prediction = HVPrediction(255 * (mask > 0).astype(np.uint8), gradients_of(maps))
     nuclei = pickle.loads(pickle.dumps(postprocess_by_level))(region, prediction, None, min_area_px=20)  # noqa: S301
     found = label_by_level(mask, maps, min_area_px=20)
     assert scores(labels_of(nuclei, shape=drawn.shape), found)["pq"] > 0.9
