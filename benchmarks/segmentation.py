@@ -12,6 +12,11 @@ the worst image of each source and segmenter.
 counts nuclei a mm2 in windows of that slide that have none, or hardly any: keratin, ink, glass; and in the same windows
 as a pen and a fold would change them, which are made up.
 
+    python -m benchmarks.segmentation --curated CELLS
+
+counts, in those windows, the nuclei of that slide in an output of ``lemon curate`` with ``cells_per_slide=null``: what the
+whole chain draws there, as ``lemon demo`` does.
+
 Figures (``lemon/nuclei/scores.py``) are means over images with 95 % intervals, images drawn 10,000 times with
 replacement; ``more`` is the difference to the first segmenter on the same draws. Seconds are processor time. Standard
 output gets tables, ``benchmarks/results/segmentation.jsonl`` a line.
@@ -36,6 +41,8 @@ from skimage.filters import threshold_otsu
 from skimage.segmentation import watershed
 
 from benchmarks.record import record
+from lemon.cells.ledger import rows_with_cells
+from lemon.cells.names import shard_name
 from lemon.nuclei.hematoxylin import Hematoxylin
 from lemon.nuclei.instances import Nucleus, polygons_from_labels
 from lemon.nuclei.open import load_segmenter
@@ -43,6 +50,7 @@ from lemon.nuclei.scores import labels_of, scores
 from lemon.nuclei.segmenter import Segmenter
 from lemon.nuclei.training.images import Labelled, split
 from lemon.nuclei.training.layouts import read_folder
+from lemon.runtime.store import Store
 from lemon.slides.reader import SlideReader
 from lemon.slides.tiles import plan_regions, spread
 from lemon.slides.tissue import OVERVIEW_MPP, find_tissue
@@ -58,6 +66,7 @@ EMPTY = {
     "glass with wisps": (60, 960, 300, 100),
 }
 """Windows of CMU-1-Small-Region (x, y, width, height in px of level 0), chosen by eye."""
+EMPTY_SLIDE_PX = (2220, 2967)
 
 
 # --- what is compared -------------------------------------------------------------------------------------------------
@@ -259,6 +268,21 @@ def count_where_empty(slide: Path, segmenters: Mapping[str, Segmenter]) -> list[
     return rows
 
 
+def count_curated(cells: Store) -> list[dict[str, Any]]:
+    """Nuclei of a curated slide whose centroids lie in each window. Raises SystemExit for another slide, or a sample."""
+    (row, *others) = rows_with_cells(cells)
+    if others or (row.width_px, row.height_px) != EMPTY_SLIDE_PX or row.n_cells != row.n_nuclei:
+        raise SystemExit(f"--curated: expected all nuclei (cells_per_slide=null) of {EMPTY_SLIDE_PX} px of one slide")
+    table = cells.read_table(shard_name(row.slide_id), columns=["x_level0_px", "y_level0_px"])
+    place = np.stack([table["x_level0_px"].to_numpy(), table["y_level0_px"].to_numpy()], axis=1)
+    rows = []
+    for window, (x, y, width, height) in EMPTY.items():
+        inside = ((place >= (x, y)) & (place < (x + width, y + height))).all(1)
+        mm2 = width * height * (row.mpp or 0) ** 2 / 1e6
+        rows.append({"window": window, "mm2": round(mm2, 4), "curated": int(inside.sum())})
+    return rows
+
+
 def empty_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     """Markdown of the counts."""
     lines = [f"| window | mm2 | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
@@ -276,10 +300,16 @@ def main() -> None:
     parser.add_argument("--seen", choices=SEEN, help="how the images are worsened")
     parser.add_argument("--pictures", type=Path, help="folder for the best and the worst images")
     parser.add_argument("--empty", type=Path, help="CMU-1-Small-Region, with windows that have no nuclei")
+    parser.add_argument("--curated", help="output of lemon curate of CMU-1-Small-Region")
     parser.add_argument("--segmenter", nargs="+", default=["hematoxylin", "hoverfast", "otsu"])
     options = parser.parse_args()
-    if bool(options.data) == bool(options.empty):
-        parser.error("expected either --data or --empty")
+    if sum(map(bool, (options.data, options.empty, options.curated))) != 1:
+        parser.error("expected one of --data, --empty and --curated")
+    if options.curated:
+        rows = count_curated(Store(options.curated))
+        print(empty_table(rows, ["curated"]))
+        record("segmentation", {"curated": rows}, packages=PACKAGES)
+        return
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
     segmenters = {words: opened(words) for words in options.segmenter}

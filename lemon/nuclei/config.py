@@ -105,6 +105,34 @@ class HoverFastConfig(SegmenterConfig):
         return self.model_dump(exclude={"device", "batch"}) | {"checkpoint": digest, "min_area_um2": least}
 
 
+class AutoConfig(SegmenterConfig):
+    """HoverFast's network with LEMON's weights (research only) where there is a GPU, hematoxylin where there is none."""
+
+    name: Literal["auto"] = "auto"
+    min_area_um2: float | None = Field(
+        None, gt=0, description="smaller nuclei are dropped; null: as the segmenter that is chosen does"
+    )
+
+    def chosen(self, *, has_gpu: bool) -> HoverFastConfig | HematoxylinConfig:
+        """What it stands for."""
+        given = {} if self.min_area_um2 is None else {"min_area_um2": self.min_area_um2}
+        return (HoverFastConfig if has_gpu else HematoxylinConfig).model_validate(given)
+
+    def chosen_here(self) -> HoverFastConfig | HematoxylinConfig:
+        """What it stands for in this process; curation chooses by its cluster and its output (``lemon.curate.job``)."""
+        import torch
+
+        return self.chosen(has_gpu=torch.cuda.is_available())
+
+    def build(self) -> Segmenter:
+        """The segmenter for this process."""
+        return self.chosen_here().build()
+
+    def result_settings(self) -> dict[str, Any]:
+        """Those of the segmenter for this process."""
+        return self.chosen_here().result_settings()
+
+
 class ForeignConfig(SegmenterConfig):
     """A network of others by its file, see ``lemon.nuclei.foreign``."""
 
@@ -168,6 +196,7 @@ class StarDistConfig(ForeignConfig):
 SEGMENTERS = Registry(
     "lemon.segmenters",
     {
+        "auto": AutoConfig,
         "hematoxylin": HematoxylinConfig,
         "hoverfast": HoverFastConfig,
         "instanseg": InstanSegConfig,
@@ -176,4 +205,4 @@ SEGMENTERS = Registry(
     },
     kind=SegmenterConfig,
 )
-SegmenterChoice = Annotated[SegmenterConfig, Choice("segmenter", "hematoxylin", registry=SEGMENTERS)]
+SegmenterChoice = Annotated[SegmenterConfig, Choice("segmenter", "auto", registry=SEGMENTERS)]
