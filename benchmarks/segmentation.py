@@ -14,8 +14,8 @@ as a pen and a fold would change them, which are made up.
 
     python -m benchmarks.segmentation --curated CELLS
 
-counts, in those windows, the nuclei of that slide in an output of ``lemon curate`` with ``cells_per_slide=null``: what the
-whole chain draws there, as ``lemon demo`` does.
+counts, in those windows, the nuclei of that slide in an output of ``lemon curate`` with ``cells_per_slide=null``: what
+the whole chain draws there, as ``lemon demo`` does.
 
 Figures (``lemon/nuclei/scores.py``) are means over images with 95 % intervals, images drawn 10,000 times with
 replacement; ``more`` is the difference to the first segmenter on the same draws. Seconds are processor time. Standard
@@ -278,7 +278,7 @@ def count_where_empty(
 
 
 def count_curated(cells: Store) -> list[dict[str, Any]]:
-    """Nuclei of a curated slide whose centroids lie in each window. Raises SystemExit for another slide, or a sample."""
+    """Nuclei of a curated slide with their centroids in each window. Raises SystemExit for another slide, or a sample."""
     (row, *others) = rows_with_cells(cells)
     if others or (row.width_px, row.height_px) != EMPTY_SLIDE_PX or row.n_cells != row.n_nuclei:
         raise SystemExit(f"--curated: expected all nuclei (cells_per_slide=null) of {EMPTY_SLIDE_PX} px of one slide")

@@ -69,7 +69,7 @@ NEIGHBOURHOOD = (
     Measure("density_per_mm2", "nuclei around", "1/mm2", "nuclei within 50 um, itself too; less at an edge"),
 )
 
-FOCUS = Measure(schema.FOCUS, "focus", "", "log2 of fine over coarse detail in the image: below -2.4 it is out of focus")
+FOCUS = Measure(schema.FOCUS, "focus", "", "log2 of fine over coarse detail in the image; out of focus below -2.4")
 
 MEASURES = (*SHAPE, *STAIN, *TEXTURE, *NEIGHBOURHOOD, FOCUS)
 """All measures. Those of ``STORED`` are columns of the cells table; the others are computed here."""

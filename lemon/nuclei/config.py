@@ -106,7 +106,7 @@ class HoverFastConfig(SegmenterConfig):
 
 
 class AutoConfig(SegmenterConfig):
-    """HoverFast's network with LEMON's weights (research only) where there is a GPU, hematoxylin where there is none."""
+    """HoverFast's network with LEMON's weights (research only) where there is a GPU, hematoxylin elsewhere."""
 
     name: Literal["auto"] = "auto"
     min_area_um2: float | None = Field(

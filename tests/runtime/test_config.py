@@ -33,7 +33,7 @@ def test_the_default_config_needs_only_slides_and_output() -> None:
 @pytest.mark.parametrize("variant", variant_names("curate"))
 @pytest.mark.parametrize(
     "segmenter",
-    ["segmenter=auto", "segmenter=hematoxylin", "segmenter=hoverfast", "segmenter=hoverfast segmenter.checkpoint=x.pth"],
+    ["segmenter=auto", "segmenter=hematoxylin", "segmenter=hoverfast", "segmenter=hoverfast segmenter.checkpoint=x.pt"],
 )
 def test_every_shipped_variant_composes_and_validates(variant: str, segmenter: str) -> None:
     load("curate", [*GOOD, f"variant={variant}", *segmenter.split()], CurateConfig)

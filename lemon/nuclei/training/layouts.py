@@ -9,8 +9,8 @@
 - NuInsSeg: ``ORGAN/tissue images/*.png`` and ``ORGAN/label masks modify/*.tif``, or ``label masks``;
 - TNBC: ``Slide_NN/*.png`` and ``GT_NN/*.png``, whose connected pieces are the nuclei;
 - Data Science Bowl 2018: ``ID/images/*.png`` and ``ID/masks/*.png``, a mask a nucleus;
-- NuCLS: ``rgb/*.png`` and ``mask/*.png`` (at 0.2 um/px), cut to the field of view; a nucleus of which only a box was drawn
-  is the ellipse in it;
+- NuCLS: ``rgb/*.png`` and ``mask/*.png`` (at 0.2 um/px), cut to the field of view; a nucleus of which only a box was
+  drawn is the ellipse in it;
 - PanNuke: ``images.npy`` and ``masks.npy`` of each fold.
 
 Nothing pickled is opened.
