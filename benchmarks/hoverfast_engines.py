@@ -9,7 +9,7 @@ and the same number of threads, and take turns in one process; figures are media
 process (the fairer on a machine with other work) and by wall clock.
 
 ``--data`` names folders of labelled images, as ``benchmarks.segmentation`` reads them: the nuclei that ``rows`` and
-``bf16`` find in the middle 512 px of held-out images are compared with those of ``plain`` and with the drawn ones, by F1
+``bf16`` find in the middle 512 px of held-out images are compared with those of ``plain`` and drawn ones by F1
 within 3 um.
 """
 

@@ -278,7 +278,7 @@ def count_where_empty(
 
 
 def count_curated(cells: Store) -> list[dict[str, Any]]:
-    """Nuclei of a curated slide with their centroids in each window. Raises SystemExit for another slide, or a sample."""
+    """Nuclei of a curated slide whose centroids lie in each window; SystemExit for another slide, or a sample."""
     (row, *others) = rows_with_cells(cells)
     if others or (row.width_px, row.height_px) != EMPTY_SLIDE_PX or row.n_cells != row.n_nuclei:
         raise SystemExit(f"--curated: expected all nuclei (cells_per_slide=null) of {EMPTY_SLIDE_PX} px of one slide")
