@@ -16,6 +16,7 @@ within 3 um.
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import statistics
 import tempfile
@@ -54,7 +55,8 @@ def torch_engine(net: torch.nn.Module, dtype: torch.dtype) -> Engine:
     @torch.inference_mode()
     def run(tile: np.ndarray) -> tuple[Tensor, Tensor]:
         pixels = torch.from_numpy(tile)[None].permute(0, 3, 1, 2).to(dtype).div_(255)
-        return tuple(net(pixels))  # type: ignore[return-value]
+        logits, maps = net(pixels)
+        return logits, maps
 
     return run
 
@@ -69,18 +71,21 @@ def exported(net: HoverFastNet, side: int) -> bytes:
 
 def onnx_engine(model: bytes, threads: int) -> Engine:
     """ONNX Runtime. Raises ModuleNotFoundError."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
+    runtime: Any = importlib.import_module("onnxruntime")
+    options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    return lambda tile: tuple(map(torch.from_numpy, session.run(None, {"pixels": _scaled(tile)})))  # type: ignore[return-value]
+    session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+    def run(tile: np.ndarray) -> tuple[Tensor, Tensor]:
+        logits, maps = session.run(None, {"pixels": _scaled(tile)})
+        return torch.from_numpy(logits), torch.from_numpy(maps)
+
+    return run
 
 
 def openvino_engine(model: bytes, threads: int) -> Engine:
     """OpenVINO in fp32. Raises ModuleNotFoundError."""
-    import openvino
-
+    openvino: Any = importlib.import_module("openvino")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "net.onnx").write_bytes(model)
         settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}

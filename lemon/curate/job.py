@@ -69,8 +69,8 @@ def run(
     Raises ConfigError for what the user must correct first; FatalError when the job cannot go on.
     """
     slides = check_and_allocate(config) if slides is None else slides
-    config = with_segmenter(config, log=True)
     with hold(config.output, stage="curate", names=OUTPUT_NAMES) as store:
+        config = with_segmenter(config, log=True)
         ledger = open_ledger(store, config)
         rows = list(ledger.rows().values())
         pending = _pending(slides, rows, ledger=ledger, config=config)
@@ -195,10 +195,10 @@ _WHY = {
 def _segmenter_of(output: str) -> str | None:
     """The name of the segmenter that an output was begun with, if it is one of those that ``auto`` stands for."""
     try:
-        segmenter = Store(output).read_json(SETTINGS)["segmenter"]["name"]
+        name = str(Store(output).read_json(SETTINGS)["segmenter"]["name"])
     except (OSError, ValueError, KeyError, TypeError):  # none, or none of curation's, which opening it tells
         return None
-    return segmenter if segmenter in ("hematoxylin", "hoverfast") else None
+    return name if name in ("hematoxylin", "hoverfast") else None
 
 
 def check(config: CurateConfig) -> list[Slide]:

@@ -450,7 +450,7 @@ def test_the_segmenter_is_chosen_by_whether_there_is_a_gpu_and_told(
     monkeypatch.setattr(curate, "has_gpus", lambda: has_gpus)  # no machine of the tests has both
     config = with_segmenter(config_for("s.tiff", tmp_path, *words), log=True)
     assert config.segmenter == load("curate", [*GOOD, f"segmenter={chosen}"], CurateConfig).segmenter
-    assert (f"segmenter={chosen}: " in capsys.readouterr().err) == (words != ["segmenter=hematoxylin"])
+    assert (f"segmenter={chosen}: " in capsys.readouterr().out) == (words != ["segmenter=hematoxylin"])
 
 
 def test_an_output_goes_on_with_the_segmenter_that_it_was_begun_with(
