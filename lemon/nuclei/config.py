@@ -116,7 +116,7 @@ class AutoConfig(SegmenterConfig):
     def chosen(self, *, has_gpu: bool) -> HoverFastConfig | HematoxylinConfig:
         """What it stands for."""
         given = {} if self.min_area_um2 is None else {"min_area_um2": self.min_area_um2}
-        return (HoverFastConfig if has_gpu else HematoxylinConfig).model_validate(given)
+        return HoverFastConfig.model_validate(given) if has_gpu else HematoxylinConfig.model_validate(given)
 
     def chosen_here(self) -> HoverFastConfig | HematoxylinConfig:
         """What it stands for in this process; curation chooses by its cluster and its output (``lemon.curate.job``)."""
