@@ -134,7 +134,8 @@ def golden() -> Given:
     """The reference's maps."""
     stored = np.load(SHARED / "golden/hoverfast_postprocess_input.npz")
     gradients = hv_gradients(torch.from_numpy(stored["hv"])[None])[0].numpy()
-    prediction = HVPrediction(stored["mask"], gradients)
+    mask = np.unpackbits(stored["mask"], count=gradients[0].size).reshape(gradients[0].shape)
+    prediction = HVPrediction(255 * mask, gradients)
     return Given(prediction.mask, stored["hv"], prediction)
 
 

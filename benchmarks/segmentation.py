@@ -5,12 +5,17 @@
 A folder is one that ``lemon.nuclei.training.layouts.read_folder`` reads, at 0.25 um/px. Every image is a slide of its
 own. ``--held-out-share`` keeps of each source the images that training with that share never saw, ``--seen low`` and
 ``--seen blur`` show them as a scanner at 20x, or one out of focus, would, and ``--pictures FOLDER`` draws the best and
-the worst image of each source and segmenter.
+the worst image of each source and segmenter: drawn nuclei green, found ones red.
 
     python -m benchmarks.segmentation --empty CMU-1-Small-Region.svs
 
 counts nuclei a mm2 in windows of that slide that have none, or hardly any: keratin, ink, glass; and in the same windows
 as a pen and a fold would change them, which are made up.
+
+    python -m benchmarks.segmentation --curated CELLS
+
+counts, in those windows, the nuclei of that slide in an output of ``lemon curate`` with ``cells_per_slide=null``: what
+the whole chain draws there, as ``lemon demo`` does.
 
 Figures (``lemon/nuclei/scores.py``) are means over images with 95 % intervals, images drawn 10,000 times with
 replacement; ``more`` is the difference to the first segmenter on the same draws. Seconds are processor time. Standard
@@ -20,6 +25,7 @@ output gets tables, ``benchmarks/results/segmentation.jsonl`` a line.
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -36,6 +42,8 @@ from skimage.filters import threshold_otsu
 from skimage.segmentation import watershed
 
 from benchmarks.record import record
+from lemon.cells.ledger import rows_with_cells
+from lemon.cells.names import shard_name
 from lemon.nuclei.hematoxylin import Hematoxylin
 from lemon.nuclei.instances import Nucleus, polygons_from_labels
 from lemon.nuclei.open import load_segmenter
@@ -43,6 +51,7 @@ from lemon.nuclei.scores import labels_of, scores
 from lemon.nuclei.segmenter import Segmenter
 from lemon.nuclei.training.images import Labelled, split
 from lemon.nuclei.training.layouts import read_folder
+from lemon.runtime.store import Store
 from lemon.slides.reader import SlideReader
 from lemon.slides.tiles import plan_regions, spread
 from lemon.slides.tissue import OVERVIEW_MPP, find_tissue
@@ -58,6 +67,7 @@ EMPTY = {
     "glass with wisps": (60, 960, 300, 100),
 }
 """Windows of CMU-1-Small-Region (x, y, width, height in px of level 0), chosen by eye."""
+EMPTY_SLIDE_PX = (2220, 2967)
 
 
 # --- what is compared -------------------------------------------------------------------------------------------------
@@ -172,18 +182,18 @@ def draw_cases(images: Sequence[Labelled], each: Mapping[str, Sequence[Mapping[s
         for name, values in each.items():
             order = sorted(of_source, key=lambda i: values[i]["f1"])
             for case, i in (("worst", order[0]), ("best", order[-1])):
-                picture = outlined(images[i], values[i]["nuclei"])
-                cv2.imwrite(str(folder / f"{source}_{case}_{name.partition(',')[0]}.png"), picture[..., ::-1])
+                drawn = polygons_from_labels(images[i].instances, min_area_px=1)
+                file = folder / f"{source}_{case}_{name.partition(',')[0]}.jpg"
+                draw(file, images[i].image, drawn=drawn, found=values[i]["nuclei"])
 
 
-def outlined(image: Labelled, nuclei: Sequence[Nucleus]) -> np.ndarray:
-    """uint8 [2 H, 2 W, 3] with outlines."""
-    picture = cv2.resize(image.image, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
-    drawn = polygons_from_labels(image.instances, min_area_px=1)
-    for colour, outlines in (((0, 255, 0), drawn), ((255, 0, 0), nuclei)):
+def draw(file: Path, image: np.ndarray, *, drawn: Sequence[Nucleus], found: Sequence[Nucleus]) -> None:
+    """A JPEG of an image uint8 [H, W, 3], enlarged twice, with outlines: drawn ones green, found ones red."""
+    picture = cv2.resize(image, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
+    for colour, outlines in (((0, 255, 0), drawn), ((255, 0, 0), found)):
         rings = [np.round(2 * one.contour_px + 0.5).astype(np.int32) for one in outlines]
         cv2.polylines(picture, rings, isClosed=True, color=colour, thickness=1, lineType=cv2.LINE_AA)
-    return picture
+    cv2.imwrite(str(file), picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -243,8 +253,12 @@ def _pen(shape: tuple[int, ...], colour: tuple[int, int, int]) -> np.ndarray:
     return (255 * np.exp(-np.clip(amount, 0, 1.5)[..., None] * ink)).astype(np.uint8)
 
 
-def count_where_empty(slide: Path, segmenters: Mapping[str, Segmenter]) -> list[dict[str, Any]]:
+def count_where_empty(
+    slide: Path, segmenters: Mapping[str, Segmenter], *, pictures: Path | None
+) -> list[dict[str, Any]]:
     """Nuclei found in each window, and a mm2 of it, by segmenters calibrated on four tissue regions of the slide."""
+    if pictures is not None:
+        pictures.mkdir(parents=True, exist_ok=True)
     reader = SlideReader(str(slide))
     samples = tissue_samples(reader)
     calibrations = {name: segmenter.calibrate(samples) for name, segmenter in segmenters.items()}
@@ -253,9 +267,28 @@ def count_where_empty(slide: Path, segmenters: Mapping[str, Segmenter]) -> list[
         row: dict[str, Any] = {"window": window, "mm2": round(image.shape[0] * image.shape[1] * 0.25**2 / 1e6, 4)}
         for name, segmenter in segmenters.items():
             (prediction,) = segmenter.predict(image[None])
-            row[name] = len(segmenter.postprocess(image, prediction, calibrations[name]))
+            found = segmenter.postprocess(image, prediction, calibrations[name])
+            row[name] = len(found)
+            if pictures is not None:
+                words = re.sub(r"\W+", "_", f"{window} {name.partition(',')[0]}")
+                draw(pictures / f"{words}.jpg", image, drawn=(), found=found)
         print(row, flush=True)
         rows.append(row)
+    return rows
+
+
+def count_curated(cells: Store) -> list[dict[str, Any]]:
+    """Nuclei of a curated slide whose centroids lie in each window; SystemExit for another slide, or a sample."""
+    (row, *others) = rows_with_cells(cells)
+    if others or (row.width_px, row.height_px) != EMPTY_SLIDE_PX or row.n_cells != row.n_nuclei:
+        raise SystemExit(f"--curated: expected all nuclei (cells_per_slide=null) of {EMPTY_SLIDE_PX} px of one slide")
+    table = cells.read_table(shard_name(row.slide_id), columns=["x_level0_px", "y_level0_px"])
+    place = np.stack([table["x_level0_px"].to_numpy(), table["y_level0_px"].to_numpy()], axis=1)
+    rows = []
+    for window, (x, y, width, height) in EMPTY.items():
+        inside = ((place >= (x, y)) & (place < (x + width, y + height))).all(1)
+        mm2 = width * height * (row.mpp or 0) ** 2 / 1e6
+        rows.append({"window": window, "mm2": round(mm2, 4), "curated": int(inside.sum())})
     return rows
 
 
@@ -274,17 +307,23 @@ def main() -> None:
     parser.add_argument("--data", type=Path, nargs="+", default=[], help="folders of labelled images")
     parser.add_argument("--held-out-share", type=float, help="only images that training with this share never saw")
     parser.add_argument("--seen", choices=SEEN, help="how the images are worsened")
-    parser.add_argument("--pictures", type=Path, help="folder for the best and the worst images")
+    parser.add_argument("--pictures", type=Path, help="folder for the best and the worst images, or the windows")
     parser.add_argument("--empty", type=Path, help="CMU-1-Small-Region, with windows that have no nuclei")
+    parser.add_argument("--curated", help="output of lemon curate of CMU-1-Small-Region")
     parser.add_argument("--segmenter", nargs="+", default=["hematoxylin", "hoverfast", "otsu"])
     options = parser.parse_args()
-    if bool(options.data) == bool(options.empty):
-        parser.error("expected either --data or --empty")
+    if sum(map(bool, (options.data, options.empty, options.curated))) != 1:
+        parser.error("expected one of --data, --empty and --curated")
+    if options.curated:
+        rows = count_curated(Store(options.curated))
+        print(empty_table(rows, ["curated"]))
+        record("segmentation", {"curated": rows}, packages=PACKAGES)
+        return
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
     segmenters = {words: opened(words) for words in options.segmenter}
     if options.empty:
-        rows = count_where_empty(options.empty, segmenters)
+        rows = count_where_empty(options.empty, segmenters, pictures=options.pictures)
         print(empty_table(rows, list(segmenters)))
         record("segmentation", {"slide": options.empty.name, "empty": rows}, packages=PACKAGES)
         return

@@ -238,13 +238,15 @@ CELLS = _table(
         pa.field("foreign_id", pa.string()),
         pa.field("foreign_class", pa.string()),
         pa.field("foreign_probability", pa.float32()),
+        pa.field("focus", pa.float32()),
         pa.field("image", pa.binary(CELL_BYTES), nullable=False, metadata=_IMAGE_METADATA),
     ],
 )
 """One row a nucleus. ``mpp`` is the slide's own; ``polygon`` is WKB in level-0 px; ``rank`` is uniform in [0, 1).
 
-``foreign_*`` is what the program says that found it, of nuclei given by ``cells_from=``; null of others. Tables that
-were written before there were these columns are read as if they were null.
+``foreign_*`` is what the program says that found it, of nuclei given by ``cells_from=``; null of others. ``focus`` is
+how sharp the image is (``lemon.slides.quality.focus_of_crops``), null where nothing in it could be. Tables that were
+written before there were these columns are read as if they were null.
 """
 
 FOREIGN = ("foreign_id", "foreign_class", "foreign_probability")
@@ -252,6 +254,9 @@ FOREIGN = ("foreign_id", "foreign_class", "foreign_probability")
 
 MORPHOMETRICS = ("area_um2", "eccentricity", "solidity", "hematoxylin_od_mean")
 """What the cells table measures of each nucleus."""
+
+FOCUS = "focus"
+"""What the cells table measures of each image: a flaw of the scan, no trait of the nucleus."""
 
 
 MORPHOMETRY = _table(

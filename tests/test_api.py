@@ -108,7 +108,7 @@ def test_an_image_of_another_kind_is_refused(image: object, got: str) -> None:
 
 
 def test_an_unknown_segmenter_or_setting_is_one_line() -> None:
-    expected = "cellvit, hematoxylin, hoverfast, instanseg, stardist"
+    expected = "auto, cellvit, hematoxylin, hoverfast, instanseg, stardist"
     with pytest.raises(lemon.ConfigError, match=rf"^segmenter: got 'hoverfst'; expected one of {expected}"):
         lemon.load_segmenter("hoverfst")
     with pytest.raises(lemon.ConfigError, match="batch: unknown key"):

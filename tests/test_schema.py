@@ -105,7 +105,8 @@ def test_a_ledger_of_before_there_was_a_column_is_read_with_nulls_there(tmp_path
 
 
 def test_cells_of_before_there_was_a_column_are_read_with_nulls_there(tmp_path: Path) -> None:
-    old = pa.schema([field for field in schema.CELLS if field.name not in schema.FOREIGN], schema.CELLS.metadata)
+    later = {*schema.FOREIGN, schema.FOCUS}
+    old = pa.schema([field for field in schema.CELLS if field.name not in later], schema.CELLS.metadata)
     columns = [pa.array([b"\0" * schema.CELL_BYTES]) if name == "image" else pa.array(["0"]) for name in old.names]
     rows = pa.table(dict(zip(old.names, columns, strict=True))).cast(old)
     with write_shard(Store(tmp_path), "cells/a.parquet", old) as shard:
@@ -114,7 +115,7 @@ def test_cells_of_before_there_was_a_column_are_read_with_nulls_there(tmp_path: 
         Store(tmp_path),
         "cells/a.parquet",
         schema=schema.CELLS,
-        columns=["foreign_id", "cell_id", "foreign_probability"],
+        columns=["foreign_id", "cell_id", "foreign_probability", "focus"],
     )
-    assert batch.schema.names == ["cell_id", "foreign_id", "foreign_probability"]
-    assert batch.to_pylist() == [{"cell_id": "0", "foreign_id": None, "foreign_probability": None}]
+    assert batch.schema.names == ["cell_id", "foreign_id", "foreign_probability", "focus"]
+    assert batch.to_pylist() == [{"cell_id": "0", "foreign_id": None, "foreign_probability": None, "focus": None}]

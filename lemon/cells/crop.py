@@ -16,6 +16,7 @@ from lemon.cells.select import rank_of
 from lemon.nuclei.instances import Nucleus
 from lemon.schema import CELL_MPP, CELL_PX
 from lemon.slides.cohort import Slide
+from lemon.slides.quality import focus_of_crops
 from lemon.slides.tiles import Region
 from lemon.slides.tissue import optical_density
 
@@ -23,8 +24,8 @@ SEAM_PX = 4
 """Base px on both sides of an inner border within which either region may claim a nucleus: the two regions may see its
 centroid on different sides of the border. The first claim holds, see ``lemon.cells.shard``."""
 
-ROWS = pa.schema([field for field in schema.CELLS if field.name != "image"])
-"""The cells table without its images."""
+ROWS = pa.schema([field for field in schema.CELLS if field.name not in (schema.FOCUS, "image")])
+"""The cells table without its images and what is measured of them."""
 
 # Weights that give the hematoxylin part of an RGB optical density: first column of the inverse stain matrix
 # (Ruifrok and Johnston 2001, as scikit-image has it, there for natural logarithms of values over 1e-6).
@@ -52,6 +53,7 @@ class Claims:
     at_edge: np.ndarray  # [N] bool: the crop reaches over the slide's edge
     kept: np.ndarray  # [K] indices into the rows
     images: np.ndarray  # [K, 60, 60, 3] uint8
+    focus: np.ndarray  # [K], see ``lemon.slides.quality.focus_of_crops``; NaN where it cannot be told
 
 
 def claim_cells(
@@ -76,13 +78,16 @@ def claim_cells(
     rank = rank_of(ids)
     kept = np.flatnonzero(rank < rank_below)
     corner = corners_of(centroid)  # base px
+    at_edge = ~(_within(corner, slide_box) & _within(corner + CELL_PX - 1, slide_box))
+    images = cut_crops(image, corner[kept] - offset.astype(int))
     return Claims(
         rows=_rows(image, nuclei, ids=ids, rank=rank, centroid=centroid, offset=offset, frame=frame),
         centroid_px=centroid,
         contested=~_within(centroid, _grown(region.inner_px, -frame.seam_px)),
-        at_edge=~(_within(corner, slide_box) & _within(corner + CELL_PX - 1, slide_box)),
+        at_edge=at_edge,
         kept=kept,
-        images=cut_crops(image, corner[kept] - offset.astype(int)),
+        images=images,
+        focus=np.where(at_edge[kept], np.nan, focus_of_crops(images)),  # white beyond the edge is sharp
     )
 
 

@@ -69,12 +69,16 @@ NEIGHBOURHOOD = (
     Measure("density_per_mm2", "nuclei around", "1/mm2", "nuclei within 50 um, itself too; less at an edge"),
 )
 
-MEASURES = (*SHAPE, *STAIN, *TEXTURE, *NEIGHBOURHOOD)
-"""All measures. Those of ``schema.MORPHOMETRICS`` are columns of the cells table; the others are computed here."""
+FOCUS = Measure(schema.FOCUS, "focus", "", "log2 of fine over coarse detail in the image; out of focus below -2.4")
 
-COMPUTED = tuple(measure for measure in MEASURES if measure.column not in schema.MORPHOMETRICS)
+MEASURES = (*SHAPE, *STAIN, *TEXTURE, *NEIGHBOURHOOD, FOCUS)
+"""All measures. Those of ``STORED`` are columns of the cells table; the others are computed here."""
 
-COLUMNS = ("cell_id", "x_level0_px", "y_level0_px", "mpp", *schema.MORPHOMETRICS, "polygon", "image")
+STORED = (*schema.MORPHOMETRICS, schema.FOCUS)
+
+COMPUTED = tuple(measure for measure in MEASURES if measure.column not in STORED)
+
+COLUMNS = ("cell_id", "x_level0_px", "y_level0_px", "mpp", *STORED, "polygon", "image")
 """Of the cells table, what ``measure_cells`` asks for."""
 
 _HEMATOXYLIN, _EOSIN = (hed_from_rgb[:, stain].astype(np.float32) for stain in (0, 1))

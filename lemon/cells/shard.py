@@ -138,7 +138,9 @@ class SlideShard:
         with_crop = holds[claims.kept]
         kept = claims.kept[with_crop]
         images = np.ascontiguousarray(claims.images[with_crop])
-        rows = claims.rows.take(kept).append_column(schema.CELLS.field("image"), images_to_arrow(images))
+        focus = pa.array(claims.focus[with_crop], pa.float32(), from_pandas=True)  # NaN is null
+        rows = claims.rows.take(kept).append_column(schema.FOCUS, focus)
+        rows = rows.append_column(schema.CELLS.field("image"), images_to_arrow(images))
         self._edge_ids.update(claims.rows["cell_id"].take(kept[claims.at_edge[kept]]).to_pylist())
         self._cells.add(rows.cast(schema.CELLS))
         return claims.rows.filter(pa.array(holds))

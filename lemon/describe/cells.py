@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from lemon.cells.labels import read_labels
 from lemon.cells.ledger import rows_with_cells
-from lemon.cells.morphometry import COLUMNS, MEASURES, NEIGHBOURHOOD, measure_cells, neighbourhood
+from lemon.cells.morphometry import COLUMNS, MEASURES, NEIGHBOURHOOD, STORED, measure_cells, neighbourhood
 from lemon.cells.select import Part, Selection, select_cells
 from lemon.cells.shard import images_from_arrow
 from lemon.describe.config import DescribeConfig
@@ -22,7 +22,7 @@ from lemon.embed.stream import vectors_of
 from lemon.errors import ConfigError
 from lemon.runtime.shards import ShardError, read_shard
 from lemon.runtime.store import Store
-from lemon.schema import CELLS, CLUSTERS, EMBEDDINGS, MORPHOMETRICS, SlideRow
+from lemon.schema import CELLS, CLUSTERS, EMBEDDINGS, SlideRow
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _read_part(
     facts = []
     for batch in selection.batches(part, [*COLUMNS, "foreign_class"]):
         rows = pa.Table.from_batches([batch])
-        known = {name: rows[name].to_numpy() for name in rows.column_names if name in MORPHOMETRICS}
+        known = {name: rows[name].to_numpy() for name in rows.column_names if name in STORED}
         columns.append(known | measure_cells(rows))
         facts.append(rows.select(["cell_id", "foreign_class"]))
     table = pa.concat_tables(facts)

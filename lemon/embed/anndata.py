@@ -10,10 +10,10 @@ from scipy import sparse
 
 from lemon.embed.names import h5ad_name
 from lemon.embed.slide import EmbeddedSlide
-from lemon.schema import FOREIGN, MORPHOMETRICS
+from lemon.schema import FOCUS, FOREIGN, MORPHOMETRICS
 
 EMBEDDING = "X_lemon"
-_COLUMNS = ("slide_id", "organ", "x_level0_px", "y_level0_px", "mpp", *MORPHOMETRICS, *FOREIGN)
+_COLUMNS = ("slide_id", "organ", "x_level0_px", "y_level0_px", "mpp", *MORPHOMETRICS, FOCUS, *FOREIGN)
 
 
 def write_h5ad(slide: EmbeddedSlide) -> None:
@@ -43,7 +43,7 @@ def annotate(slide: EmbeddedSlide) -> anndata.AnnData:
     obs.index = pd.Index(rows["cell_id"].to_pylist(), dtype=object, name="cell_id")
     for column in ("slide_id", "organ"):
         obs[column] = rows[column].combine_chunks().dictionary_encode().to_pandas().array  # categories
-    for column in (name for name in FOREIGN if rows[name].null_count < len(rows)):
+    for column in (name for name in (FOCUS, *FOREIGN) if rows[name].null_count < len(rows)):
         values = rows[column].combine_chunks()
         obs[column] = (values.dictionary_encode() if column == "foreign_class" else values).to_pandas().array
     if (measured := slide.morphometry()) is not None:

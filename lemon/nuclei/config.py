@@ -61,7 +61,9 @@ class HoverFastConfig(SegmenterConfig):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     batch: int = Field(4, ge=1, description="regions a forward pass")
-    min_area_um2: float = Field(5.0, gt=0, description="smaller nuclei are dropped")
+    min_area_um2: float | None = Field(
+        None, gt=0, description="smaller nuclei are dropped; null: 2, or with markers=range 5, as HoverFast"
+    )
     markers: Literal["level", "range"] = Field(
         "level", description="where the maps fall at all, or as HoverFast: by the range of a slide's gradients"
     )
@@ -95,9 +97,40 @@ class HoverFastConfig(SegmenterConfig):
 
     def result_settings(self) -> dict[str, Any]:
         """Without what only changes the speed."""
+        from lemon.nuclei.levels import MIN_AREA_UM2  # imports OpenCV
+
         with local_copy(weights_path(self.checkpoint)) as checkpoint:
             digest = file_fingerprint(checkpoint)
-        return self.model_dump(exclude={"device", "batch"}) | {"checkpoint": digest}
+        least = self.min_area_um2 or MIN_AREA_UM2[self.markers]
+        return self.model_dump(exclude={"device", "batch"}) | {"checkpoint": digest, "min_area_um2": least}
+
+
+class AutoConfig(SegmenterConfig):
+    """HoverFast's network with LEMON's weights (research only) where there is a GPU, hematoxylin elsewhere."""
+
+    name: Literal["auto"] = "auto"
+    min_area_um2: float | None = Field(
+        None, gt=0, description="smaller nuclei are dropped; null: as the segmenter that is chosen does"
+    )
+
+    def chosen(self, *, has_gpu: bool) -> HoverFastConfig | HematoxylinConfig:
+        """What it stands for."""
+        given = {} if self.min_area_um2 is None else {"min_area_um2": self.min_area_um2}
+        return HoverFastConfig.model_validate(given) if has_gpu else HematoxylinConfig.model_validate(given)
+
+    def chosen_here(self) -> HoverFastConfig | HematoxylinConfig:
+        """What it stands for in this process; curation chooses by its cluster and its output (``lemon.curate.job``)."""
+        import torch
+
+        return self.chosen(has_gpu=torch.cuda.is_available())
+
+    def build(self) -> Segmenter:
+        """The segmenter for this process."""
+        return self.chosen_here().build()
+
+    def result_settings(self) -> dict[str, Any]:
+        """Those of the segmenter for this process."""
+        return self.chosen_here().result_settings()
 
 
 class ForeignConfig(SegmenterConfig):
@@ -163,6 +196,7 @@ class StarDistConfig(ForeignConfig):
 SEGMENTERS = Registry(
     "lemon.segmenters",
     {
+        "auto": AutoConfig,
         "hematoxylin": HematoxylinConfig,
         "hoverfast": HoverFastConfig,
         "instanseg": InstanSegConfig,
@@ -171,4 +205,4 @@ SEGMENTERS = Registry(
     },
     kind=SegmenterConfig,
 )
-SegmenterChoice = Annotated[SegmenterConfig, Choice("segmenter", "hematoxylin", registry=SEGMENTERS)]
+SegmenterChoice = Annotated[SegmenterConfig, Choice("segmenter", "auto", registry=SEGMENTERS)]

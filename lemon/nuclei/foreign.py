@@ -128,7 +128,7 @@ class CellViT(_Onnx):
             raise ValueError(f"the network has outputs {sorted(outputs)}; expected {', '.join(sorted(missing))} too")
         background, nucleus = outputs["nuclei_binary_map"][0]
         gradients = hv_gradients(torch.from_numpy(outputs["hv_map"]))[0].numpy()
-        return HVPrediction(np.packbits(nucleus > background), gradients)
+        return HVPrediction(255 * (nucleus > background).view(np.uint8), gradients)
 
     @property
     def postprocess(self) -> Postprocess:

@@ -23,9 +23,9 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lemon.nuclei.hoverfast_cpu import RowwiseUNet
-from lemon.nuclei.hoverfast_device import DeviceLine, hv_gradients, pack_bits
+from lemon.nuclei.hoverfast_device import DeviceLine, hv_gradients, probability_of
 from lemon.nuclei.instances import HVLimits, HVPrediction, calibrate_limits, postprocess_hv
-from lemon.nuclei.levels import postprocess_by_level
+from lemon.nuclei.levels import MIN_AREA_UM2, postprocess_by_level
 from lemon.nuclei.released import weights_path
 from lemon.nuclei.segmenter import Postprocess
 from lemon.runtime.compiling import compile_kept
@@ -288,7 +288,7 @@ class HoverFast:
         device: str = "auto",
         precision: str = "auto",
         batch: int,
-        min_area_um2: float = 5.0,
+        min_area_um2: float | None = None,
         um_per_px: float = 0.25,
         markers: str = "level",
         compiled: bool = False,
@@ -301,7 +301,7 @@ class HoverFast:
         self.dtype = choose_precision(precision, device=self.device)
         self.batch = batch
         self.net = optimise(load_checkpoint(weights_path(checkpoint)), device=self.device, dtype=self.dtype)
-        self.min_area_px = min_area_um2 / um_per_px**2
+        self.min_area_px = (MIN_AREA_UM2[markers] if min_area_um2 is None else min_area_um2) / um_per_px**2
         self.markers = markers
         run = compile_kept(self._run, dynamic=False) if compiled else self._run
         self._line = DeviceLine(run, self.device) if self.device.type == "cuda" else None
@@ -331,15 +331,14 @@ class HoverFast:
     def _one_after_another(self, regions: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for start in range(0, len(regions), self.batch):
             pixels = torch.from_numpy(np.ascontiguousarray(regions[start : start + self.batch])).to(self.device)
-            bits, gradients = self._run(pixels)
-            yield bits.cpu().numpy(), gradients.cpu().numpy()
+            probability, gradients = self._run(pixels)
+            yield probability.cpu().numpy(), gradients.cpu().numpy()
 
     def _run(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """uint8 [B, H, W, 3] -> what ``HVPrediction`` holds: uint8 [B, ceil(H * W / 8)] and int16 [B, 2, H, W]."""
+        """uint8 [B, H, W, 3] -> what ``HVPrediction`` holds: uint8 [B, H, W] and int16 [B, 2, H, W]."""
         images = pixels.permute(0, 3, 1, 2).to(self.dtype).div_(255)  # [B, 3, H, W], channels last in memory
         logits, maps = self.net(images)
-        nuclei = logits[:, 1:].amax(dim=1) > logits[:, 0]  # [B, H, W]; no other class is above the background
-        return pack_bits(nuclei.flatten(1)), hv_gradients(maps)
+        return probability_of(logits), hv_gradients(maps)
 
     @property
     def postprocess(self) -> Postprocess:

@@ -1,7 +1,7 @@
 """HoverFast's network host to host on a GPU: while it computes on some regions, the next go up and the last come down.
 
-Copies run beside the network only between pinned memory and on streams of their own. Results are small: a bit a pixel
-for the mask and two 16-bit numbers for the maps' gradients, computed and packed on the device.
+Copies run beside the network only between pinned memory and on streams of their own. Results are small: a byte a pixel
+for the probability and two 16-bit numbers for the maps' gradients, computed on the device.
 """
 
 from __future__ import annotations
@@ -14,18 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lemon.nuclei.instances import GRADIENT_SCALE, NOT_FINITE
+from lemon.nuclei.instances import GRADIENT_SCALE, HALF, NOT_FINITE
 
 Network = Callable[[Tensor], tuple[Tensor, Tensor]]
 AHEAD = 2
 """Parts that are on their way at a time, besides those that wait on the host."""
 
 
-def pack_bits(mask: Tensor) -> Tensor:
-    """``np.packbits`` of each row: bool [B, P] -> uint8 [B, ceil(P / 8)]."""
-    padded = F.pad(mask, (0, -mask.shape[1] % 8)).view(len(mask), -1, 8)
-    shifts = torch.arange(7, -1, -1, device=mask.device, dtype=torch.uint8)
-    return (padded.to(torch.uint8) << shifts).sum(dim=2, dtype=torch.uint8)
+def probability_of(logits: Tensor) -> Tensor:
+    """How probable it is that a pixel is nucleus: logits [B, classes, H, W], background first -> uint8 [B, H, W].
+
+    In 255ths, by the logit of the likeliest other class less that of the background; more than ``HALF`` exactly where
+    that class wins.
+    """
+    lead = (logits[:, 1:].amax(dim=1) - logits[:, 0]).float()
+    scaled = 255 * lead.sigmoid()
+    return torch.where(lead > 0, scaled.clamp(min=HALF + 1), scaled.clamp(max=HALF)).to(torch.uint8)
 
 
 def hv_gradients(maps: Tensor) -> Tensor:
@@ -98,10 +102,10 @@ class DeviceLine:
             results = self._network(pixels)
         self._down.wait_stream(self._compute)
         with torch.cuda.stream(self._down):
-            bits, maps = (self._download(result) for result in results)
+            probability, gradients = (self._download(result) for result in results)
             done = torch.cuda.Event()
             done.record()
-        return bits, maps, done
+        return probability, gradients, done
 
     def _upload(self, part: np.ndarray) -> Tensor:
         """Through one of a few pinned buffers, which is free again once its last copy has ended."""
@@ -126,6 +130,6 @@ class DeviceLine:
         return torch.empty(result.shape, dtype=result.dtype, pin_memory=True).copy_(result, non_blocking=True)
 
 
-def _finish(bits: Tensor, maps: Tensor, done: torch.cuda.Event) -> tuple[np.ndarray, np.ndarray]:
+def _finish(probability: Tensor, gradients: Tensor, done: torch.cuda.Event) -> tuple[np.ndarray, np.ndarray]:
     done.synchronize()
-    return bits.numpy(), maps.numpy()
+    return probability.numpy(), gradients.numpy()

@@ -23,6 +23,8 @@ GRADIENT_SCALE = 128
 """What a gradient is multiplied by to be held as int16: maps in [-1, 1] give at most 96, and 256 fits."""
 NOT_FINITE = np.iinfo(np.int16).min
 """Stands for the gradient of a map that is NaN or infinite there."""
+HALF = 127
+"""Pixels of a higher probability, in 255ths, are nucleus."""
 
 _ELLIPSE = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
 
@@ -63,14 +65,13 @@ class HVPrediction:
     Of the horizontal and the vertical map only the gradients are used, so that these are what is handed on.
     """
 
-    mask_bits: np.ndarray  # np.packbits of bool [H, W]: nucleus or not
+    probability: np.ndarray  # uint8 [H, W], in 255ths: that a pixel is nucleus
     gradients: np.ndarray  # int16 [2, H, W], as of ``hoverfast_device.hv_gradients``
 
     @property
     def mask(self) -> np.ndarray:
         """bool [H, W]."""
-        shape = self.gradients.shape[1:]
-        return np.unpackbits(self.mask_bits, count=shape[0] * shape[1]).reshape(shape).view(bool)
+        return self.probability > HALF
 
 
 def find_nuclei(
@@ -125,7 +126,7 @@ def hv_limits(gradients: np.ndarray) -> HVLimits:
 
 def calibrate_limits(predictions: Sequence[HVPrediction]) -> HVLimits | None:
     """Medians over regions of each region's limits; regions without nuclei say nothing, and None is no limits."""
-    each = [hv_limits(p.gradients) for p in predictions if p.mask_bits.any()]
+    each = [hv_limits(p.gradients) for p in predictions if p.mask.any()]
     if not each:
         return None
     medians = np.median([(*one.horizontal, *one.vertical) for one in each], axis=0)

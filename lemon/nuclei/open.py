@@ -22,7 +22,8 @@ def load_segmenter(name: str = "hematoxylin", **settings: Any) -> Segmenter:
 
     Args:
         name: ``hematoxylin`` (stain and shape, no weights), ``hoverfast`` (a network; its weights come with LEMON, for
-            research only), or one that another package registers.
+            research only), ``auto`` (hoverfast where there is a GPU, else hematoxylin), or one that another package
+            registers.
         settings: ``min_area_um2`` of both; ``checkpoint``, ``device``, ``precision`` and ``batch`` of hoverfast, as
             the keys ``segmenter.*`` of ``lemon curate``.
 

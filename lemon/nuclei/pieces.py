@@ -79,6 +79,14 @@ def large_outlines(pieces: np.ndarray, piece_ids: np.ndarray, *, min_area_px: fl
     return outlines
 
 
+def mean_by_piece(weight: np.ndarray, piece_ids: np.ndarray) -> np.ndarray:
+    """Mean of uint8 [H, W] over each piece of int32 [H, W]: float64 [highest id + 1]; that of the background is 0."""
+    at = np.flatnonzero(piece_ids)
+    ids = piece_ids.ravel()[at]
+    n_px = np.bincount(ids)
+    return np.bincount(ids, weight.ravel()[at]) / np.maximum(n_px, 1)
+
+
 def _joined_at_corners(pieces: np.ndarray, piece_ids: np.ndarray) -> dict[int, list[int]]:
     """Of each piece that touches one at a corner, all that hang together so, itself among them."""
     beside = pieces[:, :-1] ^ pieces[:, 1:]
@@ -144,7 +152,14 @@ class Sheet:
         return self.lay(image) * self._own
 
     def divide(
-        self, relief: np.ndarray, *, seeds: np.ndarray, inside: np.ndarray, min_area_px: float = 0
+        self,
+        relief: np.ndarray,
+        *,
+        seeds: np.ndarray,
+        inside: np.ndarray,
+        min_area_px: float = 0,
+        weight: np.ndarray | None = None,
+        min_weight: float = 0,
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Flood the pieces from their seeds.
 
@@ -153,6 +168,8 @@ class Sheet:
             seeds: uint8 of the sheet, 0 or 1; each connected part is the seed of a nucleus.
             inside: uint8 of the sheet, 0 or 1: what can be flooded.
             min_area_px: nuclei of fewer pixels are left out.
+            weight: uint8 of the sheet; nuclei whose mean weight is below ``min_weight`` are left out.
+            min_weight: of them.
 
         Yields:
             Piece and outer contour int32 [N, 1, 2] of each nucleus; a piece that stays whole has its own outline.
@@ -165,9 +182,16 @@ class Sheet:
             if owner not in divided:
                 continue
             cell, (x_px, y_px) = cells[rows, columns] == label, self._offsets[owner]
-            if not min_area_px or np.count_nonzero(cell) >= min_area_px:
-                yield owner, outer_contour(cell, x0_px=x_px + columns.start, y0_px=y_px + rows.start)
-        yield from ((piece_id, outline) for piece_id, outline in self._outlines.items() if piece_id not in divided)
+            if min_area_px and np.count_nonzero(cell) < min_area_px:
+                continue
+            if weight is not None and weight[rows, columns][cell].mean() < min_weight:
+                continue
+            yield owner, outer_contour(cell, x0_px=x_px + columns.start, y0_px=y_px + rows.start)
+        whole = [(piece_id, outline) for piece_id, outline in self._outlines.items() if piece_id not in divided]
+        if weight is not None and whole:
+            means = mean_by_piece(weight, np.where(self._own.view(bool), self._owner, 0))
+            whole = [(piece_id, outline) for piece_id, outline in whole if means[piece_id] >= min_weight]
+        yield from whole
 
 
 def _flooded(relief: np.ndarray, markers: np.ndarray, inside: np.ndarray) -> np.ndarray:

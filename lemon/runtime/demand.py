@@ -168,6 +168,13 @@ def is_new_output(output: str, *, table: str) -> bool:
         return False
 
 
+def has_gpus() -> bool:
+    """Whether a node has a GPU, or one that may be added; joins or starts Ray. Raises ConfigError where it cannot."""
+    cluster.start_ray()
+    addable = () if cluster.ray_address() is None else cluster.autoscaler_nodes() or ()
+    return any(node.get("GPU", 0) >= 1 for node in (*cluster.nodes(), *addable))
+
+
 def allocate(demand: Demand, *, stage: str) -> Allocation:
     """Join or start Ray, and return what it has for a job; waits, with a line now and then, where nodes may come.
 

@@ -22,6 +22,7 @@ _FOLD_TIMES = 1.7  # a second layer of tissue doubles the density; its median al
 _MIN_OD = 0.08  # of all three channels' mean, in a square or a crop; with less there is nothing to be in focus
 _INK_OD = 0.2  # ink is at least this dense
 _INK_REDNESS = 0.42
+_MEAN = np.full(3, 1 / 3, np.float32)
 
 
 def find_flaws(overview: np.ndarray, tissue: np.ndarray, *, mpp: float) -> dict[Flaw, np.ndarray]:
@@ -66,7 +67,9 @@ def focus_of_crops(images: np.ndarray) -> np.ndarray:
     """How sharp images of nuclei are, float32 [N]; NaN where there is nothing to be in focus.
 
     The base-2 logarithm of the energy of details of 1 um over that of 2 um: both scale with contrast, blur takes the
-    first. Details are those of scans at 20x too, so that these are not called blurred.
+    first. Details are those of scans at 20x too, so that these are not called blurred. A band between two Gaussians is
+    nearly a Laplacian of that scale, whose energy is a usual measure of focus (Pertuz et al.,
+    10.1016/j.patcog.2012.11.011); the coarser one stands for the contrast, which that measure would follow.
 
     Args:
         images: uint8 [N, H, W, 3] at 0.25 um/px.
@@ -77,7 +80,7 @@ def focus_of_crops(images: np.ndarray) -> np.ndarray:
 def focus_of_region(region: np.ndarray, *, side_px: int = FOCUS_BLOCK_PX) -> np.ndarray:
     """The same of each square of a region uint8 [H, W, 3] at 0.25 um/px, float32 [H / side, W / side]."""
     rows, columns = (length // side_px for length in region.shape[:2])
-    density = optical_density(region).mean(-1)
+    density = optical_density(region) @ _MEAN
     fine, middle, coarse = (cv2.GaussianBlur(density, (0, 0), sigma) for sigma in (1.0, 2.0, 4.0))
 
     def squares(plane: np.ndarray) -> np.ndarray:  # [H, W] -> [rows, side, columns, side]

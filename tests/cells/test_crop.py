@@ -9,6 +9,8 @@ from lemon.cells.crop import SEAM_PX, Frame, claim_cells, cut_crops, measure, to
 from lemon.cells.select import rank_of
 from lemon.nuclei.instances import Nucleus
 from lemon.slides.cohort import Slide
+from lemon.slides.quality import focus_of_crops
+from lemon.slides.synthetic import make_tissue
 from lemon.slides.tiles import Region, plan_regions
 
 REGION = Region(index=0, x_px=1000, y_px=2000, size_px=512, margin_px=64)
@@ -111,6 +113,20 @@ def test_only_cells_below_the_rank_get_a_crop() -> None:
     assert len(claims.rows) == len(nuclei)
     assert claims.rows["rank"].to_numpy()[claims.kept].max() < 0.3
     assert 0 < len(claims.images) == len(claims.kept) < len(nuclei)
+
+
+def test_a_sharp_image_has_a_higher_focus_than_a_blurred_one_and_one_over_the_edge_has_none() -> None:
+    tissue = make_tissue(512, seed=0).image
+    nuclei = [ellipse(x, y) for x in (100, 200, 300) for y in (100, 200, 300)]
+    sharp, blurred = (
+        claim_cells(image, nuclei, region=REGION, frame=frame()).focus
+        for image in (tissue, cv2.GaussianBlur(tissue, (0, 0), 3))
+    )
+    assert (sharp > blurred + 0.5).all()
+    assert np.allclose(sharp[0], focus_of_crops(cut_crops(tissue, np.array([[70, 70]])))[0], atol=0.1)
+    cut = claim_cells(tissue, nuclei, region=REGION, frame=frame(bounds=(1080, 0, 5000, 5000)))
+    assert np.array_equal(np.isnan(cut.focus), cut.at_edge[cut.kept])
+    assert cut.at_edge.any()
 
 
 def test_a_region_without_nuclei_claims_nothing() -> None:

@@ -29,7 +29,7 @@ def rows_of(count: int, *, start: int = 0) -> pa.Table:
 
 
 def claims_at(points: list[tuple[float, float]], *, contested: bool = True) -> Claims:
-    rows = rows_of(len(points)).drop_columns(["image"])
+    rows = rows_of(len(points)).drop_columns(["image", "focus"])
     count = len(points)
     return Claims(
         rows=rows,
@@ -38,6 +38,7 @@ def claims_at(points: list[tuple[float, float]], *, contested: bool = True) -> C
         at_edge=np.zeros(count, bool),
         kept=np.arange(count),
         images=np.zeros((count, 60, 60, 3), np.uint8),
+        focus=np.full(count, np.nan, np.float32),
     )
 
 

@@ -28,7 +28,7 @@ from lemon.cells.ledger import read_ledger
 from lemon.cells.names import shard_name
 from lemon.curate import job as curate
 from lemon.curate.config import CurateConfig
-from lemon.curate.job import open_ledger
+from lemon.curate.job import open_ledger, with_segmenter
 from lemon.curate.slide import FetchedSlide, curate_slide, ordered_map, run_ahead, start_processes
 from lemon.errors import ConfigError
 from lemon.nuclei.instances import Nucleus
@@ -46,6 +46,7 @@ from tests.conftest import shared
 
 pytestmark = pytest.mark.usefixtures("console")
 
+GOOD = ["slides=s.tiff", "output=o"]
 SIDE_PX = 1600
 
 
@@ -530,6 +531,44 @@ def test_the_end_says_seconds_a_mm2_share_of_the_network_and_memory() -> None:
     assert said.startswith("30.0 mm2 at 2.00 s/mm2 of an actor, 75% of it in the network")
     assert said.endswith("2.0 GiB")
     assert curate._describe_speed(rows[2:]) == ""
+
+
+@pytest.mark.parametrize(
+    ("has_gpus", "words", "chosen"),
+    [
+        (True, [], "hoverfast"),
+        (False, [], "hematoxylin"),
+        (True, ["workers.gpus=0"], "hematoxylin"),
+        (True, ["segmenter=hematoxylin"], "hematoxylin"),
+    ],
+)
+def test_the_segmenter_is_chosen_by_whether_there_is_a_gpu_and_told(
+    has_gpus: bool,
+    words: list[str],
+    chosen: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(curate, "has_gpus", lambda: has_gpus)  # no machine of the tests has both
+    config = with_segmenter(config_for("s.tiff", tmp_path, *words), log=True)
+    assert config.segmenter == load("curate", [*GOOD, f"segmenter={chosen}"], CurateConfig).segmenter
+    assert (f"segmenter={chosen}: " in capsys.readouterr().out) == (words != ["segmenter=hematoxylin"])
+
+
+def test_an_output_goes_on_with_the_segmenter_that_it_was_begun_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(curate, "has_gpus", lambda: True)
+    for name in ("hematoxylin", "hoverfast"):
+        open_ledger(Store(tmp_path / name), config_for("s.tiff", tmp_path / name, f"segmenter={name}"))
+        again = config_for("s.tiff", tmp_path / name)
+        assert with_segmenter(again).segmenter.name == name
+        open_ledger(Store(tmp_path / name), with_segmenter(again))  # raises if it were other settings
+    overwritten = config_for("s.tiff", tmp_path / "hematoxylin", "overwrite=true")
+    assert with_segmenter(overwritten).segmenter.name == "hoverfast"
+    larger = with_segmenter(config_for("s.tiff", tmp_path / "hematoxylin", "segmenter.min_area_um2=9"))
+    assert larger.segmenter.model_dump() == {"name": "hematoxylin", "min_area_um2": 9}
 
 
 @pytest.mark.slow

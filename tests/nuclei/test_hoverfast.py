@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from lemon.nuclei.config import HoverFastConfig
 from lemon.nuclei.hoverfast import (
     Architecture,
     HoverFast,
@@ -22,8 +23,8 @@ from lemon.nuclei.hoverfast import (
     save_half,
 )
 from lemon.nuclei.hoverfast_cpu import RowwiseUNet, toom_cook
-from lemon.nuclei.hoverfast_device import hv_gradients, pack_bits
-from lemon.nuclei.instances import GRADIENT_SCALE, HVLimits, HVPrediction
+from lemon.nuclei.hoverfast_device import hv_gradients, probability_of
+from lemon.nuclei.instances import GRADIENT_SCALE, HALF, HVLimits, HVPrediction
 from tests.conftest import shared
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -270,7 +271,7 @@ def test_predictions_do_not_depend_on_the_batch(segmenter: HoverFast) -> None:
     together = segmenter.predict(regions)
     for region, prediction in zip(regions, together, strict=True):
         (alone,) = segmenter.predict(region[None])
-        assert np.array_equal(alone.mask_bits, prediction.mask_bits)
+        assert np.array_equal(alone.probability, prediction.probability)
         assert np.array_equal(alone.gradients, prediction.gradients)
 
 
@@ -345,10 +346,23 @@ def distance(one: HVPrediction, other: HVPrediction) -> float:
     return float(np.abs(one.gradients.astype(int) - other.gradients).mean())
 
 
-@pytest.mark.parametrize("width", [1, 7, 8, 9, 64, 1001])
-def test_bits_are_packed_on_the_device_as_numpy_packs_them(width: int) -> None:
-    mask = np.random.default_rng(width).random((3, width)) < 0.5
-    assert np.array_equal(pack_bits(torch.from_numpy(mask)).numpy(), np.packbits(mask, axis=1))
+def test_a_pixel_is_nucleus_exactly_where_another_class_is_above_the_background() -> None:
+    logits = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    logits[0, 1] = logits[0, 0] + 1e-4 * torch.randn(40, 40, generator=torch.Generator().manual_seed(1))
+    probability = probability_of(logits)
+    assert torch.equal(probability > HALF, logits.argmax(1) > 0)
+    two = logits[:, :2]
+    assert (probability_of(two) / 255 - two.softmax(1)[:, 1]).abs().max() < 0.005
+
+
+@pytest.mark.parametrize(("markers", "least_um2"), [("level", 2), ("range", 5)])
+def test_the_least_area_is_that_of_the_rule_that_divides(markers: str, least_um2: float, tmp_path: Path) -> None:
+    save_checkpoint(random_net(TINY), tmp_path / "net.pth")
+    config = HoverFastConfig(checkpoint=str(tmp_path / "net.pth"), device="cpu", markers=markers)
+    built = config.build()
+    assert isinstance(built, HoverFast)
+    assert built.min_area_px == least_um2 * 16
+    assert config.result_settings()["min_area_um2"] == least_um2
 
 
 def test_a_region_without_a_class_above_the_background_has_an_empty_mask(segmenter: HoverFast) -> None:

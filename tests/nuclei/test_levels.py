@@ -9,9 +9,10 @@ import torch
 from scipy import ndimage
 from skimage.segmentation import watershed
 
+from lemon.nuclei import levels
 from lemon.nuclei.hoverfast_device import hv_gradients
-from lemon.nuclei.instances import GRADIENT_SCALE, HVPrediction, polygons_from_labels
-from lemon.nuclei.levels import find_nuclei_by_level, postprocess_by_level
+from lemon.nuclei.instances import GRADIENT_SCALE, HALF, HVPrediction, polygons_from_labels
+from lemon.nuclei.levels import postprocess_by_level
 from lemon.nuclei.scores import labels_of, scores
 from lemon.nuclei.training.targets import make_targets
 from lemon.nuclei.training.windows import whole
@@ -29,23 +30,32 @@ def gradients_of(maps: np.ndarray) -> np.ndarray:
     return hv_gradients(torch.from_numpy(maps)[None])[0].numpy()
 
 
+def labels_by_level(probability: np.ndarray, maps: np.ndarray, **options: float) -> np.ndarray:
+    nuclei = levels.find_nuclei_by_level(probability, gradients_of(maps), min_area_px=20, **options)
+    return labels_of(nuclei, shape=probability.shape)
+
+
 def label_by_level(mask: np.ndarray, maps: np.ndarray, *, min_area_px: float) -> np.ndarray:
-    """The nuclei as an instance map."""
-    nuclei = find_nuclei_by_level(mask, gradients_of(maps), min_area_px=min_area_px)
+    """The nuclei as an instance map; the network is sure of all that is in the mask."""
+    probability = 255 * (mask > 0).astype(np.uint8)
+    nuclei = levels.find_nuclei_by_level(probability, gradients_of(maps), min_area_px=min_area_px)
     return labels_of(nuclei, shape=mask.shape)
 
 
-def plainly(mask: np.ndarray, steps: np.ndarray, *, min_area_px: float) -> np.ndarray:
+def plainly(
+    probability: np.ndarray, steps: np.ndarray, *, min_area_px: float, min_probability: float = levels.MIN_PROBABILITY
+) -> np.ndarray:
     """Instance map by one watershed over the whole region, step by step as the method is described."""
     slope = np.minimum(*steps) / (128 * GRADIENT_SCALE)
-    opened = cv2.morphologyEx((mask != 0).astype(np.uint8), cv2.MORPH_OPEN, cv2.getStructuringElement(2, (5, 5)))
+    opened = cv2.morphologyEx((probability > HALF).astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
     core = cv2.morphologyEx(
         ((slope > -0.02) & (opened > 0)).astype(np.uint8), cv2.MORPH_OPEN, cv2.getStructuringElement(1, (3, 3))
     )
     markers, _ = ndimage.label(core)
     markers[np.isin(markers, np.flatnonzero(np.bincount(markers.ravel()) < 10))] = 0
     labels = watershed(np.maximum(-slope, 0), markers=markers, mask=opened > 0)
-    labels[np.isin(labels, np.flatnonzero(np.bincount(labels.ravel()) < min_area_px))] = 0
+    n_px, total = np.bincount(labels.ravel()), np.bincount(labels.ravel(), weights=probability.ravel())
+    labels[np.isin(labels, np.flatnonzero((n_px < min_area_px) | (total < 255 * min_probability * n_px)))] = 0
     return labels
 
 
@@ -81,21 +91,46 @@ def test_small_ones_are_dropped_and_an_empty_mask_has_none() -> None:
 
 
 def test_nuclei_are_those_of_one_watershed_over_the_region() -> None:
-    for mask, steps in (golden(), *((maps_of(seed=s)[1], gradients_of(maps_of(seed=s)[2])) for s in (1, 2))):
-        expected = polygons_from_labels(plainly(mask, steps, min_area_px=80), min_area_px=80, simplify=0.006)
-        found = find_nuclei_by_level(mask, steps, min_area_px=80)
+    regions = [golden(), *((maps_of(seed=seed)[1], gradients_of(maps_of(seed=seed)[2])) for seed in (1, 2))]
+    for mask, steps in regions:
+        sure = cv2.GaussianBlur((mask > 0).astype(np.float32), (0, 0), 2)  # least at the edges: small nuclei go
+        probability = np.where(mask > 0, 128 + 127 * sure, 0).astype(np.uint8)
+        expected = polygons_from_labels(plainly(probability, steps, min_area_px=80), min_area_px=80, simplify=0.006)
+        found = levels.find_nuclei_by_level(probability, steps, min_area_px=80)
         polygons = {n.contour_px.tobytes() for n in expected}
         assert len(found) == len(expected)
         # Where fronts meet on a plain, which comes first depends on the order of the queue.
         assert sum(n.contour_px.tobytes() in polygons for n in found) >= 0.98 * len(found)
 
 
+def test_a_nucleus_that_the_network_is_not_sure_of_is_dropped() -> None:
+    drawn, mask, maps = maps_of()
+    inner = drawn[20:-20, 20:-20]
+    doubted = drawn == int(np.unique(inner[inner > 0])[0])
+    probability = np.where(mask > 0, 230, 20).astype(np.uint8)
+    before = labels_by_level(probability, maps)
+    probability[doubted & (mask > 0)] = 160  # still nucleus, pixel by pixel
+    after = labels_by_level(probability, maps)
+    assert before[doubted].any()
+    assert np.mean(after[doubted] > 0) < 0.2
+    assert scores(after * ~doubted, before * ~doubted)["pq"] > 0.9
+    kept = labels_by_level(probability, maps, min_probability=0.5)
+    assert np.array_equal(kept, before)
+
+
+def test_a_small_nucleus_of_two_square_micrometres_is_found() -> None:
+    y, x = np.indices((40, 40)) - 20
+    mask = np.hypot(x, y) < 3.6  # 37 px
+    maps = np.stack([np.where(mask, axis / 3.5, 0) for axis in (x, y)]).astype(np.float32)
+    assert label_by_level(mask, maps, min_area_px=16 * levels.MIN_AREA_UM2["level"]).max() == 1
+
+
 def test_polygons_are_those_of_the_labels_and_the_function_travels() -> None:
     drawn, mask, maps = maps_of()
     region = np.zeros((*mask.shape, 3), np.uint8)
-    prediction = HVPrediction(np.packbits(mask > 0), gradients_of(maps))
+    prediction = HVPrediction(255 * (mask > 0).astype(np.uint8), gradients_of(maps))
     nuclei = pickle.loads(pickle.dumps(postprocess_by_level))(region, prediction, None, min_area_px=20)  # noqa: S301
-    found = plainly(mask, gradients_of(maps), min_area_px=20)
+    found = plainly(prediction.probability, gradients_of(maps), min_area_px=20)
     assert scores(labels_of(nuclei, shape=drawn.shape), found)["pq"] > 0.9
     with pytest.raises(ValueError, match="for a region"):
         postprocess_by_level(region[:-1], prediction, None, min_area_px=20)

@@ -26,14 +26,14 @@ GOOD = ["slides=s.svs", "output=out"]
 
 def test_the_default_config_needs_only_slides_and_output() -> None:
     config = load("curate", GOOD, CurateConfig)
-    assert config.segmenter.name == "hematoxylin"
+    assert config.segmenter.name == "auto"
     assert config.cells_per_slide == 1000
 
 
 @pytest.mark.parametrize("variant", variant_names("curate"))
 @pytest.mark.parametrize(
     "segmenter",
-    ["segmenter=hematoxylin", "segmenter=hoverfast", "segmenter=hoverfast segmenter.checkpoint=x.pth"],
+    ["segmenter=auto", "segmenter=hematoxylin", "segmenter=hoverfast", "segmenter=hoverfast segmenter.checkpoint=x.pt"],
 )
 def test_every_shipped_variant_composes_and_validates(variant: str, segmenter: str) -> None:
     load("curate", [*GOOD, f"variant={variant}", *segmenter.split()], CurateConfig)
@@ -316,7 +316,7 @@ def test_a_segmenter_of_another_package_is_chosen_by_its_name(monkeypatch: pytes
     assert config.segmenter == Mine(threshold=0.7)
     assert load("curate", [*GOOD, "segmenter=mine"], CurateConfig).segmenter == Mine()
     monkeypatch.setitem(SEGMENTERS.builtin, "gone", "no_such_package:Gone")  # one not importable hides no fault
-    own = "cellvit, hematoxylin, hoverfast, instanseg, stardist"
+    own = "auto, cellvit, hematoxylin, hoverfast, instanseg, stardist"
     with pytest.raises(ConfigError, match=rf"^segmenter: got 'foo'; expected one of {own}, mine, gone"):
         load("curate", [*GOOD, "segmenter=foo"], CurateConfig)
     with pytest.raises(ConfigError, match=r"^segmenter: gone is registered as no_such_package:Gone, which cannot be"):

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from lemon.nuclei.hoverfast import HoverFastNet
-from lemon.nuclei.hoverfast_device import hv_gradients
-from lemon.nuclei.levels import find_nuclei_by_level
+from lemon.nuclei.hoverfast_device import hv_gradients, probability_of
+from lemon.nuclei.levels import MIN_AREA_UM2, find_nuclei_by_level
 from lemon.nuclei.scores import labels_of, scores
 from lemon.nuclei.training.images import Labelled
 
-MIN_AREA_PX = 80.0  # 5 um2
+MIN_AREA_PX = 16 * MIN_AREA_UM2["level"]  # at 0.25 um/px
 SHOWN = ("f1", "pq")
 IMAGES_A_SOURCE = 16
 """Of more, those that come first are looked at."""
@@ -60,9 +60,9 @@ def found_by(net: HoverFastNet, image: np.ndarray) -> np.ndarray:
     device = next(net.parameters()).device
     pixels = torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1)[None] / 255
     logits, maps = net(pixels)
-    mask = (logits[0, 1:].amax(0) > logits[0, 0]).cpu().numpy()
-    nuclei = find_nuclei_by_level(mask, hv_gradients(maps)[0].cpu().numpy(), min_area_px=MIN_AREA_PX)
-    return labels_of(nuclei, shape=mask.shape)
+    probability, gradients = probability_of(logits)[0].cpu().numpy(), hv_gradients(maps)[0].cpu().numpy()
+    nuclei = find_nuclei_by_level(probability, gradients, min_area_px=MIN_AREA_PX)
+    return labels_of(nuclei, shape=probability.shape)
 
 
 def picture(worst: dict[str, tuple[Labelled, np.ndarray]]) -> bytes:

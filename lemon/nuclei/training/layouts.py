@@ -9,6 +9,8 @@
 - NuInsSeg: ``ORGAN/tissue images/*.png`` and ``ORGAN/label masks modify/*.tif``, or ``label masks``;
 - TNBC: ``Slide_NN/*.png`` and ``GT_NN/*.png``, whose connected pieces are the nuclei;
 - Data Science Bowl 2018: ``ID/images/*.png`` and ``ID/masks/*.png``, a mask a nucleus;
+- NuCLS: ``rgb/*.png`` and ``mask/*.png`` (at 0.2 um/px), cut to the field of view; a nucleus of which only a box was
+  drawn is the ellipse in it;
 - PanNuke: ``images.npy`` and ``masks.npy`` of each fold.
 
 Nothing pickled is opened.
@@ -26,6 +28,7 @@ from xml.etree import ElementTree
 
 import cv2
 import numpy as np
+from scipy import ndimage
 from scipy.io import loadmat
 
 from lemon.nuclei.training.images import IMAGE_SUFFIXES, Labelled, enlarged
@@ -37,6 +40,7 @@ Reader = Callable[[], tuple[np.ndarray, np.ndarray]]
 MAP_SUFFIXES = (".npz", ".npy", ".png", ".mat")
 ARRAY = "inst_map"
 CELL_MPP = 0.25
+_NUCLS_FIELD = 253
 
 
 def read_folder(folder: str | Path, *, mpp: float = CELL_MPP) -> list[Labelled]:
@@ -144,7 +148,15 @@ def _pannuke(folder: Path) -> Iterator[tuple[str, Reader]]:
                 yield f"{file.parent.name}_{i:05d}", partial(_read_pannuke, images, maps, i)
 
 
-LAYOUTS = (_beside, _consep, _nuinsseg, _tnbc, _bowl, _pannuke, _monuseg)
+def _nucls(folder: Path) -> Iterator[tuple[str, Reader]]:
+    for images in folder.rglob("rgb"):
+        masks = images.with_name("mask")
+        for name, image in _images(images).items():
+            if (file := masks / f"{name}.png").is_file():
+                yield name, partial(_read_nucls, image, file)
+
+
+LAYOUTS = (_beside, _consep, _nuinsseg, _tnbc, _bowl, _pannuke, _nucls, _monuseg)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -197,6 +209,29 @@ def _read_pannuke(images: np.ndarray, masks: np.ndarray, i: int) -> tuple[np.nda
         of_type = masks[i, ..., channel].astype(np.int32)
         instances = np.where(of_type > 0, of_type + instances.max(), instances)
     return images[i].astype(np.uint8), instances
+
+
+def _read_nucls(image: Path, file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Classes are in the first channel, the number of a nucleus is the product of the others; 253 is the field of view.
+
+    DEVIATION: masks have whole boxes for nuclei that were not outlined. Their corners are no nucleus, so that each
+    instance that fills its box becomes the ellipse in it.
+    """
+    pixels, mask = read_image(image), read_image(file)
+    if mask.shape != pixels.shape:
+        raise ValueError(f"{file}: got {list(mask.shape)}, expected the shape of its image, {list(pixels.shape)}")
+    y, x = np.nonzero(mask[..., 0] == _NUCLS_FIELD)
+    if not len(y):
+        raise ValueError(f"{file}: has no pixel of class {_NUCLS_FIELD}, the field of view")
+    field = np.s_[y.min() : y.max() + 1, x.min() : x.max() + 1]
+    kind, high, low = np.moveaxis(mask[field].astype(np.int32), -1, 0)
+    instances = np.where((kind > 0) & (kind != _NUCLS_FIELD), high * low, 0)
+    for number, box in enumerate(ndimage.find_objects(instances), start=1):
+        if box is not None and (instances[box] == number).all():
+            height, width = instances[box].shape
+            rows, columns = (np.linspace(-1, 1, 2 * side + 1)[1::2] for side in (height, width))
+            instances[box] = np.where(rows[:, None] ** 2 + columns**2 <= 1, number, 0)
+    return np.ascontiguousarray(pixels[field]), instances
 
 
 def _read_xml(file: Path, shape: tuple[int, int]) -> np.ndarray:

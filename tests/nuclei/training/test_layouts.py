@@ -86,7 +86,16 @@ def pannuke(folder: Path, image: Labelled) -> None:
         np.save(folder / f"Fold 1/{name}/fold1/{name}.npy", values)
 
 
-LAYOUTS = [beside_mat, beside_npy, beside_png, geojson, monuseg, consep, nuinsseg, bowl, pannuke]
+def nucls(folder: Path, image: Labelled) -> None:
+    kind = np.where(image.instances > 0, 1, 253)  # nuclei, and the field of view around them
+    mask = np.stack([kind, image.instances, np.where(image.instances > 0, 1, 0)], axis=-1).astype(np.uint8)
+    for name, values, beyond in (("rgb", image.image, 200), ("mask", mask, 0)):
+        framed = np.full((image.instances.shape[0] + 30, image.instances.shape[1] + 30, 3), beyond, np.uint8)
+        framed[10:-20, 20:-10] = values
+        picture(folder / name / "TCGA-A2-A0SX-DX1_id-5_left-1.png", framed)
+
+
+LAYOUTS = [beside_mat, beside_npy, beside_png, geojson, monuseg, consep, nuinsseg, bowl, pannuke, nucls]
 
 
 @pytest.mark.parametrize("write", LAYOUTS, ids=lambda write: write.__name__)
@@ -107,6 +116,24 @@ def test_of_tnbc_the_connected_pieces_are_the_nuclei(tmp_path: Path) -> None:
     picture(tmp_path / "set/GT_01/01_1.png", 255 * (apart > 0).astype(np.uint8))
     (read,) = read_folder(tmp_path / "set")
     assert np.array_equal(read.instances > 0, apart > 0)
+
+
+def test_of_nucls_a_nucleus_that_only_has_a_box_is_the_ellipse_in_it(tmp_path: Path) -> None:
+    instances = np.zeros((64, 64), np.int32)
+    instances[10:30, 20:36], instances[40:50, 5:25] = 7, 9
+    instances[44:46, 5:8] = 0  # an outline, which fills no box
+    made = Labelled("set", "0", np.full((64, 64, 3), 128, np.uint8), instances)
+    (read,) = read_folder(_written(tmp_path / "set", nucls, made))
+    assert (read.instances == 7).sum() == pytest.approx(np.pi * 10 * 8, rel=0.05)
+    assert np.array_equal(read.instances == 9, instances == 9)
+    assert not read.instances[10, 20]
+
+
+def test_a_mask_of_nucls_without_a_field_of_view_is_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "set/rgb/a.png", np.zeros((8, 8, 3), np.uint8))
+    picture(tmp_path / "set/mask/a.png", np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"a\.png: has no pixel of class 253, the field of view"):
+        read_folder(tmp_path / "set")
 
 
 def test_another_resolution_is_brought_to_a_quarter_of_a_micrometre(tmp_path: Path) -> None:
