@@ -1,32 +1,46 @@
-"""An atlas: up to 100,000 cells laid out by their embeddings, as a picture (the paper's Figure 4) and as a page."""
+"""An atlas: cells laid out by their embeddings, as a picture (the paper's Figure 4) and as a page, a file or served."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from lemon.atlas.cells import AtlasCells, read_cells
+from lemon.atlas.cells import AtlasCells, choose_cells, read_cells
 from lemon.atlas.config import AtlasConfig
 from lemon.atlas.fields import categories_of, measures_of
 from lemon.atlas.figure import draw_atlas
-from lemon.atlas.page import write_page
-from lemon.atlas.projection import open_method, to_unit_square
-from lemon.errors import EXIT_OK
+from lemon.atlas.neighbours import Neighbours
+from lemon.atlas.page import PageData, page_data, write_page
+from lemon.atlas.projection import map_cells, open_method, to_unit_square
+from lemon.atlas.served import FOLDER, Served, circumstances_of, is_written, open_served, write_served
+from lemon.atlas.server import HOST, AtlasServer, serve
+from lemon.cells.labels import read_labels
+from lemon.embed.read import open_embeddings
+from lemon.errors import EXIT_OK, ConfigError
 from lemon.runtime.console import stage_logger
 from lemon.runtime.lease import hold
+from lemon.runtime.records import INTERNAL_FOLDER
+from lemon.runtime.scratch import scratch_folder
 from lemon.runtime.store import CIRCUMSTANCES, Store, fingerprint
+from lemon.runtime.ui import check_port
 from lemon.schema import MAP, marked
 
 logger = stage_logger(__name__, "atlas")
 
 MAP_NAME = "map.parquet"
 
-OUTPUT_NAMES = ("atlas.html", "atlas.png", "atlas.svg", MAP_NAME)
+OUTPUT_NAMES = ("atlas.html", "atlas.png", "atlas.svg", MAP_NAME, FOLDER)
 """What an atlas writes in its output."""
 
 
 def main(config: AtlasConfig) -> int:
-    """Make the atlas and log what it is; returns the exit code. Raises ConfigError."""
+    """Make the atlas and log what it is, or serve it until Ctrl-C; returns the exit code. Raises ConfigError."""
+    if config.serve:
+        return _serve(config)
     with hold(config.output, stage="atlas", names=OUTPUT_NAMES) as store:
         return _make_atlas(config, store)
 
@@ -34,11 +48,7 @@ def main(config: AtlasConfig) -> int:
 def _make_atlas(config: AtlasConfig, store: Store) -> int:
     place = open_method(config.method)  # before minutes are spent on reading
     cells = read_cells(config)
-    circumstances = fingerprint([cells.fingerprint, config.map_settings()])
-    positions = read_map(store, cells, circumstances=circumstances)
-    if positions is None:
-        positions = place(cells.vectors, perplexity=config.perplexity, seed=config.seed, threads=config.threads)
-        write_map(store, cells, positions, circumstances=circumstances)
+    positions = _positions(config, store, cells, place)
     size = write_views(store, cells, positions, config=config)
     logger.info(f"{len(cells.table):,} cells of {len(cells.slides)} slides by {cells.model}; look at")
     logger.info(f"  {store.uri}/atlas.html ({size / 1e6:.1f} MB; opens without a network)")
@@ -46,25 +56,79 @@ def _make_atlas(config: AtlasConfig, store: Store) -> int:
     return EXIT_OK
 
 
+def _serve(config: AtlasConfig) -> int:
+    """Write what is served, unless it is there, made from the same; then answer."""
+    check_port(config.port)  # before minutes are spent
+    with hold(config.output, stage="atlas", names=OUTPUT_NAMES) as store:
+        if not store.is_local:
+            raise ConfigError(f"output: got {store.uri}, but an atlas is served from a disk; expected a local folder")
+        labels = None if config.labels is None else fingerprint(read_labels(config.labels, key="labels"))
+        settings = config.map_settings() | {"n_cells": config.n_cells, "title": config.title, "labels": labels}
+        circumstances = circumstances_of(choose_cells(config), settings)
+        if not is_written(store, circumstances):
+            _write_served(config, store, circumstances=circumstances)
+        served = open_served(store)
+    server = AtlasServer(served, _neighbours(config, served), port=config.port)
+    logger.info(f"{served.count:,} cells of {len(served.slides)} slides; look at")
+    logger.info(f"  http://{HOST}:{server.port}/ (from this machine alone; Ctrl-C ends it)")
+    serve(server)
+    logger.info("ended; the same command serves it again at once")
+    return EXIT_OK
+
+
+def _write_served(config: AtlasConfig, store: Store, *, circumstances: str) -> None:
+    place = open_method(config.method)
+    with scratch_folder(store.path(INTERNAL_FOLDER)) as scratch:  # of gigabytes: on the disk that has room for it
+        cells = read_cells(config, scratch=scratch)
+        positions = _positions(config, store, cells, place)
+        size = write_served(store, cells, _page_data(cells, positions, config=config), circumstances=circumstances)
+    logger.info(f"{store.uri}/{FOLDER}: {size / 1e6:,.0f} MB")
+
+
+def _neighbours(config: AtlasConfig, served: Served) -> Neighbours:
+    """With the index of ``lemon find`` where that is there, up to date, and can be read."""
+    if find_spec("faiss") is not None:
+        from lemon.find.index import known_index
+
+        embeddings = open_embeddings(config.embeddings)
+        index = known_index(embeddings)
+        if index is not None:
+            logger.info("neighbours by the index of lemon find")
+            return Neighbours(served, embeddings=embeddings, index=index)
+    return Neighbours(served)
+
+
+def _positions(config: AtlasConfig, store: Store, cells: AtlasCells, place: Callable[..., np.ndarray]) -> np.ndarray:
+    """The map of an earlier run where it is of the same, else a new one: float32 [N, 2]."""
+    circumstances = fingerprint([cells.fingerprint, config.map_settings()])
+    positions = read_map(store, cells, circumstances=circumstances)
+    if positions is None:
+        settings: dict[str, Any] = {"perplexity": config.perplexity, "seed": config.seed, "threads": config.threads}
+        positions = map_cells(place, cells.vectors, **settings)
+        write_map(store, cells, positions, circumstances=circumstances)
+    return positions
+
+
 def write_views(store: Store, cells: AtlasCells, positions: np.ndarray, *, config: AtlasConfig) -> int:
     """Draw the picture and write the page; returns the page's size in bytes."""
-    unit = to_unit_square(positions)
     categories = categories_of(cells.table)
     draw_atlas(
         store,
-        unit=unit,
+        unit=to_unit_square(positions),
         thumbnails=cells.thumbnails,
         category=categories[0] if categories else None,
         squares=config.grid,
         title=config.title,
     )
-    return write_page(
-        store,
+    return write_page(store, cells, _page_data(cells, positions, config=config), side_px=config.slide_px)
+
+
+def _page_data(cells: AtlasCells, positions: np.ndarray, *, config: AtlasConfig) -> PageData:
+    return page_data(
         cells,
-        unit=unit,
-        categories=categories,
+        unit=to_unit_square(positions),
+        categories=categories_of(cells.table),
         measures=measures_of(cells.table),
-        side_px=config.slide_px,
         title=config.title,
         subtitle=subtitle_of(cells, config),
     )

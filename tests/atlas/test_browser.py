@@ -18,7 +18,7 @@ import pytest
 from lemon.atlas import job as atlas
 from lemon.atlas.cells import AtlasCells, read_cells
 from lemon.atlas.fields import CATEGORIES, categories_of
-from lemon.atlas.page import write_page
+from lemon.atlas.page import page_data, write_page
 from lemon.atlas.projection import to_unit_square
 from lemon.cells.labels import read_labels
 from lemon.embed.clusters import palette
@@ -112,6 +112,7 @@ def page(browser: Any, folder: Path) -> Iterator[Page]:
     opened = Page(browser)
     opened.expect(read_cells(config), pq.read_table(folder / "atlas" / "map.parquet"))
     opened.wait(lambda: opened.run("return performance.getEntriesByName('first-frame').length"), "it is drawn")
+    opened.wait(lambda: opened.run("return window.atlas.isRead()"), "all is read")
     yield opened
     assert opened.run("return performance.getEntriesByType('resource').length") == 0
     # Errors, and requests that the page's policy refused. Warnings come from this test's reading of pixels.
@@ -119,7 +120,7 @@ def page(browser: Any, folder: Path) -> Iterator[Page]:
 
 
 def test_every_point_is_drawn_in_the_colour_of_its_cluster(page: Page) -> None:
-    assert page.run("return window.atlas.ids") == page.ids
+    assert page.run("return window.atlas.ids()") == page.ids
     codes = page.cells.table["cluster"].to_pylist()
     lonely = page.lonely()
     assert len(lonely) > 10
@@ -241,18 +242,18 @@ def test_squares_over_more_sheets_than_are_kept_all_get_their_cells(browser: Any
     table = pa.table(known | {name: [None] * count for name in CATEGORIES if name not in known})
     slides = (SlideRow("a", "", status="done", n_cells=count),)
     cells = AtlasCells(table, generator.normal(size=(count, 8)), images, "model", slides, "")
-    write_page(
-        Store(tmp_path),
+    data = page_data(
         cells,
         unit=generator.uniform(size=(count, 2)),
         categories=categories_of(table),
         measures=[],
-        side_px=0,
         title="squares",
         subtitle="",
     )
+    write_page(Store(tmp_path), cells, data, side_px=0)
     browser.get((tmp_path / "atlas.html").as_uri())
     opened = Page(browser)
+    opened.wait(lambda: opened.run("return window.atlas.isRead()"), "all is read")
     opened.choose("#show", "cells")
     squares = opened.run("return window.atlas.squaresInView()")
     assert len(squares) > 150

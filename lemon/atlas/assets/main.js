@@ -301,12 +301,15 @@ element("in-view").onclick = selectView;
 element("clear").onclick = () => select(null);
 element("undo").onclick = undo;
 element("unpin").onclick = () => pin(-1);
-element("select-like").onclick = () => select([pinned, ...neighboursOf(pinned, 50)].sort((a, b) => a - b));
+element("select-like").onclick = async () => {
+  const cell = pinned;
+  select([cell, ...(await neighboursOf(cell, 50))].sort((a, b) => a - b));
+};
 element("show").onchange = requestDraw;
 element("color-by").onchange = (event) => colorBy(event.target.value);
 element("color-by").append(...fields.map((field) => new Option(field.title, field.key)));
 element("find").onchange = (event) => {
-  const cell = indexOfId.get(event.target.value.trim()) ?? -1;
+  const cell = ids.indexOf(event.target.value.trim());
   element("found").textContent = cell < 0 && event.target.value ? "No cell of this atlas has that id." : "";
   if (cell < 0) return;
   [camera.x, camera.y] = [positions[2 * cell] / SIDE, positions[2 * cell + 1] / SIDE];
@@ -340,25 +343,33 @@ onSheet = () => {
   if (areCellsShown()) requestDraw();
 };
 
-// The slides stand behind the scripts in the page.
-document.addEventListener("DOMContentLoaded", () => {
-  onSheet();
-  const areSlidesThere = element("slide-0") !== null;
-  element("panes").hidden = element("export-geojson").hidden = !areSlidesThere;
-  if (!areSlidesThere) return showPanes("map");
-  const counts = countsOf({ codes: slideOf });
-  element("slide-name").append(...facts.slides.map((name, i) => new Option(`${name} (${(counts.get(i) ?? 0).toLocaleString("en")})`, i)));
+// The map first; what a click, a filter or the slide needs is read while it is there to be looked at.
+async function start() {
+  await readFirst();
+  new ResizeObserver(() => (resize(), requestDraw())).observe(map);
+  new ResizeObserver(drawTissue).observe(tissue);
+  resize();
+  colorBy(fields[0].key);
+  await readRest();
+  fillBins();
+  openSlides();
+  document.body.inert = false;
+}
+
+function openSlides() {
+  element("panes").hidden = element("export-geojson").hidden = !facts.areSlidesThere;
+  if (!facts.areSlidesThere) return showPanes("map");
+  element("slide-name").append(...facts.slides.map((name, i) => new Option(`${name} (${cellsOfSlide[i].length.toLocaleString("en")})`, i)));
   showPanes(window.innerWidth < 800 ? "map" : "both");
   openViewer();
   showSlide(0);
-});
-new ResizeObserver(() => (resize(), requestDraw())).observe(map);
-new ResizeObserver(drawTissue).observe(tissue);
-resize();
-colorBy(fields[0].key);
+}
 
 // For whoever looks in from the console, and for the tests.
-window.atlas = { ids, camera, screenX, screenY, draw, squaresInView, tissuePlace, neighboursOf };
+window.atlas = { camera, screenX, screenY, draw, squaresInView, tissuePlace, neighboursOf };
+window.atlas.ids = () => ids;
+window.atlas.isRead = () => isRead;
 window.atlas.selected = () => selection;
 window.atlas.isWaiting = () => busy > 0 || wanted.size > 0; // for cell images
 window.atlas.isTissueThere = () => isTissueThere();
+start();

@@ -162,10 +162,12 @@ function squaresInView() {
 const BINS = 128;
 const binOf = (cell) => Math.min((positions[2 * cell + 1] * BINS) >> 16, BINS - 1) * BINS + ((positions[2 * cell] * BINS) >> 16);
 const binStart = new Uint32Array(BINS * BINS + 1);
-const binned = new Uint32Array(count);
-for (let cell = 0; cell < count; cell++) binStart[binOf(cell) + 1]++;
-for (let bin = 0; bin < BINS * BINS; bin++) binStart[bin + 1] += binStart[bin];
-{
+let binned = null;
+
+function fillBins() {
+  binned = new Uint32Array(count);
+  for (let cell = 0; cell < count; cell++) binStart[binOf(cell) + 1]++;
+  for (let bin = 0; bin < BINS * BINS; bin++) binStart[bin + 1] += binStart[bin];
   const next = binStart.slice();
   for (let cell = 0; cell < count; cell++) binned[next[binOf(cell)]++] = cell;
 }
@@ -188,8 +190,9 @@ function cellNear(x, y, reach) {
 }
 
 // The `wanted` cells whose embeddings are nearest to that of a cell, itself left out; the nearest first.
-function neighboursOf(cell, wanted) {
-  vectors ??= new Int8Array(bytesOf("array-vectors").buffer);
+async function neighboursOf(cell, wanted) {
+  if (facts.served) return (await answerOf(`neighbours?cell=${cell}&k=${wanted}`)).json();
+  vectors ??= new Int8Array(await bufferOf("vectors"));
   const width = weights.length, start = cell * width;
   const distances = new Float32Array(count);
   for (let other = 0, at = 0; other < count; other++) {
@@ -213,7 +216,8 @@ function cellsWithin(polygon) {
 }
 
 function cellsWithinTissue(polygon) {
-  return shownCells((cell) => slideOf[cell] === slide && isWithin(polygon, places[2 * cell], places[2 * cell + 1]));
+  const isInside = (cell) => levels[cell] !== OFF && isWithin(polygon, places[2 * cell], places[2 * cell + 1]);
+  return [...cellsOfSlide[slide].filter(isInside)];
 }
 
 function shownCells(condition) {
