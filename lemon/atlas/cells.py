@@ -50,27 +50,45 @@ class AtlasCells:
     slides: tuple[SlideRow, ...]
     fingerprint: str
     """Names the cells and the model."""
+    against: Other | None = None
+
+
+@dataclass(frozen=True)
+class Other:
+    """The same cells by another encoder: vectors [N, E], its name, and what names the cells and the model."""
+
+    vectors: np.ndarray
+    model: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """An output of embedding and what its vectors have in common."""
+
+    store: Store
+    spec: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Which cells an atlas is of, before they are read."""
+    """Which cells an atlas is of, before they are read, and the encoders: one, or two that are compared."""
 
     selection: Selection
-    embeddings: Store
-    spec: dict[str, Any]
+    encoders: tuple[Embedded, ...]
 
-    @property
-    def fingerprint(self) -> str:
-        """Names the cells and the model."""
-        return fingerprint([self.selection.fingerprint, self.spec])
+    def fingerprint_of(self, encoder: Embedded) -> str:
+        """Names the cells and a model."""
+        return fingerprint([self.selection.fingerprint, encoder.spec])
 
 
 def choose_cells(config: AtlasConfig) -> Chosen:
     """Find what a config names. Raises ConfigError where a table is absent, does not fit the others or is too small."""
-    cells, embeddings = Store(config.cells), Store(config.embeddings)
-    spec = _embedding_spec(embeddings)
-    return Chosen(_select(config, cells=cells, embeddings=embeddings), embeddings, spec)
+    keys = {"embeddings": config.embeddings} | ({"against": config.against} if config.against else {})
+    encoders = [Embedded(store := Store(uri), _embedding_spec(store, key=key)) for key, uri in keys.items()]
+    if len({encoder.spec["model_fingerprint"] for encoder in encoders}) < len(encoders):
+        raise ConfigError(f"against: got embeddings by {encoders[0].spec['model']} twice; expected another encoder's")
+    return Chosen(_select(config, cells=Store(config.cells), encoders=encoders), tuple(encoders))
 
 
 def read_cells(config: AtlasConfig, *, scratch: Path | None = None) -> AtlasCells:
@@ -87,22 +105,31 @@ def read_cells(config: AtlasConfig, *, scratch: Path | None = None) -> AtlasCell
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
     table = table.take(order)
-    vectors = _room((len(order), chosen.spec["width"]), np.dtype(chosen.spec["dtype"]), scratch, "vectors")
+    vectors = [
+        _room((len(order), encoder.spec["width"]), np.dtype(encoder.spec["dtype"]), scratch, f"vectors-{number}")
+        for number, encoder in enumerate(chosen.encoders)
+    ]
     thumbnails = _room((len(order), THUMBNAIL_PX, THUMBNAIL_PX, 3), np.dtype(np.uint8), scratch, "thumbnails")
     starts = chosen.selection.starts.tolist()
     for part, start in zip(tqdm(parts, unit="slide", desc="images", disable=None), starts, strict=True):
         places = place[start : start + part.n_rows]
-        embedded = _prefix(chosen.embeddings, embeddings_name(part.slide_id), ("embedding",), count=part.n_rows)
-        vectors[places] = vectors_of(embedded["embedding"].combine_chunks())
+        for encoder, room in zip(chosen.encoders, vectors, strict=True):
+            embedded = _prefix(encoder.store, embeddings_name(part.slide_id), ("embedding",), count=part.n_rows)
+            room[places] = vectors_of(embedded["embedding"].combine_chunks())
         _fill_thumbnails(thumbnails, places, part, chosen.selection)
     slides = {part.slide_id for part in parts}
+    first, *others = (
+        Other(room, encoder.spec["model"], chosen.fingerprint_of(encoder))
+        for encoder, room in zip(chosen.encoders, vectors, strict=True)
+    )
     return AtlasCells(
         table=table.append_column("label", _labels_of(table["cell_id"], labels, path=config.labels)),
-        vectors=vectors,
+        vectors=first.vectors,
         thumbnails=thumbnails,
-        model=chosen.spec["model"],
+        model=first.model,
         slides=tuple(row for row in rows_with_cells(chosen.selection.store) if row.slide_id in slides),
-        fingerprint=chosen.fingerprint,
+        fingerprint=first.fingerprint,
+        against=others[0] if others else None,
     )
 
 
@@ -112,23 +139,25 @@ def _room(shape: tuple[int, ...], dtype: np.dtype[Any], scratch: Path | None, na
     return np.lib.format.open_memmap(scratch / f"{name}.npy", "w+", dtype, shape)
 
 
-def _embedding_spec(embeddings: Store) -> dict[str, Any]:
+def _embedding_spec(embeddings: Store, *, key: str) -> dict[str, Any]:
     if not embeddings.exists(SETTINGS):
-        raise ConfigError(f"embeddings: {embeddings.uri} has no {SETTINGS}; expected an output of lemon embed")
+        raise ConfigError(f"{key}: {embeddings.uri} has no {SETTINGS}; expected an output of lemon embed")
     spec: EmbeddingSpec = embeddings.read_json(SETTINGS, EmbeddingSpec)
     return asdict(spec)
 
 
-def _select(config: AtlasConfig, *, cells: Store, embeddings: Store) -> Selection:
+def _select(config: AtlasConfig, *, cells: Store, encoders: Sequence[Embedded]) -> Selection:
     """The cells of lowest rank of the slides that are wanted and embedded. Raises ConfigError."""
     chosen = select_cells(cells, organs=config.select.organs, slides=config.select.slides)
-    files = embeddings.entries("embeddings")
-    embedded = [part.slide_id for part in chosen.parts if embeddings_name(part.slide_id) in files]
-    if not embedded:
-        raise ConfigError(
-            f"embeddings: {embeddings.uri} holds none of the {len(chosen.parts)} slides; "
-            f"expected the output of lemon embed cells={cells.uri}"
-        )
+    embedded = [part.slide_id for part in chosen.parts]
+    for key, encoder in zip(("embeddings", "against"), encoders, strict=False):
+        files = encoder.store.entries("embeddings")
+        embedded = [slide_id for slide_id in embedded if embeddings_name(slide_id) in files]
+        if not embedded:
+            raise ConfigError(
+                f"{key}: {encoder.store.uri} holds none of the {len(chosen.parts)} slides; "
+                f"expected the output of lemon embed cells={cells.uri}"
+            )
     shards = cells.entries("cells")
     absent = [part.name for part in chosen.parts if part.name not in shards]
     if absent:
@@ -147,24 +176,22 @@ def _facts(part: Part, chosen: Chosen) -> pa.Table:
 
     Raises ConfigError where the tables are of other cells.
     """
-    selection, embeddings, count = chosen.selection, chosen.embeddings, part.n_rows
+    selection, embeddings, count = chosen.selection, chosen.encoders[0].store, part.n_rows
     try:
         facts = pa.Table.from_batches(list(selection.batches(part, FACTS))).select(list(FACTS))
     except ShardError as error:
         raise ConfigError(f"cells: {selection.store.uri}: {error}") from None
     ids = facts["cell_id"]
     name = embeddings_name(part.slide_id)
-    fits = _prefix(embeddings, name, ("cell_id",), count=count)["cell_id"].equals(ids)
+    for encoder in chosen.encoders:
+        if not _prefix(encoder.store, name, ("cell_id",), count=count)["cell_id"].equals(ids):
+            raise ConfigError(_of_other_cells(encoder.store, name, part, selection))
     clusters = np.full(count, -1, np.int16)
     if embeddings.exists(clusters_name(part.slide_id)):
         known = _prefix(embeddings, clusters_name(part.slide_id), ("cell_id", "cluster"), count=count)
         clusters = known["cluster"].to_numpy()
-        fits = fits and known["cell_id"].equals(ids)
-    if not fits:
-        raise ConfigError(
-            f"embeddings: {name} is of other cells than {selection.store.uri}/{part.name}; "
-            "the same lemon embed command again mends it"
-        )
+        if not known["cell_id"].equals(ids):
+            raise ConfigError(_of_other_cells(embeddings, name, part, selection))
     facts = facts.append_column("cluster", pa.array(clusters, mask=clusters < 0))
     facts = facts.append_column("row", pa.array(np.arange(count, dtype=np.int32)))
     if embeddings.exists(morphometry_name(part.slide_id)):
@@ -172,6 +199,13 @@ def _facts(part: Part, chosen: Chosen) -> pa.Table:
         for column in known.column_names[1:] if known["cell_id"].equals(ids) else ():
             facts = facts.append_column(column, known[column])
     return facts
+
+
+def _of_other_cells(embeddings: Store, name: str, part: Part, selection: Selection) -> str:
+    return (
+        f"embeddings: {embeddings.uri}/{name} is of other cells than {selection.store.uri}/{part.name}; "
+        "the same lemon embed command again mends it"
+    )
 
 
 def _prefix(store: Store, name: str, columns: Sequence[str], *, count: int) -> pa.Table:

@@ -33,6 +33,10 @@ class AtlasConfig(CellsConfig):
     embeddings: AnyPath = Field(description="output of lemon embed")
     cells: AnyPath = Field(description="the cells table that was embedded: an output of lemon curate")
     output: AnyPath = Field("atlas", description="folder or s3:// prefix of atlas.html, .png, .svg and map.parquet")
+    against: AnyPath | None = Field(
+        None, description="output of lemon embed by another encoder: a second map, and how far neighbours agree"
+    )
+    k: int = Field(20, ge=1, le=500, description="with against: nearest cells of each that are compared")
     n_cells: int = Field(
         20_000,
         ge=10,
@@ -55,6 +59,8 @@ class AtlasConfig(CellsConfig):
     def _file_or_server(self) -> AtlasConfig:
         if self.n_cells > MAX_CELLS and not self.serve:
             raise ValueError(f"n_cells: got {self.n_cells}; expected at most {MAX_CELLS}, or serve=true")
+        if self.n_cells > MAX_CELLS and self.against:
+            raise ValueError(f"n_cells: got {self.n_cells} with against=; expected at most {MAX_CELLS}")
         return self
 
     def map_settings(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from lemon.atlas.cells import THUMBNAIL_MPP, AtlasCells
+from lemon.atlas.compare import Comparison
 from lemon.atlas.fields import Category, Measure
 from lemon.atlas.projection import compact, curve_order, quantise
 from lemon.atlas.tissue import OUTLINE_UM, TILE_PX, outlines_of, pictures_of
@@ -73,6 +74,7 @@ def page_data(
     measures: Sequence[Measure],
     title: str,
     subtitle: str,
+    against: tuple[np.ndarray, Comparison] | None = None,
 ) -> PageData:
     """Arrange cells for the page.
 
@@ -81,6 +83,7 @@ def page_data(
         unit: positions in the unit square, y downwards [N, 2].
         categories, measures: what the page can colour by; it begins with the first category.
         title, subtitle: plain text.
+        against: positions by the other encoder, as ``unit``, and how far the two agree.
     """
     title, subtitle = redacted(title), redacted(subtitle)
     quantised = quantise(unit)
@@ -91,12 +94,15 @@ def page_data(
     number = {row.slide_id: index for index, row in enumerate(cells.slides)}
     slides = np.array([number[slide_id] for slide_id in table["slide_id"].to_pylist()], np.uint32)
     counts, outlines = outlines_of(table["polygon"], places, table["mpp"].to_numpy())
-    fields = [*categories, *measures]
+    fields = [*categories, *measures, *([against[1].measure] if against else [])]
     arrays = {"positions": quantised} | {field.key: _values(field) for field in fields}
     arrays |= {"slots": np.argsort(order).astype(np.uint32)}  # the inverse: where in that order a cell is
     arrays |= {"places": places.astype(np.float32), "slide": slides}
     arrays |= {"corners": counts, "outlines": outlines, "vectors": vectors}
+    if against:
+        arrays["positions-against"] = quantise(against[0])
     facts = {
+        "against": {"names": against[1].models, "told": redacted(against[1].told)} if against else None,
         "count": len(table),
         "slides": [row.slide_id for row in cells.slides],
         "weights": weights.tolist(),
@@ -183,7 +189,7 @@ def script_json(value: Any) -> str:
 
 
 def sheets_of(thumbnails: np.ndarray, order: np.ndarray) -> Iterator[bytes]:
-    """JPEG sheets of 16 x 16 of thumbnails uint8 [N, P, P, 3] in an order, row by row; the last is filled with white."""
+    """JPEG sheets of 16 x 16 thumbnails of uint8 [N, P, P, 3] in an order, by row; the last is filled with white."""
     side, px = SHEET_SIDE, thumbnails.shape[1]
     starts = range(0, len(order), side * side)
     for start in tqdm(starts, unit="sheet", desc="sheets of cells", disable=None):

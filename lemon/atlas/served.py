@@ -76,8 +76,8 @@ class Served:
 def circumstances_of(chosen: Chosen, settings: dict[str, Any]) -> str:
     """Names all that the served files are made from."""
     names = [name(part.slide_id) for part in chosen.selection.parts for name in (clusters_name, morphometry_name)]
-    derived = [record.sha256 for name in names for record in chosen.embeddings.records.of(name)[:1]]
-    return fingerprint([LAYOUT, chosen.fingerprint, derived, settings])
+    derived = [record.sha256 for name in names for record in chosen.encoders[0].store.records.of(name)[:1]]
+    return fingerprint([LAYOUT, [chosen.fingerprint_of(each) for each in chosen.encoders], derived, settings])
 
 
 def is_written(store: Store, circumstances: str) -> bool:

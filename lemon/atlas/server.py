@@ -2,7 +2,8 @@
 
 It listens on the loopback address. A request whose ``Host`` is another name is refused, because a page of elsewhere
 whose name is made to lead here (DNS rebinding) would name itself; so is one that a page of elsewhere makes, which
-browsers tell by ``Sec-Fetch-Site``. Only GET and HEAD are answered. A path is looked up among names; none is ever taken for that of a file.
+browsers tell by ``Sec-Fetch-Site``. Only GET and HEAD are answered. A path is looked up among names; none is ever
+taken for that of a file.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ const facts = JSON.parse(element("facts").textContent);
 const count = facts.count;
 const fields = facts.fields;
 const weights = Float32Array.from(facts.weights); // of squared differences of each component of a vector
-let positions = null; // x, y of each cell on the map; 65535 is the map's side
 let slots = null; // place of each cell's thumbnail in the sheets
 let places = null; // x, y in the slide, level-0 px
 let slideOf = null; // number of each cell's slide
@@ -35,7 +34,7 @@ for (const field of fields) {
 }
 
 async function readFirst() {
-  positions = new Uint16Array(await bufferOf("positions"));
+  map.positions = new Uint16Array(await bufferOf("positions")); // x, y of each cell; 65535 is the map's side
   await readField(fields[0]);
 }
 
@@ -55,6 +54,7 @@ async function readRest() {
   cellsOfSlide = Array.from(sizes, (size) => new Uint32Array(size));
   sizes.fill(0);
   for (let cell = 0; cell < count; cell++) cellsOfSlide[slideOf[cell]][sizes[slideOf[cell]]++] = cell;
+  if (other) other.positions = new Uint16Array(await bufferOf("positions-against"));
   await Promise.all(fields.map(readField));
   ids = await jsonOf("ids");
   isRead = true;
