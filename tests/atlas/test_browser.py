@@ -377,8 +377,7 @@ def test_the_served_page_is_the_same_page(browser: Any, folder: Path, tmp_path: 
         page.wait(lambda: page.run("return window.atlas?.isRead()"), "all is read")
         assert page.run("return window.atlas.ids()") == page.ids
         cell = show_plain(page)[0]
-        time.sleep(0.5)
-        page.actions().move_to_element_with_offset(page.find("#tissue"), *tissue_place(page, cell)).click().perform()
+        page.find("#find").send_keys(page.ids[cell] + "\n")
         page.wait(lambda: page.find("#pinned").is_displayed(), "the cell is pinned")
         assert page.find("#pinned-card .id").text == page.ids[cell]
         expected = page.cells.thumbnails[cell, 24, 24].astype(int)
@@ -398,7 +397,6 @@ def test_the_served_page_is_the_same_page(browser: Any, folder: Path, tmp_path: 
     finally:
         server.shutdown()
         server.server_close()
-    page.find("#find").send_keys("x")
     page.run("window.atlas.neighboursOf(0, 3).catch(() => {})")
     page.wait(lambda: page.find("#server-note").is_displayed(), "the page says that its server is gone")
     browser.get_log("browser")

@@ -5,6 +5,7 @@ let slide = -1; // number of the slide that is shown
 let picture = null; // where it lies, as Python wrote it
 let viewer = null; // of OpenSeadragon
 let isPictureOpen = false;
+let opening = -1; // number of the slide whose picture the viewer was given last
 let tissuePath = null; // [x, y] in level-0 px while a lasso is drawn
 let centred = -1; // the cell to go to once the picture is there
 
@@ -25,8 +26,8 @@ function openViewer() {
   viewer.innerTracker.keyDownHandler = viewer.innerTracker.keyHandler = null; // the page has keys of its own
   viewer.addHandler("update-viewport", drawTissue);
   viewer.addHandler("open", () => {
-    isPictureOpen = true;
-    if (centred >= 0) goTo(centred);
+    isPictureOpen = opening === slide;
+    if (isPictureOpen && centred >= 0) goTo(centred);
   });
   viewer.addHandler("canvas-press", ({ position, originalEvent }) => {
     if (isLassoOn() || originalEvent.shiftKey) tissuePath = [levelZero(position)];
@@ -62,6 +63,7 @@ async function showSlide(number) {
   const described = await jsonOf(`slide-${number}`);
   if (slide !== number) return; // another was asked for meanwhile
   picture = described;
+  opening = number;
   element("slide-name").value = String(number);
   element("slide-note").textContent = picture.fault ? `Tissue not shown: ${picture.fault}` : "";
   if (!picture.jpeg) {
