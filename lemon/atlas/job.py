@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,6 +21,7 @@ from lemon.atlas.projection import map_cells, open_method, to_unit_square
 from lemon.atlas.served import FOLDER, Served, circumstances_of, is_written, open_served, write_served
 from lemon.atlas.server import HOST, AtlasServer, serve
 from lemon.cells.labels import read_labels
+from lemon.cells.ledger import rows_with_cells
 from lemon.embed.read import open_embeddings
 from lemon.errors import EXIT_OK, ConfigError
 from lemon.runtime.console import stage_logger
@@ -80,10 +82,13 @@ def _prepare(config: AtlasConfig) -> Served:
             "labels": labels,
             "k": config.k,
         }
-        circumstances = circumstances_of(choose_cells(config), settings)
+        chosen = choose_cells(config)
+        circumstances = circumstances_of(chosen, settings)
         if not is_written(store, circumstances):
             _write_served(config, store, circumstances=circumstances)
-        return open_served(store)
+        served = open_served(store)
+    rows = {row.slide_id: row for row in rows_with_cells(chosen.selection.store)}  # where the files are now
+    return replace(served, slides=tuple(rows[row.slide_id] for row in served.slides))
 
 
 def _write_served(config: AtlasConfig, store: Store, *, circumstances: str) -> None:

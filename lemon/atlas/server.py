@@ -114,7 +114,10 @@ class _Handler(BaseHTTPRequestHandler):
         is_page = urlsplit(self.path).path == "/"
         if not is_page and self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
             return send(HTTPStatus.FORBIDDEN, "text/plain", b"asked by another page\n")
-        found = self.server.answer(self.path)
+        try:
+            found = self.server.answer(self.path)
+        except OSError:  # a file of the output was taken away meanwhile
+            found = HTTPStatus.INTERNAL_SERVER_ERROR
         if isinstance(found, HTTPStatus):
             return send(found, "text/plain", f"{found.phrase}\n".encode())
         return send(HTTPStatus.OK, *found)

@@ -95,7 +95,8 @@ function told(field, cell) {
     const code = field.codes[cell];
     return code === MISSING ? null : field.names[code];
   }
-  return `${round(field.values[cell])} ${field.unit}`.trim();
+  const value = field.values[cell];
+  return Number.isNaN(value) ? null : `${round(value)} ${field.unit}`.trim();
 }
 
 function round(value) {

@@ -248,7 +248,8 @@ function tellSelection() {
 // What the selected cells are by a field, in a line.
 function makeup({ kind, title, codes, names, values, unit }) {
   if (kind === "measure") {
-    const sorted = Float32Array.from(selection, (cell) => values[cell]).sort();
+    const sorted = Float32Array.from(selection, (cell) => values[cell]).filter((value) => !Number.isNaN(value)).sort();
+    if (!sorted.length) return `${title}: not known`;
     const [low, middle, high] = [0.05, 0.5, 0.95].map((share) => round(sorted[Math.floor(share * (sorted.length - 1))]));
     return `${title}: median ${middle} ${unit}, 5 % to 95 %: ${low} to ${high}`;
   }
