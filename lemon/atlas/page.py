@@ -94,7 +94,7 @@ def page_data(
     number = {row.slide_id: index for index, row in enumerate(cells.slides)}
     slides = np.array([number[slide_id] for slide_id in table["slide_id"].to_pylist()], np.uint32)
     counts, outlines = outlines_of(table["polygon"], places, table["mpp"].to_numpy())
-    fields = [*categories, *measures, *([against[1].measure] if against else [])]
+    fields: list[Category | Measure] = [*categories, *measures, *([against[1].measure] if against else [])]
     arrays = {"positions": quantised} | {field.key: _values(field) for field in fields}
     arrays |= {"slots": np.argsort(order).astype(np.uint32)}  # the inverse: where in that order a cell is
     arrays |= {"places": places.astype(np.float32), "slide": slides}

@@ -98,7 +98,8 @@ def write_served(store: Store, cells: AtlasCells, data: PageData, *, circumstanc
             end += stream.write(sheet)
             ends.append(end)
     store.write_bytes(ENDS, little_endian(np.array(ends, np.int64)))
-    content = {"title": data.title, "subtitle": data.subtitle, "facts": data.facts, "arrays": sorted(data.arrays)}
+    content: dict[str, Any] = {"title": data.title, "subtitle": data.subtitle, "facts": data.facts}
+    content["arrays"] = sorted(data.arrays)
     content["slides"] = [{name: getattr(row, name) for name in SLIDE_FACTS} for row in cells.slides]
     store.write_json(CONTENT, content | {"circumstances": circumstances})
     return sum(store.size(name) for name in store.list(FOLDER))

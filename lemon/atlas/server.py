@@ -48,6 +48,7 @@ class AtlasServer(ThreadingHTTPServer):
     """Serves an atlas at ``http://127.0.0.1:port/`` (0: any free port). Raises OSError where the port is taken."""
 
     daemon_threads = True
+    is_open = True
 
     def __init__(self, served: Served, neighbours: Neighbours, *, port: int) -> None:
         self.served, self.neighbours, self.tissue = served, neighbours, Tissue(served.slides)
@@ -57,7 +58,8 @@ class AtlasServer(ThreadingHTTPServer):
         self.names = {f"{name}:{self.port}" for name in (HOST, "localhost")}
 
     def server_close(self) -> None:
-        """Close the port and the slides."""
+        """Close the port and the slides; browsers that keep a connection are not answered either."""
+        self.is_open = False
         super().server_close()
         self.tissue.close()
 
@@ -108,6 +110,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(with_content=False)
 
     def _answer(self, *, with_content: bool) -> None:
+        if not self.server.is_open:
+            self.close_connection = True
+            return
         send = partial(self._send, with_content=with_content)
         if self.headers.get_all("Host", []) != [host := self.headers.get("Host", "")] or host not in self.server.names:
             return send(HTTPStatus.FORBIDDEN, "text/plain", f"expected Host: {HOST}:{self.server.port}\n".encode())
