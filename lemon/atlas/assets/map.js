@@ -168,7 +168,8 @@ class MapView {
       const y = positions[2 * cell + 1] / SIDE / side - top;
       const column = Math.floor(x), row = Math.floor(y);
       if (column < 0 || row < 0 || column >= columns || row >= rows) continue;
-      const distance = (x - column - 0.5) ** 2 + (y - row - 0.5) ** 2 + (levels[cell] === FADED ? 1 : 0);
+      const fromMiddle = (x - column - 0.5) ** 2 + (y - row - 0.5) ** 2 + (levels[cell] === FADED ? 1 : 0);
+      const distance = cell === pinned ? -1 : fromMiddle; // the pinned cell is seen on every map
       if (distance < distances[row * columns + column]) {
         distances[row * columns + column] = distance;
         nearest[row * columns + column] = cell;
