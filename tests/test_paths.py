@@ -50,7 +50,10 @@ KEYS: list[tuple[type[Frozen], dict[str, Any], str]] = [
     ),
     *((ProbeConfig, {"models": "m", "tasks": "t"}, key) for key in ("models", "data", "output")),
     *((ReportConfig, {}, key) for key in ("sweeps", "probes", "atlas", "views", "paper", "output")),
-    *((AtlasConfig, {"embeddings": "e", "cells": "c"}, key) for key in ("embeddings", "cells", "output", "labels")),
+    *(
+        (AtlasConfig, {"embeddings": "e", "cells": "c"}, key)
+        for key in ("embeddings", "against", "cells", "output", "labels")
+    ),
     *((DescribeConfig, {"embeddings": "e", "cells": "c"}, key) for key in ("embeddings", "cells", "output", "labels")),
     *((CurateConfig, CURATE | {"cells_from": {"path": "p"}}, f"cells_from.{key}") for key in ("path", "alignment")),
     *((SweepConfig, {"sweep": {"name": "s", "points": []}}, key) for key in ("cells", "data", "output")),

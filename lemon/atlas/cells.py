@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -16,12 +18,12 @@ from lemon.cells.ledger import rows_with_cells
 from lemon.cells.select import Part, Selection, select_cells
 from lemon.cells.shard import images_from_arrow
 from lemon.embed.ledger import EmbeddingSpec
-from lemon.embed.names import SETTINGS, clusters_name, embeddings_name
+from lemon.embed.names import SETTINGS, clusters_name, embeddings_name, morphometry_name
 from lemon.embed.stream import vectors_of
 from lemon.errors import ConfigError
 from lemon.runtime.shards import ShardError
 from lemon.runtime.store import Store, fingerprint
-from lemon.schema import CELL_MPP, CELL_PX, MORPHOMETRICS, SlideRow
+from lemon.schema import CELL_MPP, CELL_PX, MORPHOMETRICS, MORPHOMETRY, SlideRow
 
 THUMBNAIL_PX = 48
 """Side of a thumbnail. It shows the whole crop, since a tumour's nuclei fill it; a multiple of JPEG's 16 px blocks."""
@@ -38,7 +40,8 @@ MIN_CELLS = 10
 class AtlasCells:
     """Cells in the order of their rank, so that the first n of an atlas are the atlas of n cells.
 
-    ``table`` has FACTS, ``cluster`` (int16, null where there are none) and ``label`` (string, null where not given).
+    ``table`` has FACTS, ``cluster`` (int16, null where there are none), ``row`` (int32, in the slide's tables),
+    ``label`` (string, null where not given), and the measures of MORPHOMETRY where ``lemon embed`` computed them.
     """
 
     table: pa.Table
@@ -48,49 +51,114 @@ class AtlasCells:
     slides: tuple[SlideRow, ...]
     fingerprint: str
     """Names the cells and the model."""
+    against: Other | None = None
 
 
-def read_cells(config: AtlasConfig) -> AtlasCells:
-    """Read what a config names. Raises ConfigError where a table is absent, does not fit the others or is too small."""
-    cells, embeddings = Store(config.cells), Store(config.embeddings)
-    spec = _embedding_spec(embeddings)
+@dataclass(frozen=True)
+class Other:
+    """The same cells by another encoder: vectors [N, E], its name, and what names the cells and the model."""
+
+    vectors: np.ndarray
+    model: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """An output of embedding and what its vectors have in common."""
+
+    store: Store
+    spec: EmbeddingSpec
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which cells an atlas is of, before they are read, and the encoders: one, or two that are compared."""
+
+    selection: Selection
+    encoders: tuple[Embedded, ...]
+
+    def fingerprint_of(self, encoder: Embedded) -> str:
+        """Names the cells and a model."""
+        return fingerprint([self.selection.fingerprint, asdict(encoder.spec)])
+
+
+def choose_cells(config: AtlasConfig) -> Chosen:
+    """Find what a config names. Raises ConfigError where a table is absent, does not fit the others or is too small."""
+    keys = {"embeddings": config.embeddings} | ({"against": config.against} if config.against else {})
+    encoders = [Embedded(store := Store(uri), _embedding_spec(store, key=key)) for key, uri in keys.items()]
+    if len({encoder.spec.model_fingerprint for encoder in encoders}) < len(encoders):
+        raise ConfigError(f"against: got embeddings by {encoders[0].spec.title} twice; expected another encoder's")
+    return Chosen(_select(config, cells=Store(config.cells), encoders=encoders), tuple(encoders))
+
+
+def read_cells(config: AtlasConfig, *, scratch: Path | None = None) -> AtlasCells:
+    """Read what a config names. Raises ConfigError as ``choose_cells``, and where labels fit none of the cells.
+
+    With ``scratch``, a folder, vectors and thumbnails lie in files there, and memory holds a slide of them at most.
+    """
+    chosen = choose_cells(config)
     labels = None if config.labels is None else read_labels(config.labels, key="labels")
-    selection = _select(config, cells=cells, embeddings=embeddings)
-    parts = [
-        _read_part(part, selection=selection, embeddings=embeddings)
-        for part in tqdm(selection.parts, unit="slide", desc="cells", disable=None)
-    ]
-    table = pa.concat_tables([facts for facts, _, _ in parts])
+    parts = chosen.selection.parts
+    tables = [_facts(part, chosen) for part in tqdm(parts, unit="slide", desc="cells", disable=None)]
+    table = pa.concat_tables(tables, promote_options="default")
     order = np.lexsort((table["cell_id"].to_numpy(zero_copy_only=False), table["rank"].to_numpy()))
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
     table = table.take(order)
-    chosen = {part.slide_id for part in selection.parts}
+    vectors = [
+        _room((len(order), encoder.spec.width), np.dtype(encoder.spec.dtype), scratch, f"vectors-{number}")
+        for number, encoder in enumerate(chosen.encoders)
+    ]
+    thumbnails = _room((len(order), THUMBNAIL_PX, THUMBNAIL_PX, 3), np.dtype(np.uint8), scratch, "thumbnails")
+    starts = chosen.selection.starts.tolist()
+    for part, start in zip(tqdm(parts, unit="slide", desc="images", disable=None), starts, strict=True):
+        places = place[start : start + part.n_rows]
+        for encoder, room in zip(chosen.encoders, vectors, strict=True):
+            embedded = _prefix(encoder.store, embeddings_name(part.slide_id), ("embedding",), count=part.n_rows)
+            room[places] = vectors_of(embedded["embedding"].combine_chunks())
+        _fill_thumbnails(thumbnails, places, part, chosen.selection)
+    slides = {part.slide_id for part in parts}
+    first, *others = (
+        Other(room, encoder.spec.title, chosen.fingerprint_of(encoder))
+        for encoder, room in zip(chosen.encoders, vectors, strict=True)
+    )
     return AtlasCells(
         table=table.append_column("label", _labels_of(table["cell_id"], labels, path=config.labels)),
-        vectors=np.concatenate([vectors for _, vectors, _ in parts])[order],
-        thumbnails=np.concatenate([thumbnails for _, _, thumbnails in parts])[order],
-        model=spec.title,
-        slides=tuple(row for row in rows_with_cells(cells) if row.slide_id in chosen),
-        fingerprint=fingerprint([selection.fingerprint, asdict(spec)]),
+        vectors=first.vectors,
+        thumbnails=thumbnails,
+        model=first.model,
+        slides=tuple(row for row in rows_with_cells(chosen.selection.store) if row.slide_id in slides),
+        fingerprint=first.fingerprint,
+        against=others[0] if others else None,
     )
 
 
-def _embedding_spec(embeddings: Store) -> EmbeddingSpec:
+def _room(shape: tuple[int, ...], dtype: np.dtype[Any], scratch: Path | None, name: str) -> np.ndarray:
+    if scratch is None:
+        return np.empty(shape, dtype)
+    return np.lib.format.open_memmap(scratch / f"{name}.npy", "w+", dtype, shape)
+
+
+def _embedding_spec(embeddings: Store, *, key: str) -> EmbeddingSpec:
     if not embeddings.exists(SETTINGS):
-        raise ConfigError(f"embeddings: {embeddings.uri} has no {SETTINGS}; expected an output of lemon embed")
+        raise ConfigError(f"{key}: {embeddings.uri} has no {SETTINGS}; expected an output of lemon embed")
     spec: EmbeddingSpec = embeddings.read_json(SETTINGS, EmbeddingSpec)
     return spec
 
 
-def _select(config: AtlasConfig, *, cells: Store, embeddings: Store) -> Selection:
+def _select(config: AtlasConfig, *, cells: Store, encoders: Sequence[Embedded]) -> Selection:
     """The cells of lowest rank of the slides that are wanted and embedded. Raises ConfigError."""
     chosen = select_cells(cells, organs=config.select.organs, slides=config.select.slides)
-    files = embeddings.entries("embeddings")
-    embedded = [part.slide_id for part in chosen.parts if embeddings_name(part.slide_id) in files]
-    if not embedded:
-        raise ConfigError(
-            f"embeddings: {embeddings.uri} holds none of the {len(chosen.parts)} slides; "
-            f"expected the output of lemon embed cells={cells.uri}"
-        )
+    embedded = [part.slide_id for part in chosen.parts]
+    for key, encoder in zip(("embeddings", "against"), encoders, strict=False):
+        files = encoder.store.entries("embeddings")
+        embedded = [slide_id for slide_id in embedded if embeddings_name(slide_id) in files]
+        if not embedded:
+            raise ConfigError(
+                f"{key}: {encoder.store.uri} holds none of the {len(chosen.parts)} slides; "
+                f"expected the output of lemon embed cells={cells.uri}"
+            )
     shards = cells.entries("cells")
     absent = [part.name for part in chosen.parts if part.name not in shards]
     if absent:
@@ -104,30 +172,41 @@ def _select(config: AtlasConfig, *, cells: Store, embeddings: Store) -> Selectio
     return selection
 
 
-def _read_part(part: Part, *, selection: Selection, embeddings: Store) -> tuple[pa.Table, np.ndarray, np.ndarray]:
-    """The first rows of a slide: facts and cluster, embeddings [n, D], thumbnails [n, 48, 48, 3]."""
-    facts = _facts(part, selection)
-    name = embeddings_name(part.slide_id)
-    embedded = _prefix(embeddings, name, ("cell_id", "embedding"), count=part.n_rows)
-    clusters = np.full(part.n_rows, -1, np.int16)
-    if embeddings.exists(clusters_name(part.slide_id)):
-        known = _prefix(embeddings, clusters_name(part.slide_id), ("cell_id", "cluster"), count=part.n_rows)
-        clusters = known["cluster"].to_numpy()
-        embedded = embedded if known["cell_id"].equals(embedded["cell_id"]) else embedded.slice(0, 0)
-    if not embedded["cell_id"].equals(facts["cell_id"]):
-        raise ConfigError(
-            f"embeddings: {name} is of other cells than {selection.store.uri}/{part.name}; "
-            "the same lemon embed command again mends it"
-        )
-    facts = facts.append_column("cluster", pa.array(clusters, mask=clusters < 0))
-    return facts, vectors_of(embedded["embedding"].combine_chunks()), _thumbnails(part, selection)
+def _facts(part: Part, chosen: Chosen) -> pa.Table:
+    """Facts, cluster, row in the slide and, where they were computed, further measures of the first cells of a slide.
 
-
-def _facts(part: Part, selection: Selection) -> pa.Table:
+    Raises ConfigError where the tables are of other cells.
+    """
+    selection, embeddings, count = chosen.selection, chosen.encoders[0].store, part.n_rows
     try:
-        return pa.Table.from_batches(list(selection.batches(part, FACTS))).select(list(FACTS))
+        facts = pa.Table.from_batches(list(selection.batches(part, FACTS))).select(list(FACTS))
     except ShardError as error:
         raise ConfigError(f"cells: {selection.store.uri}: {error}") from None
+    ids = facts["cell_id"]
+    name = embeddings_name(part.slide_id)
+    for encoder in chosen.encoders:
+        if not _prefix(encoder.store, name, ("cell_id",), count=count)["cell_id"].equals(ids):
+            raise ConfigError(_of_other_cells(encoder.store, name, part, selection))
+    clusters = np.full(count, -1, np.int16)
+    if embeddings.exists(clusters_name(part.slide_id)):
+        known = _prefix(embeddings, clusters_name(part.slide_id), ("cell_id", "cluster"), count=count)
+        clusters = known["cluster"].to_numpy()
+        if not known["cell_id"].equals(ids):
+            raise ConfigError(_of_other_cells(embeddings, name, part, selection))
+    facts = facts.append_column("cluster", pa.array(clusters, mask=clusters < 0))
+    facts = facts.append_column("row", pa.array(np.arange(count, dtype=np.int32)))
+    if embeddings.exists(morphometry_name(part.slide_id)):
+        known = _prefix(embeddings, morphometry_name(part.slide_id), MORPHOMETRY.names, count=count)
+        for column in known.column_names[1:] if known["cell_id"].equals(ids) else ():
+            facts = facts.append_column(column, known[column])
+    return facts
+
+
+def _of_other_cells(embeddings: Store, name: str, part: Part, selection: Selection) -> str:
+    return (
+        f"embeddings: {embeddings.uri}/{name} is of other cells than {selection.store.uri}/{part.name}; "
+        "the same lemon embed command again mends it"
+    )
 
 
 def _prefix(store: Store, name: str, columns: Sequence[str], *, count: int) -> pa.Table:
@@ -144,15 +223,14 @@ def _prefix(store: Store, name: str, columns: Sequence[str], *, count: int) -> p
         raise ConfigError(f"{store.uri}/{name}: cannot be read: {' '.join(str(error).split())}") from None
 
 
-def _thumbnails(part: Part, selection: Selection) -> np.ndarray:
-    """Made a row group at a time: the crops of 100,000 cells would take 1.1 GB, their thumbnails take 0.7."""
-    thumbnails = np.empty((part.n_rows, THUMBNAIL_PX, THUMBNAIL_PX, 3), np.uint8)
+def _fill_thumbnails(thumbnails: np.ndarray, places: np.ndarray, part: Part, selection: Selection) -> None:
+    """Put those of a slide at their places, a row group at a time: crops take half as much again as thumbnails."""
     done = 0
     for batch in selection.batches(part, ["image"]):
         for image in images_from_arrow(batch["image"]):
-            cv2.resize(image, (THUMBNAIL_PX, THUMBNAIL_PX), dst=thumbnails[done], interpolation=cv2.INTER_AREA)
+            size = (THUMBNAIL_PX, THUMBNAIL_PX)
+            thumbnails[places[done]] = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
             done += 1
-    return thumbnails
 
 
 def _labels_of(ids: pa.ChunkedArray, labels: dict[str, str] | None, *, path: str | None) -> pa.Array:

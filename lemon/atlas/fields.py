@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from lemon.cells.morphometry import MEASURES
 from lemon.embed.clusters import palette
-from lemon.schema import MORPHOMETRICS
 
 MISSING = 65_535
 """Code of a cell that has no value."""
@@ -24,14 +24,7 @@ CATEGORIES = {
     "site": "Site",
 }
 
-MEASURES = {
-    "area_um2": ("Area", "µm²"),
-    "eccentricity": ("Eccentricity", ""),
-    "solidity": ("Solidity", ""),
-    "hematoxylin_od_mean": ("Hematoxylin", "OD"),
-}
-if set(MEASURES) != set(MORPHOMETRICS):
-    raise AssertionError(f"MEASURES names {sorted(MEASURES)}; expected {sorted(MORPHOMETRICS)}")
+_SIGNS = {"um": "µm", "um2": "µm²", "OD/um": "OD/µm", "1/mm2": "/mm²"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +40,7 @@ class Category:
 
 @dataclass(frozen=True)
 class Measure:
-    """``values`` float32 [N]; the colour scale goes from ``low`` to ``high``, the 1st and 99th percentile."""
+    """``values`` float32 [N], NaN where unknown; colours go from ``low`` to ``high``, the 1st and 99th percentile."""
 
     key: str
     title: str
@@ -64,12 +57,18 @@ def categories_of(table: pa.Table) -> list[Category]:
 
 
 def measures_of(table: pa.Table) -> list[Measure]:
-    """The measures of the nucleus."""
+    """The measures of the nucleus that the table has for any cell; NaN where it has none."""
     measures = []
-    for key, (title, unit) in MEASURES.items():
-        values = table[key].to_numpy().astype(np.float32)
-        low, high = (float(value) for value in np.percentile(values, (1, 99)))
-        measures.append(Measure(key, title, unit, low, high if high > low else low + 1, values))
+    for measure in MEASURES:
+        if measure.column not in table.column_names:
+            continue
+        values = table[measure.column].to_numpy().astype(np.float32)
+        known = values[np.isfinite(values)]
+        if not len(known):  # distances and density, where only a sample of a slide's nuclei was kept
+            continue
+        low, high = (float(value) for value in np.percentile(known, (1, 99)))
+        title, unit = measure.name.capitalize(), _SIGNS.get(measure.unit, measure.unit)
+        measures.append(Measure(measure.column, title, unit, low, high if high > low else low + 1, values))
     return measures
 
 

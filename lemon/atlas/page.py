@@ -1,7 +1,8 @@
-"""The atlas as one HTML file that needs nothing else: no network, no server.
+"""The atlas's page: as one HTML file that needs nothing else, and as what ``lemon atlas serve=true`` sends.
 
-Numbers are base64 of little-endian arrays; thumbnails are JPEG sheets of 256 cells that lie together on the map, so
-that a look at one place decodes few of them. The browser draws the map while it still reads the sheets and the slides.
+Both have the same markup and scripts. In the file, numbers are base64 of little-endian arrays; thumbnails are JPEG
+sheets of 256 cells that lie together on the map, so that a look at one place decodes few of them. What the map's first
+frame needs stands before the scripts, all else behind them, so that the browser draws while it still reads.
 OpenSeadragon (BSD-3-Clause, assets/vendor) shows the slides.
 """
 
@@ -13,7 +14,7 @@ import io
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from lemon.atlas.cells import THUMBNAIL_MPP, AtlasCells
+from lemon.atlas.compare import Comparison
 from lemon.atlas.fields import Category, Measure
 from lemon.atlas.projection import compact, curve_order, quantise
-from lemon.atlas.tissue import OUTLINE_UM, Picture, outlines_of, pictures_of
+from lemon.atlas.tissue import OUTLINE_UM, TILE_PX, outlines_of, pictures_of
 from lemon.embed.clusters import palette
 from lemon.runtime.secrets import redacted
 from lemon.runtime.store import Store
@@ -42,98 +44,146 @@ _ASSETS = Path(__file__).resolve().parent / "assets"
 _VENDORED = _ASSETS / "vendor" / "openseadragon.min.js"
 _SCRIPTS = ("data.js", "thumbnails.js", "map.js", "tissue.js", "panels.js", "labels.js", "main.js")
 
+_FILE_SOURCES = "img-src blob: data:"
+_SERVED_SOURCES = "img-src 'self' blob: data:; connect-src 'self'"
+
 N_CLASS_COLORS = 32  # classes that can be named in the page
 
+FIRST = ("positions",)
+"""Arrays that the first frame needs, beside the field that colours it."""
 
-def write_page(
-    store: Store,
+
+@dataclass(frozen=True)
+class PageData:
+    """What the page shows: facts, arrays by name with a value a cell (but for outlines), and the cells' ids."""
+
+    title: str
+    subtitle: str
+    facts: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+    ids: dict[str, list[str | None]]
+    """``ids``, and ``foreign-ids``, those in another program: empty where no cell has one."""
+    order: np.ndarray
+    """Cells in the order of their thumbnails in the sheets."""
+
+
+def page_data(
     cells: AtlasCells,
     *,
     unit: np.ndarray,
     categories: Sequence[Category],
     measures: Sequence[Measure],
-    side_px: int,
     title: str,
     subtitle: str,
-) -> int:
-    """Write atlas.html; returns its size in bytes.
+    against: tuple[np.ndarray, Comparison] | None = None,
+) -> PageData:
+    """Arrange cells for the page.
 
     Args:
-        store: the output.
         cells: in the order of rank.
         unit: positions in the unit square, y downwards [N, 2].
         categories, measures: what the page can colour by; it begins with the first category.
-        side_px: longer side of a slide's picture; 0 for none.
-        title, subtitle: plain text, escaped here.
+        title, subtitle: plain text.
+        against: positions by the other encoder, as ``unit``, and how far the two agree.
     """
     title, subtitle = redacted(title), redacted(subtitle)
     quantised = quantise(unit)
     order = curve_order(quantised)
-    slots = np.argsort(order).astype(np.uint32)  # the inverse: where in that order a cell is
-    table, thumbnails = cells.table, cells.thumbnails
+    table = cells.table
     places = np.stack([table["x_level0_px"].to_numpy(), table["y_level0_px"].to_numpy()], axis=1)
     vectors, weights = compact(cells.vectors)
     number = {row.slide_id: index for index, row in enumerate(cells.slides)}
     slides = np.array([number[slide_id] for slide_id in table["slide_id"].to_pylist()], np.uint32)
-    polygons = table["polygon"].to_numpy(zero_copy_only=False)
-    counts, outlines = outlines_of(polygons, places, table["mpp"].to_numpy())
-    arrays = {"positions": quantised, "slots": slots, "places": places.astype(np.float32), "slide": slides}
-    arrays |= {"vectors": vectors, "weights": weights, "corners": counts, "outlines": outlines}
-    arrays |= {category.key: category.codes for category in categories}
-    arrays |= {measure.key: measure.values for measure in measures}
-    foreign = table["foreign_id"]
+    counts, outlines = outlines_of(table["polygon"], places, table["mpp"].to_numpy())
+    fields: list[Category | Measure] = [*categories, *measures, *([against[1].measure] if against else [])]
+    arrays = {"positions": quantised} | {field.key: _values(field) for field in fields}
+    arrays |= {"slots": np.argsort(order).astype(np.uint32)}  # the inverse: where in that order a cell is
+    arrays |= {"places": places.astype(np.float32), "slide": slides}
+    arrays |= {"corners": counts, "outlines": outlines, "vectors": vectors}
+    if against:
+        arrays["positions-against"] = quantise(against[0])
     facts = {
-        "ids": table["cell_id"].to_pylist(),
-        "foreignIds": foreign.to_pylist() if foreign.null_count < len(foreign) else [],
+        "against": {"names": against[1].models, "told": redacted(against[1].told)} if against else None,
+        "count": len(table),
         "slides": [row.slide_id for row in cells.slides],
+        "weights": weights.tolist(),
         "outlineUm": OUTLINE_UM,
         "palette": [_hex(color) for color in palette(N_CLASS_COLORS)],
         "title": title,
-        "thumbnailPx": thumbnails.shape[1],
+        "thumbnailPx": cells.thumbnails.shape[1],
         "thumbnailUmPerPx": THUMBNAIL_MPP,
         "sheetSide": SHEET_SIDE,
-        "fields": [*map(_category, categories), *map(_measure, measures)],
+        "tilePx": TILE_PX,
+        "fields": [_described(field) for field in fields],
         "scale": [_hex(color) for color in _scale_colors()],
     }
-    pictures = pictures_of(cells.slides, side_px=side_px) if side_px else iter(())
+    foreign = table["foreign_id"]
+    given = foreign.to_pylist() if foreign.null_count < len(foreign) else []
+    return PageData(title, subtitle, facts, arrays, {"ids": table["cell_id"].to_pylist(), "foreign-ids": given}, order)
+
+
+def write_page(store: Store, cells: AtlasCells, data: PageData, *, side_px: int) -> int:
+    """Write atlas.html; returns its size in bytes. ``side_px`` is the longer side of a slide's picture; 0 for none."""
     size = 0
     with store.write("atlas.html") as stream:
-        for part in _parts(facts, arrays, thumbnails[order], pictures, title=title, subtitle=subtitle):
+        for part in _file_parts(cells, data, side_px=side_px):
             size += stream.write(part.encode(errors="replace"))
     return size
 
 
-def _parts(
-    facts: dict[str, Any],
-    arrays: dict[str, np.ndarray],
-    thumbnails: np.ndarray,
-    pictures: Iterator[Picture],
-    *,
-    title: str,
-    subtitle: str,
-) -> Iterator[str]:
-    """The page, piece by piece: markup, numbers, scripts, and only then the sheets and the slides."""
-    page = (_ASSETS / "page.html").read_text(encoding="utf-8")
-    filled = {"style": (_ASSETS / "style.css").read_text(encoding="utf-8")}
-    filled |= {"title": html.escape(title), "subtitle": html.escape(subtitle)}
-    # In one pass over the template: what is put in is text, whatever braces it has.
-    head, tail = (_PLACE.sub(lambda place: filled[place[1]], part) for part in page.split("{{data}}"))
+def served_page(title: str, subtitle: str, facts: dict[str, Any]) -> bytes:
+    """The page as a server sends it, which asks that server for all but the facts."""
+    facts = facts | {"served": True, "areSlidesThere": True}
+    head, tail = _template(title, subtitle, sources=_SERVED_SOURCES)
+    parts = (head, _element("facts", script_json(facts)), _script(), _vendored(), tail)
+    return "".join(parts).encode(errors="replace")
+
+
+def _file_parts(cells: AtlasCells, data: PageData, *, side_px: int) -> Iterator[str]:
+    """The page, piece by piece: markup, what the first frame needs, scripts, and only then all else."""
+    head, tail = _template(data.title, data.subtitle, sources=_FILE_SOURCES)
+    first = {*FIRST, *(field["key"] for field in data.facts["fields"][:1])}
     yield head
-    yield f'<script type="application/json" id="facts">{script_json(facts)}</script>\n'
-    for name, array in arrays.items():
-        yield f'<script type="text/plain" id="array-{name}">{_base64(array)}</script>\n'
-    yield f'<script id="vendored">\n{_VENDORED.read_text(encoding="utf-8")}</script>\n'
-    scripts = "\n".join((_ASSETS / name).read_text(encoding="utf-8") for name in _SCRIPTS)
-    yield f'<script>\n"use strict";\n(() => {{\n{scripts}}})();\n</script>\n'
-    sheets = tqdm(
-        sheets_of(thumbnails), total=-(-len(thumbnails) // SHEET_SIDE**2), unit="sheet", desc="page", disable=None
-    )
-    for number, sheet in enumerate(sheets):
-        yield f'<script type="text/plain" id="sheet-{number}">{base64.b64encode(sheet).decode()}</script>\n'
-    for number, picture in enumerate(pictures):
+    yield _element("facts", script_json(data.facts | {"served": False, "areSlidesThere": bool(side_px)}))
+    for name in data.arrays:
+        if name in first:
+            yield _element(f"data-{name}", _base64(data.arrays[name]))
+    yield _script()
+    yield _vendored()
+    for name, ids in data.ids.items():
+        yield _element(f"data-{name}", script_json(ids))
+    for name in data.arrays:
+        if name not in first:
+            yield _element(f"data-{name}", _base64(data.arrays[name]))
+    for number, sheet in enumerate(sheets_of(cells.thumbnails, data.order)):
+        yield _element(f"data-sheet-{number}", base64.b64encode(sheet).decode())
+    for number, picture in enumerate(pictures_of(cells.slides, side_px=side_px) if side_px else ()):
         told = asdict(picture) | {"jpeg": base64.b64encode(picture.jpeg).decode()}
-        yield f'<script type="application/json" id="slide-{number}">{script_json(told)}</script>\n'
+        yield _element(f"data-slide-{number}", script_json(told))
     yield tail
+
+
+def _template(title: str, subtitle: str, *, sources: str) -> tuple[str, str]:
+    """Markup before and after the data. In one pass: what is put in is text, whatever braces it has."""
+    page = (_ASSETS / "page.html").read_text(encoding="utf-8")
+    filled = {"style": (_ASSETS / "style.css").read_text(encoding="utf-8"), "sources": sources}
+    filled |= {"title": html.escape(title), "subtitle": html.escape(subtitle)}
+    head, tail = (_PLACE.sub(lambda place: filled[place[1]], part) for part in page.split("{{data}}"))
+    return head, tail
+
+
+def _element(name: str, text: str) -> str:
+    """Data that the page's scripts find by name."""
+    return f'<script type="text/plain" id="{name}">{text}</script>\n'
+
+
+def _script() -> str:
+    scripts = "\n".join((_ASSETS / name).read_text(encoding="utf-8") for name in _SCRIPTS)
+    return f'<script>\n"use strict";\n(() => {{\n{scripts}}})();\n</script>\n'
+
+
+def _vendored() -> str:
+    return f'<script id="vendored">\n{_VENDORED.read_text(encoding="utf-8")}</script>\n'
 
 
 def script_json(value: Any) -> str:
@@ -142,27 +192,29 @@ def script_json(value: Any) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def sheets_of(thumbnails: np.ndarray) -> Iterator[bytes]:
-    """JPEG sheets of 16 x 16 thumbnails, row by row, of uint8 [N, P, P, 3]; the last is filled with white."""
+def sheets_of(thumbnails: np.ndarray, order: np.ndarray) -> Iterator[bytes]:
+    """JPEG sheets of 16 x 16 thumbnails of uint8 [N, P, P, 3] in an order, by row; the last is filled with white."""
     side, px = SHEET_SIDE, thumbnails.shape[1]
-    for start in range(0, len(thumbnails), side * side):
+    starts = range(0, len(order), side * side)
+    for start in tqdm(starts, unit="sheet", desc="sheets of cells", disable=None):
         cells = np.full((side * side, px, px, 3), 255, np.uint8)
-        part = thumbnails[start : start + side * side]
-        cells[: len(part)] = part
+        part = order[start : start + side * side]
+        cells[: len(part)] = thumbnails[part]
         sheet = cells.reshape(side, side, px, px, 3).transpose(0, 2, 1, 3, 4).reshape(side * px, side * px, 3)
         stream = io.BytesIO()
         Image.fromarray(sheet).save(stream, "JPEG", quality=JPEG_QUALITY, optimize=True, subsampling="4:2:0")
         yield stream.getvalue()
 
 
-def _category(field: Category) -> dict[str, Any]:
-    colors = [_hex(color) for color in field.colors]
-    return {"kind": "category", "key": field.key, "title": field.title, "names": field.names, "colors": colors}
+def _values(field: Category | Measure) -> np.ndarray:
+    return field.codes if isinstance(field, Category) else field.values
 
 
-def _measure(field: Measure) -> dict[str, Any]:
-    known = {"kind": "measure", "key": field.key, "title": field.title, "unit": field.unit}
-    return known | {"low": field.low, "high": field.high}
+def _described(field: Category | Measure) -> dict[str, Any]:
+    known = {"key": field.key, "title": field.title}
+    if isinstance(field, Category):
+        return known | {"kind": "category", "names": field.names, "colors": [_hex(color) for color in field.colors]}
+    return known | {"kind": "measure", "unit": field.unit, "low": field.low, "high": field.high}
 
 
 def _scale_colors(count: int = 256) -> list[tuple[int, int, int]]:
@@ -176,5 +228,9 @@ def _hex(color: tuple[int, int, int]) -> str:
 
 
 def _base64(array: np.ndarray) -> str:
-    little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-    return base64.b64encode(little.tobytes()).decode()
+    return base64.b64encode(little_endian(array)).decode()
+
+
+def little_endian(array: np.ndarray) -> bytes:
+    """The bytes of an array as the page reads them."""
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()

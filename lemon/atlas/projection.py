@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from openTSNE import TSNE
+from openTSNE.nearest_neighbors import Annoy
 from sklearn.decomposition import PCA
 from tqdm import tqdm
 
@@ -15,7 +16,13 @@ from lemon.errors import ConfigError
 EARLY_STEPS, STEPS = 250, 500  # openTSNE's own numbers
 STEPS_A_TICK = 25
 
+MAPPED = 100_000  # cells that a map is made of
+NEAR = 10  # of them, where a further cell is placed
+
 COMPACT_DIM = 64  # of 12 neighbours 11 are those of the whole vectors: see docs/log.md
+
+COMPACT_FITTED = 100_000  # cells that the components are fitted on
+PIECE = 20_000  # vectors that are unpacked at once
 
 LEVELS = 65_535
 """Positions are stored in 16 bits a coordinate: 1/65 px of a map of 1000 px, finer than a screen."""
@@ -30,6 +37,30 @@ def open_method(method: str) -> Callable[..., np.ndarray]:
     except ImportError:
         raise ConfigError("method: got umap, which is not installed; expected pip install umap-learn") from None
     return map_umap
+
+
+def map_cells(
+    method: Callable[..., np.ndarray], vectors: np.ndarray, *, perplexity: float, seed: int, threads: int
+) -> np.ndarray:
+    """Positions float32 [N, 2] by a method, of which the first MAPPED cells, a random sample, are given to it.
+
+    Each further cell lies at the median of its NEAR nearest cells of these, by cosine (openTSNE's start for new points;
+    found by annoy, in COMPACT_DIM principal components). On such a map rare cells lie where the sample has some.
+    """
+    positions = method(vectors[:MAPPED], perplexity=perplexity, seed=seed, threads=threads)
+    if len(vectors) <= MAPPED:
+        return positions
+    packed, weights = compact(vectors)
+    scale = np.sqrt(weights)
+    index = Annoy(packed[:MAPPED] * scale, NEAR, metric="euclidean", n_jobs=threads, random_state=seed)
+    index.build()
+    placed = [positions]
+    with tqdm(total=len(vectors) - MAPPED, unit="cell", desc="placing the others", disable=None) as bar:
+        for start in range(MAPPED, len(vectors), PIECE):
+            near, _ = index.query(packed[start : start + PIECE] * scale, NEAR)
+            placed.append(np.median(positions[near], axis=1).astype(np.float32))
+            bar.update(len(near))
+    return np.concatenate(placed)
 
 
 def map_tsne(vectors: np.ndarray, *, perplexity: float, seed: int, threads: int) -> np.ndarray:
@@ -79,11 +110,18 @@ def compact(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     The first COMPACT_DIM principal components of the directions, each in 127 steps of its own; the square of a distance
     is the sum of squared differences of bytes times the second array. Between directions it is 2 (1 - cosine).
     """
-    unit = directions(vectors)
-    width = min(COMPACT_DIM, *unit.shape)
-    parts = PCA(width, svd_solver="randomized", random_state=0).fit_transform(unit)
+    seen = directions(vectors[:COMPACT_FITTED])  # of lowest rank: a random sample
+    width = min(COMPACT_DIM, *seen.shape)
+    fitted = PCA(width, svd_solver="randomized", random_state=0).fit(seen)
+    parts = np.concatenate([fitted.transform(directions(part)) for part in _pieces(vectors)])
     step = np.abs(parts).max(axis=0).clip(1e-12) / 127
     return np.round(parts / step).astype(np.int8), (step**2).astype(np.float32)
+
+
+def _pieces(vectors: np.ndarray) -> Iterator[np.ndarray]:
+    """Rows of a large array, some at a time."""
+    for start in range(0, len(vectors), PIECE):
+        yield vectors[start : start + PIECE]
 
 
 def to_unit_square(positions: np.ndarray) -> np.ndarray:

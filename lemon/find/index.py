@@ -142,6 +142,17 @@ def open_index(embeddings: Embeddings, folder: str | None) -> NeighbourIndex:
     if content != known:
         with hold(store.uri, stage="find", names=OUTPUT_NAMES) as held:
             _update(held, embeddings, content)
+    return _opened(store, content)
+
+
+def known_index(embeddings: Embeddings) -> NeighbourIndex | None:
+    """The index beside embeddings as it is; None where there is none, or one that is not up to date."""
+    store = Store(f"{embeddings.store.uri}/index")
+    known = _read_content(store) if store.is_local else None
+    return None if known is None or known != _planned(known, embeddings) else _opened(store, known)
+
+
+def _opened(store: Store, content: Content) -> NeighbourIndex:
     for name in (content.centres, *content.names):  # one that is cut short would end the process when it is mapped
         store.records.require(name)
     return NeighbourIndex(store, content)

@@ -125,23 +125,42 @@ class SlideReader:
 
         Raises RegionError when it cannot be read, SlideError when that takes too long.
         """
-        end = time.monotonic() + OVERVIEW_LIMITS * self._limit_s
         min_downsample = max(mpp / self.mpp, max(self.bounds_px[2:]) / max_px)
         level = _best_level(self.level_downsamples, min_downsample)
         downsample = self.level_downsamples[level]
         x, y, width, height = (value / downsample for value in self.bounds_px)
         size = max(1, round(self.bounds_px[2] / min_downsample)), max(1, round(self.bounds_px[3] / min_downsample))
-        rows = []  # strip by strip: a slide with a single level would not fit memory at once
-        strip_px = max(1, (32 << 20) // max(1, int(width)))
-        for top in range(0, int(height), strip_px):
+        picture = self._strips((round(x), round(y), int(width), int(height)), level=level, size=size)
+        return picture, self.bounds_px[2] * self.mpp / picture.shape[1]
+
+    def shrunk(self, x_px: int, y_px: int, width_px: int, height_px: int, *, downsample: float) -> np.ndarray:
+        """A part of level 0 at a ``downsample``-th of its size (rounded up): uint8 [H, W, 3].
+
+        Raises RegionError when it cannot be read, SlideError when that takes too long.
+        """
+        level = _best_level(self.level_downsamples, downsample)
+        area = (value / self.level_downsamples[level] for value in (x_px, y_px, width_px, height_px))
+        x, y, width, height = (max(round(value), at) for value, at in zip(area, (0, 0, 1, 1), strict=True))
+        size = math.ceil(width_px / downsample), math.ceil(height_px / downsample)
+        return self._strips((x, y, width, height), level=level, size=size)
+
+    def _strips(self, area: tuple[int, int, int, int], *, level: int, size: tuple[int, int]) -> np.ndarray:
+        """An area of a level (x, y, width, height in its px) at another size: uint8 [size[1], size[0], 3].
+
+        Strip by strip: of a slide with a single level it would not fit memory at once.
+        """
+        end = time.monotonic() + OVERVIEW_LIMITS * self._limit_s
+        x, y, width, height = area
+        rows = []
+        strip_px = max(1, (32 << 20) // max(1, width))
+        for top in range(0, height, strip_px):
             if time.monotonic() > end:
                 raise SlideError(f"its overview took over {OVERVIEW_LIMITS * self._limit_s:g} s: {_SLOW}")
-            high = min(strip_px, int(height) - top)
-            strip = self._read_level(round(x), round(y) + top, level=level, width_px=max(1, int(width)), height_px=high)
-            rows_px = max(1, round((top + high) * size[1] / int(height)) - round(top * size[1] / int(height)))
+            high = min(strip_px, height - top)
+            strip = self._read_level(x, y + top, level=level, width_px=max(1, width), height_px=high)
+            rows_px = max(1, round((top + high) * size[1] / height) - round(top * size[1] / height))
             rows.append(cv2.resize(strip, (size[0], rows_px), interpolation=cv2.INTER_AREA))
-        picture = np.concatenate(rows) if rows else np.full((size[1], size[0], 3), 255, np.uint8)
-        return picture, self.bounds_px[2] * self.mpp / picture.shape[1]
+        return np.concatenate(rows) if rows else np.full((size[1], size[0], 3), 255, np.uint8)
 
     def _read_level(self, x_px: int, y_px: int, *, level: int, width_px: int, height_px: int) -> np.ndarray:
         downsample = self.level_downsamples[level]

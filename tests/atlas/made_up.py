@@ -61,6 +61,14 @@ def write_embedded(folder: Path) -> tuple[Store, Store]:
     return cells, embeddings
 
 
+def write_other(folder: Path) -> Store:
+    """The same cells by an encoder of other weights."""
+    model = write_encoder(folder / "other-run", seed=1)
+    words = [f"model={model}", f"cells={folder / 'cells'}", f"output={folder / 'other'}", "device=cpu"]
+    assert embedding.main(load("embed", [*words, "clusters.k=null"], EmbedConfig)) == 0
+    return Store(folder / "other")
+
+
 def config_for(cells: Store, embeddings: Store, output: Path | str, *words: str) -> AtlasConfig:
     """The config of an atlas of all cells."""
     given = [f"cells={cells.uri}", f"embeddings={embeddings.uri}", f"output={output}", "variant=smoke"]

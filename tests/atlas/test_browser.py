@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,13 +19,15 @@ import pytest
 from lemon.atlas import job as atlas
 from lemon.atlas.cells import AtlasCells, read_cells
 from lemon.atlas.fields import CATEGORIES, categories_of
-from lemon.atlas.page import write_page
+from lemon.atlas.neighbours import Neighbours
+from lemon.atlas.page import page_data, write_page
 from lemon.atlas.projection import to_unit_square
+from lemon.atlas.server import AtlasServer
 from lemon.cells.labels import read_labels
 from lemon.embed.clusters import palette
 from lemon.runtime.store import Store
 from lemon.schema import SlideRow
-from tests.atlas.made_up import MALICIOUS, K, config_for, flat_images, write_embedded
+from tests.atlas.made_up import MALICIOUS, K, config_for, flat_images, write_embedded, write_other
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +60,7 @@ class Page:
 
     def place(self, cell: int) -> tuple[float, float]:
         """Where a cell is drawn, in CSS pixels of the map."""
-        x, y = self.run("return [window.atlas.screenX(arguments[0]), window.atlas.screenY(arguments[0])]", cell)
+        x, y = self.run("return [window.atlas.map.screenX(arguments[0]), window.atlas.map.screenY(arguments[0])]", cell)
         return x, y
 
     def actions(self) -> Any:
@@ -112,6 +115,7 @@ def page(browser: Any, folder: Path) -> Iterator[Page]:
     opened = Page(browser)
     opened.expect(read_cells(config), pq.read_table(folder / "atlas" / "map.parquet"))
     opened.wait(lambda: opened.run("return performance.getEntriesByName('first-frame').length"), "it is drawn")
+    opened.wait(lambda: opened.run("return window.atlas.isRead()"), "all is read")
     yield opened
     assert opened.run("return performance.getEntriesByType('resource').length") == 0
     # Errors, and requests that the page's policy refused. Warnings come from this test's reading of pixels.
@@ -119,14 +123,14 @@ def page(browser: Any, folder: Path) -> Iterator[Page]:
 
 
 def test_every_point_is_drawn_in_the_colour_of_its_cluster(page: Page) -> None:
-    assert page.run("return window.atlas.ids") == page.ids
+    assert page.run("return window.atlas.ids()") == page.ids
     codes = page.cells.table["cluster"].to_pylist()
     lonely = page.lonely()
     assert len(lonely) > 10
     for cell in lonely:
         assert page.pixel("#points", *page.place(cell)) == list(palette(K)[codes[cell]])
     # Its place is that of the map.
-    scale = page.run("return window.atlas.camera.scale")
+    scale = page.run("return window.atlas.map.camera.scale")
     places = np.array([page.place(cell) for cell in range(len(page.ids))])
     np.testing.assert_allclose(places - places[0], (page.unit - page.unit[0]) * scale, atol=0.1)
 
@@ -189,7 +193,7 @@ def test_the_lasso_exports_the_cells_inside_with_the_label_that_was_given(page: 
     border = (x[cut - 1] + x[cut]) / 2
     expected = [cell_id for cell_id, place in zip(page.ids, page.unit[:, 0], strict=True) if place < border]
     width, height = page.run("const m = document.getElementById('map'); return [m.clientWidth, m.clientHeight]")
-    scale, middle = page.run("return [window.atlas.camera.scale, window.atlas.camera.x]")
+    scale, middle = page.run("return [window.atlas.map.camera.scale, window.atlas.map.camera.x]")
     right = (border - middle) * scale + width / 2
     page.find("#lasso").click()
     actions = page.move(page.actions(), 5, 60).click_and_hold()
@@ -214,13 +218,13 @@ def test_the_lasso_exports_the_cells_inside_with_the_label_that_was_given(page: 
 
 def test_keys_move_zoom_pin_and_select(page: Page) -> None:
     area = page.find("#map")
-    scale, x = page.run("return [window.atlas.camera.scale, window.atlas.camera.x]")
+    scale, x = page.run("return [window.atlas.map.camera.scale, window.atlas.map.camera.x]")
     area.send_keys("+")
-    assert page.run("return window.atlas.camera.scale") == pytest.approx(scale * 1.4)
+    assert page.run("return window.atlas.map.camera.scale") == pytest.approx(scale * 1.4)
     area.send_keys("\ue014")  # arrow to the right
-    assert page.run("return window.atlas.camera.x") > x
+    assert page.run("return window.atlas.map.camera.x") > x
     area.send_keys("0")
-    assert page.run("return window.atlas.camera.scale") == pytest.approx(scale)
+    assert page.run("return window.atlas.map.camera.scale") == pytest.approx(scale)
     page.find("#find").send_keys(page.ids[7] + "\n")
     page.wait(lambda: page.find("#pinned").is_displayed(), "the cell is pinned")
     assert page.find("#pinned-card .id").text == page.ids[7]
@@ -242,20 +246,20 @@ def test_squares_over_more_sheets_than_are_kept_all_get_their_cells(browser: Any
     table = pa.table(known | {name: [None] * count for name in CATEGORIES if name not in known})
     slides = (SlideRow("a", "", status="done", n_cells=count),)
     cells = AtlasCells(table, generator.normal(size=(count, 8)), images, "model", slides, "")
-    write_page(
-        Store(tmp_path),
+    data = page_data(
         cells,
         unit=generator.uniform(size=(count, 2)),
         categories=categories_of(table),
         measures=[],
-        side_px=0,
         title="squares",
         subtitle="",
     )
+    write_page(Store(tmp_path), cells, data, side_px=0)
     browser.get((tmp_path / "atlas.html").as_uri())
     opened = Page(browser)
+    opened.wait(lambda: opened.run("return window.atlas.isRead()"), "all is read")
     opened.choose("#show", "cells")
-    squares = opened.run("return window.atlas.squaresInView()")
+    squares = opened.run("return window.atlas.map.squaresInView()")
     assert len(squares) > 150
     middles = [(square["x"] + square["size"] / 2, square["y"] + square["size"] / 2) for square in squares]
     expected = images[[square["cell"] for square in squares], 0, 0].astype(int)
@@ -362,12 +366,96 @@ def test_digits_label_undo_takes_back_and_filters_hide(page: Page) -> None:
     assert page.find("#shown").text == f"{len(page.ids)} of {len(page.ids)} cells shown"
 
 
+def test_the_served_page_is_the_same_page(browser: Any, folder: Path, tmp_path: Path) -> None:
+    config = config_for(Store(folder / "cells"), Store(folder / "embeddings"), tmp_path, "serve=true")
+    served = atlas._prepare(config)
+    server = AtlasServer(served, Neighbours(served), port=0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        browser.get(f"http://127.0.0.1:{server.port}/")
+        page = Page(browser)
+        page.expect(read_cells(config), pq.read_table(tmp_path / "map.parquet"))
+        page.wait(lambda: page.run("return window.atlas?.isRead()"), "all is read")
+        assert page.run("return window.atlas.ids()") == page.ids
+        cell = show_plain(page)[0]
+        page.find("#find").send_keys(page.ids[cell] + "\n")
+        page.wait(lambda: page.find("#pinned").is_displayed(), "the cell is pinned")
+        assert page.find("#pinned-card .id").text == page.ids[cell]
+        expected = page.cells.thumbnails[cell, 24, 24].astype(int)
+        page.wait(
+            lambda: np.abs(np.array(page.pixel("#pinned-card canvas", 66, 40)) - expected).max() < 10,
+            "the card has the cell's image",
+        )
+        page.find("#select-like").click()
+        page.wait(lambda: page.run("return window.atlas.selected()"), "its neighbours are selected")
+        assert page.run("return window.atlas.selected()") == sorted([cell, *Neighbours(served).of(cell, 50).tolist()])
+        ground = [230, 180, 210]  # of the made-up slide, by tiles
+        shown = page.run("const c = document.querySelector('#slide canvas'); return [c.width / 2, c.height / 2]")
+        page.wait(lambda: np.abs(np.array(page.pixel("#slide canvas", *shown)) - ground).max() < 6, "tiles are there")
+        names = page.run("return performance.getEntriesByType('resource').map((one) => new URL(one.name).pathname)")
+        assert any(name.startswith("/tissue/") for name in names)
+        assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+    finally:
+        server.shutdown()
+        server.server_close()
+    page.run("window.atlas.neighboursOf(0, 3).catch(() => {})")
+    page.wait(lambda: page.find("#server-note").is_displayed(), "the page says that its server is gone")
+    browser.get_log("browser")
+
+
+def test_what_is_selected_on_one_map_is_marked_on_the_other(browser: Any, folder: Path, tmp_path: Path) -> None:
+    other = write_other(folder)
+    config = config_for(Store(folder / "cells"), Store(folder / "embeddings"), tmp_path, f"against={other.uri}")
+    assert atlas.main(config) == 0
+    browser.get((tmp_path / "atlas.html").as_uri())
+    page = Page(browser)
+    page.expect(read_cells(config), pq.read_table(tmp_path / "map.parquet"))
+    page.wait(lambda: page.run("return window.atlas.isRead()"), "all is read")
+    assert page.find("#other").is_displayed()
+    assert "in common" in page.find("#overlap").text
+    # A click on the other map pins the cell that lies there.
+    unit = to_unit_square(np.stack([pq.read_table(tmp_path / "map-against.parquet")[axis] for axis in "xy"], axis=1))
+    place = "const o = window.atlas.other; return [o.screenX(arguments[0]), o.screenY(arguments[0])]"
+    places = np.array([page.run(place, cell) for cell in range(len(page.ids))])
+    scale = page.run("return window.atlas.other.camera.scale")
+    np.testing.assert_allclose(places - places[0], (unit - unit[0]) * scale, atol=0.1)
+    distance = np.linalg.norm(places[:, None] - places, axis=2) + np.eye(len(places)) * 1e9
+    cell = int(np.flatnonzero(distance.min(axis=1) > 14)[0])
+    width, height = page.run("const m = document.getElementById('other'); return [m.clientWidth, m.clientHeight]")
+    at = round(places[cell][0] - width / 2), round(places[cell][1] - height / 2)
+    page.actions().move_to_element_with_offset(page.find("#other"), *at).click().perform()
+    page.wait(lambda: page.find("#pinned").is_displayed(), "the cell is pinned")
+    assert page.find("#pinned-card .id").text == page.ids[cell]
+    # A lasso on it selects, and both maps fade the others.
+    page.find("#other-lasso").click()
+    x, y = places[cell]
+    corners = [(x - 9, y - 9), (x + 9, y - 9), (x + 9, y + 9), (x - 9, y + 9)]
+    offsets = [(round(left - width / 2), round(top - height / 2)) for left, top in corners]
+    actions = page.actions().move_to_element_with_offset(page.find("#other"), *offsets[0]).click_and_hold()
+    for offset in offsets[1:]:
+        actions = actions.move_to_element_with_offset(page.find("#other"), *offset)
+    actions.release().perform()
+    page.wait(lambda: page.run("return window.atlas.selected()"), "cells are selected")
+    assert cell in page.run("return window.atlas.selected()")
+    page.run("window.atlas.draw()")
+    codes = page.cells.table["cluster"].to_pylist()
+    page.find("#unpin").click()
+    page.run("window.atlas.draw()")
+    assert page.pixel("#other canvas", *places[cell]) == list(palette(K)[codes[cell]])
+    faded = next(one for one in page.lonely() if one not in page.run("return window.atlas.selected()"))
+    assert page.pixel("#points", *page.place(faded)) != list(palette(K)[codes[faded]])
+    # The cells with the fewest neighbours in common, as a sheet.
+    page.find("#least").click()
+    assert page.find("#sheet").is_displayed()
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
 def test_zoom_ends_with_cells_in_view_and_cells_grow(page: Page) -> None:
     cell = page.lonely()[0]
     page.find("#find").send_keys(page.ids[cell] + "\n")
     for _ in range(40):
         page.find("#map").send_keys("+")
-    squares = page.run("return window.atlas.squaresInView()")
+    squares = page.run("return window.atlas.map.squaresInView()")
     assert squares
     assert max(square["size"] for square in squares) > 100
     width = page.run("return document.getElementById('map').clientWidth")

@@ -63,7 +63,7 @@ def script(page: str, name: str) -> str:
 
 
 def array(page: str, name: str, dtype: type) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(script(page, f"array-{name}")), dtype)
+    return np.frombuffer(base64.b64decode(script(page, f"data-{name}")), dtype)
 
 
 def test_the_cells_are_those_of_lowest_rank_in_order_and_few_lie_inside_many(
@@ -110,7 +110,7 @@ def test_neighbours_on_the_map_share_a_sheet() -> None:
 def test_sheets_show_each_cell_at_its_place() -> None:
     count = SHEET_SIDE**2 + 20
     images = flat_images(count, seed=0)[:, :48, :48]
-    sheets = [np.asarray(Image.open(io.BytesIO(sheet)).convert("RGB")) for sheet in sheets_of(images)]
+    sheets = [np.asarray(Image.open(io.BytesIO(sheet)).convert("RGB")) for sheet in sheets_of(images, np.arange(count))]
     assert [sheet.shape for sheet in sheets] == [(SHEET_SIDE * 48, SHEET_SIDE * 48, 3)] * 2
     for cell in range(count):
         place = cell % SHEET_SIDE**2
@@ -172,15 +172,17 @@ def test_the_page_holds_every_cell_with_its_place_image_and_facts(
     page = (output / "atlas.html").read_text()
     cells = read_cells(config_for(*tables, tmp_path))
     facts: dict[str, Any] = json.loads(script(page, "facts"))
-    assert facts["ids"] == cells.table["cell_id"].to_pylist()
+    ids = json.loads(script(page, "data-ids"))
+    assert ids == cells.table["cell_id"].to_pylist()
     placed = pq.read_table(output / "map.parquet")
-    assert placed["cell_id"].to_pylist() == facts["ids"]
+    assert placed["cell_id"].to_pylist() == ids
+    assert facts["count"] == len(ids)
     unit = to_unit_square(np.stack([placed["x"], placed["y"]], axis=1))
     assert np.abs(array(page, "positions", np.uint16).reshape(-1, 2) / LEVELS - unit).max() < 1 / LEVELS
     np.testing.assert_array_equal(array(page, "area_um2", np.float32), cells.table["area_um2"])
     assert array(page, "cluster", np.uint16).tolist() == cells.table["cluster"].to_pylist()
     slots = array(page, "slots", np.uint32)
-    sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(script(page, "sheet-0")))).convert("RGB"))
+    sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(script(page, "data-sheet-0")))).convert("RGB"))
     for cell, slot in enumerate(slots):
         shown = sheet[48 * (slot // SHEET_SIDE) + 24, 48 * (slot % SHEET_SIDE) + 24].astype(int)
         assert np.abs(shown - cells.thumbnails[cell, 24, 24]).max() < 10, cell
@@ -190,7 +192,7 @@ def test_the_page_refers_to_nothing_outside_and_a_slides_name_cannot_get_out_of_
     page = (output / "atlas.html").read_text()
     assert not re.findall(
         r"https?:|//[a-z]+\.|src=|url\(|import ",
-        re.sub(r'id="(facts|vendored|slide-\d+)">.*?</script>', "", page, flags=re.DOTALL),
+        re.sub(r'id="(facts|vendored|data-ids|data-slide-\d+)">.*?</script>', "", page, flags=re.DOTALL),
     )
     assert "onerror" in page  # the name is there,
     assert MALICIOUS[:12] not in page  # but not as markup
@@ -324,7 +326,7 @@ def test_mistakes_are_one_line_that_says_how_to_mend_them(
         f"labels={tmp_path}/two.csv": "x has two labels, a and b; expected one row a cell",
         f"labels={tmp_path}/columns.csv": "no column 'cell_id'; it has id, class; expected cell_id, label",
         "select.slides=[gone]": "got 'gone', which the table does not have",
-        "n_cells=1000000": "n_cells: got 1000000; expected less than or equal to 100000",
+        "n_cells=1000000": "n_cells: got 1000000; expected at most 100000, or serve=true",
     }
     given = [f"cells={cells.uri}", f"embeddings={embeddings.uri}", f"output={tmp_path / 'out'}"]
     for word, told in mistakes.items():

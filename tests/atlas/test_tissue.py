@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import shapely
 from PIL import Image
@@ -66,7 +67,7 @@ def test_a_slide_that_is_gone_or_another_is_white_and_named(
 def test_outlines_are_the_polygons_within_a_step() -> None:
     circle = shapely.Point(1000.3, 2000.7).buffer(12, quad_segs=16)
     far = shapely.box(0, 0, 4000, 10)
-    polygons = np.array([circle.wkb, b"", far.wkb], object)
+    polygons = pa.chunked_array([[circle.wkb, b""], [far.wkb]])
     centres = np.array([[1000.0, 2000.0], [5, 5], [2000, 5]])
     mpp = np.array([0.25, 0.25, 0.25])
     counts, offsets = outlines_of(polygons, centres, mpp)

@@ -1,48 +1,94 @@
-// What Python wrote: facts as JSON, numbers as base64 of little-endian arrays, a value a cell in the order of rank.
+// What Python wrote. A page that is one file has it in script elements, numbers as base64; a page that `lemon atlas
+// serve=true` sends asks its server for the same. Arrays are little-endian, a value a cell in the order of rank.
+//
+// The map needs little of it and is drawn as soon as that is there; `isRead` tells that all else is too.
 
 const MISSING = 65535;
+const SIDE = 65535;
 const element = (id) => document.getElementById(id);
 const facts = JSON.parse(element("facts").textContent);
-const ids = facts.ids;
-const count = ids.length;
-const positions = new Uint16Array(bytesOf("array-positions").buffer); // x, y of each cell; 65535 is the map's side
-const slots = new Uint32Array(bytesOf("array-slots").buffer); // place of each cell's thumbnail in the sheets
-const places = new Float32Array(bytesOf("array-places").buffer); // x, y in the slide, level-0 px
-const SIDE = 65535;
-const slideOf = new Uint32Array(bytesOf("array-slide").buffer); // number of each cell's slide
-let vectors = null; // principal components of each cell's embedding; read when first asked for, as they are most of the numbers
-const weights = new Float32Array(bytesOf("array-weights").buffer); // of squared differences of each component
-const corners = bytesOf("array-corners"); // points of each cell's outline
-const outlines = new Int8Array(bytesOf("array-outlines").buffer); // their distances from the cell's place
-const outlineStart = new Uint32Array(count);
-for (let cell = 1; cell < count; cell++) outlineStart[cell] = outlineStart[cell - 1] + 2 * corners[cell - 1];
-
+const count = facts.count;
 const fields = facts.fields;
-for (const field of fields) {
-  const bytes = bytesOf(`array-${field.key}`);
-  if (field.kind === "category") {
-    field.codes = new Uint16Array(bytes.buffer);
-    field.hidden = new Set();
-  } else {
-    field.values = new Float32Array(bytes.buffer);
-    field.range = null; // [low, high] of the cells that are shown
-  }
-}
+const weights = Float32Array.from(facts.weights); // of squared differences of each component of a vector
+let slots = null; // place of each cell's thumbnail in the sheets
+let places = null; // x, y in the slide, level-0 px
+let slideOf = null; // number of each cell's slide
+let corners = null; // points of each cell's outline
+let outlines = null; // their distances from the cell's place
+let outlineStart = null;
+let cellsOfSlide = null; // for each slide its cells, ascending
+let vectors = null; // principal components of each cell's embedding; read when first asked for
+let ids = [];
+let foreignIds = []; // in another program, of each cell; empty where none has one
+let isRead = false;
+
 // Classes can be given in the page, whether it came with some or not.
 let classes = fields.find((field) => field.key === "label");
 if (!classes) {
-  classes = { kind: "category", key: "label", title: "Class", names: [], colors: [], hidden: new Set() };
+  classes = { kind: "category", key: "label", title: "Class", names: [], colors: [] };
   classes.codes = new Uint16Array(count).fill(MISSING);
   fields.push(classes);
 }
-const foreignIds = facts.foreignIds; // in another program, of each cell; empty where none has one
-const indexOfId = new Map([...foreignIds.map((id, index) => [id, index]), ...ids.map((id, index) => [id, index])]);
+for (const field of fields) {
+  if (field.kind === "category") field.hidden = new Set();
+  else field.range = null; // [low, high] of the cells that are shown
+}
 
-function bytesOf(id) {
-  const text = atob(element(id).textContent);
-  const bytes = new Uint8Array(text.length);
-  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
-  return bytes;
+async function readFirst() {
+  map.positions = new Uint16Array(await bufferOf("positions")); // x, y of each cell; 65535 is the map's side
+  await readField(fields[0]);
+}
+
+async function readRest() {
+  if (document.readyState === "loading") await new Promise((resolve) => document.addEventListener("DOMContentLoaded", resolve));
+  const names = ["slots", "places", "slide", "corners", "outlines"];
+  const [ofSlots, ofPlaces, ofSlide, ofCorners, ofOutlines] = await Promise.all(names.map(bufferOf));
+  slots = new Uint32Array(ofSlots);
+  places = new Float32Array(ofPlaces);
+  slideOf = new Uint32Array(ofSlide);
+  corners = new Uint8Array(ofCorners);
+  outlines = new Int8Array(ofOutlines);
+  outlineStart = new Uint32Array(count);
+  for (let cell = 1; cell < count; cell++) outlineStart[cell] = outlineStart[cell - 1] + 2 * corners[cell - 1];
+  const sizes = new Uint32Array(facts.slides.length);
+  for (const number of slideOf) sizes[number]++;
+  cellsOfSlide = Array.from(sizes, (size) => new Uint32Array(size));
+  sizes.fill(0);
+  for (let cell = 0; cell < count; cell++) cellsOfSlide[slideOf[cell]][sizes[slideOf[cell]]++] = cell;
+  if (other) other.positions = new Uint16Array(await bufferOf("positions-against"));
+  await Promise.all(fields.map(readField));
+  ids = await jsonOf("ids");
+  foreignIds = await jsonOf("foreign-ids");
+  isRead = true;
+}
+
+async function readField(field) {
+  if (field.codes || field.values) return;
+  const buffer = await bufferOf(field.key);
+  if (field.kind === "category") field.codes = new Uint16Array(buffer);
+  else field.values = new Float32Array(buffer);
+}
+
+async function bufferOf(name) {
+  if (facts.served) return (await answerOf(`data/${name}`)).arrayBuffer();
+  const text = element(`data-${name}`).textContent;
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text).buffer; // browsers of 2025 and later
+  const letters = atob(text);
+  const bytes = new Uint8Array(letters.length);
+  for (let i = 0; i < letters.length; i++) bytes[i] = letters.charCodeAt(i);
+  return bytes.buffer;
+}
+
+async function jsonOf(name) {
+  return facts.served ? (await answerOf(`data/${name}`)).json() : JSON.parse(element(`data-${name}`).textContent);
+}
+
+// What the server answers; where it does not, the page says so.
+async function answerOf(address) {
+  const answer = await fetch(address).catch(() => null);
+  element("server-note").hidden = Boolean(answer?.ok);
+  if (!answer?.ok) throw new Error(`${address}: ${answer ? answer.status : "no answer"}`);
+  return answer;
 }
 
 // A field's value of a cell, as it is told; null where there is none.
@@ -51,7 +97,8 @@ function told(field, cell) {
     const code = field.codes[cell];
     return code === MISSING ? null : field.names[code];
   }
-  return `${round(field.values[cell])} ${field.unit}`.trim();
+  const value = field.values[cell];
+  return Number.isNaN(value) ? null : `${round(value)} ${field.unit}`.trim();
 }
 
 function round(value) {

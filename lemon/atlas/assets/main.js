@@ -4,6 +4,7 @@ let hovered = -1;
 let isHoverFixed = false; // by keys: the cell at the cross
 let lassoPath = null; // [x, y] in map sides while it is drawn
 let drag = null;
+let active = map; // the map that keys, the lasso and buttons are for
 let isDrawDue = false;
 
 function requestDraw() {
@@ -16,30 +17,27 @@ function requestDraw() {
 }
 
 function draw() {
-  const inSquares = areCellsShown();
-  drawPoints({ empty: inSquares });
-  const context = element("overlay").getContext("2d");
-  context.clearRect(0, 0, map.clientWidth, map.clientHeight);
-  if (inSquares) drawSquares(context);
-  if (isHoverFixed) drawCross(context);
-  if (pinned >= 0 && !inSquares) ring(context, pinned, "#000", 3);
-  if (hovered >= 0 && !inSquares) ring(context, hovered, "#1a56c4", 2);
-  if (lassoPath) drawPath(context, lassoPath.map(([x, y]) => [(x - camera.x) * camera.scale + map.clientWidth / 2, (y - camera.y) * camera.scale + map.clientHeight / 2]));
+  for (const view of maps) if (view.positions && view.pane.clientWidth) drawMap(view);
   drawTissue();
   if (!performance.getEntriesByName("first-frame").length) performance.mark("first-frame");
 }
 
-// Cells instead of points when asked, or when so few are in view that most have a square of their own.
-function areCellsShown() {
-  const mode = element("show").value;
-  if (mode !== "near") return mode === "cells";
-  if (camera.scale <= camera.whole * 1.5) return false;
-  const most = (map.clientWidth * map.clientHeight) / 1500;
-  return cellsInView(most) < most;
+function drawMap(view) {
+  const { pane, camera } = view;
+  const inSquares = view.areCellsShown();
+  view.drawPoints({ empty: inSquares });
+  const context = view.overlay.getContext("2d");
+  context.clearRect(0, 0, pane.clientWidth, pane.clientHeight);
+  if (inSquares) drawSquares(context, view);
+  if (isHoverFixed && view === active) drawCross(context, view);
+  if (pinned >= 0 && !inSquares) ring(context, view, pinned, "#000", 3);
+  if (hovered >= 0 && !inSquares) ring(context, view, hovered, "#1a56c4", 2);
+  if (!lassoPath || view !== active) return;
+  drawPath(context, lassoPath.map(([x, y]) => [(x - camera.x) * camera.scale + pane.clientWidth / 2, (y - camera.y) * camera.scale + pane.clientHeight / 2]));
 }
 
-function drawSquares(context) {
-  for (const { cell, x, y, size } of squaresInView()) {
+function drawSquares(context, view) {
+  for (const { cell, x, y, size } of view.squaresInView()) {
     context.fillStyle = hexOf(pixels[cell]);
     context.fillRect(x + 1, y + 1, size - 2, size - 2);
     context.globalAlpha = levels[cell] === FADED ? 0.4 : 1;
@@ -56,8 +54,8 @@ function drawSquares(context) {
   }
 }
 
-function drawCross(context) {
-  const [x, y] = [map.clientWidth / 2, map.clientHeight / 2];
+function drawCross(context, { pane }) {
+  const [x, y] = [pane.clientWidth / 2, pane.clientHeight / 2];
   context.strokeStyle = "#000";
   context.lineWidth = 1;
   context.beginPath();
@@ -68,8 +66,8 @@ function drawCross(context) {
   context.stroke();
 }
 
-function ring(context, cell, color, width) {
-  ringAt(context, screenX(cell), screenY(cell), radius() + 4, color, width);
+function ring(context, view, cell, color, width) {
+  ringAt(context, view.screenX(cell), view.screenY(cell), view.radius() + 4, color, width);
 }
 
 function ringAt(context, x, y, size, color, width) {
@@ -97,8 +95,8 @@ function drawPath(context, path) {
   context.setLineDash([]);
 }
 
-// The cell under the pointer, which is at x, y of `pane`: its card is there, and it has a ring in both panes.
-function hover(cell, x, y, pane = map) {
+// The cell under the pointer, which is at x, y of `pane`: its card is there, and it has a ring in every pane.
+function hover(cell, x, y, pane = map.pane) {
   const card = element("hover");
   if (cell !== hovered) requestDraw();
   card.hidden = cell < 0;
@@ -112,16 +110,9 @@ function hover(cell, x, y, pane = map) {
   hovered = cell;
 }
 
-// What a place means: in squares the square's cell, else the nearest point within `reach`.
-function cellAt(x, y, reach = Math.max(10, radius() + 3)) {
-  if (!areCellsShown()) return cellNear(x, y, reach);
-  const square = squaresInView().find((s) => x >= s.x && x < s.x + s.size && y >= s.y && y < s.y + s.size);
-  return square ? square.cell : -1;
-}
-
 function setLasso(on) {
-  for (const id of ["lasso", "slide-lasso"]) element(id).setAttribute("aria-pressed", String(on));
-  for (const pane of [map, tissue]) pane.classList.toggle("lasso", on);
+  for (const id of ["lasso", "other-lasso", "slide-lasso"]) element(id).setAttribute("aria-pressed", String(on));
+  for (const pane of [...maps.map((view) => view.pane), tissue]) pane.classList.toggle("lasso", on);
 }
 
 const isLassoOn = () => element("lasso").getAttribute("aria-pressed") === "true";
@@ -133,55 +124,56 @@ function endLasso(cells, event) {
   setLasso(false);
 }
 
-const placeOf = (event) => {
-  const box = map.getBoundingClientRect();
+const placeOf = (event, { pane }) => {
+  const box = pane.getBoundingClientRect();
   return [event.clientX - box.left, event.clientY - box.top];
 };
 const fingers = new Map(); // pointers that are down -> their places
 
-map.addEventListener("pointerdown", (event) => {
+function beginDrag(event, view) {
   if (event.button !== 0 || event.target.closest("button")) return;
-  map.setPointerCapture(event.pointerId);
-  const [x, y] = placeOf(event);
+  active = view;
+  view.pane.setPointerCapture(event.pointerId);
+  const [x, y] = placeOf(event, view);
   fingers.set(event.pointerId, [x, y]);
   drag = { x, y, moved: fingers.size > 1 };
   isHoverFixed = false;
-  lassoPath = fingers.size === 1 && (isLassoOn() || event.shiftKey) ? [[mapX(x), mapY(y)]] : null;
+  lassoPath = fingers.size === 1 && (isLassoOn() || event.shiftKey) ? [[view.mapX(x), view.mapY(y)]] : null;
   hover(-1);
-});
+}
 
-map.addEventListener("pointermove", (event) => {
-  const [x, y] = placeOf(event);
+function moveOver(event, view) {
+  const [x, y] = placeOf(event, view);
   if (!drag) {
     isHoverFixed = false;
-    hover(event.target.closest("button") ? -1 : cellAt(x, y), x, y);
+    hover(event.target.closest("button") ? -1 : view.cellAt(x, y), x, y, view.pane);
     return;
   }
   const before = [...fingers.values()];
   fingers.set(event.pointerId, [x, y]);
   drag.moved ||= Math.hypot(x - drag.x, y - drag.y) > 3;
   if (lassoPath) {
-    lassoPath.push([mapX(x), mapY(y)]);
+    lassoPath.push([view.mapX(x), view.mapY(y)]);
   } else if (fingers.size === 2) {
-    pinch(before, [...fingers.values()]);
+    pinch(view, before, [...fingers.values()]);
   } else if (drag.moved) {
-    map.classList.add("dragging");
-    pan(x - drag.x, y - drag.y);
+    view.pane.classList.add("dragging");
+    view.pan(x - drag.x, y - drag.y);
     [drag.x, drag.y] = [x, y];
   }
   requestDraw();
-});
+}
 
 // Two fingers move, and zoom by how far they are apart.
-function pinch(before, now) {
+function pinch(view, before, now) {
   const middle = ([a, b]) => [(a[0] + b[0]) / 2, (a[1] + b[1]) / 2];
   const apart = ([a, b]) => Math.max(Math.hypot(a[0] - b[0], a[1] - b[1]), 1);
   const [[x0, y0], [x1, y1]] = [middle(before), middle(now)];
-  pan(x1 - x0, y1 - y0);
-  zoom(apart(now) / apart(before), x1, y1);
+  view.pan(x1 - x0, y1 - y0);
+  view.zoom(apart(now) / apart(before), x1, y1);
 }
 
-map.addEventListener("pointerup", (event) => {
+function endDrag(event, view) {
   if (!drag) return;
   fingers.delete(event.pointerId);
   const { moved } = drag;
@@ -189,65 +181,69 @@ map.addEventListener("pointerup", (event) => {
   lassoPath = null;
   const [rest] = fingers.values();
   drag = rest ? { x: rest[0], y: rest[1], moved: true } : null;
-  map.classList.remove("dragging");
-  if (path && path.length > 2) endLasso(cellsWithin(path), event);
-  else if (!moved) click(cellAt(...placeOf(event)), event);
+  view.pane.classList.remove("dragging");
+  if (path && path.length > 2) endLasso(view.cellsWithin(path), event);
+  else if (!moved) click(view.cellAt(...placeOf(event, view)), event);
   requestDraw();
-});
-
-map.addEventListener("pointercancel", () => {
-  drag = lassoPath = null;
-  fingers.clear();
-  requestDraw();
-});
-map.addEventListener("pointerleave", () => drag || hover(-1));
-
-map.addEventListener(
-  "wheel",
-  (event) => {
-    event.preventDefault();
-    const lines = event.deltaMode === 1 ? 16 : 1;
-    const [x, y] = placeOf(event);
-    zoom(Math.exp(-event.deltaY * lines * (event.ctrlKey ? 0.01 : 0.0016)), x, y);
-    hover(-1);
-    requestDraw();
-  },
-  { passive: false },
-);
-
-function selectView() {
-  const [left, top] = [mapX(0), mapY(0)];
-  const [right, bottom] = [mapX(map.clientWidth), mapY(map.clientHeight)];
-  select(cellsWithin([[left, top], [right, top], [right, bottom], [left, bottom]]));
 }
 
-function zoomMiddle(factor) {
-  zoom(factor, map.clientWidth / 2, map.clientHeight / 2);
+function zoomByWheel(event, view) {
+  event.preventDefault();
+  const lines = event.deltaMode === 1 ? 16 : 1;
+  view.zoom(Math.exp(-event.deltaY * lines * (event.ctrlKey ? 0.01 : 0.0016)), ...placeOf(event, view));
+  hover(-1);
+  requestDraw();
+}
+
+function selectView() {
+  const { pane } = map;
+  const [left, top, right, bottom] = [map.mapX(0), map.mapY(0), map.mapX(pane.clientWidth), map.mapY(pane.clientHeight)];
+  select(map.cellsWithin([[left, top], [right, top], [right, bottom], [left, bottom]]));
+}
+
+function zoomMiddle(factor, view = map) {
+  view.zoom(factor, view.pane.clientWidth / 2, view.pane.clientHeight / 2);
   requestDraw();
 }
 
 const keys = {
-  ArrowLeft: () => pan(60, 0),
-  ArrowRight: () => pan(-60, 0),
-  ArrowUp: () => pan(0, 60),
-  ArrowDown: () => pan(0, -60),
-  "+": () => zoomMiddle(1.4),
-  "=": () => zoomMiddle(1.4),
-  "-": () => zoomMiddle(1 / 1.4),
-  0: showWhole,
-  Home: showWhole,
+  ArrowLeft: (view) => view.pan(60, 0),
+  ArrowRight: (view) => view.pan(-60, 0),
+  ArrowUp: (view) => view.pan(0, 60),
+  ArrowDown: (view) => view.pan(0, -60),
+  "+": (view) => zoomMiddle(1.4, view),
+  "=": (view) => zoomMiddle(1.4, view),
+  "-": (view) => zoomMiddle(1 / 1.4, view),
+  0: (view) => view.showWhole(),
+  Home: (view) => view.showWhole(),
   Enter: () => hovered >= 0 && pin(hovered),
 };
 
-map.addEventListener("keydown", (event) => {
-  if (event.target !== map || event.ctrlKey || event.metaKey || event.altKey || !(event.key in keys)) return;
+function moveByKey(event, view) {
+  if (event.target !== view.pane || event.ctrlKey || event.metaKey || event.altKey || !(event.key in keys)) return;
   event.preventDefault();
-  keys[event.key]();
-  const [x, y] = [map.clientWidth / 2, map.clientHeight / 2];
+  active = view;
+  keys[event.key](view);
+  const [x, y] = [view.pane.clientWidth / 2, view.pane.clientHeight / 2];
   isHoverFixed = true;
-  hover(cellAt(x, y, 40), x, y);
+  hover(view.cellAt(x, y, 40), x, y, view.pane);
   requestDraw();
-});
+}
+
+for (const view of maps) {
+  const { pane } = view;
+  pane.addEventListener("pointerdown", (event) => beginDrag(event, view));
+  pane.addEventListener("pointermove", (event) => moveOver(event, view));
+  pane.addEventListener("pointerup", (event) => endDrag(event, view));
+  pane.addEventListener("pointercancel", () => {
+    drag = lassoPath = null;
+    fingers.clear();
+    requestDraw();
+  });
+  pane.addEventListener("pointerleave", () => drag || hover(-1));
+  pane.addEventListener("wheel", (event) => zoomByWheel(event, view), { passive: false });
+  pane.addEventListener("keydown", (event) => moveByKey(event, view));
+}
 
 const zoomTissue = (factor) => (viewer.viewport.zoomBy(factor), viewer.viewport.applyConstraints());
 const panTissue = (x, y) => (viewer.viewport.panBy(viewer.viewport.deltaPointsFromPixels(new OpenSeadragon.Point(x, y))), viewer.viewport.applyConstraints());
@@ -295,22 +291,28 @@ function showPanes(which) {
 
 element("zoom-in").onclick = () => zoomMiddle(1.6);
 element("zoom-out").onclick = () => zoomMiddle(1 / 1.6);
-element("whole").onclick = () => (showWhole(), requestDraw());
-element("lasso").onclick = element("slide-lasso").onclick = () => setLasso(!isLassoOn());
+element("whole").onclick = () => (map.showWhole(), requestDraw());
+element("other-in").onclick = () => zoomMiddle(1.6, other);
+element("other-out").onclick = () => zoomMiddle(1 / 1.6, other);
+element("other-whole").onclick = () => (other.showWhole(), requestDraw());
+element("lasso").onclick = element("other-lasso").onclick = element("slide-lasso").onclick = () => setLasso(!isLassoOn());
 element("in-view").onclick = selectView;
 element("clear").onclick = () => select(null);
 element("undo").onclick = undo;
 element("unpin").onclick = () => pin(-1);
-element("select-like").onclick = () => select([pinned, ...neighboursOf(pinned, 50)].sort((a, b) => a - b));
+element("select-like").onclick = async () => {
+  const cell = pinned;
+  select([cell, ...(await neighboursOf(cell, 50))].sort((a, b) => a - b));
+};
 element("show").onchange = requestDraw;
 element("color-by").onchange = (event) => colorBy(event.target.value);
 element("color-by").append(...fields.map((field) => new Option(field.title, field.key)));
 element("find").onchange = (event) => {
-  const cell = indexOfId.get(event.target.value.trim()) ?? -1;
+  const id = event.target.value.trim();
+  const cell = ids.includes(id) ? ids.indexOf(id) : foreignIds.indexOf(id);
   element("found").textContent = cell < 0 && event.target.value ? "No cell of this atlas has that id." : "";
   if (cell < 0) return;
-  [camera.x, camera.y] = [positions[2 * cell] / SIDE, positions[2 * cell + 1] / SIDE];
-  camera.scale = Math.max(camera.scale, camera.whole * 3);
+  for (const view of maps) view.goTo(cell);
   pin(cell);
 };
 element("new-class").onchange = (event) => {
@@ -337,28 +339,58 @@ onSheet = () => {
   drawCard(element("hover"), hovered);
   drawCard(element("pinned-card"), pinned);
   for (const gallery of Object.values(galleries)) gallery.draw();
-  if (areCellsShown()) requestDraw();
+  if (maps.some((view) => view.areCellsShown())) requestDraw();
 };
 
-// The slides stand behind the scripts in the page.
-document.addEventListener("DOMContentLoaded", () => {
-  onSheet();
-  const areSlidesThere = element("slide-0") !== null;
-  element("panes").hidden = element("export-geojson").hidden = !areSlidesThere;
-  if (!areSlidesThere) return showPanes("map");
-  const counts = countsOf({ codes: slideOf });
-  element("slide-name").append(...facts.slides.map((name, i) => new Option(`${name} (${(counts.get(i) ?? 0).toLocaleString("en")})`, i)));
-  showPanes(window.innerWidth < 800 ? "map" : "both");
+// The map first; what a click, a filter or the slide needs is read while it is there to be looked at.
+async function start() {
+  await readFirst();
+  new ResizeObserver(() => (map.resize(), requestDraw())).observe(map.pane);
+  new ResizeObserver(drawTissue).observe(tissue);
+  map.resize();
+  colorBy(fields[0].key);
+  await readRest();
+  map.fillBins();
+  if (other) showOther();
+  openSlides();
+  document.body.inert = false;
+}
+
+function showOther() {
+  other.fillBins();
+  other.resize();
+  new ResizeObserver(() => (other.resize(), requestDraw())).observe(other.pane);
+  element("map-note").textContent = facts.against.names[0];
+  element("other-note").textContent = facts.against.names[1];
+  element("against").hidden = false;
+  element("overlap").textContent = facts.against.told;
+  element("least").onclick = () => {
+    const { values } = fields.find((field) => field.key === "overlap");
+    const least = shownCells(() => true).sort((a, b) => values[a] - values[b]).slice(0, A_PAGE);
+    select(least);
+    if (least.length) showSheet(0);
+  };
+}
+
+function openSlides() {
+  const { areSlidesThere } = facts;
+  const panes = areSlidesThere ? ["map", "both", "tissue"] : ["map"];
+  if (other) panes.splice(1, 0, "maps");
+  for (const button of element("panes").children) button.hidden = !panes.includes(button.value);
+  element("panes").hidden = panes.length < 2;
+  element("export-geojson").hidden = !areSlidesThere;
+  showPanes(window.innerWidth < 800 || panes.length < 2 ? "map" : other ? "maps" : "both");
+  if (!areSlidesThere) return;
+  element("slide-name").append(...facts.slides.map((name, i) => new Option(`${name} (${cellsOfSlide[i].length.toLocaleString("en")})`, i)));
   openViewer();
   showSlide(0);
-});
-new ResizeObserver(() => (resize(), requestDraw())).observe(map);
-new ResizeObserver(drawTissue).observe(tissue);
-resize();
-colorBy(fields[0].key);
+}
 
 // For whoever looks in from the console, and for the tests.
-window.atlas = { ids, camera, screenX, screenY, draw, squaresInView, tissuePlace, neighboursOf };
+window.atlas = { map, other, draw, tissuePlace, neighboursOf };
+window.atlas.ids = () => ids;
+window.atlas.isRead = () => isRead;
 window.atlas.selected = () => selection;
 window.atlas.isWaiting = () => busy > 0 || wanted.size > 0; // for cell images
 window.atlas.isTissueThere = () => isTissueThere();
+start();

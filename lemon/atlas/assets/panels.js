@@ -27,21 +27,21 @@ function make(tag, text, className) {
   return made;
 }
 
-// Whether filters leave a cell in.
-function isShown(cell) {
-  for (const { kind, hidden, codes, range, values } of fields) {
-    if (kind === "category") {
-      if (hidden.size && hidden.has(codes[cell])) return false;
-    } else if (range && !(values[cell] >= range[0] && values[cell] <= range[1])) return false;
-  }
-  return true;
+// Whether filters leave a cell in, as a function of the cell.
+function filter() {
+  const active = fields.filter(({ kind, hidden, range }) => (kind === "category" ? hidden.size : range));
+  const isIn = ({ kind, hidden, codes, range, values }, cell) =>
+    kind === "category" ? !hidden.has(codes[cell]) : values[cell] >= range[0] && values[cell] <= range[1];
+  return (cell) => active.every((field) => isIn(field, cell));
 }
 
 // Colours and levels of all points, after any change of field, filters, classes or selection.
 function recolor() {
   const { kind, codes, values, low, high } = colorField;
   const colors = kind === "category" ? new Map(colorField.colors.map((hex, code) => [code, pixelOf(hex)])) : null;
-  colors?.set(MISSING, pixelOf("#bebebe"));
+  const unknown = pixelOf("#bebebe");
+  colors?.set(MISSING, unknown);
+  const isShown = filter();
   const chosen = selection && new Uint8Array(count);
   selection?.forEach((cell) => (chosen[cell] = 1));
   let shown = 0;
@@ -50,7 +50,7 @@ function recolor() {
     levels[cell] = !isShown(cell) ? OFF : isFaded ? FADED : FULL;
     if (levels[cell] !== OFF) shown++;
     const share = values && Math.min(Math.max((values[cell] - low) / (high - low), 0), 1);
-    const color = colors ? colors.get(codes[cell]) : scale[Math.round(share * (scale.length - 1))];
+    const color = colors ? colors.get(codes[cell]) : Number.isNaN(share) ? unknown : scale[Math.round(share * (scale.length - 1))];
     pixels[cell] = levels[cell] === OFF ? OFF_PIXEL : levels[cell] === FADED ? mix(0xffffffff, color, 72) : color;
   }
   element("shown").textContent = `${shown.toLocaleString("en")} of ${count.toLocaleString("en")} cells shown`;
@@ -204,7 +204,8 @@ function pin(cell) {
   element("pinned").hidden = cell < 0;
   if (cell >= 0) {
     fillCard(element("pinned-card"), cell);
-    galleries.neighbours.show(neighboursOf(cell, 12));
+    galleries.neighbours.show([]);
+    neighboursOf(cell, 12).then((near) => pinned === cell && galleries.neighbours.show(near));
     element("pinned").scrollIntoView({ block: "nearest" });
     if (viewer) goTo(cell);
   }
@@ -248,7 +249,8 @@ function tellSelection() {
 // What the selected cells are by a field, in a line.
 function makeup({ kind, title, codes, names, values, unit }) {
   if (kind === "measure") {
-    const sorted = Float32Array.from(selection, (cell) => values[cell]).sort();
+    const sorted = Float32Array.from(selection, (cell) => values[cell]).filter((value) => !Number.isNaN(value)).sort();
+    if (!sorted.length) return `${title}: not known`;
     const [low, middle, high] = [0.05, 0.5, 0.95].map((share) => round(sorted[Math.floor(share * (sorted.length - 1))]));
     return `${title}: median ${middle} ${unit}, 5 % to 95 %: ${low} to ${high}`;
   }

@@ -34,7 +34,7 @@ function drawCell(context, cell, x, y, size) {
 const cornerOf = (place, side) => [(place % side) * px, Math.floor(place / side) * px];
 
 function want(cell) {
-  if (document.readyState === "loading") return; // the sheet's text may still be arriving
+  if (!isRead) return;
   const number = Math.floor(slots[cell] / perSheet);
   const cells = wanted.get(number) ?? new Set();
   wanted.delete(number);
@@ -47,17 +47,20 @@ function serve() {
     const [number, cells] = [...wanted].at(-1);
     wanted.delete(number);
     busy++;
-    openSheet(number).then((sheet) => {
-      for (const cell of cells) putOnShelf(cell, sheet);
-      busy--;
-      serve();
-      onSheet();
-    });
+    openSheet(number)
+      .then((sheet) => {
+        for (const cell of cells) putOnShelf(cell, sheet);
+        onSheet();
+      })
+      .finally(() => {
+        busy--;
+        serve();
+      });
   }
 }
 
 async function openSheet(number) {
-  const sheet = sheets.get(number) ?? (await createImageBitmap(new Blob([bytesOf(`sheet-${number}`)])));
+  const sheet = sheets.get(number) ?? (await createImageBitmap(new Blob([await bufferOf(`sheet-${number}`)])));
   sheets.delete(number);
   sheets.set(number, sheet);
   if (sheets.size > SHEETS_KEPT) sheets.delete(sheets.keys().next().value);

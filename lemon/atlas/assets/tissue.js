@@ -5,6 +5,7 @@ let slide = -1; // number of the slide that is shown
 let picture = null; // where it lies, as Python wrote it
 let viewer = null; // of OpenSeadragon
 let isPictureOpen = false;
+let opening = -1; // number of the slide whose picture the viewer was given last
 let tissuePath = null; // [x, y] in level-0 px while a lasso is drawn
 let centred = -1; // the cell to go to once the picture is there
 
@@ -25,8 +26,8 @@ function openViewer() {
   viewer.innerTracker.keyDownHandler = viewer.innerTracker.keyHandler = null; // the page has keys of its own
   viewer.addHandler("update-viewport", drawTissue);
   viewer.addHandler("open", () => {
-    isPictureOpen = true;
-    if (centred >= 0) goTo(centred);
+    isPictureOpen = opening === slide;
+    if (isPictureOpen && centred >= 0) goTo(centred);
   });
   viewer.addHandler("canvas-press", ({ position, originalEvent }) => {
     if (isLassoOn() || originalEvent.shiftKey) tissuePath = [levelZero(position)];
@@ -55,13 +56,22 @@ function openViewer() {
 }
 
 // Show a slide by its number; called again only when it is another.
-function showSlide(number) {
+async function showSlide(number) {
   if (number === slide || !viewer) return;
   slide = number;
   isPictureOpen = false;
-  picture = JSON.parse(element(`slide-${number}`).textContent);
+  const described = await jsonOf(`slide-${number}`);
+  if (slide !== number) return; // another was asked for meanwhile
+  picture = described;
+  opening = number;
   element("slide-name").value = String(number);
   element("slide-note").textContent = picture.fault ? `Tissue not shown: ${picture.fault}` : "";
+  if (!picture.jpeg) {
+    const getTileUrl = (level, column, row) => `tissue/${number}/${level}/${column}/${row}`;
+    const { width, height } = picture;
+    const tileSize = facts.tilePx, minLevel = Math.min(Math.log2(tileSize), Math.ceil(Math.log2(Math.max(width, height))));
+    return viewer.open({ width, height, tileSize, minLevel, getTileUrl });
+  }
   const bytes = Uint8Array.from(atob(picture.jpeg), (letter) => letter.charCodeAt(0));
   const url = URL.createObjectURL(new Blob([bytes], { type: "image/jpeg" }));
   viewer.addOnceHandler("open", () => URL.revokeObjectURL(url));
@@ -92,8 +102,8 @@ function cellOnTissue(position) {
   const [x, y] = levelZero(position);
   const reach = 10 / tissueFrame().scale;
   let best = -1, bestDistance = Math.max(reach, 8 / picture.mpp) ** 2; // 8 um: of a large nucleus
-  for (let cell = 0; cell < count; cell++) {
-    if (slideOf[cell] !== slide || levels[cell] === OFF) continue;
+  for (const cell of cellsOfSlide[slide]) {
+    if (levels[cell] === OFF) continue;
     const distance = (places[2 * cell] - x) ** 2 + (places[2 * cell + 1] - y) ** 2;
     if (distance < bestDistance) [best, bestDistance] = [cell, distance];
   }
@@ -138,11 +148,15 @@ function drawCellsOn(context, { scale, left, top }) {
   const step = (facts.outlineUm / picture.mpp) * scale;
   for (const level of [FADED, FULL]) {
     context.globalAlpha = level === FADED ? 0.35 : 1;
-    for (let cell = 0; cell < count; cell++) {
-      if (slideOf[cell] !== slide || levels[cell] !== level) continue;
-      const [x, y] = [places[2 * cell] * scale + left, places[2 * cell + 1] * scale + top];
+    let color = -1; // a canvas takes long to read a colour
+    for (const cell of cellsOfSlide[slide]) {
+      if (levels[cell] !== level) continue;
+      const x = places[2 * cell] * scale + left, y = places[2 * cell + 1] * scale + top;
       if (x < -40 || y < -40 || x > width + 40 || y > height + 40) continue;
-      context.fillStyle = context.strokeStyle = hexOf(pixels[cell]);
+      if (pixels[cell] !== color) {
+        color = pixels[cell];
+        context.fillStyle = context.strokeStyle = hexOf(color);
+      }
       if (nucleus < 9 || !corners[cell]) {
         context.fillRect(x - side / 2, y - side / 2, side, side);
         continue;
