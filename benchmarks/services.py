@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -87,7 +88,7 @@ def prometheus_settings(folder: Path, *, ray_folder: Path) -> Path:
     text = (source / "prometheus.yml").read_text()
     text = text.replace("/tmp/ray/", f"{ray_folder}/").replace("alerts.yml", str(source / "alerts.yml"))
     path = folder / "prometheus.yml"
-    path.write_text(text.replace("scrape_interval: 15s", "scrape_interval: 2s"))
+    path.write_text(re.sub("(scrape|refresh)_interval: [0-9]+s", r"\1_interval: 2s", text))
     return path
 
 
