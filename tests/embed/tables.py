@@ -19,6 +19,10 @@ from tests.cells_table import write_slide
 WIDTH = 32
 
 
+SLIDES = {"a": 40, "b c": 30, "d": 1}
+"""Cells of the slides of the fixture ``cells``."""
+
+
 def write_encoder(folder: Path, *, seed: int = 0) -> Path:
     """A run's output with an untrained encoder of 32 values."""
     torch.manual_seed(seed)

@@ -33,24 +33,9 @@ from lemon.slides.reader import SlideReader
 from lemon.slides.source import digest_of, size_and_time
 from lemon.slides.synthetic import make_tissue, write_pyramid
 from tests.cells_table import write_slide
-from tests.embed.tables import WIDTH, write_cells, write_encoder
+from tests.embed.tables import SLIDES, WIDTH, write_encoder
 
 pytestmark = pytest.mark.usefixtures("console")
-
-SLIDES = {"a": 40, "b c": 30, "d": 1}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_encoder(tmp_path_factory.mktemp("model") / "run")
-
-
-@pytest.fixture
-def cells(tmp_path: Path) -> Store:
-    store = Store(tmp_path / "cells")
-    for seed, (slide_id, count) in enumerate(SLIDES.items()):
-        write_cells(store, slide_id, count, seed=seed)
-    return store
 
 
 @pytest.fixture(autouse=True)
