@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,8 +33,8 @@ def check_settings(
 
 
 def settings_difference(earlier: Mapping[str, Any], now: Mapping[str, Any], *, prefix: str = "") -> str:
-    """The keys in which two settings differ, with both values; empty where they are equal."""
-    parts = []
+    """The keys in which two settings differ, with both values; empty where they are equal as JSON."""
+    parts, now = [], json.loads(json.dumps(now))  # a tuple is a list once it was written
     for key in sorted(earlier.keys() | now.keys()):
         before, after = earlier.get(key), now.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
