@@ -108,6 +108,8 @@ def made_up_cells(count: int, *, crops: np.ndarray, slide: Path, width: int = 38
     columns |= {each.column: generator.gamma(4, 10, count).astype(np.float32) for each in MEASURES}
     columns |= {
         "row": np.zeros(count, np.int32),
+        "foreign_id": pa.nulls(count, pa.string()),
+        "foreign_class": pa.nulls(count, pa.string()),
         "organ": [f"organ {at % 4}" for at in number],
         "site": [f"site {at % 3}" for at in number],
     }

@@ -120,11 +120,18 @@ def _rows(model: type[BaseModel], *, prefix: str) -> Iterator[str]:
         if _is_model(inner) and choice is None:
             yield from _rows(inner, prefix=f"{prefix}{name}.")
             continue
-        kind = f"a preset of [{choice.group}](presets.md#{choice.group})" if choice else _kind(inner)
+        kind = _chosen(choice) if choice else _kind(inner)
         bounds = " ".join(_bounds(field.metadata))
         default = f"`{choice.default}`" if choice else _default(field)
         meaning = (field.description or "").replace("|", "\\|").replace("<", "&lt;")
         yield f"| `{prefix}{name}` | {' '.join(filter(None, (kind, bounds)))} | {default} | {meaning} |"
+
+
+def _chosen(choice: Choice) -> str:
+    """What a key that chooses a class takes: the presets of its group, or where there are none the names themselves."""
+    if preset_names(choice.group):
+        return f"a preset of [{choice.group}](presets.md#{choice.group})"
+    return " or ".join(f"`{name}`" for name in choice.registry.names()) if choice.registry else ""
 
 
 def _is_model(kind: Any) -> bool:
