@@ -18,7 +18,8 @@ from lemon.cells.ledger import rows_with_cells
 from lemon.cells.select import Part, Selection, select_cells
 from lemon.cells.shard import images_from_arrow
 from lemon.embed.ledger import EmbeddingSpec
-from lemon.embed.names import SETTINGS, clusters_name, embeddings_name, morphometry_name
+from lemon.embed.names import clusters_name, embeddings_name, morphometry_name
+from lemon.embed.read import read_spec
 from lemon.embed.stream import vectors_of
 from lemon.errors import ConfigError
 from lemon.runtime.shards import ShardError
@@ -65,8 +66,9 @@ class Other:
 
 @dataclass(frozen=True)
 class Embedded:
-    """An output of embedding and what its vectors have in common."""
+    """An output of embedding, the key that named it, and what its vectors have in common."""
 
+    key: str
     store: Store
     spec: EmbeddingSpec
 
@@ -86,7 +88,7 @@ class Chosen:
 def choose_cells(config: AtlasConfig) -> Chosen:
     """Find what a config names. Raises ConfigError where a table is absent, does not fit the others or is too small."""
     keys = {"embeddings": config.embeddings} | ({"against": config.against} if config.against else {})
-    encoders = [Embedded(store := Store(uri), _embedding_spec(store, key=key)) for key, uri in keys.items()]
+    encoders = [Embedded(key, store := Store(uri), read_spec(store, key=key)) for key, uri in keys.items()]
     if len({encoder.spec.model_fingerprint for encoder in encoders}) < len(encoders):
         raise ConfigError(f"against: got embeddings by {encoders[0].spec.title} twice; expected another encoder's")
     return Chosen(_select(config, cells=Store(config.cells), encoders=encoders), tuple(encoders))
@@ -140,23 +142,16 @@ def _room(shape: tuple[int, ...], dtype: np.dtype[Any], scratch: Path | None, na
     return np.lib.format.open_memmap(scratch / f"{name}.npy", "w+", dtype, shape)
 
 
-def _embedding_spec(embeddings: Store, *, key: str) -> EmbeddingSpec:
-    if not embeddings.exists(SETTINGS):
-        raise ConfigError(f"{key}: {embeddings.uri} has no {SETTINGS}; expected an output of lemon embed")
-    spec: EmbeddingSpec = embeddings.read_json(SETTINGS, EmbeddingSpec)
-    return spec
-
-
 def _select(config: AtlasConfig, *, cells: Store, encoders: Sequence[Embedded]) -> Selection:
     """The cells of lowest rank of the slides that are wanted and embedded. Raises ConfigError."""
     chosen = select_cells(cells, organs=config.select.organs, slides=config.select.slides)
     embedded = [part.slide_id for part in chosen.parts]
-    for key, encoder in zip(("embeddings", "against"), encoders, strict=False):
+    for encoder in encoders:
         files = encoder.store.entries("embeddings")
         embedded = [slide_id for slide_id in embedded if embeddings_name(slide_id) in files]
         if not embedded:
             raise ConfigError(
-                f"{key}: {encoder.store.uri} holds none of the {len(chosen.parts)} slides; "
+                f"{encoder.key}: {encoder.store.uri} holds none of the {len(chosen.parts)} slides; "
                 f"expected the output of lemon embed cells={cells.uri}"
             )
     shards = cells.entries("cells")
@@ -186,13 +181,13 @@ def _facts(part: Part, chosen: Chosen) -> pa.Table:
     name = embeddings_name(part.slide_id)
     for encoder in chosen.encoders:
         if not _prefix(encoder.store, name, ("cell_id",), count=count)["cell_id"].equals(ids):
-            raise ConfigError(_of_other_cells(encoder.store, name, part, selection))
+            raise ConfigError(_of_other_cells(encoder, name, part, selection))
     clusters = np.full(count, -1, np.int16)
     if embeddings.exists(clusters_name(part.slide_id)):
         known = _prefix(embeddings, clusters_name(part.slide_id), ("cell_id", "cluster"), count=count)
         clusters = known["cluster"].to_numpy()
         if not known["cell_id"].equals(ids):
-            raise ConfigError(_of_other_cells(embeddings, name, part, selection))
+            raise ConfigError(_of_other_cells(chosen.encoders[0], name, part, selection))
     facts = facts.append_column("cluster", pa.array(clusters, mask=clusters < 0))
     facts = facts.append_column("row", pa.array(np.arange(count, dtype=np.int32)))
     if embeddings.exists(morphometry_name(part.slide_id)):
@@ -202,9 +197,9 @@ def _facts(part: Part, chosen: Chosen) -> pa.Table:
     return facts
 
 
-def _of_other_cells(embeddings: Store, name: str, part: Part, selection: Selection) -> str:
+def _of_other_cells(encoder: Embedded, name: str, part: Part, selection: Selection) -> str:
     return (
-        f"embeddings: {embeddings.uri}/{name} is of other cells than {selection.store.uri}/{part.name}; "
+        f"{encoder.key}: {encoder.store.uri}/{name} is of other cells than {selection.store.uri}/{part.name}; "
         "the same lemon embed command again mends it"
     )
 

@@ -19,8 +19,6 @@ MOST_NEIGHBOURS = 1000
 
 BLOCK = 1 << 15  # cells that are compared at once
 
-PROBES = 32  # lists of the index that are looked through, as by default in lemon find
-
 
 class Neighbours:
     """The cells of a served atlas that are nearest to one of them by embedding.
@@ -74,7 +72,7 @@ class Neighbours:
             vector = vectors_of(self._embeddings.row(*place)["embedding"]).astype(np.float32)
         except ConfigError:
             return None
-        (hits,) = self._index.search(vector, k=int(1.5 * (wanted + 1) / share) + 1, probes=PROBES)
+        (hits,) = self._index.search(vector, k=int(1.5 * (wanted + 1) / share) + 1)
         cells = [self._cell_of[hit.slide_id][hit.row] for hit in hits if self._is_here(hit.slide_id, hit.row)]
         near = np.array([each for each in cells if each != cell][:wanted], np.int64)
         return near if len(near) == min(wanted, len(self._vectors) - 1) else None

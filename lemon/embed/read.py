@@ -102,12 +102,18 @@ class Embeddings:
         return found
 
 
+def read_spec(store: Store, *, key: str = "embeddings") -> EmbeddingSpec:
+    """What the embeddings of an output have in common. Raises ConfigError, by ``key``, where there are none."""
+    if not store.exists(SETTINGS):
+        raise ConfigError(f"{key}: {store.uri} has no {SETTINGS}; expected an output of lemon embed")
+    spec: EmbeddingSpec = store.read_json(SETTINGS, EmbeddingSpec)
+    return spec
+
+
 def open_embeddings(uri: str) -> Embeddings:
     """The embedded slides of an output. Raises ConfigError where there are none."""
     store = Store(uri)
-    if not store.exists(SETTINGS):
-        raise ConfigError(f"embeddings: {store.uri} has no {SETTINGS}; expected an output of lemon embed")
-    spec: EmbeddingSpec = store.read_json(SETTINGS, EmbeddingSpec)
+    spec = read_spec(store)
     rows = {
         slide_id: row
         for slide_id, row in Ledger(store, EmbeddedRow, counts_attempts=False).rows().items()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import shapely
 import torch
 
+from lemon.embed import stream
 from lemon.encoders.config import LEMON_MEAN, LEMON_STD, EncoderConfig
 from lemon.encoders.export import CellInput, export_encoder
 from lemon.encoders.vit import build_vit
@@ -54,3 +57,20 @@ def write_cells(
     if foreign_ids is not None:
         arrays["foreign_id"] = list(foreign_ids)
     write_slide(store, slide_id, images, arrays=arrays, row_group_size=16, organ=organ)
+
+
+@contextmanager
+def killed_at(batch: int) -> Iterator[None]:
+    """Raises KeyboardInterrupt where the ``batch``-th batch of images would be encoded, counted from 1."""
+    real, calls = stream.encode_images, 0
+
+    def encode(*args: Any, **kwargs: Any) -> np.ndarray:
+        nonlocal calls
+        calls += 1
+        if calls == batch:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "encode_images", encode)
+        yield

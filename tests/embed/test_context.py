@@ -19,7 +19,7 @@ from lemon.cells.ledger import cells_ledger, rows_with_cells
 from lemon.cells.names import shard_name
 from lemon.classify.config import ClassifyConfig
 from lemon.classify.job import main as classify
-from lemon.embed import context, stream
+from lemon.embed import context
 from lemon.embed import job as embedding
 from lemon.embed.config import EmbedConfig
 from lemon.embed.context import nearest_rows, with_field, with_neighbours
@@ -33,7 +33,7 @@ from lemon.slides.reader import SlideReader
 from lemon.slides.source import digest_of, size_and_time
 from lemon.slides.synthetic import make_tissue, write_pyramid
 from tests.cells_table import write_slide
-from tests.embed.tables import SLIDES, WIDTH, write_encoder
+from tests.embed.tables import SLIDES, WIDTH, killed_at, write_encoder
 
 pytestmark = pytest.mark.usefixtures("console")
 
@@ -163,18 +163,8 @@ def test_a_job_killed_while_vectors_wait_for_their_neighbours_loses_and_leaves_n
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     config = config_for(model, cells, tmp_path / "out", "context=neighbours")
-    real, calls = stream.encode_images, []
-
-    def killed(*args: object, **kwargs: object) -> np.ndarray:
-        calls.append(1)
-        if len(calls) == at:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(stream, "encode_images", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at(at), pytest.raises(KeyboardInterrupt):
         embedding.run(config)
-    monkeypatch.setattr(stream, "encode_images", real)
     assert Store(tmp_path / "out").list("embeddings") == ([embeddings_name("a")] if at == 5 else [])
     assert embedding.main(config) == 0
     whole = embedding.run(config_for(model, cells, tmp_path / "whole", "context=neighbours"))

@@ -36,7 +36,7 @@ from lemon.runtime.shards import ShardError
 from lemon.runtime.store import Store
 from lemon.schema import EMBEDDED, EmbeddedRow, Slide, SlideRow
 from lemon.slides.synthetic import make_tissue, write_pyramid
-from tests.embed.tables import SLIDES, WIDTH, write_cells, write_encoder
+from tests.embed.tables import SLIDES, WIDTH, killed_at, write_cells, write_encoder
 
 pytestmark = pytest.mark.usefixtures("console")
 
@@ -125,18 +125,8 @@ def test_a_job_killed_in_the_middle_of_a_slide_goes_on_with_that_slide(
     model: Path, cells: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_for(model, cells, tmp_path / "out")
-    real, calls = stream.encode_images, []
-
-    def killed(*args: object, **kwargs: object) -> np.ndarray:
-        calls.append(1)
-        if len(calls) == 5:  # in the second slide, whose first batch is written
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(stream, "encode_images", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at(5), pytest.raises(KeyboardInterrupt):  # in the second slide, whose first batch is written
         embedding.run(config)
-    monkeypatch.setattr(stream, "encode_images", real)
     out = Store(tmp_path / "out")
     assert out.list("embeddings") == [embeddings_name("a")]
     # kill -9 leaves more behind than an interrupt: a temporary file, and embeddings without their row.
