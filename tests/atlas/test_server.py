@@ -254,7 +254,10 @@ def test_the_command_serves_until_ctrl_c_and_ends_in_one_line(folder: Path) -> N
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = [f"cells={folder / 'cells'}", f"embeddings={folder / 'embeddings'}", f"output={folder / 'atlas'}"]
-    command = [sys.executable, "-m", "lemon.cli", "atlas", *words, "variant=smoke", "serve=true", f"port={port}"]
+    # Ctrl-C is ignored in what a shell starts in the background, as these tests may be; the command would inherit that.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heard}; from lemon.cli import main; exit(main())"
+    command = [sys.executable, "-c", code, "atlas", *words, "variant=smoke", "serve=true", f"port={port}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ})
     assert process.stdout is not None
     lines = []
