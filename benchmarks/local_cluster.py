@@ -18,6 +18,7 @@ import contextlib
 import os
 import re
 import secrets
+import socket
 import subprocess
 import sys
 import tempfile
@@ -82,6 +83,7 @@ class LocalCluster:
         self.runs_uri = database.uri() if database else f"sqlite:///{folder}/mlflow/mlflow.db"
         ports = iter(free_ports(60))
         self.port, self.dashboard_port, self.mlflow_port = next(ports), next(ports), next(ports)
+        self.jobs_address = f"http://127.0.0.1:{self.dashboard_port}"
         self._ports = ports
         (folder / "token").write_text(secrets.token_hex(32))
         self.environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
@@ -93,7 +95,8 @@ class LocalCluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.dashboard_port}",
+            "RAY_API_SERVER_ADDRESS": self.jobs_address,
+            "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180",  # of 60; after it Ray goes on without the Jobs API
             "MLFLOW_HOST": "127.0.0.1",
             "MLFLOW_PORT": str(self.mlflow_port),
             "MLFLOW_FOLDER": str(folder / "mlflow"),
@@ -110,6 +113,7 @@ class LocalCluster:
             f"--head --port={self.port} --dashboard-host=127.0.0.1 --dashboard-port={self.dashboard_port} --num-cpus=0"
         )
         self._start_node(f"source cluster/mlflow_server.sh && {self._prometheus()} exec ray start {head}")
+        self._wait_for_jobs_api()
         for _ in range(nodes):
             join = f"--address=127.0.0.1:{self.port} --num-cpus={cpus}"
             self._start_node(f"export MLFLOW_TRACKING_URI={self.tracking_uri}; exec ray start {join}")
@@ -142,6 +146,18 @@ class LocalCluster:
                     return
                 time.sleep(0.5)
         raise SystemExit(f"local_cluster: a node did not start:\n{path.read_text()[-2000:]}")
+
+    def _wait_for_jobs_api(self, *, seconds: float = 180) -> None:
+        """Until it answers: Ray says that a head has started also where this part of it has not."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.dashboard_port), timeout=5):
+                return
+            time.sleep(0.5)
+        told = [
+            path.read_text(errors="replace")[-2000:] for path in self.folder.glob("r/session_latest/logs/dashboard.*")
+        ]
+        raise SystemExit("\n".join([f"local_cluster: nothing answers at {self.jobs_address}:", *told]))
 
     def _own_options(self) -> str:
         """What nodes on one machine must not share, and a small object store."""

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from benchmarks.processes import free_ports
 from lemon.atlas import job as atlas
 from lemon.atlas import projection
 from lemon.atlas.cells import choose_cells, read_cells
@@ -250,9 +251,7 @@ def test_a_taken_port_and_an_output_at_s3_are_one_line(folder: Path, capsys: pyt
 
 @pytest.mark.slow
 def test_the_command_serves_until_ctrl_c_and_ends_in_one_line(folder: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     words = [f"cells={folder / 'cells'}", f"embeddings={folder / 'embeddings'}", f"output={folder / 'atlas'}"]
     # Ctrl-C is ignored in what a shell starts in the background, as these tests may be; the command would inherit that.
     heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"

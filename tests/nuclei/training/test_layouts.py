@@ -144,7 +144,7 @@ def test_another_resolution_is_brought_to_a_quarter_of_a_micrometre(tmp_path: Pa
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("0_inst.npy", np.array([print], dtype=object), "allow_pickle"),
+        ("0_inst.npy", np.array([{1, 2}], dtype=object), "allow_pickle"),
         ("0.geojson", "{}", "set/0: KeyError: 'features'"),
     ],
 )
