@@ -1,14 +1,14 @@
-"""Is the device busy? The real pipeline of curation on one pyramid, with a device, cores and a disk that are simulated.
+"""Is the device busy? The real pipeline of curation on pyramids, with a device, cores and a disk that are simulated.
 
-python -m benchmarks.overlap [--regions 2000] [--network-ms 7] [--instances-ms 90] [--reading-ms 40]
+python -m benchmarks.overlap [--slides 1] [--regions 2000] [--network-ms 7] [--instances-ms 90] [--reading-ms 40]
     [--cpus 16 --readers 8 --batch 8]
 
-``lemon.curate.slide.curate_slide`` runs as in an actor: planning, threads that read, batches, the network in a thread
-of its own, instances and crops on an executor, the shard. Its costs are waits, which run beside each other as on a
-machine with enough cores: the network waits ``--network-ms`` a region (HoverFast's time on an H100), reading
-``--reading-ms`` in one of ``--readers`` threads, instances and crops ``--instances-ms`` in one of ``--cpus``. What is
-measured is thus whether the pipeline keeps them apart, not how fast any of them is; what this process does itself
-(stacking batches, planning) takes its true time. Device-busy share and seconds are those of the ledger's row.
+``lemon.curate.job.Curator`` works as in an actor: planning, threads that read, batches, the network in a thread of its
+own, instances and crops on an executor, the shard; with several slides the next is looked at by another process. Its
+costs are waits, which run beside each other as on a machine with enough cores: the network waits ``--network-ms`` a
+region (HoverFast's time on an H100), reading ``--reading-ms`` in one of ``--readers`` threads, instances and crops
+``--instances-ms`` in one of ``--cpus``. What is measured is thus whether the pipeline keeps them apart, not how fast
+any of them is; what this process does itself (stacking batches, planning) takes its true time.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import functools
 import math
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,18 +27,19 @@ from typing import Any
 import numpy as np
 
 from benchmarks.record import record
-from lemon.curate import slide as curation
 from lemon.curate.config import CurateConfig
+from lemon.curate.job import Curator, LocatedSlide, open_ledger
 from lemon.nuclei.instances import Nucleus
 from lemon.nuclei.segmenter import Postprocess
+from lemon.runtime import pool
 from lemon.runtime.config import load
 from lemon.runtime.store import Store
 from lemon.schema import SlideRow
-from lemon.slides.cohort import list_slides
+from lemon.slides.cohort import Slide
 from lemon.slides.reader import SlideReader
 from lemon.slides.synthetic import make_tissue, write_pyramid
-from lemon.slides.tiles import Region
 
+STAGES = ("open_s", "read_s", "network_s", "instances_s", "write_s")
 COARSE = 3  # pixels at 0.25 um/px a pixel of the file, at 0.75 um/px: a large slide in a small file
 
 
@@ -45,21 +47,23 @@ def main() -> None:
     """Curate the pyramid, print and record."""
     options = arguments()
     with tempfile.TemporaryDirectory() as folder:
-        row = curate(options, Path(folder))
-    busy = row.device_share or 0.0
+        rows, seconds = curate(options, Path(folder))
+    stages = {name: sum(getattr(row, name) for row in rows) for name in STAGES}
+    n_regions, busy = sum(row.n_regions or 0 for row in rows), stages["network_s"] / seconds
     print(
-        f"{row.n_regions} regions in {row.total_s:.1f} s: the device was busy {busy:.1%}; opening {row.open_s:.1f} s, "
-        f"network {row.network_s:.1f} s, instances {row.instances_s:.0f} s and reading {row.read_s:.0f} s in parallel"
+        f"{len(rows)} slides, {n_regions} regions in {seconds:.1f} s: the device was busy {busy:.1%}; "
+        f"opening {stages['open_s']:.1f} s, network {stages['network_s']:.1f} s, "
+        f"instances {stages['instances_s']:.0f} s and reading {stages['read_s']:.0f} s in parallel"
     )
-    figures = {"n_regions": row.n_regions, "total_s": row.total_s, "device_share": busy}
-    stages = {name: getattr(row, name) for name in ("open_s", "read_s", "network_s", "instances_s", "write_s")}
+    figures = {"n_regions": n_regions, "total_s": round(seconds, 3), "device_share": round(busy, 4)}
     record("overlap", {**vars(options), **figures, **stages}, packages=("numpy", "pyarrow"))
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--regions", type=int, default=2000, help="about as many regions of 1024 px")
+    parser.add_argument("--slides", type=int, default=1)
+    parser.add_argument("--regions", type=int, default=2000, help="about as many regions of 1024 px, of each slide")
     parser.add_argument("--network-ms", type=float, default=7.0, help="of the device, a region")
     parser.add_argument("--instances-ms", type=float, default=90.0, help="of a core, a region, with crops")
     parser.add_argument("--reading-ms", type=float, default=40.0, help="of a thread, a region")
@@ -69,24 +73,35 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def curate(options: argparse.Namespace, folder: Path) -> SlideRow:
-    """The row of the pyramid."""
+def curate(options: argparse.Namespace, folder: Path) -> tuple[list[SlideRow], float]:
+    """The rows of the slides, and seconds from when the actor was ready to when the last was committed."""
     path = folder / "pyramid.tiff"
     write_tissue(path, n_regions=options.regions)
     words = [f"workers.cpus={options.cpus}", f"workers.readers={options.readers}", f"segmenter.batch={options.batch}"]
-    config = load(
-        "curate", [f"slides={path}", f"output={folder / 'cells'}", "segmenter=hoverfast", *words], CurateConfig
-    )
-    (slide,) = list_slides(str(path))
-    curation._read = functools.partial(wait_and_read, seconds=options.reading_ms / 1e3)
-    with ThreadPoolExecutor(options.cpus) as processes:
-        return curation.curate_slide(
-            slide,
-            config=config,
-            segmenter=Simulated(network_s=options.network_ms / 1e3, instances_s=options.instances_ms / 1e3),
-            processes=processes,
-            store=Store(config.output),
-        )
+    words += [f"slides={path}", f"output={folder / 'cells'}", "segmenter=hoverfast"]
+    config = load("curate", words, CurateConfig)
+    slides = [LocatedSlide(Slide(f"s{index}", str(path)), str(path)) for index in range(options.slides)]
+    SlideReader.region = functools.partialmethod(wait_and_make, seconds=options.reading_ms / 1e3)  # type: ignore[assignment]
+    curator = SimulatedCurator(config, options)
+    with ThreadPoolExecutor(2) as threads:  # as many as Ray gives an actor that gets one slide ready ahead
+        if curator.surveyor is not None:
+            curator.surveyor.submit(int).result()  # its process has started
+        start = time.perf_counter()
+        turn = threading.Lock()
+        work = functools.partial(pool._work_on_item, worker=curator, run_id="run", max_attempts=1, turn=turn)
+        rows = [row for row in threads.map(work, slides) if row is not None]
+        return rows, time.perf_counter() - start
+
+
+class SimulatedCurator(Curator):
+    """A curator of one process whose segmenter and whose cores only take time."""
+
+    def __init__(self, config: CurateConfig, options: argparse.Namespace) -> None:
+        ledger = open_ledger(Store(config.output), config)
+        super().__init__(config, ledger=ledger, surveys_ahead=options.slides > 1)
+        self.processes.shutdown()
+        self.processes = ThreadPoolExecutor(options.cpus)
+        self.segmenter = Simulated(network_s=options.network_ms / 1e3, instances_s=options.instances_ms / 1e3)
 
 
 def write_tissue(path: Path, *, n_regions: int) -> None:
@@ -97,10 +112,10 @@ def write_tissue(path: Path, *, n_regions: int) -> None:
     write_pyramid(path, np.tile(piece, (repeats, repeats, 1))[:side_px, :side_px], mpp=0.25 * COARSE)
 
 
-def wait_and_read(reader: SlideReader, region: Region, *, seconds: float) -> np.ndarray:  # noqa: ARG001
+def wait_and_make(_: SlideReader, *at_px: int, seconds: float, **size: int) -> np.ndarray:  # noqa: ARG001
     """Pixels of a region, uint8 [H, W, 3], after a while."""
     time.sleep(seconds)
-    return grey(region.size_px)
+    return grey(size["height_px"])
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from lemon.cells.ledger import cells_ledger
 from lemon.cells.names import FOLDERS, SETTINGS, geojson_name, shard_name
 from lemon.curate.config import CurateConfig
 from lemon.curate.slide import FetchedSlide, OutputError, curate_slide, fetch_slide, start_processes
+from lemon.curate.survey import Survey, survey_file
 from lemon.errors import ConfigError
 from lemon.nuclei.config import AutoConfig
 from lemon.nuclei.given.config import CellsFrom
@@ -130,20 +131,41 @@ class Curator(pool.Worker[LocatedSlide, SlideRow]):
     stage = "curate"
     fatal = (OutputError,)
 
-    def __init__(self, config: CurateConfig, *, ledger: Ledger[SlideRow], source: SlideAccess = IN_PLACE) -> None:
+    def __init__(
+        self,
+        config: CurateConfig,
+        *,
+        ledger: Ledger[SlideRow],
+        source: SlideAccess = IN_PLACE,
+        surveys_ahead: bool = False,
+    ) -> None:
         self.config, self.locate = config, source.open()
         self.ledger = ledger
         self.segmenter = config.segmenter.build() if config.cells_from is None else None
-        self.processes = start_processes(config.workers.cpus)
+        self.processes: Executor = start_processes(config.workers.cpus)
+        self.surveyor = start_processes(1) if surveys_ahead else None
         self.free_since_s = time.perf_counter()
 
     @contextlib.contextmanager
     def ready(self, item: LocatedSlide) -> Iterator[LocatedSlide]:
-        """The slide with its file; fetched, where it is at s3://, while another is curated."""
+        """The slide with its file, fetched and looked at while another is curated, where that is wanted."""
         with contextlib.ExitStack() as stack:
             path = stack.enter_context(self.locate(item.slide))
             fetched = stack.enter_context(fetch_slide(replace(item.slide, path=path), config=self.config))
+            if self.surveyor is not None and fetched.error is None:
+                fetched = replace(fetched, survey=self._survey(fetched.path, item.slide))
             yield replace(item, path=path, fetched=fetched)
+
+    def _survey(self, path: str, slide: Slide) -> Survey | None:
+        """What a slide looks like, seen by another process: a file that kills it is counted when its turn comes."""
+        assert self.surveyor is not None
+        try:
+            return self.surveyor.submit(survey_file, path, slide, self.config).result()
+        except BrokenProcessPool:
+            self.surveyor = start_processes(1)
+        except Exception:  # in its turn it is raised again
+            logger.debug("%s", path, exc_info=True)
+        return None
 
     def work(self, item: LocatedSlide) -> SlideRow:
         """Curate a slide and commit it."""
@@ -302,9 +324,11 @@ def _curate_all(slides: list[Slide], *, config: CurateConfig, ledger: Ledger[Sli
     workers = config.workers.model_copy(update={"cpus": allocation.cpus})
     # Paths are made absolute here: actors run elsewhere.
     located = config.model_copy(update={"output": ledger.store.uri, "workers": workers, "cells_from": _located(config)})
-    make = functools.partial(Curator, located, ledger=ledger, source=source)
-    # Where there is something to fetch, each actor fetches its next slide while it curates one.
-    ahead = max(source.ahead, int(any(is_uri(slide.path) for slide in slides) and source is IN_PLACE))
+    # Where there is a GPU to keep busy, or something to fetch, an actor gets its next slide ready while it curates one.
+    on_gpu = allocation.gpus > 0 and config.uses_gpu
+    make = functools.partial(Curator, located, ledger=ledger, source=source, surveys_ahead=on_gpu)
+    fetches = source is IN_PLACE and any(is_uri(slide.path) for slide in slides)
+    ahead = max(source.ahead, int(on_gpu or fetches))
     actors = pool.ActorPool(allocation, max_actors=workers.actors, ahead=ahead)
     items = [LocatedSlide(slide, slide.path) for slide in largest_first(slides)]
     pool.run_all(items, make, actors=actors, max_attempts=config.max_attempts, name="curate")

@@ -27,7 +27,7 @@ from lemon.cells.names import geojson_name, shard_name
 from lemon.cells.qupath import GeoJsonWriter
 from lemon.cells.shard import SlideShard
 from lemon.curate.config import CurateConfig
-from lemon.nuclei.given.place import PlacedNuclei
+from lemon.curate.survey import Survey, open_slide, read_region, survey
 from lemon.nuclei.given.segmenter import GivenSegmenter, read_placed
 from lemon.nuclei.segmenter import Postprocess, Segmenter
 from lemon.runtime.identifiers import file_stem
@@ -35,13 +35,9 @@ from lemon.runtime.store import Store
 from lemon.schema import CELL_MPP, SlideRow
 from lemon.slides.cohort import Slide
 from lemon.slides.local import local_slide
-from lemon.slides.quality import blurred_share, find_flaws, share_of
 from lemon.slides.reader import RegionError, SlideError, SlideReader
 from lemon.slides.source import Source, mask_digest, read_source
-from lemon.slides.tiles import Region, plan_regions, spread
-from lemon.slides.tissue import OVERVIEW_MPP, find_tissue, read_mask, reason_not_he
-
-CALIBRATION_REGIONS = 8  # enough that a slide's thresholds no longer move; read twice, so not more
+from lemon.slides.tiles import Region
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -78,6 +74,12 @@ class Tally:
         finally:
             self.seconds[stage] += time.perf_counter() - start
 
+    def take(self, seen: Survey) -> None:
+        """What a survey tells of the slide."""
+        self.n_regions = len(seen.regions)
+        self.notes.extend(seen.notes)
+        self.pen_share, self.fold_share, self.blurred_share = seen.pen_share, seen.fold_share, seen.blurred_share
+
     def columns(self) -> dict[str, Any]:
         """What of it is in the ledger."""
         counts = {name: value for name, value in vars(self).items() if name not in ("seconds", "notes")}
@@ -112,6 +114,7 @@ class FetchedSlide:
         begun_s: when fetching began, by ``time.perf_counter``.
         seconds: how long it took.
         error: what was raised; of ``curate_slide`` to raise, so that it becomes the slide's row.
+        survey: what it looks like, where that was found out ahead.
     """
 
     path: str
@@ -119,6 +122,7 @@ class FetchedSlide:
     begun_s: float
     seconds: float
     error: Exception | None = None
+    survey: Survey | None = None
 
 
 @contextlib.contextmanager
@@ -182,14 +186,19 @@ def curate_slide(
                 row = replace(row, mask_digest=mask_digest(config.tissue.masks, file_stem(slide.slide_id)))
                 if config.cells_from is not None:
                     row = replace(row, nuclei_digest=config.cells_from.digest(slide.slide_id))
-                reader = SlideReader(
-                    fetched.path, default_mpp=config.default_mpp, mpp=slide.mpp, limit_s=config.region_limit_s
-                )
+                reader = open_slide(fetched.path, slide=slide, config=config)
             stack.callback(reader.close)
             row = replace(row, mpp=reader.mpp, mpp_assumed=reader.mpp_assumed)
             row = replace(row, width_px=reader.width_px, height_px=reader.height_px)
             _curate_open(
-                reader, slide=slide, config=config, segmenter=segmenter, processes=processes, store=store, tally=tally
+                reader,
+                slide=slide,
+                config=config,
+                segmenter=segmenter,
+                processes=processes,
+                store=store,
+                tally=tally,
+                seen=fetched.survey,
             )
             row = replace(row, status="partial" if tally.n_failed_regions else "done")
         except SlideError as error:
@@ -224,6 +233,7 @@ def _curate_open(
     processes: Executor,
     store: Store,
     tally: Tally,
+    seen: Survey | None,
 ) -> None:
     given = None
     if config.cells_from is not None:
@@ -232,23 +242,12 @@ def _curate_open(
             tally.notes.extend(given.notes)
     with tally.clock("open"):
         tally.notes.extend(reader.notes)
-        if reader.mpp > config.max_mpp:
-            raise SlideError(
-                f"{reader.mpp:.3g} um/px is coarser than max_mpp={config.max_mpp:g}: nuclei cannot be resolved"
-            )
-        overview, overview_mpp = _overview(reader, tally=tally)
-        regions = _plan(
-            reader, overview, overview_mpp=overview_mpp, slide=slide, config=config, tally=tally, given=given
-        )
+        seen = seen or survey(reader, slide=slide, config=config, given=given)
+        tally.take(seen)
         if given is not None:
-            segmenter = GivenSegmenter(given, regions)
+            segmenter = GivenSegmenter(given, seen.regions)
         assert segmenter is not None
-        samples = _samples(reader, regions)
-        tally.blurred_share = blurred_share(samples)
-        if overview is None and samples:  # where it could not be seen as a whole, by its parts
-            _check_stain(np.concatenate(samples), mpp=CELL_MPP, config=config)
-        calibration = segmenter.calibrate(samples) if samples else None
-    tally.n_regions = len(regions)
+        calibration = segmenter.calibrate(seen.samples) if seen.samples else None
     frame = Frame(slide=slide, mpp=reader.mpp, scale=reader.scale, bounds_px=reader.bounds_base_px)
     if given is not None:
         frame = replace(frame, seam_px=0)
@@ -258,10 +257,10 @@ def _curate_open(
         geojson = stack.enter_context(_geojson(store, slide, reader, wanted=config.geojson))
         readers = stack.enter_context(ThreadPoolExecutor(config.workers.readers))
         images = ordered_map(
-            readers, lambda region: _timed_read(reader, region), regions, ahead=config.workers.readers + batch
+            readers, lambda region: _timed_read(reader, region), seen.regions, ahead=config.workers.readers + batch
         )
         # The network computes in a thread of its own, so that it waits for no pickling, writing or instances.
-        predictions = _predict(zip(regions, images, strict=True), segmenter=segmenter, batch=batch, tally=tally)
+        predictions = _predict(zip(seen.regions, images, strict=True), segmenter=segmenter, batch=batch, tally=tally)
         predicted = stack.enter_context(contextlib.closing(run_ahead(predictions, ahead=2 * batch)))
         claims = ordered_map(
             processes,
@@ -285,77 +284,10 @@ def _curate_open(
         tally.n_nuclei = shard.n_nuclei
 
 
-def _overview(reader: SlideReader, *, tally: Tally) -> tuple[np.ndarray | None, float]:
-    try:
-        return reader.overview(mpp=OVERVIEW_MPP)
-    except RegionError as error:
-        # Tissue then is everywhere: each region still gets its chance to be read.
-        tally.notes.append(f"overview unreadable, whole area searched ({error})")
-        return None, OVERVIEW_MPP
-
-
-def _plan(
-    reader: SlideReader,
-    overview: np.ndarray | None,
-    *,
-    overview_mpp: float,
-    slide: Slide,
-    config: CurateConfig,
-    tally: Tally,
-    given: PlacedNuclei | None,
-) -> list[Region]:
-    """Regions with tissue, or with given nuclei; raises SlideError for a slide that must not be used."""
-    mask = None if overview is None else _check_stain(overview, mpp=overview_mpp, config=config)
-    if given is not None:
-        mask = None
-    elif config.tissue.masks is not None:
-        mask = read_mask(f"{config.tissue.masks}/{file_stem(slide.slide_id)}.png").mask
-    elif mask is not None and overview is not None:
-        flaws = find_flaws(overview, mask, mpp=overview_mpp)
-        tally.pen_share, tally.fold_share = share_of(flaws["pen"], mask), share_of(flaws["fold"], mask)
-        for name in config.tissue.leave_out:
-            mask = mask & ~flaws[name]
-    regions = plan_regions(
-        reader.bounds_base_px,
-        size_px=config.region_px,
-        overlap_px=config.overlap_px,
-        tissue=mask,
-        min_tissue_share=config.tissue.min_share,
-    )
-    if given is not None:
-        members = given.in_regions(regions)
-        regions = [region for region in regions if region.index in members]
-    if not regions:
-        tally.notes.append("no tissue found")
-    return regions
-
-
-def _check_stain(picture: np.ndarray, *, mpp: float, config: CurateConfig) -> np.ndarray:
-    """The tissue of a picture, bool [h, w]; raises SlideError where its colours are not those of H&E."""
-    mask = find_tissue(picture, mpp=mpp).mask
-    reason = reason_not_he(picture, mask) if config.tissue.require_he else None
-    if reason:
-        raise SlideError(reason)
-    return mask
-
-
-def _samples(reader: SlideReader, regions: list[Region]) -> list[np.ndarray]:
-    """Some regions of a slide, those that can be read."""
-    samples = []
-    for region in spread(regions, CALIBRATION_REGIONS):
-        with contextlib.suppress(RegionError):  # counted when its turn comes
-            samples.append(_read(reader, region))
-    return samples
-
-
-def _read(reader: SlideReader, region: Region) -> np.ndarray:
-    return reader.region(region.x_px, region.y_px, width_px=region.size_px, height_px=region.size_px)
-
-
 def _timed_read(reader: SlideReader, region: Region) -> tuple[np.ndarray | RegionError, float]:
     start = time.perf_counter()
     try:
-        image: np.ndarray | RegionError = _read(reader, region)
+        image: np.ndarray | RegionError = read_region(reader, region)
     except RegionError as error:
         image = error
     return image, time.perf_counter() - start

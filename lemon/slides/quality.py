@@ -7,7 +7,7 @@ from typing import Literal
 import cv2
 import numpy as np
 
-from lemon.slides.tissue import optical_density
+from lemon.slides.tissue import optical_density, planes_of
 
 Flaw = Literal["pen", "fold"]
 """A fold is any tissue of twice the density in both stains: dense keratin is told as one."""
@@ -37,10 +37,10 @@ def find_flaws(overview: np.ndarray, tissue: np.ndarray, *, mpp: float) -> dict[
         tissue: bool [h, w], where to look.
         mpp: um/px of the overview.
     """
-    density = cv2.GaussianBlur(optical_density(overview), (0, 0), max(4.0 / mpp, 0.5))
-    red, green, _ = np.moveaxis(density, -1, 0)
-    coloured = (red > _INK_REDNESS * density.sum(-1)) & (red > _INK_OD)
-    black = (density.min(-1) > 0.8) & (np.ptp(density, axis=-1) < 0.25 * density.max(-1))
+    density = planes_of(cv2.GaussianBlur(optical_density(overview), (0, 0), max(4.0 / mpp, 0.5)))
+    (red, green, _), highest, lowest = density, density.max(0), density.min(0)
+    coloured = (red > _INK_REDNESS * density.sum(0)) & (red > _INK_OD)
+    black = (lowest > 0.8) & (highest - lowest < 0.25 * highest)
     pen = _closed((coloured | black) & tissue)
     clean = tissue & ~pen
     if not clean.any():

@@ -12,8 +12,10 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -313,6 +315,51 @@ def test_the_next_slide_is_fetched_while_one_is_curated_and_what_fails_is_its_ow
     assert list((tmp_path / "scratch").rglob("*.tiff")) == []
 
 
+def _kill(path: str, slide: Slide, config: CurateConfig) -> None:
+    os._exit(1)
+
+
+@pytest.mark.slow
+def test_the_next_slide_is_looked_at_while_one_is_curated_and_its_row_and_cells_are_the_same(
+    slide_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken.tiff").write_bytes(b"II*")
+    slides = [Slide("a", str(slide_file)), Slide("b", str(slide_file)), Slide("broken", str(tmp_path / "broken.tiff"))]
+    rows: dict[bool, list[SlideRow]] = {}
+    for ahead in (False, True):
+        worker = worker_for(config_for(slide_file, tmp_path / str(ahead), "workers.cpus=1"), surveys_ahead=ahead)
+        if ahead:
+            monkeypatch.setattr(worker, "_survey", surveyed := Mock(wraps=worker._survey))
+        actor: pool.ItemActor = pool.ItemActor(lambda worker=worker: worker, "run", 3)
+        with ThreadPoolExecutor(1 + ahead) as threads:
+            rows[ahead] = [*threads.map(functools.partial(call, actor), slides)]
+    assert surveyed.call_count == 3
+    took = [name for name in vars(rows[True][0]) if name.endswith("_s")]
+    measured = dict.fromkeys([*took, "s_per_mm2", "device_share", "peak_mib"])
+    assert [replace(row, **measured) for row in rows[True]] == [replace(row, **measured) for row in rows[False]]
+    assert [row.status for row in rows[True]] == ["done", "done", "failed"]
+    for name in (shard_name("a"), shard_name("b")):
+        assert pq.read_table(tmp_path / "True" / name).equals(pq.read_table(tmp_path / "False" / name))
+
+
+def test_a_file_that_kills_what_looks_ahead_is_worked_on_in_its_turn_and_the_next_is_looked_at_again(
+    slide_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = worker_for(config_for(slide_file, tmp_path, "workers.cpus=1"), surveys_ahead=True)
+    worker.segmenter = HeldSegmenter()
+    slide = Slide("a", str(slide_file))
+    with monkeypatch.context() as patch:
+        patch.setattr(curate, "survey_file", _kill)
+        with worker.ready(curate.LocatedSlide(slide, slide.path)) as item:
+            assert item.fetched is not None
+            assert item.fetched.survey is None
+            assert worker.work(item).status == "done"
+    with worker.ready(curate.LocatedSlide(slide, slide.path)) as item:
+        assert item.fetched is not None
+        assert item.fetched.survey is not None
+        assert item.fetched.survey.regions
+
+
 def test_a_slide_for_which_there_was_no_room_beside_another_is_fetched_in_its_turn(
     slide_file: Path, tmp_path: Path
 ) -> None:
@@ -334,9 +381,9 @@ def _raise(region: np.ndarray, prediction: None, calibration: None) -> list[Nucl
     raise ZeroDivisionError("a strange\nslide")
 
 
-def worker_for(config: CurateConfig) -> curate.Curator:
+def worker_for(config: CurateConfig, *, surveys_ahead: bool = False) -> curate.Curator:
     ledger = open_ledger(Store(config.output), config)
-    return curate.Curator(config, ledger=ledger)
+    return curate.Curator(config, ledger=ledger, surveys_ahead=surveys_ahead)
 
 
 def curated(worker: curate.Curator, slide: Slide) -> SlideRow | None:
