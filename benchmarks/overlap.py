@@ -7,8 +7,9 @@ python -m benchmarks.overlap [--slides 1] [--regions 2000] [--network-ms 7] [--i
 own, instances and crops on an executor, the shard; with several slides the next is looked at by another process. Its
 costs are waits, which run beside each other as on a machine with enough cores: the network waits ``--network-ms`` a
 region (HoverFast's time on an H100), reading ``--reading-ms`` in one of ``--readers`` threads, instances and crops
-``--instances-ms`` in one of ``--cpus``. What is measured is thus whether the pipeline keeps them apart, not how fast
-any of them is; what this process does itself (stacking batches, planning) takes its true time.
+``--instances-ms`` in one of ``--cpus`` processes. What is measured is thus whether the pipeline keeps them apart, not
+how fast any of them is; what the actor does itself (planning, stacking batches, handing regions of HoverFast's size to
+processes) takes its true time.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import numpy as np
 from benchmarks.record import record
 from lemon.curate.config import CurateConfig
 from lemon.curate.job import Curator, LocatedSlide, open_ledger
-from lemon.nuclei.instances import Nucleus
+from lemon.nuclei.instances import HVPrediction, Nucleus
 from lemon.nuclei.segmenter import Postprocess
 from lemon.runtime import pool
 from lemon.runtime.config import load
@@ -94,13 +95,14 @@ def curate(options: argparse.Namespace, folder: Path) -> tuple[list[SlideRow], f
 
 
 class SimulatedCurator(Curator):
-    """A curator of one process whose segmenter and whose cores only take time."""
+    """A curator whose segmenter only takes time, with all its processes started."""
 
     def __init__(self, config: CurateConfig, options: argparse.Namespace) -> None:
         ledger = open_ledger(Store(config.output), config)
         super().__init__(config, ledger=ledger, surveys_ahead=options.slides > 1)
-        self.processes.shutdown()
-        self.processes = ThreadPoolExecutor(options.cpus)
+        started = [self.processes.submit(time.sleep, 0.5) for _ in range(8 * options.cpus)]
+        for each in started:  # a process that is yet to start would be late
+            each.result()
         self.segmenter = Simulated(network_s=options.network_ms / 1e3, instances_s=options.instances_ms / 1e3)
 
 
@@ -124,6 +126,12 @@ def grey(side_px: int) -> np.ndarray:
     return np.full((side_px, side_px, 3), 200, np.uint8)
 
 
+@functools.cache
+def nothing(shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Probability uint8 [B, H, W] and gradients int16 [B, 2, H, W]."""
+    return np.zeros(shape, np.uint8), np.zeros((shape[0], 2, *shape[1:]), np.int16)
+
+
 class Simulated:
     """A segmenter whose device and whose cores only take time."""
 
@@ -134,9 +142,10 @@ class Simulated:
         """Nothing to calibrate."""
 
     def predict(self, regions: np.ndarray) -> list[Any]:
-        """Nothing, after the time of the network for these regions."""
+        """What HoverFast would say where there is no nucleus, after the time of the network for these regions."""
         time.sleep(self._network_s * len(regions))
-        return [None] * len(regions)
+        shape = regions.shape[:3]
+        return [HVPrediction(*each) for each in zip(*nothing(shape), strict=True)]
 
     @property
     def postprocess(self) -> Postprocess:

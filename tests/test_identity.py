@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +18,8 @@ from lemon.cells.shard import images_from_arrow
 from lemon.curate import job as curate
 from lemon.curate.config import CurateConfig
 from lemon.curate.job import open_ledger
-from lemon.curate.slide import curate_slide, start_processes
+from lemon.curate.processes import WorkerProcesses
+from lemon.curate.slide import curate_slide
 from lemon.embed import job as embedding
 from lemon.embed.config import EmbedConfig
 from lemon.errors import ConfigError
@@ -36,8 +36,8 @@ SIDE_PX = 400
 
 
 @pytest.fixture(scope="module")
-def processes() -> Iterator[ProcessPoolExecutor]:
-    with start_processes(1) as pool:
+def processes() -> Iterator[WorkerProcesses]:
+    with WorkerProcesses(1) as pool:
         yield pool
 
 
@@ -83,7 +83,7 @@ def write_slide(path: Path, *, seed: int) -> None:
 
 
 @pytest.fixture
-def lab(tmp_path: Path, processes: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> Lab:
+def lab(tmp_path: Path, processes: WorkerProcesses, monkeypatch: pytest.MonkeyPatch) -> Lab:
     for name in ("slides", "masks"):
         (tmp_path / name).mkdir()
     for seed, name in enumerate(("a", "b")):

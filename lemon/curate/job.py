@@ -14,7 +14,8 @@ from pathlib import Path
 from lemon.cells.ledger import cells_ledger
 from lemon.cells.names import FOLDERS, SETTINGS, geojson_name, shard_name
 from lemon.curate.config import CurateConfig
-from lemon.curate.slide import FetchedSlide, OutputError, curate_slide, fetch_slide, start_processes
+from lemon.curate.processes import WorkerProcesses
+from lemon.curate.slide import FetchedSlide, OutputError, curate_slide, fetch_slide
 from lemon.curate.survey import Survey, survey_file
 from lemon.errors import ConfigError
 from lemon.nuclei.config import AutoConfig
@@ -142,8 +143,8 @@ class Curator(pool.Worker[LocatedSlide, SlideRow]):
         self.config, self.locate = config, source.open()
         self.ledger = ledger
         self.segmenter = config.segmenter.build() if config.cells_from is None else None
-        self.processes: Executor = start_processes(config.workers.cpus)
-        self.surveyor = start_processes(1) if surveys_ahead else None
+        self.processes: Executor = WorkerProcesses(config.workers.cpus)
+        self.surveyor = WorkerProcesses(1) if surveys_ahead else None
         self.free_since_s = time.perf_counter()
 
     @contextlib.contextmanager
@@ -162,7 +163,7 @@ class Curator(pool.Worker[LocatedSlide, SlideRow]):
         try:
             return self.surveyor.submit(survey_file, path, slide, self.config).result()
         except BrokenProcessPool:
-            self.surveyor = start_processes(1)
+            self.surveyor = WorkerProcesses(1)
         except Exception:  # in its turn it is raised again
             logger.debug("%s", path, exc_info=True)
         return None
@@ -182,7 +183,7 @@ class Curator(pool.Worker[LocatedSlide, SlideRow]):
                 free_since_s=self.free_since_s,
             )
         except BrokenProcessPool as error:
-            self.processes = start_processes(self.config.workers.cpus)
+            self.processes = WorkerProcesses(self.config.workers.cpus)
             raise pool.CrashError from error
         self.device_s += row.network_s or 0.0
         self.free_since_s = time.perf_counter()

@@ -5,20 +5,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import multiprocessing
-import os
 import resource
 import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import cv2
 import numpy as np
 import pyarrow as pa
 
@@ -27,6 +22,7 @@ from lemon.cells.names import geojson_name, shard_name
 from lemon.cells.qupath import GeoJsonWriter
 from lemon.cells.shard import SlideShard
 from lemon.curate.config import CurateConfig
+from lemon.curate.processes import ordered_map, run_ahead
 from lemon.curate.survey import Survey, open_slide, read_region, survey
 from lemon.nuclei.given.segmenter import GivenSegmenter, read_placed
 from lemon.nuclei.segmenter import Postprocess, Segmenter
@@ -38,9 +34,6 @@ from lemon.slides.local import local_slide
 from lemon.slides.reader import RegionError, SlideError, SlideReader
 from lemon.slides.source import Source, mask_digest, read_source
 from lemon.slides.tiles import Region
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class OutputError(Exception):
@@ -84,24 +77,6 @@ class Tally:
         """What of it is in the ledger."""
         counts = {name: value for name, value in vars(self).items() if name not in ("seconds", "notes")}
         return counts | {f"{stage}_s": round(seconds, 3) for stage, seconds in self.seconds.items()}
-
-
-def start_processes(count: int) -> ProcessPoolExecutor:
-    """Worker processes for instances and crops: started afresh (no fork), because threads and CUDA are about."""
-    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_process)
-
-
-def _begin_process() -> None:
-    cv2.setNumThreads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """After kill -9 of its parent a process would wait for ever: it holds the other end of its queue's pipe itself."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 @dataclass(frozen=True)
@@ -363,38 +338,3 @@ def _as_output_error() -> Iterator[None]:
         yield
     except (OSError, pa.ArrowException) as error:
         raise OutputError(str(error)) from error
-
-
-def run_ahead(items: Iterable[T], *, ahead: int) -> Generator[T, None, None]:
-    """The items, made in a thread of their own, ``ahead`` of them before they are asked for; what it raises, this does.
-
-    When the consumer stops early, the thread ends after the item that it is at.
-    """
-    source, end = iter(items), object()
-    with ThreadPoolExecutor(1) as thread:
-        made = ordered_map(thread, lambda _: next(source, end), itertools.repeat(None), ahead=ahead + 1)
-        with contextlib.closing(made):
-            for item in made:
-                if item is end:
-                    return
-                yield item  # type: ignore[misc]
-
-
-def ordered_map(
-    executor: Executor, function: Callable[[T], R], items: Iterable[T], *, ahead: int
-) -> Generator[R, None, None]:
-    """``map`` on an executor with at most ``ahead`` items under way, results in the order of the items.
-
-    When the consumer stops early, what has not begun is cancelled.
-    """
-    pending: deque[Future[R]] = deque()
-    try:
-        for item in items:
-            pending.append(executor.submit(function, item))
-            if len(pending) >= ahead:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        for future in pending:
-            future.cancel()

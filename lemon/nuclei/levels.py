@@ -54,7 +54,7 @@ def find_nuclei_by_level(
     piece_ids = cv2.connectedComponents(pieces, connectivity=4)[1]
     outlines = large_outlines(pieces, piece_ids, min_area_px=min_area_px)
     n_markers, least = _count_markers(core, piece_ids), 255 * min_probability
-    sure = mean_by_piece(probability, piece_ids) >= least
+    sure = mean_by_piece(probability, piece_ids, pieces) >= least
     contours = [each for each in outlines.items() if n_markers[each[0]] == 1 and sure[each[0]]]
     if crowds := {piece_id: outline for piece_id, outline in outlines.items() if n_markers[piece_id] > 1}:
         sheet = Sheet(crowds, piece_ids)

@@ -79,9 +79,12 @@ def large_outlines(pieces: np.ndarray, piece_ids: np.ndarray, *, min_area_px: fl
     return outlines
 
 
-def mean_by_piece(weight: np.ndarray, piece_ids: np.ndarray) -> np.ndarray:
-    """Mean of uint8 [H, W] over each piece of int32 [H, W]: float64 [highest id + 1]; that of the background is 0."""
-    at = np.flatnonzero(piece_ids)
+def mean_by_piece(weight: np.ndarray, piece_ids: np.ndarray, pieces: np.ndarray) -> np.ndarray:
+    """Mean of uint8 [H, W] over each piece of int32 [H, W]: float64 [highest id + 1]; that of the background is 0.
+
+    ``pieces`` is uint8 [H, W], 1 where there are any: found faster in bytes.
+    """
+    at = np.flatnonzero(pieces.view(bool))
     ids = piece_ids.ravel()[at]
     n_px = np.bincount(ids)
     return np.bincount(ids, weight.ravel()[at]) / np.maximum(n_px, 1)
@@ -189,7 +192,7 @@ class Sheet:
             yield owner, outer_contour(cell, x0_px=x_px + columns.start, y0_px=y_px + rows.start)
         whole = [(piece_id, outline) for piece_id, outline in self._outlines.items() if piece_id not in divided]
         if weight is not None and whole:
-            means = mean_by_piece(weight, np.where(self._own.view(bool), self._owner, 0))
+            means = mean_by_piece(weight, self._owner, self._own)
             whole = [(piece_id, outline) for piece_id, outline in whole if means[piece_id] >= min_weight]
         yield from whole
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from unittest.mock import Mock
 
 import cv2
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -31,7 +30,8 @@ from lemon.cells.names import shard_name
 from lemon.curate import job as curate
 from lemon.curate.config import CurateConfig
 from lemon.curate.job import open_ledger, with_segmenter
-from lemon.curate.slide import FetchedSlide, curate_slide, ordered_map, run_ahead, start_processes
+from lemon.curate.processes import WorkerProcesses
+from lemon.curate.slide import FetchedSlide, curate_slide
 from lemon.errors import ConfigError
 from lemon.nuclei.instances import Nucleus
 from lemon.runtime import pool
@@ -65,8 +65,8 @@ def slide_file(tissue: SyntheticTissue, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="module")
-def processes() -> Iterator[ProcessPoolExecutor]:
-    with start_processes(2) as pool:
+def processes() -> Iterator[WorkerProcesses]:
+    with WorkerProcesses(2) as pool:
         yield pool
 
 
@@ -74,7 +74,7 @@ def config_for(slides: object, output: object, *words: str) -> CurateConfig:
     return load("curate", [f"slides={slides}", f"output={output}", "region_px=512", *words], CurateConfig)
 
 
-def curate_one(path: Path, output: Path, processes: ProcessPoolExecutor, *words: str) -> SlideRow:
+def curate_one(path: Path, output: Path, processes: WorkerProcesses, *words: str) -> SlideRow:
     config = config_for(path, output, *words)
     (slide,) = list_slides(str(path))
     return curate_slide(
@@ -84,7 +84,7 @@ def curate_one(path: Path, output: Path, processes: ProcessPoolExecutor, *words:
 
 @pytest.mark.slow
 def test_a_slide_becomes_cells_that_lie_on_its_nuclei(
-    tissue: SyntheticTissue, slide_file: Path, tmp_path: Path, processes: ProcessPoolExecutor
+    tissue: SyntheticTissue, slide_file: Path, tmp_path: Path, processes: WorkerProcesses
 ) -> None:
     row = curate_one(slide_file, tmp_path, processes, "cells_per_slide=null", "geojson=true")
     assert row.status == "done"
@@ -102,9 +102,7 @@ def test_a_slide_becomes_cells_that_lie_on_its_nuclei(
 
 
 @pytest.mark.slow
-def test_fewer_cells_are_the_lowest_ranks_of_all(
-    slide_file: Path, tmp_path: Path, processes: ProcessPoolExecutor
-) -> None:
+def test_fewer_cells_are_the_lowest_ranks_of_all(slide_file: Path, tmp_path: Path, processes: WorkerProcesses) -> None:
     curate_one(slide_file, tmp_path / "all", processes, "cells_per_slide=null")
     row = curate_one(slide_file, tmp_path / "few", processes, "cells_per_slide=40")
     all_cells, few = (pq.read_table(tmp_path / name / shard_name("s1")) for name in ("all", "few"))
@@ -114,7 +112,7 @@ def test_fewer_cells_are_the_lowest_ranks_of_all(
 
 
 @pytest.mark.slow
-def test_the_size_of_regions_hardly_matters(slide_file: Path, tmp_path: Path, processes: ProcessPoolExecutor) -> None:
+def test_the_size_of_regions_hardly_matters(slide_file: Path, tmp_path: Path, processes: WorkerProcesses) -> None:
     """Seams fall elsewhere; the nuclei stay."""
     found = []
     for size in (512, 1024):
@@ -126,9 +124,7 @@ def test_the_size_of_regions_hardly_matters(slide_file: Path, tmp_path: Path, pr
     assert abs(len(found[0]) - len(found[1])) <= 0.02 * len(found[0])
 
 
-def test_a_mask_of_the_user_says_where_to_look(
-    slide_file: Path, tmp_path: Path, processes: ProcessPoolExecutor
-) -> None:
+def test_a_mask_of_the_user_says_where_to_look(slide_file: Path, tmp_path: Path, processes: WorkerProcesses) -> None:
     mask = np.zeros((16, 16), np.uint8)
     mask[:, :4] = 255
     (tmp_path / "masks").mkdir()
@@ -189,7 +185,7 @@ def test_every_kind_of_bad_slide_gets_its_row_and_reason_and_the_others_are_comp
 
 @pytest.mark.slow
 def test_unreadable_regions_are_counted_and_make_a_slide_partial(
-    slide_file: Path, tmp_path: Path, processes: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch
+    slide_file: Path, tmp_path: Path, processes: WorkerProcesses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = reader_module.SlideReader.region
 
@@ -484,82 +480,6 @@ def test_an_output_of_other_settings_is_not_mixed_with_new_ones(slide_file: Path
     open_ledger(Store(tmp_path), config_for(slide_file, tmp_path, "cells_per_slide=5"))
 
 
-PARENT = """
-import os, time
-from lemon.curate.slide import start_processes
-
-if __name__ == "__main__":
-    processes = start_processes(1)
-    print(processes.submit(os.getpid).result(), flush=True)
-    time.sleep(600)
-"""
-
-
-def test_worker_processes_end_when_their_parent_is_killed(tmp_path: Path) -> None:
-    script = tmp_path / "parent.py"
-    script.write_text(PARENT)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
-    assert parent.stdout is not None
-    worker = psutil.Process(int(parent.stdout.readline()))
-    parent.kill()
-    parent.communicate()
-    psutil.wait_procs([worker], timeout=60)
-    assert not worker.is_running()
-
-
-def test_a_map_over_workers_keeps_the_order_and_never_runs_far_ahead() -> None:
-    taken: list[int] = []
-
-    def items() -> Iterator[int]:
-        for index in range(50):
-            taken.append(index)
-            yield index
-
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(4) as pool:
-        for position, result in enumerate(ordered_map(pool, lambda value: value * 2, items(), ahead=5)):
-            assert result == position * 2
-            assert len(taken) <= position + 6
-
-
-def test_items_are_made_ahead_in_another_thread_while_the_consumer_is_busy() -> None:
-    made: list[int] = []
-    third = threading.Event()
-
-    def items() -> Iterator[int]:
-        for index in range(20):
-            made.append(threading.get_ident())
-            if index == 2:
-                third.set()
-            yield index
-
-    source = run_ahead(items(), ahead=2)
-    assert next(source) == 0
-    assert third.wait(timeout=60)  # made although nobody asked for more than the first
-    assert len(made) <= 4
-    assert list(source) == list(range(1, 20))
-    assert set(made) != {threading.get_ident()}
-
-
-def test_what_making_an_item_raises_is_raised_at_its_place_and_an_early_end_stops_the_making() -> None:
-    def failing() -> Iterator[int]:
-        yield 1
-        raise ValueError("second")
-
-    source = run_ahead(failing(), ahead=3)
-    assert next(source) == 1
-    with pytest.raises(ValueError, match="second"):
-        next(source)
-
-    taken: list[int] = []
-    source = run_ahead((taken.append(index) or index for index in range(1000)), ahead=2)  # type: ignore[func-returns-value]
-    next(source)
-    source.close()  # type: ignore[attr-defined]
-    assert len(taken) <= 5
-
-
 def test_the_largest_slides_come_first_and_absent_ones_last_in_their_order(tmp_path: Path) -> None:
     for name, size in {"a": 10, "b": 30, "c": 20}.items():
         (tmp_path / name).write_bytes(bytes(size))
@@ -631,7 +551,7 @@ def test_the_ledger_has_the_columns_of_the_schema(slide_file: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_the_real_slide_gives_thousands_of_nuclei(tmp_path: Path, processes: ProcessPoolExecutor) -> None:
+def test_the_real_slide_gives_thousands_of_nuclei(tmp_path: Path, processes: WorkerProcesses) -> None:
     path = shared("data/slides/CMU-1-Small-Region.svs")
     row = curate_one(path, tmp_path, processes, "region_px=1024")
     assert row.status == "done"
