@@ -24,13 +24,14 @@ from lemon.errors import ConfigError
 from lemon.pretrain.config import DINOv2Config
 from lemon.pretrain.heads import DinoHead, ema_update, forward_in_chunks, frozen_copy
 from lemon.pretrain.losses import (
+    Targets,
     chunked_cross_entropy,
-    chunked_softmax_center,
     feature_std,
     kde,
     koleo,
     mask_weights,
-    sinkhorn_knopp,
+    sinkhorn_targets,
+    softmax_targets,
     updated_center,
 )
 from lemon.pretrain.schedules import Curve, Method, Schedules, StepValues, param_group
@@ -118,7 +119,7 @@ class DINOv2(Method):
             n_masked = int(mask.sum())
         # Masked patches first, in their order; their number is known, so nothing waits for the device.
         masked = (~mask.flatten()).to(torch.uint8).argsort(stable=True)[:n_masked]  # [M]
-        class_probs, patch_probs = self._targets(images, masked, values.teacher_temperature)  # [2B, K], [M, K]
+        class_targets, patch_targets = self._targets(images, masked, values.teacher_temperature)  # of 2B, of M
 
         tokens = forward_in_chunks(self._encode, images, mask, chunk=config.chunk)  # [2B, 1 + P, dim]
         embeddings = tokens[:, 0]  # [2B, dim]
@@ -127,9 +128,9 @@ class DINOv2(Method):
             crops = torch.cat(list(views[2:]))  # [L * B, 3, px, px]
             encode = partial(self.run(class_token), self.encoder)
             pooled.append(forward_in_chunks(encode, crops, chunk=config.chunk))  # [L * B, dim]
-        parts = self._class_terms(torch.cat(pooled).split(n_cells), class_probs)
+        parts = self._class_terms(torch.cat(pooled), class_targets)
         weights = mask_weights(mask).flatten()[masked] / len(images)  # [M]
-        parts["ibot"] = self._ibot(tokens[:, 1:].flatten(0, 1)[masked], patch_probs, weights)
+        parts["ibot"] = self._ibot(tokens[:, 1:].flatten(0, 1)[masked], patch_targets, weights)
         parts["regulariser"] = self._regulariser(embeddings)
         loss = torch.stack([self._weights()[name] * part for name, part in parts.items()]).sum()
         detached = {name: part.detach() for name, part in parts.items()}
@@ -162,64 +163,59 @@ class DINOv2(Method):
         return self.run(forward_tokens)(self.encoder, images, mask, self.mask_token)
 
     @torch.no_grad()
-    def _targets(self, images: Tensor, masked: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def _targets(self, images: Tensor, masked: Tensor, temperature: float) -> tuple[Targets, Targets]:
         encode = partial(self.run(forward_tokens), self.teacher)
         tokens = forward_in_chunks(encode, images, chunk=self.config.chunk)  # [2B, 1 + P, dim]
         patches = tokens[:, 1:].flatten(0, 1)[masked]  # [M, dim]
-        class_probs = self._probabilities("dino", tokens[:, 0], self.dino_center, temperature)
-        return class_probs, self._probabilities("ibot", patches, self.ibot_center, temperature)
+        class_targets = self._targets_of("dino", tokens[:, 0], self.dino_center, temperature)
+        return class_targets, self._targets_of("ibot", patches, self.ibot_center, temperature)
 
-    def _probabilities(
-        self, kind: Literal["dino", "ibot"], tokens: Tensor, center: Tensor, temperature: float
-    ) -> Tensor:
-        """The teacher's, [N, K], of tokens [N, dim]; the centre moves on in training."""
+    def _targets_of(self, kind: Literal["dino", "ibot"], tokens: Tensor, center: Tensor, temperature: float) -> Targets:
+        """The teacher's of tokens [N, dim]; the centre moves on in training."""
         config, head = self.config, head_of(self.teacher_heads, kind)
-        if config.centering == "sinkhorn":
-            iterations = config.sinkhorn_iterations
-            return sinkhorn_knopp(head(tokens), teacher_temperature=temperature, iterations=iterations)
         features, prototypes = head.bottleneck(tokens), head.prototypes()
-        probs = chunked_softmax_center(
-            features,
-            prototypes,
-            center,
-            teacher_temperature=torch.tensor(temperature) if self.compiled else temperature,
-            chunk_rows=config.chunk_rows,
-            run=self.run,
-        )
-        if self.training:
-            center.copy_(updated_center(center, features, prototypes, momentum=config.center_momentum))
-        return probs
-
-    def _class_terms(self, views: Sequence[Tensor], class_probs: Tensor) -> dict[str, Tensor]:
-        """Mean over the pairs of a student view and a teacher view, globals (never the same view) and locals apart."""
-        head, config = head_of(self.heads, "dino"), self.config
-        prototypes = head.prototypes()
-
-        def term(embeddings: Tensor, probs: Tensor) -> Tensor:
-            total = chunked_cross_entropy(
-                head.bottleneck(embeddings),
+        if config.centering == "sinkhorn":
+            return sinkhorn_targets(
+                features,
                 prototypes,
-                probs,
-                student_temperature=config.student_temperature,
+                teacher_temperature=temperature,
+                iterations=config.sinkhorn_iterations,
                 chunk_rows=config.chunk_rows,
                 run=self.run,
             )
-            return total / len(embeddings)
+        targets = softmax_targets(features, prototypes, center, teacher_temperature=temperature)
+        if self.training:
+            center.copy_(updated_center(center, features, prototypes, momentum=config.center_momentum))
+        return targets
 
-        first, second = class_probs.chunk(2)  # [B, K] each
-        terms = {"dino_global": (term(views[0], second) + term(views[1], first)) / 2}
-        both = first + second if len(views) > 2 else first
-        local = [term(view, both) / 2 for view in views[2:]]
-        terms["dino_local"] = torch.stack(local).mean() if local else prototypes.new_zeros(())
+    def _class_terms(self, embeddings: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """Mean over the pairs of a student view and a teacher view, globals (never the same view) and locals apart."""
+        head, teachers = head_of(self.heads, "dino"), targets.features[0].unflatten(0, (2, -1))  # [2, B, C]
+        prototypes, n_cells = head.prototypes(), teachers.shape[1]
+        students = head.bottleneck(embeddings).unflatten(0, (-1, n_cells))  # [2 + L, B, C]
+        both, local = students[:2].flatten(0, 1)[None], students[2:]  # [1, 2B, C], [L, B, C]
+        other = targets._replace(features=teachers.flip(0).flatten(0, 1)[None])
+        terms = {
+            "dino_global": self._cross_entropy(both, prototypes, other) / (2 * n_cells),
+            "dino_local": prototypes.new_zeros(()),
+        }
+        if len(local):
+            total = self._cross_entropy(local, prototypes, targets._replace(features=teachers))
+            terms["dino_local"] = total / (2 * len(local) * n_cells)
         return terms
 
-    def _ibot(self, tokens: Tensor, probs: Tensor, weights: Tensor) -> Tensor:
-        """As ``losses.ibot_cross_entropy``, on the masked tokens alone."""
+    def _ibot(self, tokens: Tensor, targets: Targets, weights: Tensor) -> Tensor:
+        """Mean over the masked patches of an image, then over all images, of which one without any counts as 0."""
         head = head_of(self.heads, "ibot")
+        return self._cross_entropy(head.bottleneck(tokens)[None], head.prototypes(), targets, weights)
+
+    def _cross_entropy(
+        self, features: Tensor, prototypes: Tensor, targets: Targets, weights: Tensor | None = None
+    ) -> Tensor:
         return chunked_cross_entropy(
-            head.bottleneck(tokens),
-            head.prototypes(),
-            probs,
+            features,
+            prototypes,
+            targets,
             student_temperature=self.config.student_temperature,
             weights=weights,
             chunk_rows=self.config.chunk_rows,

@@ -5,26 +5,25 @@ magnify the rounding of bfloat16. Under torch.distributed each worker passes its
 losses, and the mean of their gradients as DistributedDataParallel takes it, then equal the loss and gradient of one
 process that has all rows, provided that every worker has equally many rows.
 
-Shapes: N rows (cells of a view), C channels, K prototypes, B images, P patches of an image, W workers.
+Shapes: N rows (cells of a view), n rows of a chunk, C channels, K prototypes, V views of the student and T of the
+teacher, B images, P patches of an image, W workers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import reduce
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
-FunctionWrapper = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+FunctionWrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 """Makes of a function the one that is called, such as the compiled one."""
-
-SPLIT_ELEMENTS = 2**26
-"""Elements of the temporary copies that Sinkhorn-Knopp makes of its logits: 256 MiB in float32."""
 
 
 # --- across workers ---------------------------------------------------------------------------------------------------
@@ -86,7 +85,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def as_it_is(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function itself: ``FunctionWrapper`` without compilation."""
     return function
 
@@ -116,156 +115,35 @@ def moco_contrastive(q: Tensor, k: Tensor, *, temperature: float) -> Tensor:
         return F.cross_entropy(cosines / temperature, positives) * (2 * temperature)
 
 
-# --- DINO and iBOT ----------------------------------------------------------------------------------------------------
+# --- DINO and iBOT: the teacher's targets -----------------------------------------------------------------------------
 
 
-def _cross_entropy_rows(student_logits: Tensor, teacher_probs: Tensor, *, student_temperature: float) -> Tensor:
-    log_probs = F.log_softmax(at_least_float32(student_logits) / student_temperature, dim=-1)  # [..., K]
-    return -(teacher_probs.detach() * log_probs).sum(dim=-1)  # [...]
+class Targets(NamedTuple):
+    """The teacher's probabilities by what they are made of: softmax(features @ prototypes.T + offset), [N, K].
 
-
-def dino_cross_entropy(student_logits: Tensor, teacher_probs: Tensor, *, student_temperature: float) -> Tensor:
-    """Cross-entropy of the student's softmax against the teacher's probabilities, mean over rows (arXiv 2104.14294).
-
-    Args:
-        student_logits: [N, K].
-        teacher_probs: [N, K], of another view of the same cells; no gradient flows to them.
-        student_temperature: 0.1 in DINOv2.
-
-    Returns:
-        A scalar: one term (one student view, one teacher view). The method weights and sums terms.
+    So they need not exist whole: at batch 4096 those of 65,536 prototypes would take 2 GB for the class tokens and
+    7.5 GB for the masked patches.
     """
-    with full_precision(student_logits):
-        rows = _cross_entropy_rows(student_logits, teacher_probs, student_temperature=student_temperature)
-        return rows.mean()
 
-
-def mask_weights(mask: Tensor) -> Tensor:
-    """Weight of each masked patch, 1 / (masked patches of its image); 0 elsewhere. bool [B, P] -> float32 [B, P]."""
-    return mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
-
-
-def ibot_cross_entropy(
-    student_logits: Tensor, teacher_probs: Tensor, mask: Tensor, *, student_temperature: float
-) -> Tensor:
-    """Masked patch prediction (arXiv 2111.07832): mean over the masked patches of an image, then over all images.
-
-    An image without masked patches counts as 0 in the mean, as in DINOv2.
-
-    Args:
-        student_logits: [B, P, K].
-        teacher_probs: [B, P, K]; no gradient flows to them.
-        mask: bool [B, P], True where the student saw the mask token.
-        student_temperature: 0.1 in DINOv2.
-    """
-    with full_precision(student_logits):
-        rows = _cross_entropy_rows(student_logits, teacher_probs, student_temperature=student_temperature)  # [B, P]
-        return (rows * mask_weights(mask)).sum() / max(len(mask), 1)
-
-
-def _chunk_cross_entropy(
-    features: Tensor, prototypes: Tensor, teacher_probs: Tensor, weights: Tensor, student_temperature: float
-) -> Tensor:
-    logits = features @ prototypes.T  # [n, K]
-    rows = _cross_entropy_rows(logits, teacher_probs, student_temperature=student_temperature)  # [n]
-    return (rows * weights).sum()
-
-
-def chunked_cross_entropy(
-    features: Tensor,
-    prototypes: Tensor,
-    teacher_probs: Tensor,
-    *,
-    student_temperature: float,
-    weights: Tensor | None = None,
-    chunk_rows: int = 2048,
-    run: FunctionWrapper = as_it_is,
-) -> Tensor:
-    """Weighted sum over rows of the cross-entropy of softmax(features @ prototypes.T / temperature), in chunks of rows.
-
-    The student's logits of one chunk exist at a time; the backward computes them again. At batch 4096 the logits of
-    65,536 prototypes would take 9 GB in float32. Zero rows give 0 with zero gradients.
-
-    Args:
-        features: [N, C], the head's bottleneck, L2-normalised.
-        prototypes: [K, C], L2-normalised, float32.
-        teacher_probs: [N, K]; no gradient flows to them. A row may sum to more than 1 (several teacher views).
-        student_temperature: 0.1 in DINOv2.
-        weights: [N]; None: 1.
-        chunk_rows: rows a chunk.
-        run: how the term of a chunk is called, as ``Method.run``.
-    """
-    term = run(_chunk_cross_entropy)
-
-    def in_full_precision(rows: Tensor, *given: Any) -> Tensor:
-        # Around the compiled function, not within it: its backward would compute in the type that autocast has here.
-        with full_precision(rows):
-            return term(at_least_float32(rows), *given)
-
-    if weights is None:
-        weights = features.new_ones(len(features), dtype=torch.float32)
-    total = prototypes.new_zeros(())
-    parts = zip(*(x.split(chunk_rows) for x in (features, teacher_probs, weights)), strict=True)
-    for rows, probs, row_weights in parts:
-        total = total + checkpoint(
-            in_full_precision,
-            *(rows, prototypes, probs, row_weights, student_temperature),
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-    return total
-
-
-# --- the teacher's targets --------------------------------------------------------------------------------------------
+    features: Tensor
+    """[T, N, C] of T views of the same rows, whose probabilities add up: the bottleneck, divided by the temperature."""
+    prototypes: Tensor
+    """[K, C], L2-normalised."""
+    offset: Tensor
+    """[K]."""
 
 
 @torch.no_grad()
-def softmax_center(teacher_logits: Tensor, center: Tensor, *, teacher_temperature: float | Tensor) -> Tensor:
-    """Teacher probabilities: softmax of the centred logits. [..., K], center [K] -> [..., K]."""
-    with full_precision(teacher_logits):
-        return _softmax_center(at_least_float32(teacher_logits), center, teacher_temperature)
-
-
-def _softmax_center(teacher_logits: Tensor, center: Tensor, temperature: float | Tensor) -> Tensor:
-    return F.softmax((teacher_logits - center) / temperature, dim=-1)
-
-
-def _fill_softmax_center(
-    probs: Tensor, features: Tensor, prototypes: Tensor, center: Tensor, temperature: float | Tensor
-) -> Tensor:
-    return probs.copy_(_softmax_center(features @ prototypes.T, center, temperature))
-
-
-@torch.no_grad()
-def chunked_softmax_center(
-    features: Tensor,
-    prototypes: Tensor,
-    center: Tensor,
-    *,
-    teacher_temperature: float | Tensor,
-    chunk_rows: int = 2048,
-    run: FunctionWrapper = as_it_is,
-) -> Tensor:
-    """``softmax_center(features @ prototypes.T, ...)``; the logits of one chunk of rows exist at a time.
+def softmax_targets(features: Tensor, prototypes: Tensor, center: Tensor, *, teacher_temperature: float) -> Targets:
+    """Softmax of the centred logits, softmax((features @ prototypes.T - center) / temperature).
 
     Args:
         features: [N, C], the teacher head's bottleneck, L2-normalised.
         prototypes: [K, C], L2-normalised, float32.
         center: [K].
-        teacher_temperature: 0.04 to 0.07 in DINOv2; may be a tensor, a scalar: of a number that changes, each value
-            would be compiled anew.
-        chunk_rows: rows a chunk.
-        run: how a chunk is computed, as ``Method.run``.
-
-    Returns:
-        [N, K].
+        teacher_temperature: 0.04 to 0.07 in DINOv2.
     """
-    with full_precision(features):
-        rows = at_least_float32(features)
-        probs = prototypes.new_empty(len(rows), len(prototypes))
-        for part, out in zip(rows.split(chunk_rows), probs.split(chunk_rows), strict=True):
-            run(_fill_softmax_center)(out, part, prototypes, center, teacher_temperature)
-    return probs
+    return Targets(at_least_float32(features)[None] / teacher_temperature, prototypes, -center / teacher_temperature)
 
 
 @torch.no_grad()
@@ -293,16 +171,6 @@ def updated_center(center: Tensor, features: Tensor, prototypes: Tensor, *, mome
         return torch.where(count > 0, torch.lerp(mean, center, momentum), center)
 
 
-def _logsumexp(logits: Tensor, offset: Tensor, *, over: int) -> Tensor:
-    """logsumexp of logits [N, K] + offset over dimension ``over``, widened part by part to the offset's type."""
-    if logits.shape[over] == 0:  # no masked patch on this worker
-        return offset.new_full((1, logits.shape[1]) if over == 0 else (len(logits), 1), float("-inf"))
-    along = 1 - over
-    step = max(1, SPLIT_ELEMENTS // logits.shape[over])
-    parts = logits.split(step, dim=along)
-    return torch.cat([torch.logsumexp(part + offset, dim=over, keepdim=True) for part in parts], dim=along)
-
-
 def _logsumexp_over_workers(local: Tensor) -> Tensor:
     if world_size() == 1:
         return local
@@ -311,39 +179,144 @@ def _logsumexp_over_workers(local: Tensor) -> Tensor:
     return highest + sum_over_workers(torch.exp(local - highest)).log()
 
 
-@torch.no_grad()
-def sinkhorn_knopp(teacher_logits: Tensor, *, teacher_temperature: float, iterations: int = 3) -> Tensor:
-    """Teacher probabilities by Sinkhorn-Knopp (SwAV, arXiv 2006.09882): prototypes are used equally over the batch.
+def _log_use(features: Tensor, prototypes: Tensor, offset: Tensor, *, normalised: bool) -> Tensor:
+    logits = torch.addmm(offset, features, prototypes.T)  # [n, K]
+    return torch.logsumexp(F.log_softmax(logits, dim=1) if normalised else logits, dim=0)  # [K]
 
-    Computed on logarithms, because exp(logit / 0.04) overflows float32 from logits of 3.6 on; so the result is finite
-    for any finite logits. The iterations update a scale per row and per prototype, never the matrix. The batch is all
-    workers' rows (their number may differ, and may be 0).
+
+@torch.no_grad()
+def sinkhorn_targets(
+    features: Tensor,
+    prototypes: Tensor,
+    *,
+    teacher_temperature: float,
+    iterations: int = 3,
+    chunk_rows: int = 2048,
+    run: FunctionWrapper = as_it_is,
+) -> Targets:
+    """Sinkhorn-Knopp (SwAV, arXiv 2006.09882): prototypes are used equally over the batch.
+
+    The scale of a row is what softmax divides by, so the scales of the prototypes are all that is kept, as the offset.
+    Each iteration forms the logits again, a chunk at a time. Computed on logarithms, because exp(logit / 0.04)
+    overflows float32 from logits of 3.6 on; so the result is finite for any finite logits. The batch is all workers'
+    rows (their number may differ, and may be 0).
 
     Args:
-        teacher_logits: [N, K].
+        features: [N, C], the teacher head's bottleneck, L2-normalised.
+        prototypes: [K, C], L2-normalised, float32.
         teacher_temperature: 0.04 to 0.07 in DINOv2.
         iterations: normalisations of the prototypes, each followed by one of the rows; at least 1, 3 in DINOv2.
-
-    Returns:
-        [N, K]; each row sums to 1.
+        chunk_rows: rows a chunk.
+        run: how a chunk is computed, as ``Method.run``.
 
     Raises:
         ValueError: iterations below 1.
     """
     if iterations < 1:
         raise ValueError(f"iterations={iterations}: expected at least 1, as 3")
-    with full_precision(teacher_logits):
-        logits = at_least_float32(teacher_logits) / teacher_temperature  # [N, K]
-        # Scales of 1e25 and 1e-25 multiply to a probability: float32 would lose a digit of it. MPS has no float64.
-        wide = torch.float32 if logits.device.type == "mps" else torch.float64
-        row_scale = logits.new_zeros(len(logits), 1, dtype=wide)  # [N, 1]
-        for _ in range(iterations):
-            prototype_scale = -_logsumexp_over_workers(_logsumexp(logits, row_scale, over=0))  # [1, K]
-            row_scale = -_logsumexp(logits, prototype_scale, over=1)  # [N, 1]
-        step = max(1, SPLIT_ELEMENTS // logits.shape[1])
-        for rows, scale in zip(logits.split(step), row_scale.split(step), strict=True):
-            rows.copy_((rows + prototype_scale + scale).exp_())
-        return logits
+    with full_precision(features):
+        rows = at_least_float32(features) / teacher_temperature  # [N, C]
+        offset = prototypes.new_zeros(len(prototypes))
+        for iteration in range(iterations):
+            used = torch.full_like(offset, float("-inf"))
+            for start in range(0, len(rows), chunk_rows):
+                chunk = rows[start : start + chunk_rows]
+                used = torch.logaddexp(used, run(_log_use)(chunk, prototypes, offset, normalised=iteration > 0))
+            offset = offset - _logsumexp_over_workers(used)
+            # A constant changes no probability, and float32 has more digits of small numbers.
+            offset = offset - offset.mean()
+        return Targets(rows[None], prototypes, offset)
+
+
+def teacher_probabilities(features: Tensor, prototypes: Tensor, offset: Tensor) -> Tensor:
+    """Those of ``Targets``, whole: [n, K]."""
+    views = [F.softmax(torch.addmm(offset, view, prototypes.T), dim=-1) for view in features]
+    return reduce(torch.add, views)
+
+
+# --- DINO and iBOT: the cross-entropy ---------------------------------------------------------------------------------
+
+
+def mask_weights(mask: Tensor) -> Tensor:
+    """Weight of each masked patch, 1 / (masked patches of its image); 0 elsewhere. bool [B, P] -> float32 [B, P]."""
+    return mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def _loss_and_gradients(
+    features: Tensor, prototypes: Tensor, probs: Tensor, weights: Tensor, temperature: float, of_prototypes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Loss and gradient [n, C] of features [n, C]; that of the prototypes is added to ``of_prototypes`` [K, C]."""
+    scaled = features / temperature
+    log_probs = F.log_softmax(scaled @ prototypes.T, dim=-1)  # [n, K]
+    loss = -((probs * log_probs).sum(dim=-1) * weights).sum()
+    of_logits = log_probs.exp_().mul_(probs.sum(dim=-1, keepdim=True)).sub_(probs).mul_(weights[:, None])  # [n, K]
+    torch.addmm(of_prototypes, of_logits.T, scaled, out=of_prototypes)
+    return loss, of_logits @ prototypes / temperature
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    # The forward computes the gradients too, so that of a chunk nothing else is kept or computed again.
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        prototypes: Tensor,
+        targets: Targets,
+        weights: Tensor,
+        temperature: float,
+        chunk_rows: int,
+        run: FunctionWrapper,
+    ) -> Tensor:
+        loss = prototypes.new_zeros(())
+        of_features, of_prototypes = torch.empty_like(features), torch.zeros_like(prototypes)
+        for start in range(0, len(weights), chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            probs = run(teacher_probabilities)(targets.features[:, rows], targets.prototypes, targets.offset)
+            for view, of_view in zip(features[:, rows], of_features[:, rows], strict=True):
+                given = (view, prototypes, probs, weights[rows], temperature, of_prototypes)
+                part, gradient = run(_loss_and_gradients)(*given)
+                of_view.copy_(gradient)
+                loss += part
+        ctx.save_for_backward(of_features, of_prototypes)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        of_features, of_prototypes = ctx.saved_tensors
+        return gradients[0] * of_features, gradients[0] * of_prototypes, None, None, None, None, None
+
+
+def chunked_cross_entropy(
+    features: Tensor,
+    prototypes: Tensor,
+    targets: Targets,
+    *,
+    student_temperature: float,
+    weights: Tensor | None = None,
+    chunk_rows: int = 2048,
+    run: FunctionWrapper = as_it_is,
+) -> Tensor:
+    """Cross-entropy of softmax(features @ prototypes.T / temperature) against the teacher, in chunks of rows.
+
+    The loss of DINO (arXiv 2104.14294) and iBOT (arXiv 2111.07832): a weighted sum over rows and over all pairs of a
+    student's and a teacher's view. Logits and probabilities exist for one chunk at a time, in the forward alone, which
+    computes the gradients too. Zero rows give 0 with zero gradients.
+
+    Args:
+        features: [V, N, C], the head's bottleneck of V views of the same cells, L2-normalised.
+        prototypes: [K, C], L2-normalised, float32.
+        targets: the teacher's of T views; no gradient flows to them.
+        student_temperature: 0.1 in DINOv2.
+        weights: [N]; None: 1.
+        chunk_rows: rows a chunk.
+        run: how the functions of a chunk are called, as ``Method.run``.
+    """
+    if weights is None:
+        weights = features.new_ones(features.shape[1], dtype=torch.float32)
+    with full_precision(features):
+        given = (targets, weights, student_temperature, chunk_rows, run)
+        return _ChunkedCrossEntropy.apply(at_least_float32(features), prototypes, *given)
 
 
 # --- regularisers of the embedding ------------------------------------------------------------------------------------

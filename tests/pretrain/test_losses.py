@@ -15,6 +15,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lemon.pretrain import losses
 from tests.conftest import shared
@@ -42,6 +44,36 @@ def assert_gradient(got: Tensor | None, want: Tensor) -> None:
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def unit(*shape: int, seed: int = 0) -> Tensor:
+    return F.normalize(random(*shape, seed=seed), dim=-1)
+
+
+def softmax_targets(logits: Tensor, center: Tensor, *, temperature: float) -> losses.Targets:
+    """Of given logits: prototypes are the axes."""
+    return losses.softmax_targets(logits, torch.eye(logits.shape[1]), center, teacher_temperature=temperature)
+
+
+def sinkhorn(logits: Tensor, *, temperature: float, iterations: int = 3, chunk_rows: int = 2048) -> Tensor:
+    """Probabilities [N, K] of given logits."""
+    settings: dict[str, Any] = {"iterations": iterations, "chunk_rows": chunk_rows}
+    axes = torch.eye(logits.shape[1])
+    targets = losses.sinkhorn_targets(logits, axes, teacher_temperature=temperature, **settings)
+    return losses.teacher_probabilities(*targets)
+
+
+def cross_entropy(logits: Tensor, targets: losses.Targets, weights: Tensor | None = None) -> Tensor:
+    """Weighted sum over given logits [N, K] of the student, in chunks."""
+    axes = torch.eye(logits.shape[1])
+    return losses.chunked_cross_entropy(
+        logits[None], axes, targets, student_temperature=0.1, weights=weights, chunk_rows=5
+    )
+
+
+def plain_cross_entropy(logits: Tensor, probs: Tensor) -> Tensor:
+    """Of each row: [..., K] twice -> [...]."""
+    return -(probs * F.log_softmax(logits / 0.1, dim=-1)).sum(dim=-1)
 
 
 # --- MoCo v3 ----------------------------------------------------------------------------------------------------------
@@ -76,16 +108,17 @@ def test_keys_get_no_gradient() -> None:
 
 def test_losses_are_computed_in_float32_under_autocast() -> None:
     q, k = random(64, 32), random(64, 32, seed=1)
-    logits, probs = random(64, 128), F.softmax(random(64, 128, seed=1), dim=-1)
+    center, tight = torch.zeros(len(k)), {"teacher_temperature": 0.04}
     cases: list[Callable[[], Tensor]] = [
         lambda: losses.moco_contrastive(q, k, temperature=0.2),
-        lambda: losses.dino_cross_entropy(logits, probs, student_temperature=0.1),
         lambda: losses.koleo(q),
         lambda: losses.kde(q, kappa=5.0),
-        lambda: losses.chunked_cross_entropy(q, k, probs[:, :64], student_temperature=0.1),
-        lambda: losses.sinkhorn_knopp(logits, teacher_temperature=0.04),
-        lambda: losses.chunked_softmax_center(q, k, torch.zeros(len(k)), teacher_temperature=0.04, chunk_rows=3),
-        lambda: losses.updated_center(torch.zeros(len(k)), q, k, momentum=0.9),
+        lambda: losses.chunked_cross_entropy(
+            q[None], k, losses.softmax_targets(q, k, center, **tight), student_temperature=0.1, chunk_rows=3
+        ),
+        lambda: losses.sinkhorn_targets(q, k, **tight, chunk_rows=3).offset,
+        lambda: losses.softmax_targets(q, k, center, **tight).features,
+        lambda: losses.updated_center(center, q, k, momentum=0.9),
     ]
     for case in cases:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -100,11 +133,11 @@ def test_losses_are_computed_in_float32_under_autocast() -> None:
 def test_the_dino_loss_gradient_and_centre_are_those_of_the_reference() -> None:
     g = golden()
     s1, center, temperature = leaf(g["dino_s1"]), g["dino_center"][0], float(g["dino_teacher_temp"])
-    p1, p2 = (losses.softmax_center(g[t], center, teacher_temperature=temperature) for t in ("dino_t1", "dino_t2"))
-    torch.testing.assert_close(p1, g["dino_softmax_t1"], rtol=1e-5, atol=1e-12)
-    student_temperature = float(g["dino_student_temp"])
-    loss = losses.dino_cross_entropy(s1, p2, student_temperature=student_temperature)
-    loss = loss + losses.dino_cross_entropy(g["dino_s2"], p1, student_temperature=student_temperature)
+    t1, t2 = (softmax_targets(g[t], center, temperature=temperature) for t in ("dino_t1", "dino_t2"))
+    probs = losses.teacher_probabilities(*t1)
+    torch.testing.assert_close(probs, g["dino_softmax_t1"], rtol=1e-5, atol=1e-12)
+    assert g["dino_student_temp"] == 0.1
+    loss = (cross_entropy(s1, t2) + cross_entropy(g["dino_s2"], t1)) / len(s1)
     loss.backward()
     assert_value(loss, g["dino_loss_sum_of_two_terms"])
     assert_gradient(s1.grad, g["dino_grad_s1"])
@@ -120,70 +153,100 @@ def test_a_centre_stays_where_no_patch_is_masked() -> None:
 
 
 @pytest.mark.parametrize("rows", [0, 1, 10])
-@pytest.mark.parametrize("chunk_rows", [3, 100])
-def test_the_teachers_probabilities_and_centre_in_chunks_are_those_of_all_logits_at_once(
-    rows: int, chunk_rows: int
-) -> None:
-    features, prototypes = (F.normalize(random(n, 16, seed=n), dim=1) for n in (rows, 40))
-    center = 0.1 * random(40)
-    logits = features @ prototypes.T
-    want = losses.softmax_center(logits, center, teacher_temperature=0.07)
-    got = losses.chunked_softmax_center(features, prototypes, center, teacher_temperature=0.07, chunk_rows=chunk_rows)
-    torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-8)
+def test_a_centre_is_the_mean_of_logits_that_need_not_exist(rows: int) -> None:
+    features, prototypes, center = unit(rows, 16), unit(40, 16, seed=1), 0.1 * random(40)
     moved = losses.updated_center(center, features, prototypes, momentum=0.9)
-    expected = 0.9 * center + 0.1 * logits.mean(dim=0) if rows else center
+    expected = 0.9 * center + 0.1 * (features @ prototypes.T).mean(dim=0) if rows else center
     torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-6)
+
+
+def of_patches(g: dict[str, Tensor]) -> tuple[Tensor, losses.Targets, Tensor]:
+    """The mask, the targets of the masked patches and their weights, of the reference."""
+    mask = g["ibot_mask"]
+    probs = g["ibot_teacher_probs"][mask]
+    targets = softmax_targets(probs.clamp(min=1e-37).log(), torch.zeros(probs.shape[1]), temperature=1.0)
+    return mask, targets, losses.mask_weights(mask)[mask] / len(mask)
 
 
 def test_the_ibot_loss_and_gradient_are_those_of_the_reference() -> None:
     g = golden()
-    student = leaf(g["ibot_student"])
-    loss = losses.ibot_cross_entropy(student, g["ibot_teacher_probs"], g["ibot_mask"], student_temperature=0.1)
+    student, (mask, targets, weights) = leaf(g["ibot_student"]), of_patches(g)
+    loss = cross_entropy(student[mask], targets, weights)
     loss.backward()
     assert_value(loss, g["ibot_loss"])
     assert_gradient(student.grad, g["ibot_grad"])
 
 
-def test_the_chunked_form_on_masked_patches_equals_the_ibot_loss() -> None:
-    mask = random(6, 25, seed=3) > 0.5
-    mask[2] = False
-    features, prototypes = F.normalize(random(6, 25, 16), dim=-1), F.normalize(random(40, 16, seed=1), dim=-1)
-    probs = F.softmax(random(6, 25, 40, seed=2), dim=-1)
-    want = losses.ibot_cross_entropy(features @ prototypes.T, probs, mask, student_temperature=0.1)
-    weights = losses.mask_weights(mask)[mask] / 6
+CENTERINGS = ("softmax", "sinkhorn")
+
+
+def targets_in_chunks(features: Tensor, prototypes: Tensor, *, centering: str, chunk_rows: int) -> losses.Targets:
+    """Of [T, N, C]."""
+    rows, tight = features.flatten(0, 1), {"teacher_temperature": 0.05}
+    if centering == "sinkhorn":
+        made = losses.sinkhorn_targets(rows, prototypes, **tight, chunk_rows=chunk_rows)
+    else:
+        made = losses.softmax_targets(rows, prototypes, 0.1 * random(len(prototypes)).to(rows), **tight)
+    return made._replace(features=made.features[0].unflatten(0, features.shape[:2]))
+
+
+def plain_targets(features: Tensor, prototypes: Tensor, *, centering: str) -> Tensor:
+    """[T, N, C] -> [T, N, K], of all logits at once."""
+    logits = features @ prototypes.T
+    if centering == "sinkhorn":
+        return naive_sinkhorn(logits.flatten(0, 1), temperature=0.05, iterations=3).view(logits.shape)
+    return F.softmax((logits - 0.1 * random(len(prototypes)).to(logits)) / 0.05, dim=-1)
+
+
+@pytest.mark.parametrize("centering", CENTERINGS)
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-9), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("chunk_rows", [1, 3, 5, 10, 100])
+@pytest.mark.parametrize(("views", "teachers", "rows"), [(1, 1, 10), (3, 2, 10), (1, 1, 1), (2, 1, 0)])
+def test_the_loss_in_chunks_has_the_value_and_gradients_of_the_plain_formula(
+    views: int, teachers: int, rows: int, chunk_rows: int, dtype: torch.dtype, rtol: float, centering: str
+) -> None:
+    wide: list[Tensor] = [
+        *(unit(views, rows, 16), unit(40, 16, seed=1)),
+        *(unit(teachers, rows, 16, seed=2), unit(40, 16, seed=3), random(rows, seed=4).abs()),
+    ]
+    x, w, y, v, weights = (made.double() for made in wide)
+    x, w = leaf(x), leaf(w)
+    probs = plain_targets(y, v, centering=centering)  # [T, N, K]
+    want = (plain_cross_entropy((x @ w.T)[:, None], probs) * weights).sum()  # over [V, T, N]
+    (0.5 * want).backward()
+    student, layer = leaf(x.detach().to(dtype)), leaf(w.detach().to(dtype))
+    targets = targets_in_chunks(y.to(dtype), v.to(dtype), centering=centering, chunk_rows=chunk_rows)
     got = losses.chunked_cross_entropy(
-        features[mask], prototypes, probs[mask], student_temperature=0.1, weights=weights, chunk_rows=7
+        student, layer, targets, student_temperature=0.1, weights=weights.to(dtype), chunk_rows=chunk_rows
     )
-    assert_value(got, want)
+    (0.5 * got).backward()
+    for found, expected in ((got, want), (student.grad, x.grad), (layer.grad, w.grad)):
+        assert found is not None
+        assert expected is not None
+        assert found.dtype == dtype
+        largest = float(expected.detach().abs().max()) if expected.numel() else 0.0
+        torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=rtol * largest)
 
 
-def test_without_a_masked_patch_the_ibot_loss_and_its_gradient_are_zero() -> None:
-    student = leaf(random(3, 25, 8))
-    probs, mask = F.softmax(random(3, 25, 8, seed=1), dim=-1), torch.zeros(3, 25, dtype=torch.bool)
-    loss = losses.ibot_cross_entropy(student, probs, mask, student_temperature=0.1)
-    loss.backward()
-    assert loss.item() == 0
-    assert student.grad is not None
-    assert student.grad.abs().max() == 0
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor made inside."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(x.numel() for x in tree_leaves(made) if isinstance(x, Tensor))])
+        return made
 
 
-@pytest.mark.parametrize("rows", [0, 1, 10])
-@pytest.mark.parametrize("chunk_rows", [3, 100])
-def test_chunked_cross_entropy_has_the_value_and_gradients_of_the_unchunked(rows: int, chunk_rows: int) -> None:
-    probs, weights = F.softmax(random(rows, 40, seed=2).double(), dim=-1), random(rows, seed=3).double().abs()
-    grads = []
-    for chunked in (True, False):
-        x, w = leaf(random(rows, 16).double()), leaf(random(40, 16, seed=1).double())
-        if chunked:
-            loss = losses.chunked_cross_entropy(
-                x, w, probs, student_temperature=0.1, weights=weights, chunk_rows=chunk_rows
-            )
-        else:
-            loss = -(weights[:, None] * probs * F.log_softmax(x @ w.T / 0.1, dim=-1)).sum()
-        loss.backward()
-        grads.append((loss.detach(), x.grad, w.grad))
-    for got, want in zip(*grads, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize("centering", CENTERINGS)
+def test_no_tensor_of_the_loss_is_larger_than_a_chunk_of_logits(centering: str) -> None:
+    x, w, y, v = leaf(unit(2, 101, 4)), leaf(unit(300, 4, seed=1)), unit(2, 101, 4, seed=2), unit(300, 4, seed=3)
+    with Largest() as seen:
+        targets = targets_in_chunks(y, v, centering=centering, chunk_rows=10)
+        losses.updated_center(torch.zeros(300), y[0], v, momentum=0.9)
+        losses.chunked_cross_entropy(x, w, targets, student_temperature=0.1, chunk_rows=10).backward()
+    assert seen.numel == 10 * 300  # of 101 * 300
 
 
 # --- Sinkhorn-Knopp ---------------------------------------------------------------------------------------------------
@@ -200,23 +263,22 @@ def naive_sinkhorn(logits: Tensor, *, temperature: float, iterations: int) -> Te
 
 def test_sinkhorn_is_that_of_the_reference() -> None:
     g = golden()
-    got = losses.sinkhorn_knopp(g["ibot_raw_teacher_masked"], teacher_temperature=0.07)
+    got = sinkhorn(g["ibot_raw_teacher_masked"], temperature=0.07)
     # The reference's float32 has lost all digits below 1e-20.
     torch.testing.assert_close(got, g["ibot_sinkhorn"], rtol=1e-5, atol=1e-20)
 
 
 @pytest.mark.parametrize("iterations", [1, 3, 5])
-def test_sinkhorn_equals_a_naive_loop(iterations: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "SPLIT_ELEMENTS", 50)  # several parts, the last one short
+def test_sinkhorn_equals_a_naive_loop(iterations: int) -> None:
     logits = random(11, 17)
-    got = losses.sinkhorn_knopp(logits, teacher_temperature=0.1, iterations=iterations)
+    got = sinkhorn(logits, temperature=0.1, iterations=iterations, chunk_rows=4)
     want = naive_sinkhorn(logits, temperature=0.1, iterations=iterations)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-12)
 
 
 def test_rows_of_sinkhorn_sum_to_one_and_prototypes_are_used_equally() -> None:
     logits = random(64, 16)
-    probs = losses.sinkhorn_knopp(logits, teacher_temperature=0.5, iterations=50)
+    probs = sinkhorn(logits, temperature=0.5, iterations=50)
     torch.testing.assert_close(probs.sum(dim=1), torch.ones(64))
     torch.testing.assert_close(probs.sum(dim=0), torch.full((16,), 4.0), rtol=1e-3, atol=0)
 
@@ -224,7 +286,7 @@ def test_rows_of_sinkhorn_sum_to_one_and_prototypes_are_used_equally() -> None:
 @pytest.mark.parametrize("logits", [random(16, 32) * 1000, torch.zeros(4, 8), random(1, 8), random(0, 8)])
 def test_sinkhorn_is_finite_where_the_exponential_overflows_or_rows_are_few(logits: Tensor) -> None:
     before = logits.clone()
-    probs = losses.sinkhorn_knopp(logits, teacher_temperature=0.04)
+    probs = sinkhorn(logits, temperature=0.04)
     assert probs.shape == logits.shape
     torch.testing.assert_close(probs.sum(dim=1), torch.ones(len(logits)))
     assert torch.equal(logits, before)
@@ -233,14 +295,14 @@ def test_sinkhorn_is_finite_where_the_exponential_overflows_or_rows_are_few(logi
 def test_sinkhorn_is_finite_where_the_reference_is_not() -> None:
     g = golden()
     assert g["dino_sinkhorn_t1"].isnan().all()
-    probs = losses.sinkhorn_knopp(g["dino_t1"], teacher_temperature=0.04)
+    probs = sinkhorn(g["dino_t1"], temperature=0.04)
     want = naive_sinkhorn(g["dino_t1"], temperature=0.04, iterations=3)
     torch.testing.assert_close(probs.double(), want, rtol=2e-5, atol=1e-12)
 
 
 def test_sinkhorn_without_an_iteration_is_refused() -> None:
     with pytest.raises(ValueError, match="iterations=0"):
-        losses.sinkhorn_knopp(random(4, 8), teacher_temperature=0.04, iterations=0)
+        sinkhorn(random(4, 8), temperature=0.04, iterations=0)
 
 
 # --- regularisers -----------------------------------------------------------------------------------------------------
@@ -370,8 +432,8 @@ OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "koleo": lambda x, y: losses.koleo(x),
     "kde": lambda x, y: losses.kde(x, kappa=5.0),
     "kde without self": lambda x, y: losses.kde(x, kappa=5.0, exclude_self=True),
-    "dino with sinkhorn": lambda x, y: losses.dino_cross_entropy(
-        x, losses.sinkhorn_knopp(y, teacher_temperature=0.04), student_temperature=0.1
+    "dino with sinkhorn": lambda x, y: (
+        cross_entropy(x, losses.sinkhorn_targets(y, torch.eye(16), teacher_temperature=0.04, chunk_rows=3)) / len(x)
     ),
     "centre": lambda x, y: losses.updated_center(torch.ones(16), y, torch.eye(16), momentum=0.9).sum() + 0 * x.sum(),
 }
@@ -394,9 +456,9 @@ def work_on_half(rank: int, folder: Path) -> None:
     half = CELLS // 2
     results = gradients_of_a_shared_layer(slice(rank * half, (rank + 1) * half))
     # Masked patches are split unevenly: 3 rows and none.
-    few = losses.sinkhorn_knopp(random(3, 16)[: 3 if rank == 0 else 0], teacher_temperature=0.04)
+    few = sinkhorn(random(3, 16)[: 3 if rank == 0 else 0], temperature=0.04)
     results["uneven"] = F.pad(few, (0, 0, 0, 3 - len(few))) * 2
-    none = losses.sinkhorn_knopp(random(0, 16), teacher_temperature=0.04)
+    none = sinkhorn(random(0, 16), temperature=0.04)
     results["none"] = none.sum()
     torch.save(results, folder / f"rank{rank}.pt")
 
@@ -404,6 +466,6 @@ def work_on_half(rank: int, folder: Path) -> None:
 @pytest.mark.slow
 def test_two_workers_have_the_loss_and_gradients_of_one_with_all_rows(tmp_path: Path) -> None:
     whole = gradients_of_a_shared_layer(slice(0, CELLS))
-    whole["uneven"] = losses.sinkhorn_knopp(random(3, 16), teacher_temperature=0.04)
+    whole["uneven"] = sinkhorn(random(3, 16), temperature=0.04)
     whole["none"] = torch.zeros(())
     assert_same_as_one_worker(whole, run_workers(work_on_half, tmp_path))
