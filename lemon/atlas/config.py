@@ -45,6 +45,11 @@ class AtlasConfig(CellsConfig):
     )
     select: AtlasSelect = AtlasSelect()
     labels: AnyPath | None = Field(None, description="CSV or Parquet with cell_id, label: classes to colour by")
+    show: AnyPath | None = Field(
+        None,
+        description="CSV or Parquet with cell_id, as next/ of lemon classify: the page opens with these cells, to be "
+        "labelled one by one",
+    )
     method: Literal["tsne", "umap"] = Field("tsne", description="umap needs pip install umap-learn")
     perplexity: float = Field(30, ge=2, description="of t-SNE; for UMAP the number of neighbours")
     seed: int = Field(0, ge=0)

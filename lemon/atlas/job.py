@@ -10,17 +10,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lemon.atlas.cells import AtlasCells, choose_cells, read_cells
+from lemon.atlas.cells import AtlasCells, Chosen, choose_cells, read_cells
 from lemon.atlas.compare import CELLS, SHEET, Comparison, neighbour_overlap, write_comparison
 from lemon.atlas.config import AtlasConfig
 from lemon.atlas.fields import categories_of, measures_of
 from lemon.atlas.figure import draw_atlas
 from lemon.atlas.neighbours import Neighbours
-from lemon.atlas.page import PageData, page_data, write_page
-from lemon.atlas.projection import map_cells, open_method, to_unit_square
+from lemon.atlas.page import PageData, list_facts, page_data, write_page
+from lemon.atlas.projection import map_cells, open_method, place_others, to_unit_square
 from lemon.atlas.served import FOLDER, Served, circumstances_of, is_written, open_served, write_served
 from lemon.atlas.server import HOST, AtlasServer, serve
-from lemon.cells.labels import read_labels
 from lemon.cells.ledger import rows_with_cells
 from lemon.embed.read import open_embeddings
 from lemon.errors import EXIT_OK, ConfigError
@@ -75,26 +74,26 @@ def _prepare(config: AtlasConfig) -> Served:
     with hold(config.output, stage="atlas", names=OUTPUT_NAMES) as store:
         if not store.is_local:
             raise ConfigError(f"output: got {store.uri}, but an atlas is served from a disk; expected a local folder")
-        labels = None if config.labels is None else fingerprint(read_labels(config.labels, key="labels"))
+        chosen = choose_cells(config)
         settings = config.map_settings() | {
             "n_cells": config.n_cells,
             "title": config.title,
-            "labels": labels,
+            "labels": None if chosen.labels is None else fingerprint(chosen.labels),
             "k": config.k,
         }
-        chosen = choose_cells(config)
         circumstances = circumstances_of(chosen, settings)
         if not is_written(store, circumstances):
-            _write_served(config, store, circumstances=circumstances)
+            _write_served(config, store, chosen, circumstances=circumstances)
         served = open_served(store)
     rows = {row.slide_id: row for row in rows_with_cells(chosen.selection.store)}  # where the files are now
-    return replace(served, slides=tuple(rows[row.slide_id] for row in served.slides))
+    slides = tuple(rows[row.slide_id] for row in served.slides)
+    return replace(served, slides=slides, facts=served.facts | list_facts(chosen.listed))
 
 
-def _write_served(config: AtlasConfig, store: Store, *, circumstances: str) -> None:
+def _write_served(config: AtlasConfig, store: Store, chosen: Chosen, *, circumstances: str) -> None:
     place = open_method(config.method)
     with scratch_folder(store.path(INTERNAL_FOLDER)) as scratch:  # of gigabytes: on the disk that has room for it
-        cells = read_cells(config, scratch=scratch)
+        cells = read_cells(config, chosen, scratch=scratch)
         data = _page_data(store, cells, _maps(config, store, cells, place), config=config)
         size = write_served(store, cells, data, circumstances=circumstances)
     logger.info(f"{store.uri}/{FOLDER}: {size / 1e6:,.0f} MB")
@@ -114,19 +113,23 @@ def _neighbours(config: AtlasConfig, served: Served) -> Neighbours:
 
 
 def _maps(config: AtlasConfig, store: Store, cells: AtlasCells, place: Callable[..., np.ndarray]) -> list[np.ndarray]:
-    """The map by each encoder, float32 [N, 2], of an earlier run where it is of the same, else a new one."""
+    """The map by each encoder, float32 [N, 2], of an earlier run where it is of the same, else a new one.
+
+    Cells that were added to the sample are placed on the sample's map, which thus stays as it was.
+    """
     wanted = [(MAP_NAME, cells.vectors, cells.fingerprint)]
     if cells.against is not None:
         wanted.append((AGAINST_NAME, cells.against.vectors, cells.against.fingerprint))
     settings: dict[str, Any] = {"perplexity": config.perplexity, "seed": config.seed, "threads": config.threads}
-    maps = []
+    maps, n_drawn = [], len(cells.table) - cells.n_added
+    drawn = cells.table[:n_drawn]
     for name, vectors, of in wanted:
         circumstances = fingerprint([of, config.map_settings()])
-        positions = read_map(store, name, cells, circumstances=circumstances)
+        positions = read_map(store, name, drawn, circumstances=circumstances)
         if positions is None:
-            positions = map_cells(place, vectors, **settings)
-            write_map(store, name, cells, positions, circumstances=circumstances)
-        maps.append(positions)
+            positions = map_cells(place, vectors[:n_drawn], **settings)
+            write_map(store, name, drawn, positions, circumstances=circumstances)
+        maps.append(place_others(positions, vectors, seed=config.seed, threads=config.threads))
     return maps
 
 
@@ -168,24 +171,25 @@ def subtitle_of(cells: AtlasCells, config: AtlasConfig) -> str:
     """What is shown and how it was made, in a line."""
     slides = f"{len(cells.slides)} slide" + ("s" if len(cells.slides) != 1 else "")
     method = {"tsne": "t-SNE, perplexity", "umap": "UMAP, neighbours"}[config.method]
+    added = f", and {cells.n_added:,} that were named" if cells.n_added else ""
     return (
-        f"{len(cells.table):,} cells of {slides}, drawn at random; embedded by {cells.model}; "
+        f"{len(cells.table) - cells.n_added:,} cells of {slides}, drawn at random{added}; embedded by {cells.model}; "
         f"{method} {config.perplexity:g}, cosine distance, seed {config.seed}"
     )
 
 
-def read_map(store: Store, name: str, cells: AtlasCells, *, circumstances: str) -> np.ndarray | None:
+def read_map(store: Store, name: str, cells: pa.Table, *, circumstances: str) -> np.ndarray | None:
     """Positions float32 [N, 2] of an earlier run with the same cells, model and settings; None where there are none."""
     if store.circumstances(name) != circumstances:
         return None
     table = store.read_table(name)
-    if not table["cell_id"].equals(cells.table["cell_id"]):
+    if not table["cell_id"].equals(cells["cell_id"]):
         return None
     return np.stack([table["x"].to_numpy(), table["y"].to_numpy()], axis=1)
 
 
-def write_map(store: Store, name: str, cells: AtlasCells, positions: np.ndarray, *, circumstances: str) -> None:
+def write_map(store: Store, name: str, cells: pa.Table, positions: np.ndarray, *, circumstances: str) -> None:
     """Keep the positions, so that other labels or another picture cost no new map."""
-    columns = [cells.table["cell_id"], cells.table["slide_id"], *(pa.array(axis) for axis in positions.T)]
+    columns = [cells["cell_id"], cells["slide_id"], *(pa.array(axis) for axis in positions.T)]
     table = pa.table(columns, schema=marked(MAP, **{CIRCUMSTANCES: circumstances}))
     store.write_table(name, table, compression="zstd")

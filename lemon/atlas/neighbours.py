@@ -78,14 +78,14 @@ class Neighbours:
         return near if len(near) == min(wanted, len(self._vectors) - 1) else None
 
     def _is_here(self, slide_id: str, row: int) -> bool:
-        return slide_id in self._cell_of and row < len(self._cell_of[slide_id])
+        return slide_id in self._cell_of and row < len(self._cell_of[slide_id]) and self._cell_of[slide_id][row] >= 0
 
     def _cells_by_row(self) -> dict[str, np.ndarray]:
-        """Cells by their row, of each slide: an atlas has the first rows of each."""
+        """Cells by their row, of each slide, -1 for none: an atlas has the first rows of each, and single others."""
         found = {}
         for number, name in enumerate(self._names):
             cells = np.flatnonzero(self._slides == number)
-            of = np.empty(len(cells), np.int64)
+            of = np.full(self._rows[cells].max(initial=-1) + 1, -1, np.int64)
             of[self._rows[cells]] = cells
             found[name] = of
         return found

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from lemon.atlas.cells import THUMBNAIL_MPP, AtlasCells
 from lemon.atlas.compare import Comparison
 from lemon.atlas.fields import Category, Measure
+from lemon.atlas.listed import Listed
 from lemon.atlas.projection import compact, curve_order, quantise
 from lemon.atlas.tissue import OUTLINE_UM, TILE_PX, outlines_of, pictures_of
 from lemon.embed.clusters import palette
@@ -42,7 +43,7 @@ _PLACE = re.compile(r"\{\{(\w+)\}\}")
 
 _ASSETS = Path(__file__).resolve().parent / "assets"
 _VENDORED = _ASSETS / "vendor" / "openseadragon.min.js"
-_SCRIPTS = ("data.js", "thumbnails.js", "map.js", "tissue.js", "panels.js", "labels.js", "main.js")
+_SCRIPTS = ("data.js", "thumbnails.js", "map.js", "tissue.js", "panels.js", "labels.js", "turns.js", "main.js")
 
 _FILE_SOURCES = "img-src blob: data:"
 _SERVED_SOURCES = "img-src 'self' blob: data:; connect-src 'self'"
@@ -116,10 +117,15 @@ def page_data(
         "tilePx": TILE_PX,
         "fields": [_described(field) for field in fields],
         "scale": [_hex(color) for color in _scale_colors()],
-    }
+    } | list_facts(cells.listed)
     foreign = table["foreign_id"]
     given = foreign.to_pylist() if foreign.null_count < len(foreign) else []
     return PageData(title, subtitle, facts, arrays, {"ids": table["cell_id"].to_pylist(), "foreign-ids": given}, order)
+
+
+def list_facts(listed: Listed | None) -> dict[str, Any]:
+    """The cells that the page opens with, and the classes to offer for them."""
+    return {"list": None if listed is None else asdict(listed)}
 
 
 def write_page(store: Store, cells: AtlasCells, data: PageData, *, side_px: int) -> int:

@@ -44,20 +44,31 @@ def map_cells(
 ) -> np.ndarray:
     """Positions float32 [N, 2] by a method, of which the first MAPPED cells, a random sample, are given to it.
 
-    Each further cell lies at the median of its NEAR nearest cells of these, by cosine (openTSNE's start for new points;
-    found by annoy, in COMPACT_DIM principal components). On such a map rare cells lie where the sample has some.
+    Further cells are placed among these. On such a map rare cells lie where the sample has some.
     """
     positions = method(vectors[:MAPPED], perplexity=perplexity, seed=seed, threads=threads)
-    if len(vectors) <= MAPPED:
+    return place_others(positions, vectors, seed=seed, threads=threads)
+
+
+def place_others(positions: np.ndarray, vectors: np.ndarray, *, seed: int, threads: int) -> np.ndarray:
+    """Positions float32 [N, 2] of all of [N, D], of which the first [M, 2] are known.
+
+    Each further cell lies at the median of its NEAR nearest of these (of the first MAPPED at most), by cosine:
+    openTSNE's start for new points. They are found by annoy, in COMPACT_DIM principal components.
+    """
+    known = len(positions)
+    if len(vectors) == known:
         return positions
     packed, weights = compact(vectors)
     scale = np.sqrt(weights)
-    index = Annoy(packed[:MAPPED] * scale, NEAR, metric="euclidean", n_jobs=threads, random_state=seed)
+    among = packed[: min(known, MAPPED)] * scale
+    near_most = min(NEAR, len(among) - 1)
+    index = Annoy(among, near_most, metric="euclidean", n_jobs=threads, random_state=seed)
     index.build()
     placed = [positions]
-    with tqdm(total=len(vectors) - MAPPED, unit="cell", desc="placing the others", disable=None) as bar:
-        for start in range(MAPPED, len(vectors), PIECE):
-            near, _ = index.query(packed[start : start + PIECE] * scale, NEAR)
+    with tqdm(total=len(vectors) - known, unit="cell", desc="placing the others", disable=None) as bar:
+        for start in range(known, len(vectors), PIECE):
+            near, _ = index.query(packed[start : start + PIECE] * scale, near_most)
             placed.append(np.median(positions[near], axis=1).astype(np.float32))
             bar.update(len(near))
     return np.concatenate(placed)

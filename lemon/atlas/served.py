@@ -75,9 +75,11 @@ class Served:
 
 def circumstances_of(chosen: Chosen, settings: dict[str, Any]) -> str:
     """Names all that the served files are made from."""
-    names = [name(part.slide_id) for part in chosen.selection.parts for name in (clusters_name, morphometry_name)]
+    slides = dict.fromkeys(rows.part.slide_id for rows in chosen.rows)
+    names = [name(slide_id) for slide_id in slides for name in (clusters_name, morphometry_name)]
     derived = [record.sha256 for name in names for record in chosen.encoders[0].store.records.of(name)[:1]]
-    return fingerprint([LAYOUT, [chosen.fingerprint_of(each) for each in chosen.encoders], derived, settings])
+    added = [(rows.part.slide_id, rows.first) for rows in chosen.added]
+    return fingerprint([LAYOUT, [chosen.fingerprint_of(each) for each in chosen.encoders], added, derived, settings])
 
 
 def is_written(store: Store, circumstances: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,9 +33,9 @@ from lemon.schema import CELLS, CLASSES, CountRow, NeighbourhoodRow, SlideRow, m
 
 logger = stage_logger(__name__, "classify")
 
-COUNTS, NEIGHBOURHOOD, SCORE = "counts.csv", "neighbourhood.csv", "score.json"
+COUNTS, NEIGHBOURHOOD, SCORE, GIVEN = "counts.csv", "neighbourhood.csv", "score.json", "given.csv"
 
-OUTPUT_NAMES = ("classes", *FILE_OF, COUNTS, NEIGHBOURHOOD, SCORE)
+OUTPUT_NAMES = ("classes", *FILE_OF, COUNTS, NEIGHBOURHOOD, SCORE, GIVEN)
 """What classification writes in its output, but for the sheets in next/, which people fill in."""
 
 POOL = 20_000
@@ -75,6 +76,9 @@ def main(config: ClassifyConfig) -> int:
     logger.info(score["line"])
     with hold(config.output, stage="classify", names=OUTPUT_NAMES) as store:
         store.write_json(SCORE, score)
+        with store.write(GIVEN) as stream:
+            columns = {"cell_id": list(labelled.given), "label": list(labelled.given.values())}
+            pyarrow.csv.write_csv(pa.table(columns), stream)
         _classify(source, labelled, head, store, config=config)
         if config.next:
             _write_next(source, labelled, head, store, config=config)
@@ -261,6 +265,18 @@ def _write_next(source: Source, labelled: Labelled, head: Head, store: Store, *,
         ]
         store.write_bytes(f"{sheet.removesuffix('.csv')}.png", draw_sheet(crops, captions))
     logger.info(f"  {len(rows)} cells to label next: fill in label in {store.uri}/{sheet} and give it by labels= too")
+    if source.cells is not None and rows:
+        logger.info("  or label them by keys, in the page of")
+        logger.info(f"  {atlas_command(source, store, sheet, with_labels=bool(labelled.given))}")
+
+
+def atlas_command(source: Source, store: Store, sheet: str, *, with_labels: bool) -> str:
+    """The command that opens the cells of a sheet in the atlas, coloured by the labels so far where there are some."""
+    assert source.cells is not None
+    words = {"embeddings": source.embeddings.store.uri, "cells": source.cells.uri, "output": f"{store.uri}/atlas"}
+    words |= {"labels": f"{store.uri}/{GIVEN}"} if with_labels else {}
+    words |= {"show": f"{store.uri}/{sheet}"}
+    return shlex.join(["lemon", "atlas", *(f"{key}={value}" for key, value in words.items())])
 
 
 @dataclass

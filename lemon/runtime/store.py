@@ -355,10 +355,13 @@ class Store:
             return None
         return None if value is None else value.decode()
 
-    def iter_batches(self, name: str, *, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """One Parquet file, ``BATCH_ROWS`` rows or fewer at a time, in order. Raises FileNotFoundError."""
+    def iter_batches(self, name: str, *, columns: Sequence[str], first: int = 0) -> Iterator[pa.RecordBatch]:
+        """One Parquet file from row ``first`` on, ``BATCH_ROWS`` rows or fewer at a time, in order.
+
+        Raises FileNotFoundError.
+        """
         with self.open_parquet(name) as file:
-            yield from rows_of(file, columns=columns)
+            yield from rows_of(file, columns=columns, first=first)
 
     def remove_temporaries(self) -> None:
         """Remove what writers that were killed left in this output (local only: S3 leaves nothing).

@@ -105,6 +105,7 @@ def test_the_next_sheet_names_unlabelled_cells_and_can_be_given_back(folder: Pat
     rows = sheet(tmp_path / "out/next/after_16.csv")
     assert len({row["cell_id"] for row in rows} - LABELS.keys()) == 6
     assert Image.open(tmp_path / "out/next/after_16.png").width > 1000
+    assert {row["cell_id"]: row["label"] for row in sheet(tmp_path / "out/given.csv")} == LABELS
     filled = tmp_path / "out/next/after_16.csv"  # in place, as people do
     with filled.open("w") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
@@ -167,6 +168,17 @@ def test_foreign_ids_that_name_no_nucleus_or_several_are_one_line(
     labels = write_labels(tmp_path / "labels.csv", dict(zip(ids, "xy", strict=True)), key="foreign_id")
     with pytest.raises(ConfigError, match=line):
         classify(config(given, labels, tmp_path / "out"))
+
+
+def test_clusters_alone_are_no_labels_for_the_atlas(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lemon.classify.labels.CELLS_A_CLUSTER", 10)
+    clusters = write_labels(tmp_path / "clusters.csv", {"0": "tumour", "1": "stroma"}, key="cluster")
+    with caplog.at_level("INFO"):
+        assert classify(config(folder, clusters, tmp_path / "out", "next=3")) == 0
+    (command,) = [line for line in caplog.messages if "lemon atlas" in line]
+    assert command.endswith(f" output={tmp_path}/out/atlas show={tmp_path}/out/next/after_20.csv")
 
 
 def test_named_clusters_are_a_start_that_labels_of_cells_correct(folder: Path, tmp_path: Path) -> None:

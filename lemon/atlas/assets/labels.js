@@ -8,7 +8,7 @@ let areLabelsUnsaved = false;
 function remember() {
   const filters = fields.map((field) => (field.kind === "category" ? new Set(field.hidden) : field.range));
   const { codes, names, colors } = classes;
-  past.push({ selection, filters, codes, names, colors });
+  past.push({ selection, filters, codes, names, colors, pinned });
   if (past.length > STEPS_KEPT) past.shift();
   element("undo").disabled = false;
 }
@@ -21,11 +21,12 @@ function undo() {
   const { codes, names, colors } = state;
   Object.assign(classes, { codes, names, colors });
   setSelection(state.selection);
+  if (isInTurn) takeTurn(state.pinned);
   refresh();
 }
 
-// The cells that a label goes to: the selection, else the pinned cell.
-const labelled = () => selection ?? (pinned >= 0 ? [pinned] : []);
+// The cells that a label goes to: the selection, else the pinned cell; in turns always the pinned one.
+const labelled = () => (isInTurn ? null : selection) ?? (pinned >= 0 ? [pinned] : []);
 
 // Give those cells a class by its number; MISSING takes theirs away.
 function giveClass(code) {
@@ -37,16 +38,21 @@ function giveClass(code) {
   for (const cell of cells) classes.codes[cell] = code;
   areLabelsUnsaved = true;
   const what = code === MISSING ? "without class" : classes.names[code];
-  element("label-note").textContent = `${cells.length.toLocaleString("en")} cells: ${what}`;
+  element("label-note").textContent = isInTurn ? `${ids[cells[0]]}: ${what}` : `${cells.length.toLocaleString("en")} cells: ${what}`;
   refresh();
+  if (isInTurn && code !== MISSING) moveTurn(1);
 }
 
 function addClass(name) {
   if (classes.names.includes(name)) return;
   remember();
+  appendClass(name);
+  refresh();
+}
+
+function appendClass(name) {
   classes.names = [...classes.names, name];
   classes.colors = [...classes.colors, facts.palette[(classes.names.length - 1) % facts.palette.length]];
-  refresh();
 }
 
 function listClasses() {

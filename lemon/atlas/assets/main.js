@@ -19,6 +19,7 @@ function requestDraw() {
 function draw() {
   for (const view of maps) if (view.positions && view.pane.clientWidth) drawMap(view);
   drawTissue();
+  if (element("sheet").open) galleries.sheet.draw();
   if (!performance.getEntriesByName("first-frame").length) performance.mark("first-frame");
 }
 
@@ -273,15 +274,20 @@ document.addEventListener("keydown", (event) => {
   } else if (event.key === "Escape") {
     lassoPath = tissuePath = null;
     setLasso(false);
-    if (!element("sheet").open) select(null);
+    if (isInTurn) element("sheet").close();
+    else if (!element("sheet").open) select(null);
   } else if (key === "l") {
     setLasso(!isLassoOn());
   } else if (/^[1-9]$/.test(key) && Number(key) <= classes.names.length) {
     giveClass(Number(key) - 1);
   } else if (key === "backspace" || key === "delete") {
     giveClass(MISSING);
+  } else if (isInTurn && event.key in turnKeys && !event.target.closest(".map, #tissue")) {
+    event.preventDefault();
+    moveTurn(turnKeys[event.key]);
   }
 });
+const turnKeys = { ArrowLeft: -1, ArrowRight: 1 };
 
 function showPanes(which) {
   document.body.dataset.panes = which;
@@ -320,11 +326,19 @@ element("new-class").onchange = (event) => {
   if (!name) return;
   addClass(name);
   event.target.value = "";
+  if (isInTurn) element("sheet").focus(); // so that keys are those of classes again
 };
 element("no-class").onclick = () => giveClass(MISSING);
 element("export-csv").onclick = () => exportAs("csv");
 element("export-geojson").onclick = () => exportAs("geojson");
 element("open-sheet").onclick = () => showSheet(0);
+element("one-by-one").onclick = beginTurns;
+element("turn-export").onclick = () => {
+  element("export-what").value = "labelled";
+  exportAs("csv");
+};
+element("sheet").onclose = endTurns;
+window.onresize = () => element("sheet").open && showSheet(sheetStart);
 element("sheet-before").onclick = () => showSheet(sheetStart - A_PAGE);
 element("sheet-after").onclick = () => showSheet(sheetStart + A_PAGE);
 element("sheet-close").onclick = () => element("sheet").close();
@@ -354,6 +368,7 @@ async function start() {
   if (other) showOther();
   openSlides();
   document.body.inert = false;
+  if (facts.list) openList(facts.list);
 }
 
 function showOther() {
@@ -379,7 +394,8 @@ function openSlides() {
   for (const button of element("panes").children) button.hidden = !panes.includes(button.value);
   element("panes").hidden = panes.length < 2;
   element("export-geojson").hidden = !areSlidesThere;
-  showPanes(window.innerWidth < 800 || panes.length < 2 ? "map" : other ? "maps" : "both");
+  const single = facts.list && areSlidesThere ? "tissue" : "map"; // what is around a cell helps to label it
+  showPanes(window.innerWidth < 800 || panes.length < 2 ? single : other && !facts.list ? "maps" : "both");
   if (!areSlidesThere) return;
   element("slide-name").append(...facts.slides.map((name, i) => new Option(`${name} (${cellsOfSlide[i].length.toLocaleString("en")})`, i)));
   openViewer();

@@ -1,7 +1,7 @@
 // The column beside the map: what colours it, the legend, the selection, the pinned cell. All text is set as text.
 
 let colorField = fields[0];
-let selection = null; // cells, ascending, or null
+let selection = null; // cells, ascending but where a list gave their order, or null
 let pinned = -1;
 let pointed = null; // code of the category under the pointer
 const galleries = {
@@ -11,10 +11,10 @@ const galleries = {
     columns: 1,
     size: 76,
     most: 240,
+    mark: markOnSheet,
     onPick: (cell, event) => {
       click(cell, event);
-      if (selection && event.ctrlKey) showSheet(sheetStart);
-      else element("sheet").close();
+      if (!isInTurn && !event.ctrlKey && !event.metaKey) element("sheet").close();
     },
   }),
 };
@@ -70,6 +70,7 @@ function refresh() {
   listFilters();
   listClasses();
   tellSelection();
+  tellTurns();
   recolor();
 }
 
@@ -206,7 +207,7 @@ function pin(cell) {
     fillCard(element("pinned-card"), cell);
     galleries.neighbours.show([]);
     neighboursOf(cell, 12).then((near) => pinned === cell && galleries.neighbours.show(near));
-    element("pinned").scrollIntoView({ block: "nearest" });
+    if (!isInTurn) element("pinned").scrollIntoView({ block: "nearest" });
     if (viewer) goTo(cell);
   }
   requestDraw();
@@ -235,6 +236,7 @@ function setSelection(cells) {
   galleries.selection.show(selection ?? []);
   if (selection && viewer && !selection.some((cell) => slideOf[cell] === slide)) showSlide(slideOf[selection[0]]);
   if (!selection) element("sheet").close();
+  else if (element("sheet").open) showSheet(sheetStart);
 }
 
 function tellSelection() {
@@ -261,17 +263,18 @@ function makeup({ kind, title, codes, names, values, unit }) {
   return `By ${title.toLowerCase()}: ${words.join("; ")}${counts.size > 6 ? "; ..." : ""}`;
 }
 
-// The whole selection as pages of cells.
+// The whole selection as pages of cells: over the page, or in turns as a part of it.
 const A_PAGE = 240;
 let sheetStart = 0;
 
 function showSheet(start) {
   sheetStart = Math.min(Math.max(start, 0), Math.floor((selection.length - 1) / A_PAGE) * A_PAGE);
   const sheet = element("sheet");
-  if (!sheet.open) sheet.showModal();
+  if (!sheet.open) isInTurn ? sheet.show() : sheet.showModal();
   const gallery = galleries.sheet;
-  gallery.columns = Math.max(Math.floor((sheet.clientWidth - 48) / gallery.size), 1);
+  gallery.columns = Math.max(Math.floor((gallery.canvas.parentElement.clientWidth - 16) / gallery.size), 1);
   gallery.show(selection.slice(sheetStart, sheetStart + A_PAGE));
   const end = Math.min(sheetStart + A_PAGE, selection.length);
   element("sheet-place").textContent = `${sheetStart + 1} to ${end} of ${selection.length.toLocaleString("en")}`;
+  element("sheet-before").hidden = element("sheet-after").hidden = selection.length <= A_PAGE;
 }

@@ -81,10 +81,10 @@ function putOnShelf(cell, sheet) {
   shelf.getContext("2d").drawImage(sheet, ...from, px, px, ...to, px, px);
 }
 
-// A canvas full of cell images; a click picks one.
+// A canvas full of cell images; a click picks one, `mark` draws upon each.
 class Gallery {
-  constructor(canvas, { columns, size, most, onPick }) {
-    Object.assign(this, { canvas, columns, size, most, cells: [] });
+  constructor(canvas, { columns, size, most, onPick, mark }) {
+    Object.assign(this, { canvas, columns, size, most, mark, cells: [] });
     canvas.addEventListener("click", (event) => {
       const column = Math.floor(event.offsetX / size);
       const cell = this.cells[Math.floor(event.offsetY / size) * this.columns + column];
@@ -101,8 +101,8 @@ class Gallery {
   draw() {
     const context = this.canvas.getContext("2d");
     this.cells.forEach((cell, i) => {
-      const y = Math.floor(i / this.columns) * this.size;
-      drawCell(context, cell, (i % this.columns) * this.size, y, this.size - 2);
+      const [x, y] = [(i % this.columns) * this.size, Math.floor(i / this.columns) * this.size];
+      if (drawCell(context, cell, x, y, this.size - 2)) this.mark?.(context, cell, x, y, this.size - 2);
     });
   }
 }
