@@ -73,7 +73,8 @@ def measures_of(table: pa.Table) -> list[Measure]:
 
 
 def _category(table: pa.Table, key: str, title: str) -> Category:
-    """Names by number for clusters, so that they have QuPath's colours; else the most frequent first."""
+    """Names by number for clusters, so that they have QuPath's colours; labels by name, so that the keys that give them
+    stay from one round of labelling to the next; else the most frequent first."""
     column = table[key].to_pylist()
     known = [value for value in column if value is not None]
     values, counts = np.unique(np.array(known, dtype=None if known else str), return_counts=True)
@@ -82,7 +83,7 @@ def _category(table: pa.Table, key: str, title: str) -> Category:
         ordered = values.tolist()
         shown = tuple(colors[value] for value in ordered)
     else:
-        ordered = values[np.argsort(-counts, kind="stable")].tolist()
+        ordered = (values if key == "label" else values[np.argsort(-counts, kind="stable")]).tolist()
         shown = tuple(palette(len(ordered)))
     if len(ordered) >= MISSING:  # a slide a cell; the page's list could not be read either
         return Category(key, title, (), (), np.full(len(column), MISSING, np.uint16))

@@ -172,8 +172,10 @@ def subtitle_of(cells: AtlasCells, config: AtlasConfig) -> str:
     slides = f"{len(cells.slides)} slide" + ("s" if len(cells.slides) != 1 else "")
     method = {"tsne": "t-SNE, perplexity", "umap": "UMAP, neighbours"}[config.method]
     added = f", and {cells.n_added:,} that were named" if cells.n_added else ""
+    n_drawn = len(cells.table) - cells.n_added
+    drawn = ", all there are" if n_drawn == sum(row.n_cells for row in cells.slides) else f", drawn at random{added}"
     return (
-        f"{len(cells.table) - cells.n_added:,} cells of {slides}, drawn at random{added}; embedded by {cells.model}; "
+        f"{n_drawn:,} cells of {slides}{drawn}; embedded by {cells.model}; "
         f"{method} {config.perplexity:g}, cosine distance, seed {config.seed}"
     )
 
