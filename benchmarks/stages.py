@@ -28,7 +28,7 @@ from benchmarks.record import record
 from lemon.cells.crop import Frame, claim_cells
 from lemon.cells.shard import SlideShard
 from lemon.curate.config import CurateConfig
-from lemon.curate.slide import _read
+from lemon.curate.survey import read_region
 from lemon.runtime.config import load
 from lemon.runtime.store import Store
 from lemon.schema import CELL_MPP
@@ -142,13 +142,13 @@ def measure(config: CurateConfig, *, n_regions: int, batch: int) -> tuple[Costs,
         )
         regions = list(spread(planned, n_regions))
         frame = Frame(slide=slide, mpp=reader.mpp, scale=reader.scale, bounds_px=reader.bounds_base_px)
-        warm = np.stack([_read(reader, region) for region in regions[:2]])
+        warm = np.stack([read_region(reader, region) for region in regions[:2]])
         calibration = segmenter.calibrate(list(warm))
         segmenter.postprocess(warm[0], segmenter.predict(warm)[0], calibration)
         for start in range(0, len(regions), batch):
             group = regions[start : start + batch]
             with costs.of("read"):
-                images = np.stack([_read(reader, region) for region in group])
+                images = np.stack([read_region(reader, region) for region in group])
             with costs.of("network"):
                 predictions = segmenter.predict(images)
             for region, image, prediction in zip(group, images, predictions, strict=True):

@@ -23,6 +23,7 @@ _MIN_OD = 0.08  # of all three channels' mean, in a square or a crop; with less 
 _INK_OD = 0.2  # ink is at least this dense
 _INK_REDNESS = 0.42
 _MEAN = np.full(3, 1 / 3, np.float32)
+_CROPS_AT_ONCE = 32
 
 
 def find_flaws(overview: np.ndarray, tissue: np.ndarray, *, mpp: float) -> dict[Flaw, np.ndarray]:
@@ -74,21 +75,39 @@ def focus_of_crops(images: np.ndarray) -> np.ndarray:
     Args:
         images: uint8 [N, H, W, 3] at 0.25 um/px.
     """
-    return np.array([focus_of_region(image, side_px=min(image.shape[:2]))[0, 0] for image in images], np.float32)
+    scores = [np.empty(0, np.float32)]
+    for start in range(0, len(images), _CROPS_AT_ONCE):
+        density = optical_density(images[start : start + _CROPS_AT_ONCE]) @ _MEAN  # [n, H, W]
+        planes = np.ascontiguousarray(np.moveaxis(density, 0, -1))  # crops as channels, which OpenCV blurs together
+        details, mean = [band.var(axis=(0, 1)) for band in _bands(planes)], planes.mean(axis=(0, 1))
+        scores.append(_score(*details, mean))
+    return np.concatenate(scores)
 
 
-def focus_of_region(region: np.ndarray, *, side_px: int = FOCUS_BLOCK_PX) -> np.ndarray:
+def focus_of_region(region: np.ndarray) -> np.ndarray:
     """The same of each square of a region uint8 [H, W, 3] at 0.25 um/px, float32 [H / side, W / side]."""
+    side_px = FOCUS_BLOCK_PX
     rows, columns = (length // side_px for length in region.shape[:2])
-    density = optical_density(region) @ _MEAN
-    fine, middle, coarse = (cv2.GaussianBlur(density, (0, 0), sigma) for sigma in (1.0, 2.0, 4.0))
 
     def squares(plane: np.ndarray) -> np.ndarray:  # [H, W] -> [rows, side, columns, side]
         return plane[: rows * side_px, : columns * side_px].reshape(rows, side_px, columns, side_px)
 
-    energies = [squares(plane).var(axis=(1, 3)) + 1e-9 for plane in (fine - middle, middle - coarse)]
-    score = np.log2(energies[0] / energies[1])
-    return np.where(squares(density).mean(axis=(1, 3)) < _MIN_OD, np.nan, score).astype(np.float32)
+    density = optical_density(region) @ _MEAN
+    details = [squares(band).var(axis=(1, 3)) for band in _bands(density)]
+    return _score(*details, squares(density).mean(axis=(1, 3)))
+
+
+def _bands(density: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Details of 1 um and of 2 um, each float32 of the shape of density: [H, W] or [H, W, n]."""
+    fine, middle, coarse = (
+        cv2.GaussianBlur(density, (0, 0), sigma).reshape(density.shape) for sigma in (1.0, 2.0, 4.0)
+    )
+    return fine - middle, middle - coarse
+
+
+def _score(fine: np.ndarray, coarse: np.ndarray, mean_od: np.ndarray) -> np.ndarray:
+    """From the energies of details and the mean density, float32 of their shape."""
+    return np.where(mean_od < _MIN_OD, np.nan, np.log2((fine + 1e-9) / (coarse + 1e-9))).astype(np.float32)
 
 
 def blurred_share(regions: list[np.ndarray]) -> float | None:

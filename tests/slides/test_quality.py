@@ -89,3 +89,11 @@ def test_crops_have_a_focus_each() -> None:
     crops = np.stack([IMAGE[100:160, 100:160], cv2.GaussianBlur(IMAGE, (0, 0), 6)[100:160, 100:160]])
     sharp, soft = focus_of_crops(crops)
     assert sharp > MIN_FOCUS > soft
+
+
+def test_the_focus_of_a_crop_is_that_of_a_region_of_its_size_and_not_of_its_neighbours() -> None:
+    crops = np.stack([IMAGE[at : at + 64, at : at + 64] for at in range(70)])
+    alone = np.concatenate([focus_of_crops(crops[index : index + 1]) for index in range(len(crops))])
+    np.testing.assert_allclose(focus_of_crops(crops), alone, atol=1e-4)
+    np.testing.assert_allclose(alone, [focus_of_region(crop)[0, 0] for crop in crops], atol=1e-4)
+    assert focus_of_crops(crops[:0]).shape == (0,)
