@@ -400,10 +400,11 @@ class PretrainConfig(Settings, CellsConfig):
     def _run_faults(self) -> Iterator[Fault]:
         """Runs of no step, or whose learning rate never comes down; fields that would be scored as nuclei."""
         if self.field_um is not None:
-            for key, got in (("probe", self.probe), ("tasks", self.tasks)):
-                if got:
-                    given = got if key == "tasks" else "settings"
-                    yield Fault(key, given, f"null with field_um={self.field_um:g}: probes have images of nuclei")
+            expected = f"null with field_um={self.field_um:g}: probes have images of nuclei"
+            if self.probe is not None:
+                yield Fault("probe", self.probe.model_dump(exclude_unset=True), expected)
+            if self.tasks:
+                yield Fault("tasks", self.tasks, expected)
         if self.total_steps < 1:
             steps = self.steps_per_epoch
             yield Fault("epochs", self.epochs, f"{1 / steps:g} at least: an epoch is {steps:,} steps of {self.batch:,}")
