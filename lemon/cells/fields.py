@@ -46,7 +46,8 @@ def with_fields(selection: Selection, *, um: float) -> Selection:
     known = {row.slide_id: row for row in rows_with_cells(selection.store)}
     slides = [known[part.slide_id] for part in selection.parts]
     gone = {row.slide_id for row in slides if size_and_time(row.path) is None}
-    for problem, names in (("not there", gone), ("other files", changed_sources(slides, paths_of(slides)))):
+    changed = changed_sources(slides, {row.slide_id: row.path for row in slides})
+    for problem, names in (("not there", gone), ("other files", changed)):
         if names:
             raise ConfigError(
                 f"field_um: {len(names)} of {len(slides)} slides ({some(sorted(names))}) are {problem}, as "
@@ -54,11 +55,6 @@ def with_fields(selection: Selection, *, um: float) -> Selection:
             )
     parts = zip(selection.parts, slides, strict=True)
     return replace(selection, parts=tuple(replace(part, fields=SlideFields(slide, um)) for part, slide in parts))
-
-
-def paths_of(slides: Sequence[SlideRow]) -> dict[str, str]:
-    """Where slides lie, by their ids."""
-    return {row.slide_id: row.path for row in slides}
 
 
 def field_images(selection: Selection, part: Part, *, first: int, last: int | None, rows: int) -> Generator[np.ndarray]:

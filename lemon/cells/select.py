@@ -52,7 +52,7 @@ class Part:
     @property
     def images_digest(self) -> str | None:
         """Tells its images from all others."""
-        return self.digest if self.digest is None or self.fields is None else f"{self.digest} {self.fields.um:g} um"
+        return self.digest if self.digest is None or self.fields is None else f"{self.digest} {self.fields.um} um"
 
 
 @dataclass(frozen=True)
