@@ -6,8 +6,9 @@ python -m benchmarks.context --data FOLDER [--weights FOLDER] [--cache FOLDER] [
 FOLDER has masks/consep_train and nucls15 as their tasks read them (lemon.probe.tasks). A folder in --weights is an
 encoder by its name. Vectors are those of ``lemon embed context=``: the same functions make them. Score: balanced
 accuracy of the linear probe, mean over the task's five folds by image, with its 95 % interval over images; differences
-to the nucleus alone are over the same draws of images. Neighbours and fields are of the nucleus's own image, and no
-image is on both sides of a fold, so nothing of a test image is seen in training.
+to the nucleus alone, and of a field to that of the first of --fields (``over_first``), are over the same draws of
+images. Neighbours and fields are of the nucleus's own image, and no image is on both sides of a fold, so nothing of a
+test image is seen in training.
 
 ``random`` is a control: as many other nuclei of the same image, drawn at random, in place of the nearest. What it gains
 is what an image's mean tells; only what neighbours gain beyond it is due to their being near.
@@ -26,7 +27,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ import lemon
 from benchmarks.record import record
 from benchmarks.robustness import exported_one
 from lemon.cells.crop import corners_of, cut_crops
-from lemon.embed.context import FIELDS_AT_A_TIME, with_field, with_neighbours
+from lemon.cells.fields import PX_AT_A_TIME
+from lemon.embed.context import with_field, with_neighbours
 from lemon.encoders.open import Encoder
 from lemon.probe import metrics
 from lemon.probe.config import ProbeSettings
@@ -92,11 +94,14 @@ def main() -> None:
         rows = np.sort(np.random.default_rng(SEED).permutation(len(task.images))[: options.cells])
         scored = part_of(task, rows)
         for encoder in options.encoders:
-            alone = None
+            alone, first = None, None
             for row, vectors in contexts(name, task, rows, encoder, options):
                 pooled = held_out(scored, vectors)
                 alone = alone or pooled
                 row |= scores(pooled, alone)
+                if row["context"] == "field":
+                    first = first or pooled
+                    row["over_first"] = rounded(pooled.less(first))
                 print(*(f"{key} {value}" for key, value in row.items()), sep="  ", flush=True)
                 record("context", row, packages=("numpy", "scikit-learn", "scipy", "torch"))
 
@@ -222,7 +227,8 @@ def fields(
     margin = side_px // 2 + 1
     image = np.pad(BENCHMARKS[name].image(data, slide), ((margin,) * 2, (margin,) * 2, (0, 0)), mode="symmetric")
     corner = corners_in(task, rows, side_px=side_px) + margin
-    parts = np.split(corner, range(FIELDS_AT_A_TIME, len(corner), FIELDS_AT_A_TIME))
+    at_a_time = max(1, PX_AT_A_TIME // side_px**2)
+    parts = np.split(corner, range(at_a_time, len(corner), at_a_time))
     return np.concatenate([encoder.embed_fields(cut_crops(image, part, side_px=side_px)).numpy() for part in parts])
 
 
@@ -248,8 +254,12 @@ def held_out(task: Task, vectors: np.ndarray) -> metrics.Bootstrapped:
 
 def scores(pooled: metrics.Bootstrapped, alone: metrics.Bootstrapped) -> dict[str, Any]:
     """The score with its interval, and the difference to the nucleus alone."""
-    score, gain = pooled.interval(), pooled.less(alone)
-    return {key: [round(float(each), 4) for each in value] for key, value in (("score", score), ("gain", gain))}
+    return {"score": rounded(pooled.interval()), "gain": rounded(pooled.less(alone))}
+
+
+def rounded(values: Iterable[float]) -> list[float]:
+    """As they are recorded."""
+    return [round(float(each), 4) for each in values]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ import numpy as np
 import pyarrow as pa
 
 from lemon import schema
-from lemon.cells.ledger import cells_ledger
+from lemon.cells.ledger import cells_ledger, rows_with_cells
 from lemon.cells.names import shard_name
 from lemon.cells.select import rank_of
 from lemon.cells.shard import PARQUET_OPTIONS, images_to_arrow
 from lemon.runtime.shards import write_shard
 from lemon.runtime.store import Store
-from lemon.slides.synthetic import make_tissue
+from lemon.slides.source import digest_of, size_and_time
+from lemon.slides.synthetic import make_tissue, write_pyramid
 
 
 def synthetic_crops(count: int, *, seed: int = 0) -> np.ndarray:
@@ -57,6 +59,27 @@ def write_slide(
     row = schema.SlideRow(slide_id, "", **slide, **counts, status="done", cells_digest=shard.digest)
     cells_ledger(store, config_fingerprint="test").commit(row)
     return images[order]
+
+
+TISSUE_MPP, TISSUE_PX = 0.5, 600
+
+
+def table_of_a_slide(folder: Path) -> Store:
+    """32 cells with random images, two of them at corners, of a slide of 600 px at 0.5 um/px that lies in
+    ``folder/s.tiff``."""
+    path = folder / "s.tiff"
+    write_pyramid(path, make_tissue(TISSUE_PX, seed=1).image, mpp=TISSUE_MPP)
+    generator = np.random.default_rng(0)
+    corners = [[0.5, 0.5], [TISSUE_PX - 1, TISSUE_PX - 1]]
+    place = np.concatenate([generator.uniform(0, TISSUE_PX, (30, 2)), corners])
+    store = Store(folder / "cells")
+    arrays = {"x_level0_px": place[:, 0], "y_level0_px": place[:, 1], "mpp": np.full(len(place), TISSUE_MPP)}
+    write_slide(store, "s", generator.integers(0, 256, (len(place), 60, 60, 3), np.uint8), arrays=arrays)
+    (row,) = rows_with_cells(store)
+    size, time = size_and_time(str(path)) or (0, 0)
+    source = {"source_size_bytes": size, "source_mtime_ns": time, "source_digest": digest_of(path)}
+    cells_ledger(store, config_fingerprint="test").commit(replace(row, path=str(path), mpp=TISSUE_MPP, **source))
+    return store
 
 
 def numbered(count: int, *, start: int = 0) -> np.ndarray:

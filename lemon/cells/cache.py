@@ -1,9 +1,10 @@
 """Images of a selection on a local disk, uncompressed: a cache that all selections, runs and processes of a node share.
 
 A file holds the first cells of one shard, as many as any selection asked for so far, and is named by the digest of the
-shard's rows. So a larger selection of the same slides adds to the files of a smaller one. Cells are appended, each with
-a checksum over its image and its place, which is compared whenever it is read: what was cut short or damaged is told
-and made anew. A file is written by the process that holds its lock.
+shard's rows and, where it holds fields in place of the shard's images, by their width. So a larger selection of the
+same slides adds to the files of a smaller one. Cells are appended, each with a checksum over its image and its place,
+which is compared whenever it is read: what was cut short or damaged is told and made anew. A file is written by the
+process that holds its lock.
 
 Who reads holds a claim: a locked file that names the files it needs. Locks end with their process, so a claim that can
 be locked is what a killed process left. Before files are made, others that nobody claims make room, the least recently
@@ -217,9 +218,9 @@ def _sizes(selection: Selection) -> dict[str, int]:
 
 
 def _name(part: Part) -> str:
-    if part.digest is None:
+    if part.images_digest is None:
         raise ConfigError(f"cells: the table states no digest of {part.name}; curate the slide again")
-    return hashlib.sha256(part.digest.encode()).hexdigest()[:32] + IMAGES
+    return hashlib.sha256(part.images_digest.encode()).hexdigest()[:32] + IMAGES
 
 
 def _records(images: np.ndarray, *, first: int) -> memoryview:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -73,7 +74,7 @@ def sample_images(selection: Selection, *, count: int, slides: int = 64) -> np.n
     slides, each a random sample of its slide. Raises ConfigError."""
     parts = selection.parts[:: -(-len(selection.parts) // slides)]
     each = -(-count // len(parts))
-    few = (Part(part.slide_id, part.name, min(part.n_rows, each), part.digest) for part in parts)
+    few = (replace(part, n_rows=min(part.n_rows, each)) for part in parts)
     return read_images(Selection(selection.store, tuple(few)))
 
 
@@ -82,9 +83,14 @@ def part_images(
 ) -> Generator[np.ndarray]:
     """The images of a part from row ``first`` to ``last`` (exclusive; None: all), uint8 [n <= rows, 60, 60, 3].
 
-    Raises ConfigError where the shard is damaged or another than its table says.
+    Raises ConfigError where the shard is damaged or another than its table says; of fields as ``field_images`` does.
     """
     try:
+        if part.fields is not None:
+            from lemon.cells.fields import field_images  # opens slides, which nothing else here needs
+
+            yield from field_images(selection, part, first=first, last=last, rows=rows)
+            return
         for batch in selection.batches(part, ["image"], first=first, last=last, batch_rows=rows):
             yield images_from_arrow(batch["image"])
     except ShardError as error:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,9 @@ from lemon.runtime.identifiers import likely_name, some, tcga_patient
 from lemon.runtime.shards import ShardError, read_shard
 from lemon.runtime.store import BATCH_ROWS, READERS, Store, fingerprint
 from lemon.schema import CELLS, SlideRow
+
+if TYPE_CHECKING:
+    from lemon.cells.fields import SlideFields
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +46,13 @@ class Part:
     n_rows: int
     digest: str | None = None
     """Of the rows of the whole shard."""
+    fields: SlideFields | None = None
+    """What images are cut from the slide in place of the shard's own."""
+
+    @property
+    def images_digest(self) -> str | None:
+        """Tells its images from all others."""
+        return self.digest if self.digest is None or self.fields is None else f"{self.digest} {self.fields.um} um"
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,7 @@ class Selection:
     @property
     def fingerprint(self) -> str:
         """Names the selected cells by their content: equal for equal cells, wherever the table lies."""
-        return fingerprint([(part.digest, part.n_rows) for part in self.parts])
+        return fingerprint([(part.images_digest, part.n_rows) for part in self.parts])
 
     def batches(
         self,

@@ -82,7 +82,7 @@ class FieldConfig(ContextConfig):
         from lemon.embed.context import Field as FieldOfTissue  # imports torch
         from lemon.embed.encode import open_encoder
 
-        return FieldOfTissue(open_encoder(self.model, key="context.model"), um=self.um)
+        return FieldOfTissue(open_encoder(self.model, key="context.model", of_cells=False), um=self.um)
 
     def check(self) -> None:
         """Raises ConfigError where ``model`` is no name and no path to an encoder."""

@@ -8,7 +8,7 @@ brought to the length of the own part; mean and deviation have the units of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
@@ -17,26 +17,20 @@ import pyarrow as pa
 import torch
 from scipy.spatial import cKDTree
 
-from lemon.cells.crop import corners_of, cut_crops
+from lemon.cells.fields import PLACE, cut_fields, full_scratch_error, place_um
 from lemon.embed.stream import SlideCells
 from lemon.encoders.open import Encoder
-from lemon.errors import ConfigError, FatalError
+from lemon.errors import ConfigError
 from lemon.runtime.identifiers import some
 from lemon.runtime.scratch import scratch_folder
 from lemon.runtime.store import fingerprint
 from lemon.schema import CELL_MPP, SlideRow
 from lemon.slides.errors import SlideError
-from lemon.slides.local import local_slide
-from lemon.slides.reader import SlideReader
 from lemon.slides.source import changed_sources
 
 Pieces: TypeAlias = Generator[tuple[pa.RecordBatch, np.ndarray]]
 """Rows of a slide's cells, in the order of its shard, with their vectors float32 [n, W]."""
 
-BLOCK_PX = 2048
-"""Side at 0.25 um/px of what is read of a slide at once, but for the margin that fields reach over: 12 MB."""
-
-FIELDS_AT_A_TIME = 256  # 39 MB of 224 px
 CELLS_AT_A_TIME = 2048  # whose neighbours' vectors are in memory: 31 MB of ten of 384 values
 
 
@@ -125,7 +119,7 @@ class Neighbours(Context):
             for batch, vectors in slide.encoded():
                 own.append(vectors)
                 batches.append(batch.select(slide.FACTS))
-            known, tree, start = own.read(), cKDTree(_place_um(batches)), 0
+            known, tree, start = own.read(), cKDTree(place_um(batches)), 0
             for batch in batches:
                 rows = np.arange(start, start + len(batch))
                 yield batch, with_neighbours(known, tree, rows, k=self.k, radius_um=self.radius_um)
@@ -177,7 +171,8 @@ class Field(Context):
         """Fields are encoded first, in the order of their places on the slide; they wait on the scratch disk."""
         with scratch_folder() as folder:
             around, order = _Kept(folder / "fields", self.encoder.width), []
-            for rows, fields in _fields(slide, side_px=self.side_px):
+            batches = list(slide.batches(PLACE))
+            for rows, fields in cut_fields(slide.path, batches, side_px=self.side_px):
                 with slide.device.running():
                     around.append(self.encoder.embed_fields(fields, bf16=slide.bf16).float().cpu().numpy())
                 order.append(rows)
@@ -235,32 +230,6 @@ def with_field(own: np.ndarray, field: np.ndarray) -> np.ndarray:
     return np.concatenate([own, field * (length / np.maximum(of_field, 1e-12))], axis=1).astype(np.float32)
 
 
-def _place_um(batches: Sequence[pa.RecordBatch]) -> np.ndarray:
-    """Places of cells in um: float64 [N, 2]."""
-    parts = [
-        np.stack([batch["x_level0_px"].to_numpy(), batch["y_level0_px"].to_numpy()], axis=1)
-        * batch["mpp"].to_numpy()[:, None]
-        for batch in batches
-    ]
-    return np.concatenate([np.empty((0, 2)), *parts])
-
-
-def _fields(slide: SlideCells, *, side_px: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Fields uint8 [n, side, side, 3] at 0.25 um/px around a slide's cells, and which rows [n] they are of."""
-    batches = list(slide.batches(slide.FACTS))
-    mpp = float(batches[0]["mpp"][0].as_py())
-    corner = corners_of(_place_um(batches) / CELL_MPP - 0.5, side_px=side_px)  # level-0 to base px: crop.to_level0
-    blocks, owner = np.unique(corner // BLOCK_PX, axis=0, return_inverse=True)
-    by_block = np.split(np.argsort(owner.ravel(), kind="stable"), np.cumsum(np.bincount(owner.ravel()))[:-1])
-    size = BLOCK_PX + side_px
-    with local_slide(slide.path) as path, SlideReader(path, mpp=mpp) as reader:
-        for (x_px, y_px), of_block in zip((blocks * BLOCK_PX).tolist(), by_block, strict=True):
-            block = reader.region(x_px, y_px, width_px=size, height_px=size)
-            for start in range(0, len(of_block), FIELDS_AT_A_TIME):
-                rows = of_block[start : start + FIELDS_AT_A_TIME]
-                yield rows, cut_crops(block, corner[rows] - (x_px, y_px), side_px=side_px)
-
-
 class _Kept:
     """Vectors float32 [N, width] in a file, in the order in which they came: a slide's may not fit the memory."""
 
@@ -273,8 +242,7 @@ class _Kept:
             with self.path.open("ab") as stream:
                 stream.write(np.ascontiguousarray(vectors, np.float32).data)
         except OSError as error:
-            line = f"cannot keep vectors in {self.path.parent.parent}: {error}; TMPDIR=... names another folder"
-            raise FatalError(line) from None
+            raise full_scratch_error(self.path, "vectors", error) from None
 
     def read(self) -> np.ndarray:
         return np.memmap(self.path, np.float32, "r").reshape(-1, self.width)

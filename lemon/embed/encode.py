@@ -27,10 +27,14 @@ from lemon.schema import EmbeddedRow, SlideRow
 from lemon.slides.errors import RegionError, SlideError
 
 
-def open_encoder(model: str, *, key: str = "model") -> Encoder:
-    """The encoder that ``model=``, or another key, names, on the CPU. Raises ConfigError."""
+def open_encoder(model: str, *, key: str = "model", of_cells: bool = True) -> Encoder:
+    """The encoder that ``model=``, or another key, names, on the CPU. Raises ConfigError, also for one of fields where
+    one ``of_cells`` is needed."""
     try:
-        return load_encoder(model)
+        encoder = load_encoder(model)
+        if of_cells:
+            encoder.check_of_cells()
+        return encoder
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"{key}: {' '.join(str(error).split())}") from None
 

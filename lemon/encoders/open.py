@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from functools import cached_property
 from pathlib import Path
@@ -50,15 +51,30 @@ class Encoder(nn.Module):
         # One cell shows the width; for a network that takes seconds for it, it is shown once it is known.
         width = self.width if count < _SMALL or "width" in vars(self) else "D"
         place = next((each.device for each in self.parameters()), "cpu")
-        return (
-            f"Encoder {self.name!r}: {count / 1e6:.1f} M parameters on {place}\n"
-            f"  embed(uint8 [N, {CELL_PX}, {CELL_PX}, 3], RGB at {CELL_MPP} um/px) -> torch.float32 [N, {width}]"
-        )
+        takes = f"embed(uint8 [N, {CELL_PX}, {CELL_PX}, 3], RGB at {CELL_MPP} um/px)"
+        if self.field_um is not None:
+            takes = f"embed_fields(uint8 [N, S, S, 3], RGB, S px being {self.field_um:g} um)"
+        size = f"{count / 1e6:.1f} M parameters on {place}"
+        return f"Encoder {self.name!r}: {size}\n  {takes} -> torch.float32 [N, {width}]"
+
+    @property
+    def field_um(self) -> float | None:
+        """Side of the fields of tissue that it was trained on; None of an encoder of cells."""
+        of = self.cell_input
+        return None if math.isclose(of.um_per_px, CELL_MPP) else of.crop_px * of.um_per_px
+
+    def check_of_cells(self) -> None:
+        """Raises ConfigError for an encoder of fields: it would see cells at another scale than its own."""
+        if self.field_um is not None:
+            raise ConfigError(
+                f"{self.name} was trained on fields of {self.field_um:g} um and does not take images of nuclei; "
+                f"expected an encoder of cells, and this one as context=field context.model=... of lemon embed"
+            )
 
     @cached_property
     def width(self) -> int:
         """Values of an embedding."""
-        return self.embed(np.zeros((1, CELL_PX, CELL_PX, 3), np.uint8)).shape[1]
+        return self.embed_fields(np.zeros((1, self.cell_input.px, self.cell_input.px, 3), np.uint8)).shape[1]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -92,7 +108,9 @@ class Encoder(nn.Module):
 
         Raises:
             ValueError: other images, with what was got and what is expected.
+            ConfigError: it is an encoder of fields, ``check_of_cells``.
         """
+        self.check_of_cells()
         of = self.cell_input
         return encode_cells(
             self.model,

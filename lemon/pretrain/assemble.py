@@ -18,7 +18,7 @@ from lemon.pretrain.config import FitStainConfig, PretrainConfig
 from lemon.pretrain.loop import Log, Trainer, TrainingStoppedError
 from lemon.pretrain.online_probe import OnlineProbe
 from lemon.runtime.store import Store, code_version, fingerprint, path_exists
-from lemon.schema import CELL_BYTES
+from lemon.schema import CELL_BYTES, CELL_MPP, VIEW_PX
 from lemon.views.make import statistics_of
 from lemon.views.stain import fit_stain_statistics, statistics_name
 
@@ -28,8 +28,13 @@ _RESIDENT_SHARE = 0.4  # of the device's free memory that images may take
 
 
 def select(config: PretrainConfig) -> Selection:
-    """The cells that a config names. Raises ConfigError."""
-    return select_cells(Store(config.cells), **config.select.model_dump())
+    """The cells that a config names, with the images that it asks for. Raises ConfigError."""
+    selection = select_cells(Store(config.cells), **config.select.model_dump())
+    if config.field_um is None:
+        return selection
+    from lemon.cells.fields import with_fields  # opens slides, which training without fields does not need
+
+    return with_fields(selection, um=config.field_um)
 
 
 def fit_stain(config: FitStainConfig) -> tuple[str, int]:
@@ -143,7 +148,8 @@ def export(trainer: Trainer, config: PretrainConfig) -> None:
         "code_version": code_version(),
     }
     views = config.views
-    cell_input = CellInput(mean=views.mean, std=views.std, crop_px=config.encoder.crop_px)
+    um_per_px = CELL_MPP if config.field_um is None else config.field_um / VIEW_PX
+    cell_input = CellInput(mean=views.mean, std=views.std, um_per_px=um_per_px, crop_px=config.encoder.crop_px)
     folder = f"{trainer.checkpoints.store.uri}/{EXPORT}"
     export_encoder(trainer.method.exported, folder, cell_input=cell_input, facts=facts)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lemon.cells.batches import is_streamed
-from lemon.cells.cache import check_cache
+from lemon.cells.cache import bytes_in_cache, check_cache
 from lemon.cells.select import Selection
 from lemon.encoders.device import choose_device
 from lemon.errors import ConfigError
@@ -37,6 +37,11 @@ def check(config: PretrainConfig) -> tuple[PretrainConfig, Selection]:
     selection = select(config)
     if selection.n_cells < MIN_CELLS:
         raise ConfigError(f"cells: got {selection.n_cells}; expected {MIN_CELLS} at least, and better thousands")
+    if config.field_um is not None and is_streamed(selection, cache_gb=config.cache_gb):
+        got, needed = config.cache_gb, bytes_in_cache(selection) / 1e9
+        raise ConfigError(
+            f"cache_gb: got {got:g}; expected {needed:.3g} at least with field_um: fields are cut into the cache, once"
+        )
     if config.probe is not None and config.probe.labels is not None:
         labelled_task(config)
     if config.workers.in_process:  # others are on other machines, and report it themselves

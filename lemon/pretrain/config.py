@@ -323,6 +323,14 @@ class PretrainConfig(Settings, CellsConfig):
     views: Annotated[Policy, Choice("views", "a1_gray")] = Field({}, validate_default=True)
     encoder: Annotated[EncoderConfig, Choice("encoder", "vit_s8")] = Field({}, validate_default=True)
     select: SelectConfig = SelectConfig()
+    field_um: float | None = Field(
+        None,
+        ge=15,
+        le=512,
+        description="side of what the encoder sees around each nucleus, cut from the slides that the cells are of, for "
+        "context=field of lemon embed; it is scored and registered only where that is asked. null: the cells' own "
+        "images, 10 um",
+    )
     exclude_benchmarks: BenchmarkNames = Field("auto", description=EXCLUDE_BENCHMARKS)
     epochs: float = Field(FULL_EPOCHS, gt=0)
     images_per_epoch: int = Field(1_000_000, ge=1, description="an epoch is this many images, not a pass")
@@ -354,6 +362,14 @@ class PretrainConfig(Settings, CellsConfig):
         description="name of the encoder in MLflow's model registry, without / : . % and quotes; null: in none",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fields_are_scored_on_nothing(cls, value: Any) -> Any:
+        """Probes have images of nuclei, and who opens the newest encoder of a name wants one for these."""
+        if isinstance(value, dict) and value.get("field_um") is not None:
+            return {"probe": None, "tasks": None, "register_as": None} | value
+        return value
+
     @field_validator("tasks", "exclude_benchmarks", mode="before")
     @classmethod
     def _wrap_single_task(cls, value: Any) -> Any:
@@ -382,7 +398,13 @@ class PretrainConfig(Settings, CellsConfig):
         return self
 
     def _run_faults(self) -> Iterator[Fault]:
-        """Runs of no step, or whose learning rate never comes down."""
+        """Runs of no step, or whose learning rate never comes down; fields that would be scored as nuclei."""
+        if self.field_um is not None:
+            expected = f"null with field_um={self.field_um:g}: probes have images of nuclei"
+            if self.probe is not None:
+                yield Fault("probe", self.probe.model_dump(exclude_unset=True), expected)
+            if self.tasks:
+                yield Fault("tasks", self.tasks, expected)
         if self.total_steps < 1:
             steps = self.steps_per_epoch
             yield Fault("epochs", self.epochs, f"{1 / steps:g} at least: an epoch is {steps:,} steps of {self.batch:,}")
@@ -417,4 +439,5 @@ class PretrainConfig(Settings, CellsConfig):
     def result_settings(self) -> dict[str, Any]:
         """The settings that change the encoder; an output goes on only with the same."""
         names = "cells ssl views encoder select epochs images_per_epoch batch seed precision"
-        return self.model_dump(mode="json", include=set(names.split()))
+        fields = {} if self.field_um is None else {"field_um": self.field_um}
+        return self.model_dump(mode="json", include=set(names.split())) | fields

@@ -83,6 +83,8 @@ def begin_output(config: PretrainConfig, selection: Selection, store: Store) -> 
         logger.info(f"{selection.n_cells:,} cells are fewer than a batch of {config.batch:,}; cells repeat in it")
     slides = len(selection.parts)
     logger.info(f"{selection.n_cells:,} cells of {slides} slides, {config.total_steps:,} steps of {config.batch:,}")
+    if config.field_um is not None:
+        logger.info(f"fields of {config.field_um:g} um are cut from the slides, where {config.cache} lacks them")
 
 
 def settings_of(config: PretrainConfig, selection: Selection) -> dict[str, Any]:

@@ -95,6 +95,7 @@ def _score_all(config: ProbeConfig, store: Store) -> int:
     for name in models:
         try:
             encoder = load_encoder(name, device=device)
+            encoder.check_of_cells()
         except (ConfigError, FileNotFoundError, ValueError) as error:
             faults.append(f"{name}: {error}")
             logger.warning(f"left out {faults[-1]}")

@@ -85,6 +85,8 @@ def cached_select(cells: Store) -> Callable[..., Selection]:
 def selection_faults(config: PretrainConfig, select: Callable[..., Selection]) -> list[str]:
     """What the table lacks for a point to be what its name says. Reads the ledger, no shard."""
     select_config = config.select
+    if config.field_um is not None:
+        return [f"field_um: got {config.field_um:g}; expected null: a sweep scores encoders on images of nuclei"]
     try:
         all_cells = select(**select_config.model_dump() | {"n_cells": None})
     except ConfigError as error:

@@ -15,6 +15,7 @@ from scipy.spatial import cKDTree
 import lemon
 from lemon.atlas.cells import read_cells as read_atlas_cells
 from lemon.atlas.config import AtlasConfig
+from lemon.cells import fields
 from lemon.cells.ledger import cells_ledger, rows_with_cells
 from lemon.cells.names import shard_name
 from lemon.classify.config import ClassifyConfig
@@ -30,9 +31,8 @@ from lemon.runtime import store as storage
 from lemon.runtime.config import load
 from lemon.runtime.store import Store
 from lemon.slides.reader import SlideReader
-from lemon.slides.source import digest_of, size_and_time
 from lemon.slides.synthetic import make_tissue, write_pyramid
-from tests.cells_table import write_slide
+from tests.cells_table import TISSUE_MPP, TISSUE_PX, table_of_a_slide
 from tests.embed.tables import SLIDES, WIDTH, killed_at, write_encoder
 
 pytestmark = pytest.mark.usefixtures("console")
@@ -43,8 +43,8 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several batches, blocks and parts of a slide, also of a small one."""
     monkeypatch.setattr(storage, "BATCH_ROWS", 16)
     monkeypatch.setattr(context, "CELLS_AT_A_TIME", 7)
-    monkeypatch.setattr(context, "FIELDS_AT_A_TIME", 5)
-    monkeypatch.setattr(context, "BLOCK_PX", 200)
+    monkeypatch.setattr(fields, "PX_AT_A_TIME", 5 * 120**2)
+    monkeypatch.setattr(fields, "BLOCK_PX", 200)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
@@ -219,25 +219,10 @@ def test_a_full_scratch_disk_stops_the_job_with_where_it_is(tmp_path: Path) -> N
 
 # --- fields -----------------------------------------------------------------------------------------------------------
 
-MPP = 0.5
-SIDE_PX = 600
-
 
 @pytest.fixture
 def slide_cells(tmp_path: Path) -> Store:
-    """Cells of a slide of 600 px at 0.5 um/px that is there, also at its corners."""
-    write_pyramid(tmp_path / "s.tiff", make_tissue(SIDE_PX, seed=1).image, mpp=MPP)
-    generator = np.random.default_rng(0)
-    place = np.concatenate([generator.uniform(0, SIDE_PX, (30, 2)), [[0.5, 0.5], [SIDE_PX - 1, SIDE_PX - 1]]])
-    store = Store(tmp_path / "cells")
-    arrays = {"x_level0_px": place[:, 0], "y_level0_px": place[:, 1], "mpp": np.full(len(place), MPP)}
-    write_slide(store, "s", generator.integers(0, 256, (len(place), 60, 60, 3), np.uint8), arrays=arrays)
-    (row,) = rows_with_cells(store)
-    path = str(tmp_path / "s.tiff")
-    size, time = size_and_time(path) or (0, 0)
-    source = {"source_size_bytes": size, "source_mtime_ns": time, "source_digest": digest_of(Path(path))}
-    cells_ledger(store, config_fingerprint="test").commit(replace(row, path=path, mpp=MPP, **source))
-    return store
+    return table_of_a_slide(tmp_path)
 
 
 def test_stored_fields_are_what_the_slide_shows_around_each_nucleus(
@@ -250,14 +235,14 @@ def test_stored_fields_are_what_the_slide_shows_around_each_nucleus(
     embedding.run(config_for(model, slide_cells, tmp_path / "alone"))
     own, got = stored(tmp_path / "alone", "s"), stored(tmp_path / "out", "s")
     shard = slide_cells.read_table(shard_name("s"))
-    fields = []
+    shown = []
     with SlideReader(tmp_path / "s.tiff") as reader:
         for x, y in zip(shard["x_level0_px"].to_pylist(), shard["y_level0_px"].to_pylist(), strict=True):
-            corner = [round(each * MPP / 0.25 - 0.5 - 119 / 2) for each in (x, y)]
-            fields.append(reader.region(*corner, width_px=120, height_px=120))
-    at_corner = fields[int(np.argmax(shard["x_level0_px"].to_numpy() + shard["y_level0_px"].to_numpy()))]
+            corner = [round(each * TISSUE_MPP / 0.25 - 0.5 - 119 / 2) for each in (x, y)]
+            shown.append(reader.region(*corner, width_px=120, height_px=120))
+    at_corner = shown[int(np.argmax(shard["x_level0_px"].to_numpy() + shard["y_level0_px"].to_numpy()))]
     assert (at_corner == 255).all(axis=2).mean() > 0.7  # three quarters of it lie beyond the slide
-    field = lemon.load_encoder(other).embed_fields(np.stack(fields)).numpy()
+    field = lemon.load_encoder(other).embed_fields(np.stack(shown)).numpy()
     np.testing.assert_allclose(got, with_field(own, field), rtol=1e-3, atol=1e-4)
     assert Store(tmp_path / "out").read_json("embed.json")["context"]["model"] == "field"
 
@@ -278,7 +263,7 @@ def test_a_slide_whose_file_is_not_that_of_its_cells_is_a_failed_row(
 ) -> None:
     (tmp_path / "s.tiff").unlink()
     if fault == "other":
-        write_pyramid(tmp_path / "s.tiff", make_tissue(SIDE_PX, seed=2).image, mpp=MPP)
+        write_pyramid(tmp_path / "s.tiff", make_tissue(TISSUE_PX, seed=2).image, mpp=TISSUE_MPP)
     words = ["context=field", f"context.model={model}"]
     summary = embedding.run(config_for(model, slide_cells, tmp_path / "out", *words))
     (row,) = summary.rows

@@ -102,6 +102,9 @@ def test_slides_and_organs_that_are_not_there_leave_the_points_that_fit(
     code, text = plan(tmp_path, capsys, "sweep=organs", "pretrain.select.n_cells=5000")
     assert code == EXIT_BAD_CONFIG
     assert "point o5-s100, o5-s400: pretrain.select.organs: got 5 organs; the table has 2 (" in text
+    code, text = plan(tmp_path, capsys, "sweep=slides", "sweep.points=[10]", "pretrain.field_um=56")
+    assert code == EXIT_BAD_CONFIG
+    assert "field_um: got 56; expected null: a sweep scores encoders on images of nuclei" in text
 
 
 def test_without_a_table_the_plan_says_what_to_curate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
