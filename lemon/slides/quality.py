@@ -79,8 +79,8 @@ def focus_of_crops(images: np.ndarray) -> np.ndarray:
     for start in range(0, len(images), _CROPS_AT_ONCE):
         density = optical_density(images[start : start + _CROPS_AT_ONCE]) @ _MEAN  # [n, H, W]
         planes = np.ascontiguousarray(np.moveaxis(density, 0, -1))  # crops as channels, which OpenCV blurs together
-        details, mean = [band.var(axis=(0, 1)) for band in _bands(planes)], planes.mean(axis=(0, 1))
-        scores.append(_score(*details, mean))
+        fine, coarse = (band.var(axis=(0, 1)) for band in _bands(planes))
+        scores.append(_score(fine, coarse, planes.mean(axis=(0, 1))))
     return np.concatenate(scores)
 
 
@@ -93,8 +93,8 @@ def focus_of_region(region: np.ndarray) -> np.ndarray:
         return plane[: rows * side_px, : columns * side_px].reshape(rows, side_px, columns, side_px)
 
     density = optical_density(region) @ _MEAN
-    details = [squares(band).var(axis=(1, 3)) for band in _bands(density)]
-    return _score(*details, squares(density).mean(axis=(1, 3)))
+    fine, coarse = (squares(band).var(axis=(1, 3)) for band in _bands(density))
+    return _score(fine, coarse, squares(density).mean(axis=(1, 3)))
 
 
 def _bands(density: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
