@@ -143,8 +143,8 @@ class Curator(pool.Worker[LocatedSlide, SlideRow]):
         self.config, self.locate = config, source.open()
         self.ledger = ledger
         self.segmenter = config.segmenter.build() if config.cells_from is None else None
-        self.processes: Executor = WorkerProcesses(config.workers.cpus)
-        self.surveyor = WorkerProcesses(1) if surveys_ahead else None
+        self.processes: Executor = WorkerProcesses(config.workers.cpus, of=curate_slide)
+        self.surveyor = WorkerProcesses(1, of=survey_file) if surveys_ahead else None
         self.free_since_s = time.perf_counter()
 
     @contextlib.contextmanager
@@ -163,7 +163,7 @@ class Curator(pool.Worker[LocatedSlide, SlideRow]):
         try:
             return self.surveyor.submit(survey_file, path, slide, self.config).result()
         except BrokenProcessPool:
-            self.surveyor = WorkerProcesses(1)
+            self.surveyor = WorkerProcesses(1, of=survey_file)
         except Exception:  # in its turn it is raised again
             logger.debug("%s", path, exc_info=True)
         return None
@@ -183,7 +183,7 @@ class Curator(pool.Worker[LocatedSlide, SlideRow]):
                 free_since_s=self.free_since_s,
             )
         except BrokenProcessPool as error:
-            self.processes = WorkerProcesses(self.config.workers.cpus)
+            self.processes = WorkerProcesses(self.config.workers.cpus, of=curate_slide)
             raise pool.CrashError from error
         self.device_s += row.network_s or 0.0
         self.free_since_s = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import itertools
 import mmap
 import multiprocessing
@@ -47,10 +48,14 @@ class WorkerProcesses(Executor):
     or has none left, items are pickled.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, *, of: Callable[..., Any] | None = None) -> None:
+        """Start ``count`` processes; ``of`` is what they will be asked for, so that they import it before they are."""
         # Started afresh (no fork), because threads and CUDA are about.
         context = multiprocessing.get_context("spawn")
-        self._processes = ProcessPoolExecutor(count, mp_context=context, initializer=_begin_process)
+        modules = () if of is None else (of.__module__,)
+        self._processes = ProcessPoolExecutor(count, mp_context=context, initializer=_begin_process, initargs=modules)
+        for _ in range(count):  # else each would start when there is work for it
+            self._processes.submit(_nothing)
         self._shares = hasattr(os, "memfd_create")
         self._free: deque[_Memory] = deque()
         self._maps: dict[_Memory, mmap.mmap] = {}
@@ -136,9 +141,15 @@ def _mapped(memory: _Memory) -> memoryview:
         return memoryview(mmap.mmap(file.fileno(), memory.n_bytes))
 
 
-def _begin_process() -> None:
-    cv2.setNumThreads(1)
+def _begin_process(*modules: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    cv2.setNumThreads(1)
+    for module in modules:
+        importlib.import_module(module)
+
+
+def _nothing() -> None:
+    """Starts a process."""
 
 
 def _end_with_parent() -> None:

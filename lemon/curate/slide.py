@@ -234,15 +234,16 @@ def _curate_open(
         images = ordered_map(
             readers, lambda region: _timed_read(reader, region), seen.regions, ahead=config.workers.readers + batch
         )
-        # The network computes in a thread of its own, so that it waits for no pickling, writing or instances.
+        # The network computes in a thread of its own, so that it waits for no pickling, writing or instances. It hands
+        # over whole batches: each time that a thread waits for another may take milliseconds.
         predictions = _predict(zip(seen.regions, images, strict=True), segmenter=segmenter, batch=batch, tally=tally)
-        predicted = stack.enter_context(contextlib.closing(run_ahead(predictions, ahead=2 * batch)))
+        predicted = stack.enter_context(contextlib.closing(run_ahead(predictions, ahead=2)))
         claims = ordered_map(
             processes,
             _postprocess_and_claim,
             (
                 (_postprocess_of(segmenter, region), image, prediction, calibration, region, frame, shard.rank_below)
-                for region, image, prediction in predicted
+                for region, image, prediction in itertools.chain.from_iterable(predicted)
             ),
             ahead=config.workers.cpus + batch,
         )
@@ -274,8 +275,11 @@ def _predict(
     segmenter: Segmenter,
     batch: int,
     tally: Tally,
-) -> Iterator[tuple[Region, np.ndarray, Any]]:
-    """Run the network over readable regions, while the next batch is read and stacked; unreadable ones are counted."""
+) -> Iterator[list[tuple[Region, np.ndarray, Any]]]:
+    """Batches of readable regions and what the network says of them, while the next batch is read and stacked.
+
+    Unreadable ones are counted.
+    """
 
     def readable() -> Iterator[tuple[Region, np.ndarray]]:
         for region, (image, seconds) in regions:
@@ -296,7 +300,7 @@ def _predict(
         for group, images in batches:
             with tally.clock("network"):
                 predictions = segmenter.predict(images)
-            yield from zip(group, images, predictions, strict=True)
+            yield list(zip(group, images, predictions, strict=True))
 
 
 def _postprocess_of(segmenter: Segmenter, region: Region) -> Postprocess:
