@@ -234,8 +234,7 @@ def _curate_open(
         images = ordered_map(
             readers, lambda region: _timed_read(reader, region), seen.regions, ahead=config.workers.readers + batch
         )
-        # The network computes in a thread of its own, so that it waits for no pickling, writing or instances. It hands
-        # over whole batches: each time that a thread waits for another may take milliseconds.
+        # The network computes in a thread of its own, so that it waits for no handing over, writing or instances.
         predictions = _predict(zip(seen.regions, images, strict=True), segmenter=segmenter, batch=batch, tally=tally)
         predicted = stack.enter_context(contextlib.closing(run_ahead(predictions, ahead=2)))
         claims = ordered_map(
