@@ -1,15 +1,18 @@
 """The pretraining step: images a second of the whole step, its share of the device's peak, and of the feed alone.
 
 python -m benchmarks.pretrain [--device cuda --batch 4096 --encoder vit_s8 --peak-tflops 989] [--steps 20]
-    [--method mocov3|dinov2|dinov2_kde] [--parts step feed peer] [--profile TABLE.txt]
+    [--method mocov3|dinov2|dinov2_kde] [--parts step feed peer lightly] [--profile TABLE.txt]
 
-Three rates on the same cells, the same method and the same device, one after another in one process; each is printed
+Rates on the same cells, the same method and the same device, one after another in one process; each is printed
 and recorded as it comes:
 
 - step: the trainer as ``jobs/pretrain.py`` runs it (feed, views on the device, forward, backward, optimiser);
 - feed: the same feed with the step replaced by nothing;
 - peer: the same method fed by a torchvision PIL pipeline of the same policy in a DataLoader, as many workers as cores
-  (MoCo v3 only).
+  (MoCo v3 only);
+- lightly: that DataLoader before a MoCo v3 of lightly's heads, momentum and loss (pip install lightly) around timm's
+  network of the same size, put together as its examples for MoCo v2 and BYOL are; it has none for MoCo v3. Its loss
+  has negatives among queries too, a small part of the step. Left out where it is not installed.
 
 MFU is the arithmetic of a step (9.3 GFLOP an image for ViT-S/8 with its heads, counted here by torch) over the peak.
 The count is that of the whole network; where the last block computes class tokens alone, less is done.
@@ -18,15 +21,20 @@ The count is that of the whole network; where the last block computes class toke
 from __future__ import annotations
 
 import argparse
+import copy
+import importlib.util
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import Compose, Normalize
@@ -48,6 +56,7 @@ from lemon.runtime.store import Store
 from lemon.views.policy import load_policy
 
 WARMUP_STEPS = 3
+PARTS = ["step", "feed", "peer", "lightly"]
 METHODS: dict[str, tuple[type[Method], dict[str, Any]]] = {
     "mocov3": (MoCoV3, {}),
     "dinov2": (DINOv2, {}),
@@ -77,6 +86,8 @@ def main() -> None:
             tell({"feed_images_per_s": feed_rate(images, options)})
         if "peer" in options.parts:
             tell({"peer_images_per_s": peer_rate(trainer, images, options)})
+        if "lightly" in options.parts and importlib.util.find_spec("lightly"):
+            tell({"lightly_images_per_s": lightly_rate(images, options)})
 
 
 def arguments() -> argparse.Namespace:
@@ -85,7 +96,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--encoder", default="vit_tiny8", choices=["vit_tiny8", "vit_s8", "vit_b8"])
     parser.add_argument("--method", default="mocov3", choices=list(METHODS))
-    parser.add_argument("--parts", nargs="+", default=["step", "feed", "peer"], choices=["step", "feed", "peer"])
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--cells", type=int, default=20_000)
@@ -121,7 +132,7 @@ def method_of(options: argparse.Namespace, *, chunk: int | None = None) -> Metho
     """The method that is measured, with its settings of a run."""
     kind, settings = METHODS[options.method]
     config = (MoCoV3Config if kind is MoCoV3 else DINOv2Config)(warmup_epochs=1, chunk=chunk, **settings)
-    return kind(config, getattr(encoders, options.encoder.upper()), seed=0)  # type: ignore[call-arg]
+    return kind(config, getattr(encoders, options.encoder.upper()), seed=0)
 
 
 def count_gflop(options: argparse.Namespace) -> float:
@@ -212,6 +223,66 @@ class PilViews(Dataset):
 
 def peer_rate(trainer: Trainer, images: np.ndarray, options: argparse.Namespace) -> float:
     """Images a second of the same method behind a DataLoader, without compilation of the views."""
+
+    def step(views: list[torch.Tensor]) -> None:
+        values = trainer.schedules.at(trainer.step)
+        trainer.method.before_step(values)
+        with trainer._autocast():
+            parts = trainer.method(views, values=values)
+        parts["loss"].backward()
+        trainer._optimizer.step()
+        trainer._optimizer.zero_grad(set_to_none=True)
+
+    return rate_behind_loader(step, images, options)
+
+
+def lightly_rate(images: np.ndarray, options: argparse.Namespace) -> float:
+    """Images a second of MoCo v3 from lightly's parts behind the same DataLoader."""
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules import heads
+    from lightly.models.utils import deactivate_requires_grad, update_momentum
+
+    device, config, shape = torch.device(options.device), MoCoV3Config(), getattr(encoders, options.encoder.upper())
+    hidden = {"hidden_dim": config.hidden_dim, "output_dim": config.out_dim}
+    student = nn.Sequential(
+        timm_vit(shape), heads.MoCoProjectionHead(shape.dim, **hidden, num_layers=3, batch_norm=True)
+    ).to(device)
+    predictor = heads.BYOLPredictionHead(config.out_dim, **hidden).to(device)
+    teacher, criterion = copy.deepcopy(student), NTXentLoss(temperature=config.temperature)
+    deactivate_requires_grad(teacher)
+    optimizer = torch.optim.AdamW([*student.parameters(), *predictor.parameters()])
+
+    def step(views: list[torch.Tensor]) -> None:
+        update_momentum(student, teacher, m=0.99)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            queries = [predictor(student(view)) for view in views]
+            with torch.no_grad():
+                keys = [teacher(view) for view in views]
+            loss = criterion(queries[0], keys[1]) + criterion(queries[1], keys[0])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return rate_behind_loader(step, images, options)
+
+
+def timm_vit(shape: encoders.EncoderConfig) -> nn.Module:
+    """timm's network of a shape, without a head."""
+    return timm.models.VisionTransformer(
+        img_size=shape.crop_px,
+        patch_size=shape.patch_px,
+        embed_dim=shape.dim,
+        depth=shape.depth,
+        num_heads=shape.heads,
+        num_classes=0,
+        global_pool="token",
+    )
+
+
+def rate_behind_loader(
+    step: Callable[[list[torch.Tensor]], None], images: np.ndarray, options: argparse.Namespace
+) -> float:
+    """Images a second of a step behind torchvision's pipeline in a DataLoader."""
     loader = DataLoader(
         PilViews(images, options.policy),
         batch_size=options.batch,
@@ -223,14 +294,7 @@ def peer_rate(trainer: Trainer, images: np.ndarray, options: argparse.Namespace)
     next(source)
     start = time.perf_counter()
     for _ in range(options.steps):
-        views = [view.to(options.device, non_blocking=True) for view in next(source)]
-        values = trainer.schedules.at(trainer.step)
-        trainer.method.before_step(values)
-        with trainer._autocast():
-            parts = trainer.method(views, values=values)
-        parts["loss"].backward()
-        trainer._optimizer.step()
-        trainer._optimizer.zero_grad(set_to_none=True)
+        step([view.to(options.device, non_blocking=True) for view in next(source)])
     synchronise(options)
     return options.steps * options.batch / (time.perf_counter() - start)
 
