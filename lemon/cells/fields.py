@@ -66,6 +66,8 @@ def field_images(selection: Selection, part: Part, *, first: int, last: int | No
     assert part.fields is not None
     slide, side_px = part.fields.slide, round(part.fields.um / CELL_MPP * CELL_PX / VIEW_PX)
     batches = list(selection.batches(part, PLACE, first=first, last=last))
+    if not any(map(len, batches)):
+        return
     with scratch_folder() as folder:
         path = folder / "fields"
         try:

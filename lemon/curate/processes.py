@@ -56,7 +56,7 @@ class WorkerProcesses(Executor):
         self._processes = ProcessPoolExecutor(count, mp_context=context, initializer=_begin_process, initargs=modules)
         for _ in range(count):  # else each would start when there is work for it
             self._processes.submit(_nothing)
-        self._shares = hasattr(os, "memfd_create")
+        self._shares, self._serials = hasattr(os, "memfd_create"), itertools.count()
         self._free: deque[_Memory] = deque()
         self._maps: dict[_Memory, mmap.mmap] = {}
         self._close = weakref.finalize(self, _close_all, self._maps)
@@ -85,30 +85,41 @@ class WorkerProcesses(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """End the processes."""
+        """End the processes; their memory goes with this object where some are not waited for."""
+        self._shares = False
+        self._free.clear()
         self._processes.shutdown(wait, cancel_futures=cancel_futures)
-        self._close()
+        if wait:
+            self._close()
 
     def _memory_of(self, n_bytes: int) -> _Memory | None:
         """A free piece of that size or more; None where there is none to be had."""
-        for _ in range(len(self._free)):
-            memory = self._free.popleft()
-            if memory.n_bytes >= n_bytes:
-                return memory
-            self._free.append(memory)
-        if not self._shares:
-            return None
-        descriptor = os.memfd_create("lemon", os.MFD_CLOEXEC)
-        try:
-            os.posix_fallocate(descriptor, 0, n_bytes)
-        except OSError:  # no memory is left: a write to it would kill this process
-            os.close(descriptor)
-            return None
-        memory = _Memory(os.getpid(), descriptor, len(self._maps), n_bytes)
-        self._maps[memory] = mmap.mmap(descriptor, n_bytes)
-        if len(self._maps) == 1:  # a sandbox may not let one process open what another holds
+        while self._free:
+            with contextlib.suppress(IndexError):  # another thread took it
+                free = self._free.popleft()
+                if free.n_bytes >= n_bytes:
+                    return free
+                self._maps.pop(free)
+                os.close(free.descriptor)
+        memory = self._new_memory(n_bytes) if self._shares else None
+        if memory is not None and memory.serial == 0:  # a sandbox may not let one process open what another holds
             self._shares = self._processes.submit(_can_map, memory).result()
         return memory if self._shares else None
+
+    def _new_memory(self, n_bytes: int) -> _Memory | None:
+        """A piece whose pages are there, so that no write to it kills this process; None where there is none."""
+        with contextlib.ExitStack() as stack:
+            try:
+                descriptor = os.memfd_create("lemon", os.MFD_CLOEXEC)
+                stack.callback(os.close, descriptor)
+                os.posix_fallocate(descriptor, 0, n_bytes)
+                mapped = mmap.mmap(descriptor, n_bytes)
+            except OSError:
+                return None
+            stack.pop_all()
+        memory = _Memory(os.getpid(), descriptor, next(self._serials), n_bytes)
+        self._maps[memory] = mapped
+        return memory
 
 
 def _aligned(n_bytes: int) -> int:
@@ -135,7 +146,7 @@ def _can_map(memory: _Memory) -> bool:
         return False
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _mapped(memory: _Memory) -> memoryview:
     with Path(f"/proc/{memory.pid}/fd/{memory.descriptor}").open("r+b") as file:
         return memoryview(mmap.mmap(file.fileno(), memory.n_bytes))

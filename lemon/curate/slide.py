@@ -165,6 +165,9 @@ def curate_slide(
             stack.callback(reader.close)
             row = replace(row, mpp=reader.mpp, mpp_assumed=reader.mpp_assumed)
             row = replace(row, width_px=reader.width_px, height_px=reader.height_px)
+            seen = fetched.survey
+            if seen is not None and seen.mask_digest != row.mask_digest:
+                seen = None  # another mask was given since
             _curate_open(
                 reader,
                 slide=slide,
@@ -173,7 +176,7 @@ def curate_slide(
                 processes=processes,
                 store=store,
                 tally=tally,
-                seen=fetched.survey,
+                seen=seen,
             )
             row = replace(row, status="partial" if tally.n_failed_regions else "done")
         except SlideError as error:

@@ -16,6 +16,7 @@ from lemon.schema import CELL_MPP
 from lemon.slides.cohort import Slide
 from lemon.slides.quality import blurred_share, find_flaws, share_of
 from lemon.slides.reader import RegionError, SlideError, SlideReader
+from lemon.slides.source import mask_digest
 from lemon.slides.tiles import Region, plan_regions, spread
 from lemon.slides.tissue import OVERVIEW_MPP, find_tissue, read_mask, reason_not_he
 
@@ -32,6 +33,7 @@ class Survey:
         notes: what the slide's row is to say.
         pen_share: of the tissue, where flaws were looked for; so is fold_share.
         blurred_share: of the samples; None without any.
+        mask_digest: of the mask that was given for the slide; None without one.
     """
 
     regions: list[Region] = field(default_factory=list)
@@ -40,6 +42,7 @@ class Survey:
     pen_share: float | None = None
     fold_share: float | None = None
     blurred_share: float | None = None
+    mask_digest: str | None = None
 
 
 def open_slide(path: str, *, slide: Slide, config: CurateConfig) -> SlideReader:
@@ -60,7 +63,7 @@ def survey(reader: SlideReader, *, slide: Slide, config: CurateConfig, given: Pl
         raise SlideError(
             f"{reader.mpp:.3g} um/px is coarser than max_mpp={config.max_mpp:g}: nuclei cannot be resolved"
         )
-    seen = Survey()
+    seen = Survey(mask_digest=mask_digest(config.tissue.masks, file_stem(slide.slide_id)))
     overview, overview_mpp = _overview(reader, seen)
     mask = None if overview is None else _check_stain(overview, mpp=overview_mpp, config=config)
     if given is not None:

@@ -328,8 +328,7 @@ class PretrainConfig(Settings, CellsConfig):
         ge=15,
         le=512,
         description="side of what the encoder sees around each nucleus, cut from the slides that the cells are of, for "
-        "context=field of lemon embed; it is scored and registered only where that is asked. null: the cells' own "
-        "images, 10 um",
+        "context=field of lemon embed; it is neither scored nor registered. null: the cells' own images, 10 um",
     )
     exclude_benchmarks: BenchmarkNames = Field("auto", description=EXCLUDE_BENCHMARKS)
     epochs: float = Field(FULL_EPOCHS, gt=0)
@@ -365,7 +364,7 @@ class PretrainConfig(Settings, CellsConfig):
     @model_validator(mode="before")
     @classmethod
     def _fields_are_scored_on_nothing(cls, value: Any) -> Any:
-        """Probes have images of nuclei, and who opens the newest encoder of a name wants one for these."""
+        """Probes have images of nuclei, and so has who opens an encoder of the registry."""
         if isinstance(value, dict) and value.get("field_um") is not None:
             return {"probe": None, "tasks": None, "register_as": None} | value
         return value
@@ -400,11 +399,12 @@ class PretrainConfig(Settings, CellsConfig):
     def _run_faults(self) -> Iterator[Fault]:
         """Runs of no step, or whose learning rate never comes down; fields that would be scored as nuclei."""
         if self.field_um is not None:
-            expected = f"null with field_um={self.field_um:g}: probes have images of nuclei"
+            expected = f"null with field_um={self.field_um:g}: probes and registered models have images of nuclei"
             if self.probe is not None:
                 yield Fault("probe", self.probe.model_dump(exclude_unset=True), expected)
-            if self.tasks:
-                yield Fault("tasks", self.tasks, expected)
+            for name in ("tasks", "register_as"):
+                if given := getattr(self, name):
+                    yield Fault(name, given, expected)
         if self.total_steps < 1:
             steps = self.steps_per_epoch
             yield Fault("epochs", self.epochs, f"{1 / steps:g} at least: an epoch is {steps:,} steps of {self.batch:,}")

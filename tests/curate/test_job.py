@@ -338,6 +338,26 @@ def test_the_next_slide_is_looked_at_while_one_is_curated_and_its_row_and_cells_
         assert pq.read_table(tmp_path / "True" / name).equals(pq.read_table(tmp_path / "False" / name))
 
 
+def test_a_mask_that_changes_after_a_slide_was_looked_at_counts_as_it_is_in_its_turn(
+    slide_file: Path, tmp_path: Path
+) -> None:
+    mask = tmp_path / "masks/a.png"
+    mask.parent.mkdir()
+    cv2.imwrite(str(mask), np.full((16, 16), 255, np.uint8))
+    config = config_for(slide_file, tmp_path / "out", "workers.cpus=1", f"tissue.masks={mask.parent}")
+    worker, slide = worker_for(config, surveys_ahead=True), Slide("a", str(slide_file))
+    worker.segmenter = HeldSegmenter()
+    with worker.ready(curate.LocatedSlide(slide, slide.path)) as item:
+        assert item.fetched is not None
+        assert item.fetched.survey is not None
+        small = np.zeros((16, 16), np.uint8)
+        small[8, 8] = 255
+        cv2.imwrite(str(mask), small)
+        row = worker.work(item)
+    assert row.n_regions is not None
+    assert 0 < row.n_regions < len(item.fetched.survey.regions)
+
+
 def test_a_file_that_kills_what_looks_ahead_is_worked_on_in_its_turn_and_the_next_is_looked_at_again(
     slide_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -81,14 +82,18 @@ def _sum(array: np.ndarray) -> int:
     return int(array.sum())
 
 
-def test_without_memory_to_share_items_are_pickled(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError("no space left")
+@pytest.mark.parametrize("step", ["os.memfd_create", "os.posix_fallocate", "mmap.mmap"])
+def test_without_memory_to_share_items_are_pickled(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("not here")
 
-    monkeypatch.setattr(module.os, "posix_fallocate", full)
     with WorkerProcesses(1) as processes:
-        assert processes.submit(_sum, np.ones(1_000_000, np.uint8)).result() == 1_000_000
+        held = _n_descriptors()
+        with monkeypatch.context() as patch:
+            patch.setattr(f"{module.__name__}.{step}", refuse)
+            assert processes.submit(_sum, np.ones(1_000_000, np.uint8)).result() == 1_000_000
         assert not processes._maps
+        assert _n_descriptors() == held
 
 
 def _cannot_map(*_: object) -> bool:
@@ -100,6 +105,27 @@ def test_where_a_process_may_not_open_what_another_holds_items_are_pickled(monke
     with WorkerProcesses(1) as processes:
         for _ in range(2):
             assert processes.submit(_sum, np.ones(1_000_000, np.uint8)).result() == 1_000_000
+
+
+def test_memory_that_is_too_small_is_given_back(processes: WorkerProcesses) -> None:
+    held = _n_held()
+    for n_bytes in range(1_000_000, 9_000_000, 1_000_000):
+        assert processes.submit(_sum, np.ones(n_bytes, np.uint8)).result() == n_bytes
+    assert _n_held() <= held + 2
+
+
+def _sum_later(array: np.ndarray) -> int:
+    time.sleep(0.3)
+    return _sum(array)
+
+
+def test_what_is_pending_when_processes_are_ended_keeps_its_memory_and_nothing_more_is_taken() -> None:
+    processes = WorkerProcesses(1)
+    pending = [processes.submit(_sum_later, np.full(1_000_000, number, np.uint8)) for number in range(4)]
+    processes.shutdown(wait=False)
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        processes.submit(_sum, np.ones(1_000_000, np.uint8))
+    assert [future.result() for future in pending] == [number * 1_000_000 for number in range(4)]
 
 
 def _die(array: np.ndarray) -> None:
@@ -120,6 +146,11 @@ def test_a_process_that_dies_is_told_and_no_memory_stays() -> None:
 def _n_held() -> int:
     """Pieces of memory that this process holds."""
     return len(re.findall("memfd:lemon", Path("/proc/self/maps").read_text()))
+
+
+def _n_descriptors() -> int:
+    """Of such memory, in this process."""
+    return sum("memfd:lemon" in str(link.resolve()) for link in Path("/proc/self/fd").iterdir())
 
 
 PARENT = """

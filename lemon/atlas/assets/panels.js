@@ -236,6 +236,7 @@ function setSelection(cells) {
   galleries.selection.show(selection ?? []);
   if (selection && viewer && !selection.some((cell) => slideOf[cell] === slide)) showSlide(slideOf[selection[0]]);
   if (!selection) element("sheet").close();
+  else if (isInTurn && !selection.includes(pinned)) beginTurns();
   else if (element("sheet").open) showSheet(sheetStart);
 }
 
