@@ -24,6 +24,7 @@ import random
 import re
 import shutil
 import threading
+import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -194,6 +195,7 @@ class CachedImages:
             for images in part_images(self._selection, self._selection.parts[part], first=done):
                 _write(file, _records(images, first=row), row * RECORD_BYTES)
                 row += len(images)
+            _note_use(file)
         except BaseException as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(file, done * RECORD_BYTES)
@@ -239,6 +241,12 @@ def _write(file: int, content: memoryview, offset: int) -> None:
         content, offset = content[written:], offset + written
 
 
+def _note_use(file: int | Path) -> None:
+    """By which the least recently used are found; the time of a write alone has steps of milliseconds."""
+    now_ns = time.time_ns()
+    os.utime(file, ns=(now_ns, now_ns))
+
+
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
@@ -256,7 +264,7 @@ class _Folder:
                 path.unlink(missing_ok=True)
             for name in sizes:
                 with contextlib.suppress(FileNotFoundError):
-                    os.utime(self.path / name)
+                    _note_use(self.path / name)
             path = self.path / f"{uuid.uuid4().hex}{CLAIM}"
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
             _lock(file, path, wait=True)  # who checks may hold it for a moment
