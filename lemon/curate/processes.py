@@ -72,11 +72,11 @@ class WorkerProcesses(Executor):
             return False
 
         call = pickle.dumps((function, items, named), protocol=5, buffer_callback=is_small)
-        ends = list(itertools.accumulate(_aligned(buffer.raw().nbytes) for buffer in large))
-        memory = self._memory_of(ends[-1]) if large else None
+        starts = [0, *itertools.accumulate(_aligned(buffer.raw().nbytes) for buffer in large)]
+        memory = self._memory_of(starts[-1]) if large else None
         if memory is None:
             return self._processes.submit(function, *items, **named)
-        spans = [(end - _aligned(size), size) for end, size in zip(ends, (b.raw().nbytes for b in large), strict=True)]
+        spans = [(start, buffer.raw().nbytes) for start, buffer in zip(starts, large, strict=False)]
         for buffer, (start, size) in zip(large, spans, strict=True):
             place = np.frombuffer(self._maps[memory], np.uint8, size, start)
             np.copyto(place, np.frombuffer(buffer.raw(), np.uint8))  # lets other threads run

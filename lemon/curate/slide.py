@@ -239,13 +239,13 @@ def _curate_open(
         )
         # The network computes in a thread of its own, so that it waits for no handing over, writing or instances.
         predictions = _predict(zip(seen.regions, images, strict=True), segmenter=segmenter, batch=batch, tally=tally)
-        predicted = stack.enter_context(contextlib.closing(run_ahead(predictions, ahead=2)))
+        predicted = stack.enter_context(contextlib.closing(run_ahead(predictions, ahead=2 * batch)))
         claims = ordered_map(
             processes,
             _postprocess_and_claim,
             (
                 (_postprocess_of(segmenter, region), image, prediction, calibration, region, frame, shard.rank_below)
-                for region, image, prediction in itertools.chain.from_iterable(predicted)
+                for region, image, prediction in predicted
             ),
             ahead=config.workers.cpus + batch,
         )
@@ -277,11 +277,8 @@ def _predict(
     segmenter: Segmenter,
     batch: int,
     tally: Tally,
-) -> Iterator[list[tuple[Region, np.ndarray, Any]]]:
-    """Batches of readable regions and what the network says of them, while the next batch is read and stacked.
-
-    Unreadable ones are counted.
-    """
+) -> Iterator[tuple[Region, np.ndarray, Any]]:
+    """Run the network over readable regions, while the next batch is read and stacked; unreadable ones are counted."""
 
     def readable() -> Iterator[tuple[Region, np.ndarray]]:
         for region, (image, seconds) in regions:
@@ -302,7 +299,7 @@ def _predict(
         for group, images in batches:
             with tally.clock("network"):
                 predictions = segmenter.predict(images)
-            yield list(zip(group, images, predictions, strict=True))
+            yield from zip(group, images, predictions, strict=True)
 
 
 def _postprocess_of(segmenter: Segmenter, region: Region) -> Postprocess:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -33,7 +33,7 @@ class Survey:
         notes: what the slide's row is to say.
         pen_share: of the tissue, where flaws were looked for; so is fold_share.
         blurred_share: of the samples; None without any.
-        mask_digest: of the mask that was given for the slide; None without one.
+        mask_digest: of the mask that was given for the slide, where it was looked at ahead; None without one.
     """
 
     regions: list[Region] = field(default_factory=list)
@@ -52,8 +52,9 @@ def open_slide(path: str, *, slide: Slide, config: CurateConfig) -> SlideReader:
 
 def survey_file(path: str, slide: Slide, config: CurateConfig) -> Survey | None:
     """``survey`` of a file, None for one that cannot be used: in its turn it says why."""
+    digest = mask_digest(config.tissue.masks, file_stem(slide.slide_id))
     with contextlib.suppress(SlideError), contextlib.closing(open_slide(path, slide=slide, config=config)) as reader:
-        return survey(reader, slide=slide, config=config)
+        return replace(survey(reader, slide=slide, config=config), mask_digest=digest)
     return None
 
 
@@ -63,7 +64,7 @@ def survey(reader: SlideReader, *, slide: Slide, config: CurateConfig, given: Pl
         raise SlideError(
             f"{reader.mpp:.3g} um/px is coarser than max_mpp={config.max_mpp:g}: nuclei cannot be resolved"
         )
-    seen = Survey(mask_digest=mask_digest(config.tissue.masks, file_stem(slide.slide_id)))
+    seen = Survey()
     overview, overview_mpp = _overview(reader, seen)
     mask = None if overview is None else _check_stain(overview, mpp=overview_mpp, config=config)
     if given is not None:
